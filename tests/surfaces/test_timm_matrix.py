@@ -1,0 +1,139 @@
+"""Every family of timm at a tiny size: every target runs once made visible, and that leaves the function as it was."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from vitlr import surfaces
+
+VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
+P16, P14 = {**VIT, "img_size": 32}, {**VIT, "img_size": 28}
+SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 32, "window_size": 4, "num_classes": 5}
+BLOCK = 4  # qkv, proj, fc1, fc2
+
+# name: (arguments, targets, linears that the model as it stands reads past)
+MODELS = {
+    "vit_tiny_patch16_224": (P16, 2 * BLOCK, 0),
+    "deit_tiny_patch16_224": (P16, 2 * BLOCK, 0),
+    "deit_tiny_distilled_patch16_224": (P16, 2 * BLOCK, 0),
+    "deit3_small_patch16_224": (P16, 2 * BLOCK, 0),
+    "vit_small_patch14_dinov2": (P14, 2 * BLOCK, 0),
+    "vit_small_patch14_reg4_dinov2": (P14, 2 * BLOCK, 0),
+    "vit_base_patch16_siglip_224": (P16, 2 * BLOCK + 4, 0),  # and kv, proj, fc1, fc2 of the attention pooling
+    "vit_base_patch16_clip_224": (P16, 2 * BLOCK, 0),
+    "eva02_base_patch14_224": (P14, 2 * 7, 0),  # q, k, v, proj, fc1_g, fc1_x, fc2
+    "eva02_tiny_patch14_224": (P14, 2 * BLOCK, 2),
+    "eva_giant_patch14_224": (P14, 2 * BLOCK, 2),
+    "beit_base_patch16_224": (P16, 2 * BLOCK, 2),
+    "beitv2_base_patch16_224": (P16, 2 * BLOCK, 2),
+    "vit_small_patch16_dinov3_qkvb": (P16, 2 * BLOCK, 2),
+    "vit_base_patch16_rope_reg1_gap_256": (P16, 2 * BLOCK, 2),
+    "swin_tiny_patch4_window7_224": (SWIN, 2 * BLOCK + 1, 0),  # and the reduction between the stages
+    "swinv2_tiny_window8_256": (SWIN, 2 * BLOCK + 1, 2),
+    "swinv2_cr_tiny_ns_224": (SWIN, 2 * BLOCK + 1, 0),
+    "convnext_tiny": ({"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_classes": 5, "img_size": 32}, 4 * 2, 0),
+}
+
+
+def make(name: str) -> tuple[nn.Module, torch.Tensor]:
+    args = dict(MODELS[name][0])
+    size = args["img_size"]
+    if name == "convnext_tiny":
+        del args["img_size"]
+    model = timm.create_model(name, **args).eval()
+    for parameter in model.parameters():  # timm starts with zero biases, which would hide a bias added twice
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, std=0.5)
+    return model.double(), torch.randn(2, 3, size, size, dtype=torch.float64)
+
+
+def fired(model: nn.Module, names: dict[str, nn.Linear], x: torch.Tensor) -> tuple[set[str], torch.Tensor]:
+    seen: set[str] = set()
+    hooks = [linear.register_forward_hook(lambda *_, name=name: seen.add(name)) for name, linear in names.items()]
+    with torch.no_grad():
+        logits = model(x)
+    for hook in hooks:
+        hook.remove()
+    return seen, logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_target_fires_once_visible_and_the_function_stays(name):
+    _, count, past = MODELS[name]
+    model, x = make(name)
+    found = surfaces.targets(model)
+    assert len(found) == count
+    bypassed = surfaces.bypassed(model)
+    assert len(bypassed) == past and set(bypassed) <= set(found)
+
+    seen, before = fired(model, found, x)
+    assert set(found) - seen == set(bypassed)  # the adapter knows exactly what does not run
+
+    with surfaces.visible(model) as changed:
+        seen, during = fired(model, found, x)
+    assert set(changed) == set(bypassed) and seen == set(found)
+    # fp64, because whether the bias is added before or after rounding depends on the BLAS and the shape
+    assert (before - during).abs().max() <= 1e-12 and (past or torch.equal(before, during))
+    assert set(surfaces.bypassed(model)) == set(bypassed)  # put back as it was
+
+    assert set(surfaces.make_visible(model)) == set(bypassed)
+    assert surfaces.make_visible(model) == ()
+    seen, after = fired(model, found, x)
+    assert seen == set(found) and torch.equal(during, after)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_images_feed_targets(name):
+    """The input of every target depends on the image; tables, constant queries and classifiers are kept dense."""
+    model, x = make(name)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    found = surfaces.targets(model)
+    for key, linear in found.items():
+        linear.register_forward_hook(lambda _, args, __, key=key: inputs.setdefault(key, []).append(args[0].clone()))
+    with torch.no_grad(), surfaces.visible(model):
+        model(x)
+        model(x + 1)
+    assert set(inputs) == set(found)
+    assert all(not torch.equal(*pair) for pair in inputs.values())
+    linears = {key for key, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert linears == set(found) | set(surfaces.kept(model)) and not surfaces.hidden(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_tiny_patch16_224", ("head",)),
+        ("deit_tiny_distilled_patch16_224", ("head", "head_dist")),
+        ("swin_tiny_patch4_window7_224", ("head.fc",)),
+        ("convnext_tiny", ("head.fc",)),
+    ],
+)
+def test_classifiers_are_named_by_timm(name, expected):
+    model, _ = make(name)
+    assert surfaces.classifier_names(model) == expected
+    assert surfaces.classifier_names(nn.ModuleDict({"encoder": model})) == tuple(f"encoder.{n}" for n in expected)
+
+
+def test_a_model_without_classifier_has_none():
+    model = timm.create_model("vit_small_patch14_dinov2", img_size=28, depth=1, embed_dim=32, num_heads=2)
+    assert surfaces.classifier_names(model) == ()
+
+
+def test_the_switch_is_put_back_after_an_error():
+    model, _ = make("beit_base_patch16_224")
+    model.blocks[0].attn.qkv_bias_separate = True
+    with pytest.raises(KeyError), surfaces.visible(model) as changed:
+        assert changed == ("blocks.1.attn.qkv",)
+        raise KeyError
+    assert [b.attn.qkv_bias_separate for b in model.blocks] == [True, False]
+
+
+def test_what_is_compressed_already_is_no_target_again():
+    from vitlr.nn import LowRankLinear
+
+    model, _ = make("vit_tiny_patch16_224")
+    model.blocks[0].mlp.fc1 = LowRankLinear.from_linear(model.blocks[0].mlp.fc1, 4)
+    names = set(surfaces.targets(model))
+    assert len(names) == 2 * BLOCK - 1 and not any("blocks.0.mlp.fc1" in name for name in names)
+    assert not any("down" in name or "up" in name for name in surfaces.kept(model) | surfaces.hidden(model))

@@ -1,0 +1,76 @@
+"""`vitlr doctor`: tells what is there, and still tells where something is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vitlr import doctor
+from vitlr.cli import app
+from vitlr.ops import Candidate, _native, register, unregister
+
+
+@pytest.fixture
+def found():
+    return doctor.diagnose()
+
+
+def test_tells_versions_threads_and_devices(found):
+    assert found["packages"]["torch"].startswith(torch.__version__.partition("+")[0])
+    assert found["threads"]["torch"] == torch.get_num_threads()
+    assert found["devices"][0]["name"] == "cpu"
+    text = doctor.render(found)
+    assert f"timm         {found['packages']['timm']}" in text and "lowrank_mlp" in text
+
+
+def test_json_is_one_line():
+    answer = CliRunner().invoke(app, ["doctor", "--json"])
+    assert answer.exit_code == 0 and answer.stdout.count("\n") == 1
+    assert {op["op"] for op in json.loads(answer.stdout)["ops"]} == {"gram_update_", "lowrank_linear", "lowrank_mlp"}
+
+
+def test_names_the_candidate_that_runs_and_why_others_do_not():
+    register("lowrank_linear", Candidate("cpu.never", lambda key: "K is not a prime", lambda *a: a[0]))
+    try:
+        found = doctor.diagnose()
+    finally:
+        unregister("lowrank_linear", "cpu.never")
+    op = next(op for op in found["ops"] if op["op"] == "lowrank_linear")
+    assert op["chosen"] == "torch"
+    assert {"candidate": "cpu.never", "runs": False, "why": "K is not a prime", "ran_on": []} in op["candidates"]
+    assert "K is not a prime" in doctor.render(found)
+
+
+def test_works_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_native, "_C", None)
+    monkeypatch.setattr(_native, "_import_error", ModuleNotFoundError("no _C"))
+    found = doctor.diagnose()
+    assert not found["native"]["available"] and "vitlr._C was" in found["native"]["why_not"]
+    gram = next(op for op in found["ops"] if op["op"] == "gram_update_")
+    assert gram["chosen"] == "torch" and "vitlr._C was" in doctor.render(found)
+
+
+def test_works_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    found = doctor.diagnose()
+    assert not found["triton"]["runs"] and "does not import" in found["triton"]["why_not"]
+    assert "triton runs  no: it does not import" in doctor.render(found)
+
+
+@pytest.mark.parametrize(("name", "value"), [("VITLR_BACKEND", "abacus"), ("VITLR_CPU_ISA", "mmx")])
+def test_a_variable_that_cannot_be_obeyed_is_told_not_raised(monkeypatch, name, value):
+    if name == "VITLR_CPU_ISA" and not _native.available():
+        pytest.skip("the extension is not built")
+    monkeypatch.setenv(name, value)
+    answer = CliRunner().invoke(app, ["doctor"])
+    assert (
+        answer.exit_code == 0 and f"{name}={value}" in answer.stdout and value in answer.stdout.replace(f"{name}=", "")
+    )
+    json_answer = CliRunner().invoke(app, ["doctor", "--json"])
+    told = json.loads(json_answer.stdout)
+    problems = [op["problem"] for op in told["ops"] if op["problem"]] + [told["native"]["why_not"] or ""]
+    assert any(value in problem for problem in problems)

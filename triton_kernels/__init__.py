@@ -1,0 +1,1 @@
+"""Triton kernels over tensors, one file an operation; installed as `vitlr.triton_kernels`, imports nothing of vitlr."""

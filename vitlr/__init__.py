@@ -1,0 +1,79 @@
+"""vitlr: compress trained Vision Transformers by activation-aware low rank, and run them faster."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitlr.budgets import Budget, parse_budget
+    from vitlr.calibration import calibrate
+    from vitlr.checkpoint import load, save
+    from vitlr.decomposition import decompose
+    from vitlr.errors import InputError, NumericalError, RunError, VitlrError
+    from vitlr.evaluation import evaluate
+    from vitlr.models import create_model
+    from vitlr.nn import LowRankLinear, LowRankMLP
+    from vitlr.pipeline import apply, compress, plan
+    from vitlr.plans import Plan
+    from vitlr.spectra import Spectra
+    from vitlr.statistics import Statistics
+    from vitlr.surgery import fuse, to_dense, unfuse
+
+__version__ = "0.1.0"
+
+# Public names by the module they live in, imported when first used: `vitlr --help` does not wait for torch.
+_HOMES = {
+    "budgets": ("Budget", "parse_budget"),
+    "calibration": ("calibrate",),
+    "checkpoint": ("load", "save"),
+    "decomposition": ("decompose",),
+    "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
+    "evaluation": ("evaluate",),
+    "models": ("create_model",),
+    "nn": ("LowRankLinear", "LowRankMLP"),
+    "pipeline": ("apply", "compress", "plan"),
+    "plans": ("Plan",),
+    "spectra": ("Spectra",),
+    "statistics": ("Statistics",),
+    "surgery": ("fuse", "to_dense", "unfuse"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Budget",
+    "InputError",
+    "LowRankLinear",
+    "LowRankMLP",
+    "NumericalError",
+    "Plan",
+    "RunError",
+    "Spectra",
+    "Statistics",
+    "VitlrError",
+    "apply",
+    "calibrate",
+    "compress",
+    "create_model",
+    "decompose",
+    "evaluate",
+    "fuse",
+    "load",
+    "parse_budget",
+    "plan",
+    "save",
+    "to_dense",
+    "unfuse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

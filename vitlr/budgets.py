@@ -1,0 +1,53 @@
+"""What may be kept, as users write it: `params:40%`, `params:2.5M`, `macs:50%`, `bytes:10MB`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vitlr.errors import InputError
+
+QUANTITIES = ("params", "macs", "bytes")
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*(%|[kmg]i?b?|b)?", re.IGNORECASE)
+_EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G or bytes:10MB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `amount` of `quantity` is kept: in units or, where `relative`, as a share of the dense model."""
+
+    quantity: str
+    amount: float
+    relative: bool
+
+    def limit(self, total: float) -> float:
+        """The budget in units, given the dense model's total."""
+        return self.amount * total if self.relative else self.amount
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.quantity}:{self.amount * 100:.10g}%"
+        return f"{self.quantity}:{self.amount:.10g}"
+
+
+def parse_budget(text: str | Budget) -> Budget:
+    """Read a budget; raises `InputError` with what is expected where it cannot be read."""
+    if isinstance(text, Budget):
+        return text
+    quantity, colon, rest = str(text).strip().partition(":")
+    quantity = quantity.strip().lower()
+    match = _NUMBER.fullmatch(rest.strip())
+    if quantity not in QUANTITIES or not colon or match is None:
+        raise InputError(f"budget {text!r} cannot be read; {_EXPECTED}")
+    unit = (match[3] or "").lower()
+    number = float(f"{match[1]}e{match[2] or 0}")
+    if unit == "%":
+        amount, relative = number / 100, True
+    else:
+        if unit.endswith("b") and quantity != "bytes":
+            raise InputError(f"budget {text!r}: {match[3]} is a unit of bytes, not of {quantity}; {_EXPECTED}")
+        amount, relative = number * _UNITS[unit if unit.endswith("ib") else unit.removesuffix("b")], False
+    if not 0 < amount < float("inf") or (relative and amount > 1):
+        raise InputError(f"budget {text!r} is out of range: what is kept lies above 0 and up to 100 %")
+    return Budget(quantity, amount, relative)

@@ -1,0 +1,107 @@
+"""What a command answers, and how it is told: the result on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from vitlr.errors import VitlrError
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The same answer twice: `values` for `--json`, `text` for people (empty where it has been printed already)."""
+
+    values: dict[str, Any]
+    text: str
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose message says what was kept."""
+
+
+def guarded(command: Callable[..., Result]) -> Callable[..., None]:
+    """Run a command, print its result, and turn what vitlr raises on purpose into one line and an exit status."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        as_json = bool(options.get("as_json"))
+        try:
+            with _warnings_on_stderr(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = command(**options)
+            if as_json or result.text:
+                typer.echo(json.dumps(result.values, allow_nan=False) if as_json else result.text)
+        except KeyboardInterrupt as cause:
+            _fail(f"interrupted; {cause}" if str(cause) else "interrupted", 130, cause)
+        except VitlrError as cause:
+            _fail(str(cause), cause.exit_status, cause)
+        except MemoryError as cause:
+            _fail(f"out of memory {cause}".strip() + "; try a smaller --batch-size", 1, cause)
+        except OSError as cause:
+            if cause.errno not in _DISK_FULL:
+                raise
+            _fail(f"{cause.filename or 'a file'}: {cause.strerror}; free some space and run again", 1, cause)
+        except RuntimeError as cause:
+            reason = _resource(cause)
+            if reason is None:
+                raise
+            _fail(reason, 1, cause)
+
+    return run
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns of plain text, the first `left` ones and the last flush left, the others flush right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    last = len(header) - 1
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left or column == last else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _fail(message: str, status: int, cause: BaseException) -> None:
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    raise typer.Exit(status) from cause
+
+
+def _resource(cause: RuntimeError) -> str | None:
+    """One line for what the machine, not the program, ran out of; None for anything else."""
+    text = str(cause)
+    if "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text.splitlines()[0]}); try a smaller --batch-size"
+    if text.startswith("DataLoader worker"):
+        return f"a process that decodes images died ({text.splitlines()[0]}); try --workers 0"
+    return None
+
+
+class _Stderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Any:
+    logger, handler = logging.getLogger("vitlr"), _Stderr(logging.WARNING)
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before

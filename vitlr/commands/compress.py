@@ -1,0 +1,161 @@
+"""`vitlr compress`: calibrate, plan, apply and save, with everything that can be refused refused first."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitlr.commands._options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    ClassMap,
+    Data,
+    Device,
+    ImgSize,
+    Limit,
+    Model,
+    ModelKwargs,
+    NumClasses,
+    Workers,
+    model_arguments,
+)
+from vitlr.commands._result import Result
+from vitlr.errors import InputError
+
+
+def compress(
+    model: Model,
+    budget: Annotated[
+        str, typer.Option(metavar="Q:N", help="What is KEPT of the whole model: params:40%, macs:1.2G, bytes:10MB.")
+    ],
+    checkpoint: Checkpoint = None,
+    data: Data = None,
+    class_map: ClassMap = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="F", help="The compressed model.")] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F", help="Statistics: used if there, written otherwise; a run cut short goes on from them."
+        ),
+    ] = None,
+    plan_only: Annotated[bool, typer.Option("--plan-only", help="Show the plan, write no model.")] = False,
+    plan_out: Annotated[Path | None, typer.Option(metavar="F", help="Write the plan as JSON.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(metavar="NAME", help="loss, output or normalized. [default: that of --stats, or loss]")
+    ] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Give every layer the same share.")] = False,
+    rank_step: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks are multiples of N.")] = 16,
+    min_rank: Annotated[int, typer.Option(metavar="N", min=1, help="The smallest rank.")] = 1,
+    rank_buckets: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="At most N different ranks for one position in the blocks.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Only layers whose name matches; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="No layers whose name matches; may be repeated.")
+    ] = None,
+    centred: Annotated[bool, typer.Option("--centred", help="Project deviations from the mean only.")] = False,
+    samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draws for each image. [default: 1]")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of these draws. [default: 0]")] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Compress a trained model to a budget, without training, from a few hundred images."""
+    start = time.perf_counter()
+    from vitlr import checkpoint as checkpoint_file
+    from vitlr import pipeline, rebuild, surfaces
+    from vitlr.budgets import parse_budget
+    from vitlr.commands._models import Source, open_model, parse_device
+    from vitlr.commands._statistics import Request, exactly, statistics_for
+    from vitlr.progress import bar
+
+    wanted = parse_budget(budget)
+    _check_choices(objective, uniform, rank_buckets, centred)
+    _check_destinations(out, stats, plan_out, plan_only)
+    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
+    network = open_model(model, source, device=parse_device(device))
+    if out is not None:
+        rebuild.check_origin(rebuild.find_origin(network, source.args))  # arguments a file cannot hold
+    layers = tuple(surfaces.targets(network, include or None, exclude or None))
+    request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats)
+    measured = statistics_for(network, request)
+
+    with bar("solving", len(measured.layers), "layers") as progress:
+        plan = pipeline.plan(
+            network,
+            measured,
+            wanted,
+            objective=objective,
+            uniform=uniform,
+            rank_step=rank_step,
+            min_rank=min_rank,
+            rank_buckets=rank_buckets,
+            centred=centred,
+            progress=progress,
+            include=exactly(layers) if len(layers) < len(measured.layers) else None,
+        )
+    if plan_out is not None:
+        plan.save(plan_out)
+    values: dict[str, Any] = {
+        "out": None,
+        "params": plan.params,
+        "params_kept": plan.params_kept,
+        "macs": plan.macs,
+        "macs_kept": plan.macs_kept,
+        "bytes": plan.bytes_kept,
+        "rungs": [],
+    }
+    text = str(plan)
+    if not plan_only:
+        assert out is not None
+        small = pipeline.apply(network, plan, inplace=True)
+        recipe = {
+            "budget": plan.budget,
+            "objective": plan.objective,
+            "centred": plan.centred,
+            "images": measured.images,
+            "samples": measured.samples,
+            "seed": measured.seed,
+            "data": measured.notes.get("data"),
+        }
+        checkpoint_file.save(small, out, plan=plan, recipe=recipe)
+        values |= {"out": str(out), "bytes": out.stat().st_size}
+        text += f"\nwrote {out}: {values['bytes'] / 1e6:.3f} MB"
+    values |= {"seconds": round(time.perf_counter() - start, 3), "images": measured.images}
+    return Result(values, f"{text}\n{measured.images} images, {values['seconds']:.1f} s")
+
+
+def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | None, centred: bool) -> None:
+    """What the stages would refuse too, but only after the images have been read."""
+    from vitlr.statistics import OBJECTIVES
+
+    if objective is not None and objective not in OBJECTIVES:
+        raise InputError(f"--objective {objective!r} is unknown, expected one of {', '.join(OBJECTIVES)}")
+    if uniform and rank_buckets is not None:
+        raise InputError("--uniform gives one rank a shape already; it does not go with --rank-buckets")
+    if centred and objective == "normalized":
+        raise InputError("--centred needs plain moments; it does not go with --objective normalized")
+
+
+def _check_destinations(out: Path | None, stats: Path | None, plan_out: Path | None, plan_only: bool) -> None:
+    from vitlr.storage import check_writable
+
+    if out is None and not plan_only:
+        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
+    named = {flag: path for flag, path in (("--out", out), ("--stats", stats), ("--plan-out", plan_out)) if path}
+    for flag, path in named.items():
+        check_writable(path)
+        twin = next((f for f, p in named.items() if f != flag and p.resolve() == path.resolve()), None)
+        if twin is not None:
+            raise InputError(f"{flag} and {twin} are both {path}; name two files")

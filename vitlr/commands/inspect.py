@@ -1,0 +1,86 @@
+"""`vitlr inspect`: which linears of a model can be compressed, which stay dense, which nobody can reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitlr.commands._options import AsJson, Checkpoint, FileOrModel, ImgSize, ModelKwargs, NumClasses, model_arguments
+from vitlr.commands._result import Result, table
+
+_BYPASSED = "read past by the model; made visible exactly"
+
+
+def inspect(
+    model: FileOrModel,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Show which linears are compressible, which are bypassed, and what share of the parameters they hold."""
+    import torch
+
+    from vitlr import cost, rebuild, surfaces, surgery
+    from vitlr.commands._models import Source, open_model
+
+    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
+    with rebuild.unfilled():  # nothing here looks at a value
+        network = open_model(model, source, device=torch.device("cpu"), weights=False)
+    survey, bypassed = surfaces.survey(network), surfaces.bypassed(network)
+    total = cost.count_params(network)
+    targets = [
+        _row(name, m.out_features, m.in_features, m.weight.numel(), _BYPASSED if name in bypassed else "")
+        for name, m in survey.targets.items()
+    ]
+    low_rank = [
+        {
+            **_row(name, s["out_features"], s["in_features"], s["rank"] * (s["out_features"] + s["in_features"]), ""),
+            "rank": s["rank"],
+        }
+        for name, s in surgery.structure(network).items()
+    ]
+    kept = []
+    for name, reason in survey.kept.items():
+        linear: Any = network.get_submodule(name)
+        kept.append(_row(name, linear.out_features, linear.in_features, linear.weight.numel(), reason))
+    hidden = [{"name": name, "params": h.parameters, "reason": h.reason} for name, h in survey.hidden.items()]
+    share = sum(row["params"] for row in targets) / max(total, 1)
+    values = {
+        "model": model,
+        "params": total,
+        "share": share,
+        "layers": len(targets),
+        "targets": targets,
+        "low_rank": low_rank,
+        "kept": kept,
+        "hidden": hidden,
+    }
+    return Result(values, _text(values))
+
+
+def _row(name: str, n: int, k: int, params: int, note: str) -> dict[str, Any]:
+    return {"name": name, "out_features": n, "in_features": k, "params": params, "reason": note}
+
+
+def _text(values: dict[str, Any]) -> str:
+    total = max(values["params"], 1)
+    rows = []
+    headings = {"targets": "compressible", "low_rank": "low rank", "kept": "stays dense", "hidden": "out of reach"}
+    for key, heading in headings.items():
+        for row in values[key]:
+            shape = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""
+            note = f"rank {row['rank']}" if "rank" in row else row["reason"]
+            cells = (row["name"], heading, shape, f"{row['params']:,}", f"{row['params'] / total:.1%}", note)
+            rows.append(cells)
+    lines = [table(("layer", "", "W", "params", "share", "note"), rows, left=2)] if rows else []
+    counts = {key: sum(row["params"] for row in values[key]) for key in headings}
+    rest = values["params"] - sum(counts.values())
+    lines.append(f"{values['model']}: {values['params']:,} parameters; weights of linears:")
+    for key, heading in headings.items():
+        if values[key]:
+            lines.append(f"  {heading:<13} {len(values[key]):>4}  {counts[key]:>14,}  {counts[key] / total:6.1%}")
+    lines.append(f"  everything else     {rest:>14,}  {rest / total:6.1%}")
+    if not values["targets"]:
+        lines.append("nothing here can be compressed")
+    return "\n".join(lines)

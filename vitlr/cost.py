@@ -1,0 +1,53 @@
+"""What a model costs: logical parameters, multiply-accumulates of one image, stored bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitlr.modes import evaluation_mode
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters (tied ones once), MACs of one image, bytes of the state that a checkpoint stores."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers, tied ones once."""
+    unique = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def count_macs(model: nn.Module, inputs: Any) -> int:
+    """Multiply-accumulates of the matrix products and convolutions of one forward pass (half of torch's FLOPs)."""
+    counter = FlopCounterMode(display=False)
+    with evaluation_mode(model), torch.no_grad(), counter:
+        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return counter.get_total_flops() // 2
+
+
+def example_input(model: nn.Module, input_shape: Any) -> Any:
+    """One image of zeros in the model's dtype and device; `input_shape` as `Statistics` keeps it."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    if isinstance(input_shape, dict):
+        return {key: torch.zeros(1, *shape, dtype=like.dtype, device=like.device) for key, shape in input_shape.items()}
+    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+
+
+def measure(model: nn.Module, input_shape: Any) -> Cost:
+    """The cost of a model on one image of shape `input_shape` (without the batch dimension)."""
+    return Cost(count_params(model), count_macs(model, example_input(model, input_shape)), count_bytes(model))

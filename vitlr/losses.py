@@ -1,0 +1,64 @@
+"""The loss whose gradients weigh the layers: drawn from the model's own answer, so that no label is needed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlr.errors import InputError, NumericalError
+
+
+def image_seeds(images: Tensor, seed: int) -> list[int]:
+    """One seed per image, from its content: batch size, order and merging then change no draw."""
+    rows = images.detach().cpu().contiguous().view(torch.uint8).reshape(images.shape[0], -1).numpy()
+    return [zlib.crc32(row.data, seed & 0xFFFFFFFF) for row in rows]
+
+
+def draws(seeds: Sequence[int], samples: int, shape: Sequence[int], kind: Callable[..., Tensor]) -> Tensor:
+    """`samples` draws of `shape` for each seed, as `[samples, images, *shape]` in float64 on the CPU."""
+    rows = [kind((samples, *shape), generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    return torch.stack(rows, dim=1)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits of a Hugging Face output, the first tensor of a tuple or dict, or the tensor itself."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return output.logits
+    values = list(output.values()) if hasattr(output, "values") else output
+    if isinstance(values, (list, tuple)) and values:
+        return first_tensor(values[0])
+    raise InputError(f"the model returned {type(output).__name__}, expected a tensor; pass output_fn= to pick one")
+
+
+def is_logits(model: nn.Module, output: Tensor) -> bool:
+    """Whether `output [images, classes]` is a classifier's answer rather than features."""
+    classes = getattr(model, "num_classes", None)
+    return output.ndim == 2 and output.shape[1] > 1 and classes in (None, output.shape[1])
+
+
+def sampled_losses(model: nn.Module, output: Tensor, seeds: Sequence[int], samples: int) -> list[Tensor]:
+    """`samples` scalar losses, each summed over the images, whose gradients' second moment is the Fisher matrix.
+
+    Logits z: `-log softmax(z)[t]` with the target t drawn from softmax(z), so that `½ E[(gᵀδ)²]` estimates the KL
+    divergence that a small change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
+    same expression estimates half the squared change of the normalised feature. Raises `NumericalError` where the
+    output is not finite.
+    """
+    if not torch.isfinite(output).all():
+        raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
+    if is_logits(model, output):
+        uniform = draws(seeds, samples, (1,), torch.rand)
+        cumulative = output.detach().double().softmax(-1).cumsum(-1).cpu()
+        targets = torch.searchsorted(cumulative.expand(samples, -1, -1).contiguous(), uniform)
+        targets = targets.clamp_(max=output.shape[1] - 1).squeeze(-1).to(output.device)
+        return [F.cross_entropy(output.float(), target, reduction="sum") for target in targets]
+    features = F.normalize(output.float().flatten(1), dim=1)
+    noise = draws(seeds, samples, features.shape[1:], torch.randn).to(features)
+    return [(features * direction).sum() for direction in noise]

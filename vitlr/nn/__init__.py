@@ -1,0 +1,6 @@
+"""Modules that stand where dense ones stood."""
+
+from vitlr.nn.lowrank_linear import LowRankLinear
+from vitlr.nn.lowrank_mlp import LowRankMLP
+
+__all__ = ["LowRankLinear", "LowRankMLP"]

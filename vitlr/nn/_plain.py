@@ -1,0 +1,46 @@
+"""When a fused op may read a child's weights instead of calling the child."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from vitlr.ops._dispatch import constant_in_graphs
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the module's calls, or has replaced its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling this linear is exactly `F.linear(x, module.weight, module.bias)` and nobody would notice.
+
+    An adapter, a quantiser, a parametrisation or a sharding changes the class of the module or of its weight;
+    a profiler or a calibration hooks the module, or all modules.
+    """
+    if type(module) is not nn.Linear or has_hooks(module) or _has_any_global_hook():
+        return False
+    plain = (nn.Parameter, torch.Tensor)
+    return type(module.weight) in plain and (module.bias is None or type(module.bias) in plain)
+
+
+def is_transformed() -> bool:
+    """Whether the model is being exported, traced or transformed by torch.func.
+
+    An exported graph has to speak of plain linears only, and torch.func does not differentiate a registered op.
+    """
+    return _is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+@constant_in_graphs
+def _is_exporting() -> bool:
+    # Read by Python, not by dynamo: that of torch 2.9 answers True in every torch.compile.
+    return torch.compiler.is_exporting()

@@ -1,0 +1,17 @@
+"""Operations: one file each, with its specification in plain torch and the kernels that may run in its place."""
+
+from vitlr.ops import gram, lowrank_linear, lowrank_mlp
+from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, register, select, unregister
+
+__all__ = [
+    "Candidate",
+    "Explanation",
+    "candidates",
+    "explain",
+    "gram",
+    "lowrank_linear",
+    "lowrank_mlp",
+    "register",
+    "select",
+    "unregister",
+]

@@ -1,0 +1,208 @@
+"""`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂`: a whole transformer MLP of low-rank linears as one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vitlr.errors import InputError
+from vitlr.ops import _dispatch
+from vitlr.ops._autocast import compute_dtype, register_autocast
+from vitlr.ops.lowrank_linear import bias_gradient, check_pair, gradients
+
+OP = "lowrank_mlp"
+aten = torch.ops.aten
+
+# name -> (act(p), gradient for p given the gradient g for act(p))
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "none": (lambda p: p, lambda g, p: g),
+    "gelu": (F.gelu, lambda g, p: aten.gelu_backward(g, p)),
+    "gelu_tanh": (
+        lambda p: F.gelu(p, approximate="tanh"),
+        lambda g, p: aten.gelu_backward(g, p, approximate="tanh"),
+    ),
+    "silu": (F.silu, lambda g, p: aten.silu_backward(g, p)),
+    "relu": (F.relu, lambda g, p: aten.threshold_backward(g, p, 0)),
+}
+
+
+class Key(NamedTuple):
+    """What dispatch knows of a call; r1 or r2 is None where that linear is dense, M while rows are unknown."""
+
+    M: int | None
+    K: int
+    D: int
+    N: int
+    r1: int | None
+    r2: int | None
+    act: str = "gelu"
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+
+def lowrank_mlp(
+    x: Tensor,
+    B1: Tensor,
+    A1: Tensor | None,
+    b1: Tensor | None,
+    B2: Tensor,
+    A2: Tensor | None,
+    b2: Tensor | None,
+    act: str,
+) -> Tensor:
+    """`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂`, act one of none, gelu, gelu_tanh, silu, relu.
+
+    x [..., K], B1 [r1, K], A1 [D, r1], b1 [D], B2 [r2, D], A2 [N, r2], b2 [N] -> y [..., N], contiguous.
+    A linear that stayed dense is its weight as B ([D, K] or [N, D]) and None as A; biases may be None.
+    Raises InputError for an unknown act and for shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.vitlr.lowrank_mlp.default(x, B1, A1, b1, B2, A2, b2, act)
+
+
+def reference(
+    x: Tensor,
+    B1: Tensor,
+    A1: Tensor | None,
+    b1: Tensor | None,
+    B2: Tensor,
+    A2: Tensor | None,
+    b2: Tensor | None,
+    act: str,
+) -> Tensor:
+    """The specification, in plain torch."""
+    p = _pair(x, B1, A1, b1)  # [..., D]
+    h = ACTIVATIONS[act][0](p)  # [..., D]
+    return _pair(h, B2, A2, b2)  # [..., N]
+
+
+def _pair(x: Tensor, B: Tensor, A: Tensor | None, b: Tensor | None) -> Tensor:
+    return F.linear(x, B, b) if A is None else F.linear(F.linear(x, B), A, b)
+
+
+def _weight_size(K: int, N: int, r: int | None) -> int:
+    return K * N if r is None else r * (K + N)
+
+
+def roofline(
+    M: int,
+    K: int,
+    D: int,
+    N: int,
+    r1: int | None,
+    r2: int | None,
+    dtype: torch.dtype,
+    ceilings: _dispatch.Ceilings | None = None,
+) -> _dispatch.Roofline:
+    """`2 M` FLOPs a weight over the compulsory bytes of x, y and the weights: the hidden [M, D] need never exist."""
+    weights = _weight_size(K, D, r1) + _weight_size(D, N, r2)
+    flops = 2 * M * weights
+    size = dtype.itemsize * (M * (K + N) + weights)
+    return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+
+
+def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+    """The floor in µs of separate products and an activation that reads and writes [M, D] once."""
+    M, size = key.M or 0, key.dtype.itemsize
+    total = 0.0
+    for K, N, r in ((key.K, key.D, key.r1), (key.D, key.N, key.r2)):
+        for k, n in ((K, N),) if r is None else ((K, r), (r, N)):
+            step = ceilings.microseconds(2 * M * n * k, size * (M * (n + k) + n * k), key.dtype)
+            if step is None:
+                return None
+            total += step
+    activation = 0.0 if key.act == "none" else 2e6 * size * M * key.D / ceilings.bytes_per_s
+    return total + activation
+
+
+def has_kernels() -> bool:
+    """Whether there is anything to choose from but plain torch."""
+    return _dispatch.has_kernels(OP)
+
+
+def kernel_chosen(x: Tensor, K: int, D: int, N: int, r1: int | None, r2: int | None, act: str) -> bool:
+    """Whether dispatch takes a kernel rather than plain torch for x [..., K]; a constant where a graph is traced."""
+    rows = None if torch.compiler.is_compiling() else x.numel() // K
+    return _dispatch.kernel_chosen(OP, rows, K, D, N, r1, r2, act, compute_dtype(x), x.device)
+
+
+def _check(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> tuple[int, int]:
+    """(D, N) of a call that fits; else InputError."""
+    if act not in ACTIVATIONS:
+        raise InputError(f"{OP}: unknown act {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    D = check_pair(OP, x, ("B1", "A1", "b1"), B1, A1, b1)
+    if B2.dim() != 2 or B2.shape[1] != D:
+        raise InputError(f"{OP}: B2 {list(B2.shape)} does not fit the hidden width {D}, expected [r2, {D}]")
+    return D, check_pair(OP, x.new_empty((0, D)), ("B2", "A2", "b2"), B2, A2, b2)
+
+
+_lib = torch.library.Library("vitlr", "FRAGMENT")
+_lib.define(
+    "lowrank_mlp(Tensor x, Tensor B1, Tensor? A1, Tensor? b1, Tensor B2, Tensor? A2, Tensor? b2, str act) -> Tensor"
+)
+
+
+@torch.library.register_fake("vitlr::lowrank_mlp", lib=_lib)
+def _fake(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> Tensor:
+    _, N = _check(x, B1, A1, b1, B2, A2, b2, act)
+    return x.new_empty((*x.shape[:-1], N))
+
+
+def _run(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> Tensor:
+    D, N = _check(x, B1, A1, b1, B2, A2, b2, act)
+    K = x.shape[-1]
+    r1, r2 = None if A1 is None else B1.shape[0], None if A2 is None else B2.shape[0]
+    key = Key(x.numel() // max(K, 1), K, D, N, r1, r2, act, x.dtype, x.device)
+    return _dispatch.select(OP, key).run(x, B1, A1, b1, B2, A2, b2, act).contiguous()
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.act = inputs[7]
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, B1, A1, b1, B2, A2 = ctx.saved_tensors
+    needs_x, needs_B1, needs_A1, needs_b1, needs_B2, needs_A2, needs_b2, _ = ctx.needs_input_grad
+    activation, activation_gradient = ACTIVATIONS[ctx.act]
+    db2 = bias_gradient(g) if needs_b2 else None
+    below = needs_x or needs_B1 or needs_A1 or needs_b1
+    dx = dB1 = dA1 = db1 = dB2 = dA2 = None
+    if below or needs_B2 or needs_A2:
+        # The hidden [M, D] is computed again: not keeping it is what the fused forward is for.
+        p = _pair(x, B1, A1, b1)
+        dh, dB2, dA2 = gradients(activation(p), B2, A2, g, (below, needs_B2, needs_A2))
+        if dh is not None:
+            dp = activation_gradient(dh, p)
+            dx, dB1, dA1 = gradients(x, B1, A1, dp, (needs_x, needs_B1, needs_A1))
+            db1 = bias_gradient(dp) if needs_b1 else None
+    return dx, dB1, dA1, db1, dB2, dA2, db2, None
+
+
+_lib.impl("lowrank_mlp", _run, "CompositeExplicitAutograd")
+torch.library.register_autograd("vitlr::lowrank_mlp", _backward, setup_context=_setup, lib=_lib)
+register_autocast(_lib, torch.ops.vitlr.lowrank_mlp.default)
+
+
+@register_flop_formula(torch.ops.vitlr.lowrank_mlp)
+def _flops(
+    x: Any, B1: Any, A1: Any, b1: Any, B2: Any, A2: Any, b2: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
+    M = 1
+    for size in x[:-1]:
+        M *= size
+    D, N = (B1 if A1 is None else A1)[0], (B2 if A2 is None else A2)[0]
+    r1, r2 = None if A1 is None else B1[0], None if A2 is None else B2[0]
+    return roofline(M, x[-1], D, N, r1, r2, torch.float32).flops
+
+
+_dispatch.register_op(
+    OP,
+    Key,
+    lambda key, limits: roofline(key.M or 0, key.K, key.D, key.N, key.r1, key.r2, key.dtype, limits),
+    _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
+)

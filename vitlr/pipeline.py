@@ -1,0 +1,128 @@
+"""The stages on one page: measure, solve, spend the budget, swap the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vitlr import cost
+from vitlr.allocation import Sizes, allocate
+from vitlr.budgets import Budget, parse_budget
+from vitlr.calibration import calibrate
+from vitlr.decomposition import DAMPING, decompose, layer_weights
+from vitlr.errors import InputError
+from vitlr.plans import Plan
+from vitlr.spectra import Spectra
+from vitlr.statistics import Statistics, fingerprint
+from vitlr.surgery import replace_layers
+
+Progress = Callable[[int, "int | None"], None]
+_CALIBRATE = {"extras", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
+_PLAN = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets", "centred", "damping"}
+
+
+def plan(
+    model: nn.Module,
+    stats: Statistics,
+    budget: str | Budget | None = None,
+    *,
+    objective: str | None = None,
+    uniform: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    rank_step: int = 16,
+    min_rank: int = 1,
+    rank_buckets: int | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    centred: bool = False,
+    damping: float = DAMPING,
+    spectra: Spectra | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Decide, without changing anything, which layer keeps which rank under a budget of what is KEPT.
+
+    See `vitlr.allocation.allocate` for the choices. `spectra` of an earlier plan (`plan.spectra`) save solving again.
+    Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
+    """
+    wanted = None if budget is None else parse_budget(budget)
+    if spectra is None:
+        spectra = decompose(model, stats, objective, centred=centred, damping=damping, progress=progress)
+    elif spectra.fingerprint != stats.fingerprint or objective not in (None, spectra.objective):
+        raise InputError("these spectra are of other statistics or another objective; leave spectra= out")
+    return allocate(
+        spectra,
+        sizes(model, stats),
+        wanted,
+        uniform=uniform,
+        ranks=ranks,
+        rank_step=rank_step,
+        min_rank=min_rank,
+        rank_buckets=rank_buckets,
+        include=include,
+        exclude=exclude,
+    )
+
+
+def sizes(model: nn.Module, stats: Statistics) -> Sizes:
+    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer."""
+    weights = layer_weights(model, stats)
+    return Sizes(
+        total=cost.Cost(cost.count_params(model), stats.macs, cost.count_bytes(model)),
+        tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
+        itemsize={name: weight.element_size() for name, weight in weights.items()},
+        has_bias={name: model.get_submodule(name).bias is not None for name in weights},
+    )
+
+
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    stats: Statistics | None = None,
+    *,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Carry a plan out: a new model with `LowRankLinear`s in place of the planned layers (the same one if `inplace`).
+
+    A plan read from JSON has no spectra and needs the statistics it was made from. Raises `InputError` where plan,
+    statistics and model do not belong together.
+    """
+    modules = dict(model.named_modules())
+    weights = {row.name: module.weight for row in plan.layers if isinstance(module := modules.get(row.name), nn.Linear)}
+    if len(weights) != len(plan.layers) or fingerprint(weights) != plan.fingerprint:
+        raise InputError("this plan is of another model or of other weights; make the plan for the model as it is now")
+    spectra = plan.spectra
+    if spectra is None:
+        if stats is None:
+            raise InputError(
+                "this plan was read from a file and carries no factors; pass the statistics it was made from"
+            )
+        spectra = decompose(model, stats, plan.objective, centred=plan.centred, damping=plan.damping)
+    return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
+
+
+def compress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    budget: str | Budget | None = None,
+    *,
+    objective: str = "loss",
+    inplace: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Calibrate, plan and apply in one call; takes the keywords of `calibrate` and `plan`.
+
+    The budget is checked before any image is read. Raises what the stages raise.
+    """
+    if budget is not None:
+        budget = parse_budget(budget)
+    unknown = set(options) - _CALIBRATE - _PLAN
+    if unknown:
+        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(_CALIBRATE | _PLAN))}")
+    measured = {key: value for key, value in options.items() if key in _CALIBRATE}
+    planned = {key: value for key, value in options.items() if key in _PLAN}
+    stats = calibrate(model, loader, objective=objective, progress=progress, **measured)
+    return apply(model, plan(model, stats, budget, **planned), inplace=inplace)

@@ -1,0 +1,228 @@
+"""What calibration measured: sums over the images of what every linear layer sees and sends back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitlr import storage
+from vitlr.errors import InputError, NumericalError
+
+SCHEMA = 1
+OBJECTIVES = ("loss", "output", "normalized")
+EXTRAS = ("input_moment", "input_abs", "row_gradient")
+_SUMS = ("moment", "gradient", "normalized", "input_sum", *EXTRAS)
+
+
+@dataclass(eq=False)  # tensors have no single truth
+class LayerStatistics:
+    """Sums for one layer `y = W x + b`, `W [N, K]`, on its smaller side `n = min(N, K)`, in float64.
+
+    `moment [n, n]` is `Σ y yᵀ` (before the bias) where N ≤ K ("output" side), else `Σ x xᵀ` ("input" side);
+    `gradient [n, n]` is `Σ g gᵀ` or `Σ (Wᵀg)(Wᵀg)ᵀ` with `g` the gradient of the loss at the output;
+    `normalized [n, n]` is `moment` with image i weighted by `1 / ‖W x_i‖²_F` (arXiv 2402.06004);
+    `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
+    `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. Layers fed by one tensor share one `moment`, kept by `owner`.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    owner: str
+    tokens: int = 0
+    moment: Tensor | None = None
+    gradient: Tensor | None = None
+    normalized: Tensor | None = None
+    input_sum: Tensor | None = None
+    input_moment: Tensor | None = None
+    input_abs: Tensor | None = None
+    row_gradient: Tensor | None = None
+
+    @property
+    def side(self) -> str:
+        """The side the moments live on: "output" where N ≤ K, else "input"."""
+        return "output" if self.out_features <= self.in_features else "input"
+
+    @property
+    def size(self) -> int:
+        """n = min(N, K), the order of the layer's symmetric problem."""
+        return min(self.in_features, self.out_features)
+
+    def sum(self, key: str) -> Tensor:
+        """One of the sums by name; raises `InputError` where calibration did not collect it."""
+        tensor = getattr(self, key)
+        if tensor is None:
+            raise InputError(
+                f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective= or extras=)"
+            )
+        return tensor
+
+    def sums(self) -> Iterator[tuple[str, Tensor]]:
+        """The sums that this layer keeps itself, by name; a moment that another layer owns is left out."""
+        for key in _SUMS:
+            tensor = getattr(self, key)
+            if tensor is not None and not (key == "moment" and self.owner != self.name):
+                yield key, tensor
+
+
+@dataclass(eq=False)  # tensors have no single truth
+class Statistics:
+    """The moments of all layers over `images` images; additive, so runs can be merged.
+
+    `objectives` and `extras` say what was collected, `samples` how many targets were drawn per image, `seed` from
+    which seed, `macs` what one dense forward costs, `input_shape` the shape of one image, `fingerprint` of which
+    weights this speaks.
+    """
+
+    layers: dict[str, LayerStatistics]
+    fingerprint: str
+    objectives: tuple[str, ...] = ("loss",)
+    extras: tuple[str, ...] = ()
+    samples: int = 1
+    seed: int = 0
+    images: int = 0
+    macs: int = 0
+    input_shape: Any = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        tokens = sum(layer.tokens for layer in self.layers.values())
+        return (
+            f"Statistics of {len(self.layers)} layers over {self.images} images ({tokens} layer tokens), "
+            f"objectives {', '.join(self.objectives)}, weights {self.fingerprint}"
+        )
+
+    @property
+    def default_objective(self) -> str:
+        """The objective that `plan` uses when none is named: the first one collected."""
+        return self.objectives[0]
+
+    def _kind(self) -> dict[str, Any]:
+        """What must agree before two runs may be added up."""
+        return {
+            "weights": self.fingerprint,
+            "objectives": sorted(self.objectives),
+            "extras": sorted(self.extras),
+            "samples": self.samples,
+            "seed": self.seed,
+            "layers": sorted(self.layers),
+        }
+
+    def check_addable(self, other: Statistics) -> None:
+        """Raise `InputError` where `other` speaks of other weights, layers, objectives or draws."""
+        mine, theirs = self._kind(), other._kind()
+        for key, value in mine.items():
+            if value != theirs[key]:
+                raise InputError(
+                    f"these statistics do not belong together: {key} differ ({theirs[key]} against {value}); "
+                    "calibrate again"
+                )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Add up two runs over different images; raises `InputError` where they do not belong together."""
+        self.check_addable(other)
+        layers: dict[str, LayerStatistics] = {}
+        for name, mine in self.layers.items():
+            theirs = other.layers[name]
+            sums = {key: tensor + getattr(theirs, key) for key, tensor in mine.sums()}
+            layers[name] = LayerStatistics(
+                name, mine.in_features, mine.out_features, mine.owner, mine.tokens + theirs.tokens, **sums
+            )
+        _share_moments(layers)
+        notes = {**self.notes, **other.notes}
+        return replace(self, layers=layers, images=self.images + other.images, notes=notes)
+
+    def check_fits(self, weights: Mapping[str, Tensor]) -> None:
+        """Raise `InputError` unless `weights` (by layer name) are those that were calibrated."""
+        missing = [name for name in self.layers if name not in weights]
+        if missing:
+            raise InputError(
+                f"these statistics are of another model: it has no layer {missing[0]!r}; calibrate this model"
+            )
+        found = fingerprint({name: weights[name] for name in self.layers})
+        if found != self.fingerprint:
+            raise InputError(
+                f"these statistics are of other weights (fingerprint {self.fingerprint}, this model has {found}); "
+                "calibrate this model, with the weights and dtype it has now"
+            )
+
+    def check_finite(self) -> None:
+        """Raise `NumericalError` naming the first layer whose sums hold NaN or Inf."""
+        for layer in self.layers.values():
+            for key, tensor in layer.sums():
+                if not torch.isfinite(tensor).all():
+                    raise NumericalError(
+                        f"layer {layer.name}: the {key} sums hold NaN or Inf; check the weights and the images, "
+                        "or use float32"
+                    )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, atomically."""
+        tensors = {f"{name}|{key}": tensor for name, layer in self.layers.items() for key, tensor in layer.sums()}
+        header = {
+            "fingerprint": self.fingerprint,
+            "objectives": self.objectives,
+            "extras": self.extras,
+            "samples": self.samples,
+            "seed": self.seed,
+            "images": self.images,
+            "macs": self.macs,
+            "input_shape": self.input_shape,
+            "notes": self.notes,
+            "layers": [[s.name, s.in_features, s.out_features, s.owner, s.tokens] for s in self.layers.values()],
+        }
+        storage.save_tensors(path, tensors, header, kind="statistics", schema=SCHEMA)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote; raises `InputError` for files that are damaged, foreign or newer."""
+        tensors, header = storage.load_tensors(path, kind="statistics", schema=SCHEMA)
+        try:
+            layers = {}
+            for name, k, n, owner, tokens in header["layers"]:
+                sums = {key: tensors.get(f"{name}|{key}") for key in _SUMS}
+                layers[name] = LayerStatistics(name, int(k), int(n), owner, int(tokens), **sums)
+            _share_moments(layers)
+            return cls(
+                layers,
+                header["fingerprint"],
+                tuple(header["objectives"]),
+                tuple(header["extras"]),
+                int(header["samples"]),
+                int(header["seed"]),
+                int(header["images"]),
+                int(header["macs"]),
+                _as_tuple(header["input_shape"]),
+                dict(header["notes"]),
+            )
+        except (KeyError, TypeError, ValueError) as cause:
+            raise InputError(f"{path}: its statistics are damaged ({cause!r}); calibrate again") from cause
+
+
+def _share_moments(layers: Mapping[str, LayerStatistics]) -> None:
+    for layer in layers.values():
+        if layer.owner != layer.name:
+            layer.moment = layers[layer.owner].moment
+
+
+def _as_tuple(shape: Any) -> Any:
+    """JSON has lists where Python has shapes."""
+    if isinstance(shape, dict):
+        return {key: tuple(value) for key, value in shape.items()}
+    return None if shape is None else tuple(shape)
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Sixteen hex digits that change with any name, shape, dtype or value of the weights."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype};".encode())
+        digest.update(weight.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""Surgery: swap linear layers for low-rank ones and back, fuse MLPs, describe what was swapped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitlr import surfaces
+from vitlr.errors import InputError
+from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.plans import Plan
+from vitlr.spectra import Spectra
+
+
+def replace_layers(
+    model: nn.Module,
+    plan: Plan,
+    spectra: Spectra,
+    *,
+    inplace: bool = False,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> nn.Module:
+    """Replace every planned layer `W` by its factors `A [N, r]`, `B [r, K]`; a new model unless `inplace`.
+
+    Raises `InputError` where plan, spectra and model do not belong together; the model is then untouched.
+    """
+    if spectra.fingerprint != plan.fingerprint:
+        raise InputError(
+            f"the plan is of weights {plan.fingerprint}, the spectra of {spectra.fingerprint}; make the plan again"
+        )
+    modules = dict(model.named_modules())
+    for row in plan.layers:
+        linear = modules.get(row.name)
+        if type(linear) is not nn.Linear or (linear.out_features, linear.in_features) != (
+            row.out_features,
+            row.in_features,
+        ):
+            raise InputError(
+                f"the plan is of another model: no linear {row.out_features}x{row.in_features} at {row.name!r}"
+            )
+    if not inplace:
+        model = copy.deepcopy(model)
+    surfaces.make_visible(model)
+    for done, (name, rank) in enumerate(plan.ranks.items(), 1):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        A, B, bias = spectra.layers[name].factors(linear.weight, rank, linear.bias)
+        low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
+        _swap(model, name, low.train(linear.training))
+        if progress is not None:
+            progress(done, len(plan.ranks))
+    return model
+
+
+def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in place of the module called `name`, under every name that it is registered by."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                setattr(parent, child, new)
+
+
+def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Multiply all factors out, `W = A B`: the same function on plain `nn.Linear`s."""
+    model = unfuse(model, inplace=inplace)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankLinear):
+            _swap(model, name, module.to_linear().train(module.training))
+    return model
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Gather every MLP with a low-rank layer into a `LowRankMLP`, where that is exact; `unfuse` takes it back."""
+    model = model if inplace else copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if name and LowRankMLP.why_not(module) is None:
+            _swap(model, name, LowRankMLP(module))
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Give every `LowRankMLP` back its original module, with the weights it has now."""
+    model = model if inplace else copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowRankMLP):
+            _swap(model, name, module.to_mlp())
+    return model
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """Names of the MLPs that are fused."""
+    return [name for name, module in model.named_modules() if isinstance(module, LowRankMLP)]
+
+
+def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What was swapped, as plain values: `{name: {"rank", "in_features", "out_features", "bias"}}`."""
+    return {
+        name: {
+            "rank": module.rank,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.up.bias is not None,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+    }
+
+
+def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Swap the named linears for low-rank ones of the same device and dtype, unfilled, in place.
+
+    Raises `InputError` for names that are no plain linear, shapes that do not fit and ranks out of range.
+    """
+    modules = dict(model.named_modules())
+    for name, entry in layers.items():
+        linear = modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise InputError(f"layer {name!r} is no linear layer of this model")
+        expected = {"in_features": linear.in_features, "out_features": linear.out_features}
+        if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
+            raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
+        rank, bias = entry.get("rank"), entry.get("bias")
+        limit = min(expected.values())
+        if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
+            raise InputError(
+                f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
+            )
+    surfaces.make_visible(model)
+    with torch.no_grad():
+        for name, entry in layers.items():
+            w = modules[name].weight
+            low = LowRankLinear(
+                entry["in_features"],
+                entry["out_features"],
+                entry["rank"],
+                entry["bias"],
+                device=w.device,
+                dtype=w.dtype,
+            )
+            _swap(model, name, low.train(modules[name].training))
+    return model

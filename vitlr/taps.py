@@ -1,0 +1,121 @@
+"""Hooks on one linear layer that add up its moments while images flow through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.errors import InputError
+from vitlr.ops.gram import gram_update_
+from vitlr.statistics import LayerStatistics
+
+
+class Tap:
+    """Adds up the sums of one layer: moments in the forward pass, gradient moments in the backward pass.
+
+    `images` (of the batch in flight) and `in_backward` are set by calibration; a forward pass that activation
+    checkpointing repeats inside the backward pass is counted once.
+    """
+
+    def __init__(self, stats: LayerStatistics, linear: nn.Linear, collect: Collection[str]) -> None:
+        self.stats, self.linear = stats, linear
+        self.images = 0
+        self.in_backward = False
+        self.collect = collect
+        self.weighted = "loss" in collect
+        self._allocate()
+        self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _allocate(self) -> None:
+        s, device = self.stats, self.linear.weight.device
+        shapes = {
+            "moment": (s.size, s.size) if s.owner == s.name else None,
+            "input_sum": (s.in_features,),
+            "gradient": (s.size, s.size) if self.weighted else None,
+            "normalized": (s.size, s.size) if "normalized" in self.collect else None,
+            "input_moment": (s.in_features, s.in_features) if "input_moment" in self.collect else None,
+            "input_abs": (s.in_features,) if "input_abs" in self.collect else None,
+            "row_gradient": (s.out_features,) if "row_gradient" in self.collect else None,
+        }
+        for key, shape in shapes.items():
+            old = getattr(s, key)
+            if shape is not None:
+                new = torch.zeros(shape, dtype=torch.float64, device=device) if old is None else old.to(device)
+                setattr(s, key, new)
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return self.weighted or "row_gradient" in self.collect
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (self._needs_gradient and torch.is_grad_enabled()):
+            return None
+        x = args[0]
+        # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
+        # alone sends back, whoever else reads the same input.
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        if self.weighted and self.stats.side == "input":
+            x.register_hook(self._add_gradient)
+        return (x, *args[1:])
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            if self.weighted and self.stats.side == "output":
+                output.register_hook(self._add_gradient)
+            if "row_gradient" in self.collect:
+                output.register_hook(lambda g: self._add_row_gradient(g, x))
+        if not self.in_backward:
+            with torch.no_grad():
+                self._add_moments(x, output.detach())
+
+    def _add_moments(self, x: Tensor, output: Tensor) -> None:
+        s = self.stats
+        rows = x.reshape(-1, s.in_features)
+        s.tokens += rows.shape[0]
+        s.sum("input_sum").add_(rows.sum(0, dtype=torch.float32 if rows.dtype.itemsize <= 4 else None))
+        needs_output = s.side == "output" or "normalized" in self.collect
+        y = self._without_bias(output) if needs_output else output
+        small = y if s.side == "output" else rows
+        if s.owner == s.name:
+            gram_update_(s.sum("moment"), small)
+        if "normalized" in self.collect:
+            gram_update_(s.sum("normalized"), small, self._image_weights(y))
+        if "input_moment" in self.collect:
+            gram_update_(s.sum("input_moment"), rows)
+        if "input_abs" in self.collect:
+            s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
+
+    def _without_bias(self, output: Tensor) -> Tensor:
+        y = output if self.linear.bias is None else output - self.linear.bias
+        return y.reshape(-1, self.stats.out_features)
+
+    def _per_image(self, rows: Tensor) -> Tensor:
+        """Split rows by image, `[images, tokens of one, ...]`."""
+        if rows.shape[0] % self.images:
+            raise InputError(
+                f"layer {self.stats.name} sees {rows.shape[0]} rows for {self.images} images: they cannot be told "
+                "apart by image; leave it out with exclude=, or use objective='loss' or 'output' without row_gradient"
+            )
+        return rows.reshape(self.images, -1, rows.shape[-1])
+
+    def _image_weights(self, y: Tensor) -> Tensor:
+        """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
+        energy = self._per_image(y).double().square().sum((1, 2))
+        weight = torch.where(energy > 0, 1 / energy, 0.0)
+        return weight.repeat_interleave(y.shape[0] // self.images).to(torch.float32)
+
+    def _add_gradient(self, g: Tensor) -> None:
+        gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
+
+    def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
+        g, x = (self._per_image(t.detach().reshape(-1, t.shape[-1])).float() for t in (g, x))
+        self.stats.sum("row_gradient").add_((g.mT @ x).square().sum((0, 2)))
