@@ -139,13 +139,14 @@ def row(
 
 def statistics(model: nn.Module, folder: Path, cache: Path) -> tuple[Statistics, float]:
     """Everything that any method needs, in one pass over the calibration images; seconds it took (when it ran)."""
-    path = cache / f"statistics-{ARGS.images}-{ARGS.seed}.safetensors"
+    path = cache / f"statistics-{ARGS.images}-{ARGS.samples}-{ARGS.seed}.safetensors"
     took = path.with_suffix(".seconds.json")
     if path.is_file() and took.is_file():
         return Statistics.load(path), json.loads(took.read_text())
     loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=ARGS.batch_size, limit=ARGS.images)
     start = time.perf_counter()
-    stats = calibrate(model, loader, objective=OBJECTIVES, extras=EXTRAS, seed=ARGS.seed, progress=_say("calibrating"))
+    draws = {"samples": ARGS.samples, "seed": ARGS.seed}
+    stats = calibrate(model, loader, objective=OBJECTIVES, extras=EXTRAS, progress=_say("calibrating"), **draws)
     seconds = time.perf_counter() - start
     stats.save(path)
     took.write_text(json.dumps(seconds))
@@ -179,6 +180,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--images", type=int, default=1000, help="calibration images")
     args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
     args.add_argument("--batch-size", type=int, default=50)
+    args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--seed", type=int, default=0, help="of the targets drawn for the gradient moments")
     args.add_argument("--fresh", action="store_true", help="forget what earlier runs kept")
     return args.parse_args()
@@ -191,7 +193,7 @@ def main() -> None:
     cache = BUILD / "compare_methods" / f"{_weights(model)}-{CODE}"
     if ARGS.fresh:
         shutil.rmtree(cache, ignore_errors=True)
-    finished = cache / f"rows-{ARGS.images}-{ARGS.seed}-{ARGS.limit or 'all'}"
+    finished = cache / f"rows-{ARGS.images}-{ARGS.samples}-{ARGS.seed}-{ARGS.limit or 'all'}"
     finished.mkdir(parents=True, exist_ok=True)
     stats, calibration_seconds = statistics(model, folder, cache)
     tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
@@ -230,6 +232,7 @@ def main() -> None:
         "calibration_seconds": calibration_seconds,
         "validation_images": reference.images,
         "code": CODE,
+        "samples": ARGS.samples,
         "seed": ARGS.seed,
         "machine": machine(),
         "dense": {**reference.to_dict(), "params": count_params(model)},

@@ -24,7 +24,8 @@ def markdown(body: Mapping[str, Any]) -> str:
     lines = [
         "# Methods compared, without any training",
         "",
-        f"`{body['model']}` ({body['weights']}), {body['calibration_images']} calibration images, accuracy on {subset} "
+        f"`{body['model']}` ({body['weights']}), {body['calibration_images']} calibration images "
+        f"({body['samples']} drawn targets each for the gradient moments), accuracy on {subset} "
         "(easier than the full set: do not read it as ImageNet accuracy). "
         f"Dense: top-1 {_interval(dense)}, {dense['params']:,} parameters. Intervals are 95 % (Wilson); all rows see "
         "the same images, so differences between rows are known better than the intervals suggest.",
