@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +50,7 @@ class _Layer:
     def loss(self, rank: int | None) -> float:
         return 0.0 if rank is None else float(self.errors[rank])
 
-    def options(self, allowed: Sequence[int] | None = None) -> tuple[tuple[int | None, ...], Options]:
+    def options(self, allowed: Collection[int] | None = None) -> tuple[tuple[int | None, ...], Options]:
         ranks = tuple(r for r in self.ranks if allowed is None or r is None or r in allowed)
         return ranks, Options(np.array([self.cost(r) for r in ranks]), np.array([self.loss(r) for r in ranks]))
 
@@ -163,34 +163,30 @@ def _ranks(spectrum: LayerSpectrum, step: int, least: int) -> tuple[int, ...]:
 
 
 def _best(layers: Mapping[str, _Layer], room: float, buckets: int | None) -> dict[str, int | None] | None:
-    """The knapsack, and where `buckets` are asked for, once more over the ranks that the first answer clusters into."""
-    allowed: dict[str, tuple[int, ...]] = {}
-    chosen = _solve(layers, room, allowed)
+    """The knapsack, and where `buckets` are asked for, once more over quantiles of the ranks it chose first."""
+    chosen = _solve(layers, room, {})
     if chosen is None or buckets is None:
         return chosen
     positions: dict[str, list[str]] = {}
     for name in layers:
         positions.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    for names in positions.values():
-        found = sorted(r for r in (chosen[name] for name in names) if r is not None)
-        smallest = [r for name in names for r in layers[name].ranks[:1] if r is not None]
-        values = {found[round(q)] for q in np.linspace(0, len(found) - 1, buckets)} if found else set()
-        if len(values) < buckets and smallest:
-            values.add(min(smallest))
-        allowed.update({name: tuple(sorted(values)) for name in names})
-    bucketed = _solve(layers, room, allowed)
-    if bucketed is None:  # the smallest rank must be among the buckets for the tightest budgets
+    for spare in (0, 1):  # the tightest budgets need a bucket for the smallest rank
+        allowed: dict[str, set[int]] = {}
         for names in positions.values():
-            smallest = [r for name in names for r in layers[name].ranks[:1] if r is not None]
-            if smallest:
-                kept = sorted(set(allowed[names[0]]) - {min(smallest)})[: buckets - 1]
-                allowed.update({name: (min(smallest), *kept) for name in names})
+            found = sorted(r for r in (chosen[name] for name in names) if r is not None)
+            ranks = {found[round(q)] for q in np.linspace(0, len(found) - 1, buckets - spare)} if found else set()
+            smallest = min((r for name in names for r in layers[name].ranks if r is not None), default=None)
+            if smallest is not None and len(ranks) < buckets:
+                ranks.add(smallest)
+            allowed.update(dict.fromkeys(names, ranks))
         bucketed = _solve(layers, room, allowed)
-    return bucketed
+        if bucketed is not None:
+            return bucketed
+    return None
 
 
 def _solve(
-    layers: Mapping[str, _Layer], room: float, allowed: Mapping[str, Sequence[int]]
+    layers: Mapping[str, _Layer], room: float, allowed: Mapping[str, Collection[int]]
 ) -> dict[str, int | None] | None:
     choices = {name: layer.options(allowed.get(name)) for name, layer in layers.items()}
     picked = choose([options for _, options in choices.values()], room)
