@@ -255,6 +255,16 @@ def test_what_can_be_refused_first_is(refused, squeeze, tmp_path, unread):
     assert nothing_left(tmp_path, "small.safetensors", "stats.safetensors")
 
 
+def test_no_output_replaces_an_input_or_a_stranger(refused, squeeze, tmp_path, weights, unread):
+    before = weights.read_bytes()
+    assert "--out and --checkpoint are both" in refused(*squeeze(out=weights))
+    assert "--stats and --checkpoint are both" in refused(*squeeze(stats=weights))
+    copy = tmp_path / "my_only_copy.safetensors"
+    copy.write_bytes(before)
+    assert "is no vitlr model" in refused(*squeeze(out=copy))
+    assert copy.read_bytes() == weights.read_bytes() == before
+
+
 def test_models_and_checkpoints_that_do_not_fit(refused, squeeze, tmp_path, weights):
     assert "did you mean vit_tiny" in refused("inspect", "vit_tny_patch16_224")
     assert "did you mean vit_tiny" in refused(*[a if a != NAME else "vit_tny_patch16_224" for a in squeeze()])
@@ -354,7 +364,8 @@ def test_options_that_a_file_has_no_use_for(run, refused, squeeze, tmp_path, wei
 
 def test_disk_full_is_status_1_and_leaves_nothing(run, squeeze, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (tmp_path / "small.safetensors").write_bytes(b"before")
+    assert run(*squeeze()).status == 0
+    before = (tmp_path / "small.safetensors").read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         answer = run(*squeeze())
@@ -362,7 +373,7 @@ def test_disk_full_is_status_1_and_leaves_nothing(run, squeeze, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     last = answer.err.splitlines()[-1]
     assert answer.status == 1 and last.startswith("error: could not write") and answer.out == ""
-    assert nothing_left(tmp_path) and (tmp_path / "small.safetensors").read_bytes() == b"before"
+    assert nothing_left(tmp_path) and (tmp_path / "small.safetensors").read_bytes() == before
 
 
 def test_weights_that_give_nan_are_status_1_and_leave_nothing(run, squeeze, tmp_path, tiny_vit, weights):

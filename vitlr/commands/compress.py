@@ -82,7 +82,8 @@ def compress(
 
     wanted = parse_budget(budget)
     _check_choices(objective, uniform, rank_buckets, centred)
-    _check_destinations(out, stats, plan_out, plan_only)
+    inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
+    _check_destinations(out, stats, plan_out, plan_only, {flag: path for flag, path in inputs.items() if path})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     network = open_model(model, source, device=parse_device(device))
     if out is not None:
@@ -148,7 +149,10 @@ def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | Non
         raise InputError("--centred needs plain moments; it does not go with --objective normalized")
 
 
-def _check_destinations(out: Path | None, stats: Path | None, plan_out: Path | None, plan_only: bool) -> None:
+def _check_destinations(
+    out: Path | None, stats: Path | None, plan_out: Path | None, plan_only: bool, inputs: dict[str, Path]
+) -> None:
+    """Refuse places that cannot be written, and those whose writing would destroy something else."""
     from vitlr.storage import check_writable
 
     if out is None and not plan_only:
@@ -156,6 +160,21 @@ def _check_destinations(out: Path | None, stats: Path | None, plan_out: Path | N
     named = {flag: path for flag, path in (("--out", out), ("--stats", stats), ("--plan-out", plan_out)) if path}
     for flag, path in named.items():
         check_writable(path)
-        twin = next((f for f, p in named.items() if f != flag and p.resolve() == path.resolve()), None)
+        others = {**inputs, **named}
+        twin = next((f for f, p in others.items() if f != flag and p.resolve() == path.resolve()), None)
         if twin is not None:
             raise InputError(f"{flag} and {twin} are both {path}; name two files")
+    if out is not None:
+        _check_replaceable(out)
+
+
+def _check_replaceable(out: Path) -> None:
+    """An earlier result may be replaced; a file that is none, such as somebody's only copy of weights, may not."""
+    from vitlr import checkpoint, storage
+
+    if not out.exists() or out.stat().st_size == 0:
+        return
+    try:
+        storage.load_header(out, kind="model", schema=checkpoint.SCHEMA)
+    except InputError as cause:
+        raise InputError(f"--out {out} is there and is no vitlr model; remove it or name another file") from cause
