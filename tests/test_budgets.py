@@ -27,7 +27,8 @@ def test_budgets_are_read(text, quantity, amount, relative):
 @pytest.mark.parametrize(
     "text",
     ["", "40%", "params", "params:", "params:x", "params:0%", "params:101%", "params:-1", "params:nan", "params:1e400",
-     "flops:40%", "latency:5ms", "params:10MB", "macs:1MiB", "params:40%%", "params:4 0%", "bytes:0"],
+     "flops:40%", "latency:5ms", "params:0.8",
+     "macs:80", "params:10MB", "macs:1MiB", "params:40%%", "params:4 0%", "bytes:0"],
 )  # fmt: skip
 def test_others_are_refused_with_what_is_expected(text):
     with pytest.raises(InputError, match="budget"):

@@ -260,6 +260,26 @@ def test_loaders_without_images_are_refused(tiny_vit, loader):
         calibrate(tiny_vit(), loader)
 
 
+@pytest.mark.parametrize(
+    "batch",
+    [torch.zeros(3, 32, 32), torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 32, 32),
+     (torch.zeros(2), torch.zeros(2, 3, 32, 32)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)],
+)  # fmt: skip
+def test_images_that_the_model_cannot_take_are_refused(tiny_vit, batch):
+    with pytest.raises(InputError, match="the model cannot take an image of the loader"):
+        calibrate(tiny_vit(), [batch])
+    with pytest.raises(InputError, match="loader is one tensor"):
+        calibrate(tiny_vit(), torch.zeros(2, 3, 32, 32))
+
+
+def test_a_model_whose_answer_is_constant_is_refused(tiny_vit, images):
+    model = tiny_vit()
+    nn.init.zeros_(model.head.weight)
+    with pytest.raises(InputError, match="no gradient reached"):
+        calibrate(model, [images])
+    calibrate(model, [images], objective="output")
+
+
 def test_nan_in_images_or_weights_is_an_error(tiny_vit, images):
     bad = images.clone()
     bad[1, 0, 0, 0] = float("nan")

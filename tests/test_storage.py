@@ -38,6 +38,10 @@ def test_unwritable_places_are_refused_before_any_work(tmp_path):
             check_writable(bad)
     assert check_writable(tmp_path / "fine") == tmp_path / "fine"
     assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").write_text("mine")
+    (tmp_path / "kept").chmod(0o444)
+    with pytest.raises(InputError, match="read-only"):
+        check_writable(tmp_path / "kept")
 
 
 @pytest.fixture

@@ -112,9 +112,9 @@ def _spend(
         return chosen
     least = outside + sum(min(layer.cost(r) for r in layer.ranks) for layer in layers.values())
     raise InputError(
-        f"budget {budget} cannot be reached: with these ranks the smallest plan keeps {least / whole:.2%} "
-        f"({least:,.0f} of {whole:,.0f} {budget.quantity}; {outside / whole:.2%} lie outside the compressible layers); "
-        "raise the budget or lower rank_step= and min_rank="
+        f"budget {budget} cannot be reached: the smallest plan keeps {least / whole:.2%} ({least:,.0f} of {whole:,.0f} "
+        f"{budget.quantity}; {outside / whole:.2%} lie outside the compressible layers); raise the budget or allow "
+        "smaller ranks (a smaller rank step)"
     )
 
 

@@ -48,6 +48,9 @@ def parse_budget(text: str | Budget) -> Budget:
         if unit.endswith("b") and quantity != "bytes":
             raise InputError(f"budget {text!r}: {match[3]} is a unit of bytes, not of {quantity}; {_EXPECTED}")
         amount, relative = number * _UNITS[unit if unit.endswith("ib") else unit.removesuffix("b")], False
+    if not relative and not unit and 0 < amount <= 100:
+        percent = number * 100 if number < 1 else number
+        raise InputError(f"budget {text!r} would keep {number:g} {quantity}; for a share write {quantity}:{percent:g}%")
     if not 0 < amount < float("inf") or (relative and amount > 1):
         raise InputError(f"budget {text!r} is out of range: what is kept lies above 0 and up to 100 %")
     return Budget(quantity, amount, relative)

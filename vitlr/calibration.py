@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr import cost, surfaces
-from vitlr.errors import InputError
+from vitlr.errors import InputError, VitlrError
 from vitlr.inputs import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.losses import first_tensor, image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
@@ -48,6 +48,8 @@ def calibrate(
     Raises `InputError` for an empty loader, layers that no image reaches, `torch.inference_mode`, and
     `NumericalError` (naming the layer) for NaN or Inf.
     """
+    if isinstance(loader, Tensor):
+        raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
     objectives = (objective,) if isinstance(objective, str) else tuple(objective)
     _check_choice("objective", objectives, OBJECTIVES)
     _check_choice("extra", extras, EXTRAS)
@@ -102,6 +104,11 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
+    if "loss" in objectives and not any(layer.sum("gradient").any() for layer in run.layers.values()):
+        raise InputError(
+            "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
+            "load trained weights, or calibrate with objective='output'"
+        )
     return _to_cpu(run)
 
 
@@ -126,6 +133,13 @@ def _probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> St
     handles = [linear.register_forward_pre_hook(_remember(sources, name)) for name, linear in targets.items()]
     try:
         macs = cost.count_macs(model, image)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as cause:
+        if isinstance(cause, VitlrError):
+            raise
+        given = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors(image))
+        raise InputError(
+            f"the model cannot take an image of the loader ({given}, with its batch dimension): {cause}"
+        ) from cause
     finally:
         for handle in handles:
             handle.remove()

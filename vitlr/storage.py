@@ -45,6 +45,8 @@ def atomic_path(path: str | os.PathLike[str], *, commit: bool = True) -> Iterato
     path = Path(path)
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder; name a file in it")
+    if path.exists() and not path.stat().st_mode & 0o222:  # a rename would replace it all the same
+        raise InputError(f"cannot write {path}: the file is read-only; name another one")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
