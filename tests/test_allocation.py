@@ -110,6 +110,19 @@ def test_rank_buckets_bound_the_distinct_ranks_of_a_position():
     assert plan_of(f"params:{least + 0.01}%", spectra, rank_buckets=1).params_kept > 0
 
 
+def test_stages_of_other_widths_have_buckets_of_their_own():
+    spectra = spectra_of(blocks=4)
+    for name in list(spectra.layers):
+        layer = spectra.layers[name]
+        if name.startswith(("blocks.2", "blocks.3")):  # wider stages, whose smallest useful rank is larger
+            wide = torch.cat([layer.energies] * 4).sort(descending=True).values
+            eye = torch.eye(len(wide), dtype=torch.float64)
+            sizes = (4 * layer.in_features, 4 * layer.out_features)
+            spectra.layers[name] = LayerSpectrum(name, *sizes, layer.side, wide, eye, eye)
+    free = plan_of("params:30%", spectra)
+    assert plan_of("params:30%", spectra, rank_buckets=2).error < 2 * free.error
+
+
 def _refusal(budget, spectra):
     with pytest.raises(InputError) as error:
         plan_of(budget, spectra)
@@ -129,9 +142,12 @@ def test_include_and_exclude_keep_the_rest_dense_and_say_so():
 def test_ranks_by_hand_are_taken_as_they_are():
     plan = plan_of(None, ranks={"blocks.0.fc1": 31, "blocks.2.qkv": 1})
     assert plan.ranks == {"blocks.0.fc1": 31, "blocks.2.qkv": 1}
+    assert plan_of(None, ranks={"blocks.0.fc1": np.int64(8)}).ranks == {"blocks.0.fc1": 8}
+    with pytest.raises(InputError, match="does not go with"):
+        plan_of(None, ranks={"blocks.0.fc1": 8}, include="fc1")
     with pytest.raises(InputError, match="over the budget"):
         plan_of("params:50%", ranks={"blocks.0.fc1": 1})
-    for bad in ({"x": 3}, {"blocks.0.fc1": 0}, {"blocks.0.fc1": 33}, {"blocks.0.fc1": 2.5}):
+    for bad in ({"x": 3}, {"blocks.0.fc1": 0}, {"blocks.0.fc1": 33}, {"blocks.0.fc1": 2.5}, {"blocks.0.fc1": True}):
         with pytest.raises(InputError):
             plan_of(None, ranks=bad)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitlr.calibration import calibrate
 from vitlr.errors import InputError, NumericalError
-from vitlr.losses import image_seeds, sampled_losses
+from vitlr.losses import image_seeds, is_logits, sampled_losses
 from vitlr.statistics import Statistics
 
 ALL = {"objective": ("loss", "output", "normalized"), "extras": ("input_moment", "input_abs", "row_gradient")}
@@ -49,8 +49,7 @@ def recorded(model, images, seed=0):
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name != "head":
             handles.append(module.register_forward_hook(hook(name)))
-    output = model(images)
-    sampled_losses(model, output, image_seeds(images, seed), 1)[0].backward()
+    sampled_losses(model, model(images), image_seeds([images], seed), 1)[0].backward()
     return {name: (x.detach(), y.detach(), y.grad) for name, (x, y) in seen.items()}
 
 
@@ -203,6 +202,7 @@ def test_the_sampled_loss_estimates_the_kl_divergence():
     logits = torch.randn(1, 7, dtype=torch.float64).requires_grad_()
     delta = 1e-3 * torch.randn(1, 7, dtype=torch.float64)
     model = nn.Identity()
+    model.num_classes = 7
     total = 0.0
     losses = sampled_losses(model, logits, [3], 4000)
     for loss in losses:
@@ -246,6 +246,7 @@ def test_statistics_survive_the_disk(tiny_vit, images, tmp_path):
         ({"objective": ()}, "objective"),
         ({"extras": ("everything",)}, "extra"),
         ({"samples": 0}, "samples"),
+        ({"samples": 2, "loss_fn": lambda out, batch: out.sum()}, "samples=2"),
         ({"include": "("}, "include"),
     ],
 )
@@ -299,6 +300,111 @@ def test_other_runs_are_not_added_up(tiny_vit, images):
     ):
         with pytest.raises(InputError, match="do not belong together"):
             one.merge(other)
+
+
+class Frozen(nn.Module):
+    """A backbone behind no_grad, as in a linear probe, and a head."""
+
+    def __init__(self, everything=False):
+        super().__init__()
+        self.backbone, self.neck, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        self.everything, self.num_classes = everything, 5
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.backbone(x)
+            if self.everything:
+                x = self.neck(x)
+        if not self.everything:
+            x = self.neck(x)
+        return self.head(x).detach() if self.everything else self.head(x)
+
+
+def test_layers_that_no_gradient_reaches_are_named():
+    with pytest.raises(InputError, match=r"no gradient arrives at 1 layers \(backbone\)"):
+        calibrate(Frozen(), [torch.randn(4, 8)])
+    calibrate(Frozen(), [torch.randn(4, 8)], exclude="backbone")
+    with pytest.raises(InputError, match="autograd"):
+        calibrate(Frozen(everything=True), [torch.randn(4, 8)])
+
+
+def test_images_of_two_sizes_are_refused(tiny_vit):
+    model = tiny_vit(dynamic_img_size=True)
+    with pytest.raises(InputError, match="after images of"):
+        calibrate(model, [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 64, 64)])
+
+
+def test_an_input_that_was_written_to_is_another_input():
+    class Rewriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.twice = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 6)
+
+        def forward(self, x):
+            x = x + 0
+            y = self.a(x) + self.twice(x)
+            x = x.relu_()
+            return y + self.b(x) + self.twice(x)
+
+    x = torch.randn(5, 4)
+    stats = calibrate(Rewriting(), [x], objective="output")
+    X, R = x.double(), x.double().relu()
+    close(stats.layers["a"].moment, X.T @ X)
+    close(stats.layers["b"].moment, R.T @ R)
+    close(stats.layers["twice"].moment, X.T @ X + R.T @ R)
+
+
+def test_a_failed_batch_spoils_the_statistics_it_was_added_to(tiny_vit, images, tmp_path):
+    stats = calibrate(tiny_vit(), [images])
+    bad = images.clone()
+    bad[0] = float("nan")
+    with pytest.raises(NumericalError):
+        calibrate(tiny_vit(), [bad], stats=stats)
+    for use in (
+        lambda: stats.save(tmp_path / "s.safetensors"),
+        lambda: stats.merge(stats),
+        lambda: stats.check_fits({}),
+        lambda: calibrate(tiny_vit(), [images], stats=stats),
+    ):
+        with pytest.raises(InputError, match="half a batch"):
+            use()
+
+
+def test_embeddings_are_features_and_every_tensor_seeds_its_image():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 6)
+
+        def forward(self, x):
+            return F.normalize(self.proj(x), dim=-1)
+
+    assert not is_logits(Encoder(), torch.randn(2, 6))
+    a, b = torch.ones(3, 2), torch.arange(6.0).reshape(3, 2)
+    assert len(set(image_seeds([a], 0))) == 1 and len(set(image_seeds([a, b], 0))) == 3
+
+
+def test_damaged_shapes_in_a_file_are_refused(tiny_vit, images, tmp_path):
+    stats = calibrate(tiny_vit(), [images], objective="output")
+    stats.layers["blocks.0.mlp.fc2"].moment = torch.zeros(3, 3, dtype=torch.float64)
+    stats.save(tmp_path / "s.safetensors")
+    with pytest.raises(InputError, match=r"moment is \[3, 3\]"):
+        Statistics.load(tmp_path / "s.safetensors")
+
+
+def test_sequence_first_layers_cannot_be_weighted_by_image():
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x.transpose(0, 1)).transpose(0, 1)).mean(1)
+
+    x = torch.randn(2, 4, 4)  # as many rows for two images as a batch of tokens would have
+    calibrate(SequenceFirst(), [x])
+    with pytest.raises(InputError, match="layer a"):
+        calibrate(SequenceFirst(), [x], objective="normalized")
 
 
 def test_layers_that_mix_images_cannot_be_weighted_by_image():

@@ -173,6 +173,29 @@ def test_nan_and_inf_name_the_layer(poison, n, k, objective, field):
         decompose(model, stats, objective)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 8])
+def test_a_weight_of_low_rank_is_solved_in_spite_of_float32_noise(rank):
+    """H = Wᵀ S W then has empty directions, and float32 products leave noise of either sign in them."""
+    W, X, D = random_layer(48, 16, 200, 7)
+    W = W[:, :rank] @ torch.randn(rank, 16, dtype=torch.float64)
+    model, stats = statistics_of(W, X, D, "loss")
+    back = (D @ W).float()
+    stats.layers["layer"].gradient = (back.T @ back).double()
+    spectrum = decompose(model, stats).layers["layer"]
+    A, B, _ = spectrum.factors(W, rank)
+    torch.testing.assert_close(A @ B, W, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_options_are_refused():
+    W, X, D = random_layer(6, 9, 12, 8)
+    model, stats = statistics_of(W, X, D, "loss")
+    for bad in ({"objective": "best"}, {"damping": -1.0}, {"damping": float("nan")}):
+        with pytest.raises(InputError):
+            decompose(model, stats, **bad)
+    with pytest.raises(InputError, match="centred"):
+        decompose(model, stats, "normalized", centred=True)
+
+
 def test_wrong_objective_and_other_weights_are_refused():
     W, X, D = random_layer(6, 9, 12, 6)
     model, stats = statistics_of(W, X, D, "output")

@@ -53,8 +53,9 @@ def test_one_calibration_serves_any_budget_without_solving_again(calibrated):
     first = vitlr.plan(model, stats, "params:70%", rank_step=4)
     second = vitlr.plan(model, stats, "params:80%", rank_step=4, spectra=first.spectra)
     assert second.to_json() == vitlr.plan(model, stats, "params:80%", rank_step=4).to_json()
-    with pytest.raises(InputError, match="spectra"):
-        vitlr.plan(model, stats, "params:80%", objective="output", spectra=first.spectra)
+    for other in ({"objective": "output"}, {"centred": True}, {"damping": 5.0}):
+        with pytest.raises(InputError, match="spectra"):
+            vitlr.plan(model, stats, "params:80%", spectra=first.spectra, **other)
 
 
 def test_a_plan_from_json_needs_the_statistics_and_gives_the_same_model(calibrated, batches, tmp_path):
@@ -79,6 +80,26 @@ def test_plans_and_statistics_of_another_model_are_refused(calibrated, tiny_vit,
     small = vitlr.apply(model, plan)
     with pytest.raises(InputError):
         vitlr.apply(small, plan)
+
+
+def test_frozen_layers_stay_frozen_and_hooks_are_not_lost_in_silence(calibrated):
+    model, stats = calibrated
+    plan = vitlr.plan(model, stats, "params:70%", rank_step=4)
+    name = next(iter(plan.ranks))
+    model.get_submodule(name).requires_grad_(False)
+    small = vitlr.apply(model, plan).get_submodule(name)
+    assert not any(p.requires_grad for p in small.parameters())
+    handle = model.get_submodule(name).register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="hooks"):
+        vitlr.apply(model, plan)
+    handle.remove()
+
+
+def test_a_compressed_model_made_dense_is_compressed_again(calibrated, batches):
+    model, stats = calibrated
+    dense = vitlr.to_dense(vitlr.apply(model, vitlr.plan(model, stats, "params:60%", rank_step=2)))
+    again = vitlr.compress(dense, batches, budget="params:60%", rank_step=2)
+    assert cost.count_params(again) <= 0.6 * cost.count_params(dense)
 
 
 def test_in_place_is_in_place(calibrated, batches):
@@ -109,6 +130,11 @@ def test_compress_is_all_of_it_and_checks_the_budget_first(tiny_vit, batches):
 
     with pytest.raises(InputError, match="budget"):
         vitlr.compress(model, no_images(), budget="params:nonsense")
+    for bad in ({"rank_step": 0}, {"uniform": True, "rank_buckets": 2}, {"damping": -1.0}, {"objective": "best"}):
+        with pytest.raises(InputError):
+            vitlr.compress(model, no_images(), budget="params:70%", **bad)
+    with pytest.raises(InputError, match="budget"):
+        vitlr.compress(model, no_images())
     with pytest.raises(InputError, match="rank_stepp"):
         vitlr.compress(model, no_images(), budget="params:70%", rank_stepp=4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,13 @@ def allocate(
 
     Raises `InputError` where the budget cannot be reached, saying what can be, and for bad arguments.
     """
-    _check(rank_step, min_rank, rank_buckets, uniform, ranks, budget, spectra)
+    check_options(
+        budget, uniform=uniform, ranks=ranks, rank_step=rank_step, min_rank=min_rank, rank_buckets=rank_buckets
+    )
+    if ranks is not None and (include is not None or exclude is not None):
+        raise InputError("ranks= names the layers itself; it does not go with include= or exclude=")
+    if not spectra.layers:
+        raise InputError("there is no layer to compress")
     quantity = budget.quantity if budget else "params"
     chosen_names = _match(list(spectra.layers), include, exclude)
     layers: dict[str, _Layer] = {}
@@ -118,20 +125,30 @@ def _spend(
     )
 
 
-def _check(
-    rank_step: int, min_rank: int, buckets: int | None, uniform: bool, ranks: object, budget: object, spectra: Spectra
+def check_options(
+    budget: Budget | None,
+    *,
+    uniform: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    rank_step: int = 16,
+    min_rank: int = 1,
+    rank_buckets: int | None = None,
 ) -> None:
-    for label, value in (("rank_step", rank_step), ("min_rank", min_rank), ("rank_buckets", buckets)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+    """Raise `InputError` for options that no spectra could serve."""
+    for label, value in (("rank_step", rank_step), ("min_rank", min_rank), ("rank_buckets", rank_buckets)):
+        if value is not None and (_whole(value) or 0) < 1:
             raise InputError(f"{label}={value!r}, expected a whole number from 1 on")
-    if ranks is not None and (uniform or buckets):
+    if ranks is not None and (uniform or rank_buckets):
         raise InputError("ranks= names the ranks itself; it does not go with uniform= or rank_buckets=")
-    if uniform and buckets:
+    if uniform and rank_buckets:
         raise InputError("uniform=True gives one rank a shape already; it does not go with rank_buckets=")
     if ranks is None and budget is None:
         raise InputError("give a budget such as 'params:40%', or ranks={layer: rank}")
-    if not spectra.layers:
-        raise InputError("there is no layer to compress")
+
+
+def _whole(value: object) -> int | None:
+    """The value as an int where it is a whole number (numpy's too), else None."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
 
 
 def _match(names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> set[str]:
@@ -167,9 +184,10 @@ def _best(layers: Mapping[str, _Layer], room: float, buckets: int | None) -> dic
     chosen = _solve(layers, room, {})
     if chosen is None or buckets is None:
         return chosen
-    positions: dict[str, list[str]] = {}
-    for name in layers:
-        positions.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    positions: dict[tuple[str, int, int], list[str]] = {}
+    for name, layer in layers.items():  # stages of other widths (Swin) are positions of their own
+        key = (re.sub(r"\d+", "*", name), layer.spectrum.out_features, layer.spectrum.in_features)
+        positions.setdefault(key, []).append(name)
     for spare in (0, 1):  # the tightest budgets need a bucket for the smallest rank
         allowed: dict[str, set[int]] = {}
         for names in positions.values():
@@ -231,9 +249,9 @@ def _by_hand(layers: Mapping[str, _Layer], ranks: Mapping[str, int]) -> dict[str
                 f"ranks= names {name!r}, which is no compressible layer; the first is {next(iter(layers))!r}"
             )
         limit = layers[name].spectrum.max_rank
-        if not isinstance(rank, int) or not 1 <= rank <= limit:
+        if not 1 <= (_whole(rank) or 0) <= limit:
             raise InputError(f"layer {name}: rank {rank!r}, expected a whole number from 1 to {limit}")
-    return {name: ranks.get(name) for name in layers}
+    return {name: _whole(ranks[name]) if name in ranks else None for name in layers}
 
 
 def _reasons(

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr import cost, surfaces
-from vitlr.errors import InputError, VitlrError
+from vitlr import surfaces
+from vitlr.errors import InputError
 from vitlr.inputs import call, count_images, image_shape, one_image, tensors, to_model
-from vitlr.losses import first_tensor, image_seeds, sampled_losses
+from vitlr.losses import image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
+from vitlr.probe import Probe, probe
 from vitlr.statistics import EXTRAS, OBJECTIVES, LayerStatistics, Statistics, fingerprint
 from vitlr.taps import Tap
 
@@ -45,8 +46,9 @@ def calibrate(
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. The model comes
     back as it was.
 
-    Raises `InputError` for an empty loader, layers that no image reaches, `torch.inference_mode`, and
-    `NumericalError` (naming the layer) for NaN or Inf.
+    Raises `InputError` for an empty loader, layers that no image or no gradient reaches, images of several sizes and
+    `torch.inference_mode`; `NumericalError` (naming the layer) for NaN or Inf. After an error in the middle of a batch
+    the statistics passed as `stats` are marked as not whole, and refused.
     """
     if isinstance(loader, Tensor):
         raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
@@ -55,6 +57,8 @@ def calibrate(
     _check_choice("extra", extras, EXTRAS)
     if samples < 1:
         raise InputError(f"samples={samples}, expected at least one draw per image")
+    if loss_fn is not None and samples != 1:
+        raise InputError(f"loss_fn= is one loss; it does not go with samples={samples}")
     if torch.is_inference_mode_enabled():
         raise InputError("calibrate needs gradients and cannot run under torch.inference_mode(); call it outside")
     needs_gradient = "loss" in objectives or "row_gradient" in extras
@@ -74,13 +78,21 @@ def calibrate(
             if images == 0:
                 continue
             if run is None:
-                fresh = _probe(model, targets, one_image(inputs))
+                found = probe(model, targets, one_image(inputs))
+                fresh = _empty(targets, found, image_shape(inputs))
                 fresh.objectives, fresh.extras = objectives, tuple(extras)
                 fresh.samples, fresh.seed = samples, seed
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
-                taps += [Tap(run.layers[n], targets[n], {*objectives, *extras}) for n in targets]
+                collect = {*objectives, *extras}
+                taps += [Tap(run.layers[name], targets[name], collect, found.leading[name]) for name in targets]
+            elif image_shape(inputs) != run.input_shape:
+                raise InputError(
+                    f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
+                    "tokens depend on the size, so calibrate with one"
+                )
+            run.whole = False
             for tap in taps:
                 tap.images, tap.in_backward = images, False
             with torch.set_grad_enabled(needs_gradient):
@@ -89,14 +101,11 @@ def calibrate(
                     if loss_fn is not None:
                         losses = [loss_fn(output, batch)]
                     else:
-                        picked = output_fn(output) if output_fn is not None else first_tensor(output)
-                        seeds = image_seeds(tensors(inputs)[0], seed)
-                        losses = sampled_losses(model, picked, seeds, samples)
-                    for tap in taps:
-                        tap.in_backward = True
-                    for index, loss in enumerate(losses):
-                        loss.backward(retain_graph=index + 1 < len(losses))
+                        picked = output_fn(output) if output_fn is not None else output
+                        losses = sampled_losses(model, picked, image_seeds(tensors(inputs), seed), samples)
+                    _backward(losses, taps)
             run.images += images
+            run.whole = True
             if on_batch is not None:
                 on_batch(run)
             if progress is not None:
@@ -112,6 +121,32 @@ def calibrate(
     return _to_cpu(run)
 
 
+def _backward(losses: Sequence[Tensor], taps: Sequence[Tap]) -> None:
+    """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
+    for tap in taps:
+        tap.in_backward = True
+    for index, loss in enumerate(losses):
+        if not loss.requires_grad:
+            raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
+        loss.backward(retain_graph=index + 1 < len(losses))
+    cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
+    if cut_off:
+        raise InputError(
+            f"no gradient arrives at {len(cut_off)} layers ({', '.join(cut_off[:4])}{', …' * (len(cut_off) > 4)}): "
+            "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
+            "calibrate with objective='output'"
+        )
+
+
+def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statistics:
+    layers = {
+        name: LayerStatistics(name, linear.in_features, linear.out_features, found.owners[name])
+        for name, linear in targets.items()
+    }
+    weights = fingerprint({name: linear.weight for name, linear in targets.items()})
+    return Statistics(layers, weights, macs=found.macs, input_shape=shape)
+
+
 def _remove(taps: list[Tap]) -> None:
     for tap in taps:
         tap.remove()
@@ -125,46 +160,6 @@ def _check_choice(what: str, chosen: Sequence[str], known: Sequence[str]) -> Non
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
-
-
-def _probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Statistics:
-    """Send one image through: proves that every target fires, finds who shares an input, counts the MACs."""
-    sources: dict[str, Tensor] = {}  # holding the inputs keeps their identities apart
-    handles = [linear.register_forward_pre_hook(_remember(sources, name)) for name, linear in targets.items()]
-    try:
-        macs = cost.count_macs(model, image)
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as cause:
-        if isinstance(cause, VitlrError):
-            raise
-        given = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors(image))
-        raise InputError(
-            f"the model cannot take an image of the loader ({given}, with its batch dimension): {cause}"
-        ) from cause
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [name for name in targets if name not in sources]
-    if silent:
-        raise InputError(
-            f"{len(silent)} linear layers are never called ({', '.join(silent[:4])}{', …' * (len(silent) > 4)}): "
-            "the model reads their weights itself or does not use them, and replacing them would change nothing; "
-            "leave them out with exclude="
-        )
-    owners: dict[int, str] = {}
-    layers = {}
-    for name, linear in targets.items():
-        n, k = linear.out_features, linear.in_features
-        owner = owners.setdefault(id(sources[name]), name) if n > k else name
-        layers[name] = LayerStatistics(name, k, n, owner)
-    weights = fingerprint({name: linear.weight for name, linear in targets.items()})
-    return Statistics(layers, weights, macs=macs, input_shape=image_shape(image))
-
-
-def _remember(sources: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        sources.setdefault(name, args[0])
-
-    return hook
 
 
 def _total(loader: Any) -> int | None:

@@ -53,7 +53,7 @@ def save(
         "fused": surgery.fused_names(model),
         "visible": [name for name, module in surfaces.timm.switchable(model) if getattr(module, surfaces.timm.SWITCH)],
         "tied": tied,
-        "buffers": {},
+        "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if _casts(buffer)},
         "dtype": str(next((t.dtype for t in tensors.values() if t.is_floating_point()), None)).removeprefix("torch."),
         "data": _data_config(model),
         "plan": plan.to_dict() if isinstance(plan, Plan) else plan if plan is not None else info.get("plan"),
@@ -62,7 +62,7 @@ def save(
         "versions": _versions(),
     }
     if header["origin"] is not None:
-        header["buffers"] = _verified(model, header)
+        _verify(model, header)
     try:
         header = json.loads(json.dumps(header))
     except (TypeError, ValueError) as cause:
@@ -137,8 +137,17 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, tied
 
 
-def _verified(model: nn.Module, header: dict[str, Any]) -> dict[str, str]:
-    """Rebuild as `load` will and refuse what differs; return the dtypes of tables that were cast."""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _casts(buffer: Tensor) -> bool:
+    """Whether `.half()` and the like reach this table, so that its dtype has to be kept."""
+    return buffer.dtype in _DTYPES.values()
+
+
+def _verify(model: nn.Module, header: dict[str, Any]) -> None:
+    """Rebuild as `load` will and refuse what differs."""
     try:
         twin = _reshape(build(header["origin"], "cpu"), header)
         problem = differences(model, twin)
@@ -149,12 +158,6 @@ def _verified(model: nn.Module, header: dict[str, Any]) -> dict[str, str]:
             f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
             "arguments it was created with, or model_args=False to load it with load(path, model=...)"
         )
-    ours = {name: buffer.dtype for name, _, _, buffer in hidden_buffers(model)}
-    return {
-        name: str(ours[name]).removeprefix("torch.")
-        for name, _, _, buffer in hidden_buffers(twin)
-        if buffer.dtype != ours[name]
-    }
 
 
 def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:

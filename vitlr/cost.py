@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitlr.inputs import call
 from vitlr.modes import evaluation_mode
 
 
@@ -36,7 +37,7 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
     """Multiply-accumulates of the matrix products and convolutions of one forward pass (half of torch's FLOPs)."""
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), counter:
-        model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        call(model, inputs)
     return counter.get_total_flops() // 2
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.spectra import LayerSpectrum, Spectra
-from vitlr.statistics import LayerStatistics, Statistics
+from vitlr.statistics import OBJECTIVES, LayerStatistics, Statistics
 
 DAMPING = 0.1  # best on held-out calibration images where images are few, level with 0.01 where they are many
-_JITTER = 1e-12  # relative to the trace: keeps a Cholesky factor of a singular F finite, moves nothing else
+_JITTERS = [10.0**k for k in range(-12, -2)]  # relative to the mean eigenvalue; the first that suffices is taken
 
 
 def decompose(
@@ -47,13 +47,12 @@ def decompose(
     solve meets NaN or Inf or does not converge.
     """
     objective = objective or stats.default_objective
+    check_options(objective, centred, damping)
     if objective != "output" and objective not in stats.objectives:
         raise InputError(
             f"these statistics hold {', '.join(stats.objectives)}, not {objective!r}; "
             f"calibrate with objective={objective!r}"
         )
-    if centred and objective == "normalized":
-        raise InputError("centred=True needs plain moments; the normalized ones weigh every image differently")
     weights = layer_weights(model, stats)
     stats.check_fits(weights)
     names = list(stats.layers)
@@ -68,9 +67,7 @@ def decompose(
             else:
                 energies, P, Q = solve(M, None if F is None else _damped(F, W, layer.side, damping, objective))
         except torch.linalg.LinAlgError as cause:
-            raise NumericalError(
-                f"layer {name}: the eigensolver failed ({cause}); use more images or damping"
-            ) from cause
+            raise NumericalError(f"layer {name}: the solve failed ({cause}); calibrate again in float32") from cause
         if not (torch.isfinite(energies).all() and torch.isfinite(P).all() and torch.isfinite(Q).all()):
             raise NumericalError(f"layer {name}: its moments or weights hold NaN or Inf; calibrate again in float32")
         mean = layer.sum("input_sum").to(W) / max(layer.tokens, 1) if centred else None
@@ -82,6 +79,16 @@ def decompose(
         if progress is not None:
             progress(len(spectra), len(names))
     return Spectra(spectra, objective, stats.fingerprint, centred, damping)
+
+
+def check_options(objective: str | None, centred: bool, damping: float) -> None:
+    """Raise `InputError` for options that no statistics could serve."""
+    if objective not in (None, *OBJECTIVES):
+        raise InputError(f"unknown objective {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+    if centred and objective == "normalized":
+        raise InputError("centred=True needs plain moments; the normalized ones weigh every image differently")
+    if not 0 <= damping < float("inf"):
+        raise InputError(f"damping={damping}, expected a number from 0 on")
 
 
 def _map(task: Callable[[str], LayerSpectrum], names: list[str], device: torch.device) -> Iterator[LayerSpectrum]:
@@ -118,12 +125,10 @@ def _pair(
 
 def _damped(F: Tensor, W: Tensor, side: str, damping: float, objective: str) -> Tensor:
     """F with a floor under the output gradients: `S + δ · 1`, which on the input side reads `H + δ WᵀW`."""
-    n = F.shape[-1]
-    one = torch.eye(n, dtype=F.dtype, device=F.device)
-    if objective == "loss":
-        floor = one if side == "output" else W.mT @ W
-        F = F + damping * F.trace() / floor.trace().clamp_min(torch.finfo(F.dtype).tiny) * floor
-    return F + _JITTER * F.trace() / n * one
+    if objective != "loss":
+        return F
+    floor = torch.eye(len(F), dtype=F.dtype, device=F.device) if side == "output" else W.mT @ W
+    return F + damping * F.trace() / floor.trace().clamp_min(torch.finfo(F.dtype).tiny) * floor
 
 
 def layer_weights(model: nn.Module, stats: Statistics) -> dict[str, Tensor]:
@@ -141,15 +146,31 @@ def solve(M: Tensor, F: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Solve `min ‖F^{1/2}(1 − P_r Q_r)M^{1/2}‖²` for all r: energies `[n]` (descending, ≥ 0), `P, Q [n, n]`, `Q P = 1`.
 
     `F = Rᵀ R` (Cholesky), `R M Rᵀ = U Λ Uᵀ`, `P = R⁻¹ U`, `Q = Uᵀ R`. M symmetric positive semidefinite, possibly
-    singular; F positive definite, or None for the identity. Raises `torch.linalg.LinAlgError` on no convergence.
+    singular; F positive semidefinite up to rounding, or None for the identity. Raises `torch.linalg.LinAlgError` on no
+    convergence.
     """
     if F is None:
         energies, U = torch.linalg.eigh(M)
         U = U.flip(-1)
         return energies.flip(-1).clamp_min(0), U, U.mT
-    L = torch.linalg.cholesky(F)  # R = Lᵀ
+    L = _cholesky(F)  # R = Lᵀ
     K = L.mT @ M @ L
     energies, U = torch.linalg.eigh((K + K.mT) / 2)
     U = U.flip(-1)
     P = torch.linalg.solve_triangular(L.mT, U, upper=True)
     return energies.flip(-1).clamp_min(0), P, U.mT @ L.mT
+
+
+def _cholesky(F: Tensor) -> Tensor:
+    """The factor `F = L Lᵀ` of a matrix that is positive semidefinite up to rounding, with the least jitter that helps.
+
+    Moments of float32 products carry noise of either sign, 1e-7 of the largest eigenvalue, in the directions that a
+    rank-deficient weight leaves empty. Raises `torch.linalg.LinAlgError` where F is further from semidefinite.
+    """
+    one = torch.eye(len(F), dtype=F.dtype, device=F.device)
+    level = F.trace() / len(F)
+    for jitter in _JITTERS:
+        L, info = torch.linalg.cholesky_ex(F + jitter * level * one)
+        if info == 0:
+            return L
+    raise torch.linalg.LinAlgError("its gradient moment is not positive semidefinite")

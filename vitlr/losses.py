@@ -10,18 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlr import surfaces
 from vitlr.errors import InputError, NumericalError
 
 
-def image_seeds(images: Tensor, seed: int) -> list[int]:
-    """One seed per image, from its content: batch size, order and merging then change no draw."""
-    rows = images.detach().cpu().contiguous().view(torch.uint8).reshape(images.shape[0], -1).numpy()
-    return [zlib.crc32(row.data, seed & 0xFFFFFFFF) for row in rows]
+def image_seeds(inputs: Sequence[Tensor], seed: int) -> list[int]:
+    """One seed per image, from its content in all tensors: batch size, order and merging then change no draw."""
+    seeds = [seed & 0xFFFFFFFF] * inputs[0].shape[0]
+    for images in inputs:
+        rows = images.detach().cpu().contiguous().view(torch.uint8).reshape(images.shape[0], -1).numpy()
+        seeds = [zlib.crc32(row.data, start) for row, start in zip(rows, seeds, strict=True)]
+    return seeds
 
 
 def draws(seeds: Sequence[int], samples: int, shape: Sequence[int], kind: Callable[..., Tensor]) -> Tensor:
-    """`samples` draws of `shape` for each seed, as `[samples, images, *shape]` in float64 on the CPU."""
-    rows = [kind((samples, *shape), generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
+    """`samples` draws of `shape` for each seed, as `[samples, images, *shape]` on the CPU."""
+    rows = [kind((samples, *shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows, dim=1)
 
 
@@ -37,13 +41,18 @@ def first_tensor(output: Any) -> Tensor:
     raise InputError(f"the model returned {type(output).__name__}, expected a tensor; pass output_fn= to pick one")
 
 
-def is_logits(model: nn.Module, output: Tensor) -> bool:
-    """Whether `output [images, classes]` is a classifier's answer rather than features."""
+def is_logits(model: nn.Module, answer: Any) -> bool:
+    """Whether the answer is a classifier's `[images, classes]` rather than features."""
+    output = first_tensor(answer)
+    if output.ndim != 2 or output.shape[1] < 2:
+        return False
     classes = getattr(model, "num_classes", None)
-    return output.ndim == 2 and output.shape[1] > 1 and classes in (None, output.shape[1])
+    if classes is not None:
+        return bool(classes == output.shape[1])
+    return getattr(answer, "logits", None) is not None or bool(surfaces.classifier_names(model))
 
 
-def sampled_losses(model: nn.Module, output: Tensor, seeds: Sequence[int], samples: int) -> list[Tensor]:
+def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples: int) -> list[Tensor]:
     """`samples` scalar losses, each summed over the images, whose gradients' second moment is the Fisher matrix.
 
     Logits z: `-log softmax(z)[t]` with the target t drawn from softmax(z), so that `½ E[(gᵀδ)²]` estimates the KL
@@ -51,10 +60,11 @@ def sampled_losses(model: nn.Module, output: Tensor, seeds: Sequence[int], sampl
     same expression estimates half the squared change of the normalised feature. Raises `NumericalError` where the
     output is not finite.
     """
+    output = first_tensor(answer)
     if not torch.isfinite(output).all():
         raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
-    if is_logits(model, output):
-        uniform = draws(seeds, samples, (1,), torch.rand)
+    if is_logits(model, answer):
+        uniform = draws(seeds, samples, (1,), torch.rand).double()
         cumulative = output.detach().double().softmax(-1).cumsum(-1).cpu()
         targets = torch.searchsorted(cumulative.expand(samples, -1, -1).contiguous(), uniform)
         targets = targets.clamp_(max=output.shape[1] - 1).squeeze(-1).to(output.device)

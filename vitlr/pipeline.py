@@ -9,9 +9,11 @@ from torch import nn
 
 from vitlr import cost
 from vitlr.allocation import Sizes, allocate
+from vitlr.allocation import check_options as check_allocation
 from vitlr.budgets import Budget, parse_budget
 from vitlr.calibration import calibrate
 from vitlr.decomposition import DAMPING, decompose, layer_weights
+from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
 from vitlr.plans import Plan
 from vitlr.spectra import Spectra
@@ -36,8 +38,8 @@ def plan(
     rank_buckets: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    centred: bool = False,
-    damping: float = DAMPING,
+    centred: bool | None = None,
+    damping: float | None = None,
     spectra: Spectra | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -48,9 +50,18 @@ def plan(
     """
     wanted = None if budget is None else parse_budget(budget)
     if spectra is None:
-        spectra = decompose(model, stats, objective, centred=centred, damping=damping, progress=progress)
-    elif spectra.fingerprint != stats.fingerprint or objective not in (None, spectra.objective):
-        raise InputError("these spectra are of other statistics or another objective; leave spectra= out")
+        damping = DAMPING if damping is None else damping
+        spectra = decompose(model, stats, objective, centred=bool(centred), damping=damping, progress=progress)
+    elif (
+        spectra.fingerprint != stats.fingerprint
+        or objective not in (None, spectra.objective)
+        or centred not in (None, spectra.centred)
+        or damping not in (None, spectra.damping)
+    ):
+        raise InputError(
+            f"these spectra ({spectra.objective}, centred={spectra.centred}, damping={spectra.damping}) are of other "
+            "statistics or other options; leave spectra= out"
+        )
     return allocate(
         spectra,
         sizes(model, stats),
@@ -115,7 +126,7 @@ def compress(
 ) -> nn.Module:
     """Calibrate, plan and apply in one call; takes the keywords of `calibrate` and `plan`.
 
-    The budget is checked before any image is read. Raises what the stages raise.
+    Budget and options are checked before any image is read. Raises what the stages raise.
     """
     if budget is not None:
         budget = parse_budget(budget)
@@ -124,5 +135,7 @@ def compress(
         raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(_CALIBRATE | _PLAN))}")
     measured = {key: value for key, value in options.items() if key in _CALIBRATE}
     planned = {key: value for key, value in options.items() if key in _PLAN}
+    check_allocation(budget, **{key: value for key, value in planned.items() if key not in ("centred", "damping")})
+    check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
     stats = calibrate(model, loader, objective=objective, progress=progress, **measured)
     return apply(model, plan(model, stats, budget, **planned), inplace=inplace)

@@ -63,6 +63,15 @@ class LayerStatistics:
             )
         return tensor
 
+    def check_shapes(self) -> None:
+        """Raise `InputError` where a sum has another shape than the layer's sizes give it."""
+        n, K, N = self.size, self.in_features, self.out_features
+        square = {"moment": (n, n), "gradient": (n, n), "normalized": (n, n), "input_moment": (K, K)}
+        expected = {**square, "input_sum": (K,), "input_abs": (K,), "row_gradient": (N,)}
+        for key, tensor in self.sums():
+            if tensor.shape != expected[key]:
+                raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected {list(expected[key])}")
+
     def sums(self) -> Iterator[tuple[str, Tensor]]:
         """The sums that this layer keeps itself, by name; a moment that another layer owns is left out."""
         for key in _SUMS:
@@ -77,7 +86,7 @@ class Statistics:
 
     `objectives` and `extras` say what was collected, `samples` how many targets were drawn per image, `seed` from
     which seed, `macs` what one dense forward costs, `input_shape` the shape of one image, `fingerprint` of which
-    weights this speaks.
+    weights this speaks. `whole` is false while a batch is being added, and stays so where that failed.
     """
 
     layers: dict[str, LayerStatistics]
@@ -90,6 +99,7 @@ class Statistics:
     macs: int = 0
     input_shape: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
+    whole: bool = True
 
     def __str__(self) -> str:
         tokens = sum(layer.tokens for layer in self.layers.values())
@@ -112,10 +122,14 @@ class Statistics:
             "samples": self.samples,
             "seed": self.seed,
             "layers": sorted(self.layers),
+            "image sizes": self.input_shape,
+            "macs": self.macs,
         }
 
     def check_addable(self, other: Statistics) -> None:
-        """Raise `InputError` where `other` speaks of other weights, layers, objectives or draws."""
+        """Raise `InputError` where `other` speaks of other weights, layers, objectives, image sizes or draws."""
+        self.check_whole()
+        other.check_whole()
         mine, theirs = self._kind(), other._kind()
         for key, value in mine.items():
             if value != theirs[key]:
@@ -138,8 +152,14 @@ class Statistics:
         notes = {**self.notes, **other.notes}
         return replace(self, layers=layers, images=self.images + other.images, notes=notes)
 
+    def check_whole(self) -> None:
+        """Raise `InputError` where a batch was added half: an error or an interrupt came in between."""
+        if not self.whole:
+            raise InputError("these statistics hold half a batch, because their calibration failed; calibrate again")
+
     def check_fits(self, weights: Mapping[str, Tensor]) -> None:
         """Raise `InputError` unless `weights` (by layer name) are those that were calibrated."""
+        self.check_whole()
         missing = [name for name in self.layers if name not in weights]
         if missing:
             raise InputError(
@@ -164,6 +184,7 @@ class Statistics:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
+        self.check_whole()
         tensors = {f"{name}|{key}": tensor for name, layer in self.layers.items() for key, tensor in layer.sums()}
         header = {
             "fingerprint": self.fingerprint,
@@ -188,6 +209,7 @@ class Statistics:
             for name, k, n, owner, tokens in header["layers"]:
                 sums = {key: tensors.get(f"{name}|{key}") for key in _SUMS}
                 layers[name] = LayerStatistics(name, int(k), int(n), owner, int(tokens), **sums)
+                layers[name].check_shapes()
             _share_moments(layers)
             return cls(
                 layers,

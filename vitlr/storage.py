@@ -23,7 +23,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 def _failure(path: Path, cause: BaseException) -> Exception:
-    full = getattr(cause, "errno", None) in _FULL or any(f"os error {code}" in str(cause) for code in _FULL)
+    full = getattr(cause, "errno", None) in _FULL
     if full or not isinstance(cause, OSError):
         return RunError(f"could not write {path}: {cause}; nothing was left there, free some space and run again")
     return InputError(f"cannot write {path}: {cause.strerror or cause}; choose a writable place")
@@ -73,7 +73,7 @@ def _match_umask(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows syncs only what may be written
         os.fsync(file.fileno())
 
 

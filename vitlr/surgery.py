@@ -12,6 +12,7 @@ from torch import nn
 from vitlr import surfaces
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.nn._plain import has_hooks
 from vitlr.plans import Plan
 from vitlr.spectra import Spectra
 
@@ -34,14 +35,11 @@ def replace_layers(
         )
     modules = dict(model.named_modules())
     for row in plan.layers:
-        linear = modules.get(row.name)
-        if type(linear) is not nn.Linear or (linear.out_features, linear.in_features) != (
-            row.out_features,
-            row.in_features,
-        ):
-            raise InputError(
-                f"the plan is of another model: no linear {row.out_features}x{row.in_features} at {row.name!r}"
-            )
+        linear, shape = modules.get(row.name), (row.out_features, row.in_features)
+        if type(linear) is not nn.Linear or linear.weight.shape != shape:
+            raise InputError(f"the plan is of another model: no linear {shape[0]}x{shape[1]} at {row.name!r}")
+        if row.rank is not None and has_hooks(linear):
+            raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
     if not inplace:
         model = copy.deepcopy(model)
     surfaces.make_visible(model)
@@ -50,7 +48,7 @@ def replace_layers(
         assert isinstance(linear, nn.Linear)
         A, B, bias = spectra.layers[name].factors(linear.weight, rank, linear.bias)
         low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
-        _swap(model, name, low.train(linear.training))
+        _swap(model, name, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
         if progress is not None:
             progress(done, len(plan.ranks))
     return model

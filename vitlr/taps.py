@@ -16,15 +16,18 @@ from vitlr.statistics import LayerStatistics
 class Tap:
     """Adds up the sums of one layer: moments in the forward pass, gradient moments in the backward pass.
 
-    `images` (of the batch in flight) and `in_backward` are set by calibration; a forward pass that activation
-    checkpointing repeats inside the backward pass is counted once.
+    `images` (of the batch in flight) and `in_backward` are set by calibration, which asks for `gradient_seen`; a
+    forward pass that activation checkpointing repeats inside the backward pass is counted once.
     """
 
-    def __init__(self, stats: LayerStatistics, linear: nn.Linear, collect: Collection[str]) -> None:
-        self.stats, self.linear = stats, linear
+    def __init__(
+        self, stats: LayerStatistics, linear: nn.Linear, collect: Collection[str], leading: Collection[int]
+    ) -> None:
+        self.stats, self.linear, self.collect = stats, linear, collect
+        self.leading = leading  # first dimension of the input for one image
         self.images = 0
         self.in_backward = False
-        self.collect = collect
+        self.gradient_seen = False
         self.weighted = "loss" in collect
         self._allocate()
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
@@ -88,7 +91,7 @@ class Tap:
         if s.owner == s.name:
             gram_update_(s.sum("moment"), small)
         if "normalized" in self.collect:
-            gram_update_(s.sum("normalized"), small, self._image_weights(y))
+            gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
         if "input_moment" in self.collect:
             gram_update_(s.sum("input_moment"), rows)
         if "input_abs" in self.collect:
@@ -98,24 +101,31 @@ class Tap:
         y = output if self.linear.bias is None else output - self.linear.bias
         return y.reshape(-1, self.stats.out_features)
 
-    def _per_image(self, rows: Tensor) -> Tensor:
-        """Split rows by image, `[images, tokens of one, ...]`."""
-        if rows.shape[0] % self.images:
+    def _per_image(self, rows: Tensor, leading: int) -> Tensor:
+        """Split rows by image, `[images, tokens of one, ...]`; `leading` is the first dimension they came with."""
+        if leading not in {self.images * one for one in self.leading}:
             raise InputError(
-                f"layer {self.stats.name} sees {rows.shape[0]} rows for {self.images} images: they cannot be told "
-                "apart by image; leave it out with exclude=, or use objective='loss' or 'output' without row_gradient"
+                f"layer {self.stats.name} sees inputs of leading size {leading} for {self.images} images and "
+                f"{sorted(self.leading)} for one: they cannot be told apart by image; leave it out with exclude=, or "
+                "use objective='loss' or 'output' without row_gradient"
             )
         return rows.reshape(self.images, -1, rows.shape[-1])
 
-    def _image_weights(self, y: Tensor) -> Tensor:
+    def _image_weights(self, y: Tensor, leading: int) -> Tensor:
         """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
-        energy = self._per_image(y).double().square().sum((1, 2))
-        weight = torch.where(energy > 0, 1 / energy, 0.0)
+        norms = torch.linalg.vector_norm(self._per_image(y, leading), dim=(1, 2), dtype=torch.float64)
+        weight = torch.where(norms > 0, norms.square().reciprocal(), 0.0)
         return weight.repeat_interleave(y.shape[0] // self.images).to(torch.float32)
 
     def _add_gradient(self, g: Tensor) -> None:
+        self.gradient_seen = True
         gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
 
     def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
-        g, x = (self._per_image(t.detach().reshape(-1, t.shape[-1])).float() for t in (g, x))
-        self.stats.sum("row_gradient").add_((g.mT @ x).square().sum((0, 2)))
+        """Row k of one image's `∂L/∂W = gᵀ x` has the squared norm `Σ_t g_tk (x xᵀ g)_tk`; take the cheaper form."""
+        self.gradient_seen = True
+        tokens = x.numel() // x.shape[-1] // max(self.images, 1)
+        g, x = (self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t)).float() for t in (g, x))
+        wide = tokens * sum(self.linear.weight.shape) > self.linear.weight.numel()
+        squares = (g.mT @ x).square().sum((0, 2)) if wide else ((x @ x.mT) @ g).mul_(g).sum((0, 1))
+        self.stats.sum("row_gradient").add_(squares)
