@@ -196,9 +196,9 @@ def test_nobodys_model_needs_its_dense_one(tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_an_origin_tables_take_the_dtype_they_were_saved_with(name, tmp_path, x):
     def dense() -> nn.Module:
-        return shrink(create_model(name, img_size=32, num_classes=5, **FAMILIES[name]))
+        return create_model(name, img_size=32, num_classes=5, **FAMILIES[name])
 
-    model = dense().to(torch.bfloat16)
+    model = shrink(dense()).to(torch.bfloat16)
     checkpoint.save(model, tmp_path / "m.safetensors", model_args=False)
     assert same(model, checkpoint.load(tmp_path / "m.safetensors", model=dense()), x.to(torch.bfloat16))
 
