@@ -46,6 +46,12 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     ]
 
 
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Six images for `tiny_vit` in one tensor."""
+    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
 def _jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
     from PIL import Image
 
