@@ -59,7 +59,7 @@ QUICK = Settings(width=96, depth=2, heads=3, epochs=6, calibration=128, batch_si
 
 @dataclass(frozen=True)
 class Digits:
-    """Handwritten digits as `[B, 1, 8, 8]` in [-1, 1]; the test images only serve the final measurement."""
+    """Handwritten digits as `[B, 1, 8, 8]` in [-1, 1]; the test images are measured on and never trained on."""
 
     train: Tensor
     train_labels: Tensor

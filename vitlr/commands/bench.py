@@ -119,7 +119,7 @@ def _text(values: dict[str, Any]) -> str:
         line = f"  {key:<6} {values[key] / scale:9.3f} {unit}"
         if compared:
             other = values[f"{key}_vs"]
-            line += f", {values['vs']} {other / scale:.3f} {unit}: {other / max(values[key], 1):.2f} times as much"
+            line += f", {values[key] / max(other, 1):.1%} of {values['vs']}'s {other / scale:.3f} {unit}"
         lines.append(line)
     header = ["batch", "images/s", "ms"] + [f"{values['vs']} images/s", "ms", "speed-up"] * compared
     rows = []
