@@ -201,15 +201,24 @@ def _open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, i
         if Path(path).is_dir():
             reader = create_reader("", root=path)
             reader.samples.sort()  # timm's natural order leaves a1 and a01 as the file system lists them
-            return reader, [target for _, target in reader.samples], dict(reader.class_to_idx)
+            return reader, *_numbered([target for _, target in reader.samples], reader.class_to_idx)
         # timm's index cache is a pickle beside the data: neither trusted nor written.
         reader = create_reader("", root=path, cache_tarinfo=False)
-        return reader, reader.targets.tolist(), dict(reader.class_name_to_idx)
+        return reader, *_numbered(reader.targets.tolist(), reader.class_name_to_idx)
     except MemoryError:
         raise
     except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
         hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
         raise InputError(f"cannot read images from {path}: {hint}") from cause
+
+
+def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
+    """Classes in timm's natural order, ties (a1 and a01) by name: timm leaves those as a set happens to give them."""
+    from timm.utils.misc import natural_key
+
+    ordered = sorted(names, key=lambda name: (natural_key(name), name))
+    place = {names[name]: index for index, name in enumerate(ordered)}
+    return [place[target] for target in targets], {name: index for index, name in enumerate(ordered)}
 
 
 def _empty_hint(path: str, cause: Exception) -> str:
