@@ -1,1 +1,4 @@
-"""Triton kernels over tensors, one file an operation; installed as `vitlr.triton_kernels`, imports nothing of vitlr."""
+"""The Triton kernels, one file an operation. They know tensors only and import nothing of vitlr.
+
+Every operation has a `config` function, which says what its kernel takes and with which tiles, and a `run` function.
+"""

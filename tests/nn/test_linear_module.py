@@ -55,8 +55,8 @@ def test_the_key_describes_the_call():
             layer()(torch.randn(2, 5, K))
     # Asked once by the module and once by the op: the same question, answered from memory the second time.
     assert [tuple(key) for key in keys] == [
-        (10, K, N, R, False, torch.float32, torch.device("cpu")),
-        (10, K, N, R, True, torch.bfloat16, torch.device("cpu")),
+        (10, K, N, R, False, "none", False, torch.float32, torch.device("cpu")),
+        (10, K, N, R, True, "none", False, torch.bfloat16, torch.device("cpu")),
     ]
 
 

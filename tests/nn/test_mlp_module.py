@@ -182,7 +182,7 @@ def test_the_key_describes_the_call():
     with fake_kernel("lowrank_mlp", lambda key: keys.append(key)):
         LowRankMLP(mlp(("fc2",), GELUTanh))(torch.randn(2, 7, K))
     assert [tuple(key) for key in keys] == [
-        (14, K, D, K, None, 5, "gelu_tanh", torch.float32, torch.device("cpu")),
+        (14, K, D, K, None, 5, "gelu_tanh", False, torch.float32, torch.device("cpu")),
     ]
 
 

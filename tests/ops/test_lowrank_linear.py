@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
+from vitlr.ops._activations import ACTIVATIONS
 from vitlr.ops.lowrank_linear import lowrank_linear, reference, roofline
 
 K, N, R = 24, 40, 6
@@ -65,7 +66,7 @@ def leaves(dtype=torch.float64, bias=True, rows=(2, 3), needs=(True, True, True,
     ids=["float32", "bfloat16 without bias", "strided without gradients"],
 )
 def test_opcheck(args):
-    torch.library.opcheck(OVERLOAD, args)
+    torch.library.opcheck(OVERLOAD, (*args, None, "none"))
 
 
 @pytest.mark.parametrize("needs", [(True,) * 4, *[tuple(i == j for j in range(4)) for i in range(4)]], ids=str)
@@ -82,6 +83,16 @@ def test_gradients_without_bias_of_one_token_and_of_none():
     args = leaves(rows=(0,))
     lowrank_linear(*args).sum().backward()
     assert all(torch.equal(arg.grad, torch.zeros_like(arg)) for arg in args)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activation_and_residual(act):
+    args = [*leaves(), torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)]
+    y = lowrank_linear(*args, act)
+    x, B, A, b, residual = args
+    assert torch.equal(y, ACTIVATIONS[act][0](reference(x, B, A, b)) + residual)
+    assert torch.autograd.gradcheck(lambda *args: lowrank_linear(*args, act), args)
+    torch.library.opcheck(OVERLOAD, (*args, act))
 
 
 def test_second_derivatives():
@@ -165,6 +176,9 @@ def test_roofline_of_a_vit_b_projection():
         (lambda x, B, A, b: (x.sum(), B, A, b), r"x \[\]"),
         (lambda x, B, A, b: (x, B, A.double(), b), "A is torch.float64 on cpu, x is torch.float32"),
         (lambda x, B, A, b: (x, B, A, b.to("meta")), "bias is torch.float32 on meta"),
+        (lambda x, B, A, b: (x, B, A, b, b), r"residual \[40\] does not fit, expected \[4, 40\]"),
+        (lambda x, B, A, b: (x, B, A, b, torch.zeros(4, N).half()), "residual is torch.float16 on cpu"),
+        (lambda x, B, A, b: (x, B, A, b, None, "quick_gelu"), "unknown act 'quick_gelu', expected one of none, gelu"),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

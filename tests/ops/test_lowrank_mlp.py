@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
-from vitlr.ops.lowrank_mlp import ACTIVATIONS, lowrank_mlp, reference, roofline
+from vitlr.ops._activations import ACTIVATIONS
+from vitlr.ops.lowrank_mlp import lowrank_mlp, reference, roofline
 
 OVERLOAD = torch.ops.vitlr.lowrank_mlp.default
 FORMS = ["both", "first", "second", "no bias"]  # which pair is low-rank, or both and no biases
@@ -60,52 +61,59 @@ def test_values(act, form, dtype):
     for rows in [(), (1,), (63,), (2, 17), (2, 3, 5), (0, 3)]:
         x = torch.randn(*rows, 24).to(dtype)
         with fake_kernel("lowrank_mlp") as calls:
-            y = lowrank_mlp(x, *args, act)
-        exact = reference(x.double(), *(None if arg is None else arg.double() for arg in args), act)
+            y = lowrank_mlp(x, *args, None, act)
+        exact = reference(x.double(), *(None if arg is None else arg.double() for arg in args), None, act)
         assert len(calls) == 1 and y.is_contiguous()
-        assert_close_to(y, reference(x, *args, act), exact)
+        assert_close_to(y, reference(x, *args, None, act), exact)
 
 
 def test_strided_input():
     x = torch.randn(2, 24, 3, 5).permute(0, 2, 3, 1)
-    y = lowrank_mlp(x, *weights(), "gelu")
-    assert y.is_contiguous() and torch.equal(y, lowrank_mlp(x.contiguous(), *weights(), "gelu"))
+    y = lowrank_mlp(x, *weights(), None, "gelu")
+    assert y.is_contiguous() and torch.equal(y, lowrank_mlp(x.contiguous(), *weights(), None, "gelu"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form):
-    torch.library.opcheck(OVERLOAD, (*leaves(form, torch.float32), "gelu"))
+    torch.library.opcheck(OVERLOAD, (*leaves(form, torch.float32), None, "gelu"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_gradients(act, form):
-    assert torch.autograd.gradcheck(lambda *args: lowrank_mlp(*args, act), leaves(form), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *args: lowrank_mlp(*args, None, act), leaves(form), fast_mode=True)
 
 
 @pytest.mark.parametrize("alone", range(7))
 def test_gradients_of_what_needs_them(alone):
     needs = tuple(index == alone for index in range(7))
     args = leaves(needs=needs)
-    assert torch.autograd.gradcheck(lambda *args: lowrank_mlp(*args, "silu"), args, fast_mode=True)
-    lowrank_mlp(*args, "silu").sum().backward()
+    assert torch.autograd.gradcheck(lambda *args: lowrank_mlp(*args, None, "silu"), args, fast_mode=True)
+    lowrank_mlp(*args, None, "silu").sum().backward()
     assert tuple(arg.grad is not None for arg in args) == needs
+
+
+def test_residual():
+    args = [*leaves(), torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)]
+    assert torch.equal(lowrank_mlp(*args), reference(*args[:7]) + args[7])
+    assert torch.autograd.gradcheck(lowrank_mlp, args, fast_mode=True)
+    torch.library.opcheck(OVERLOAD, (*args, "gelu"))
 
 
 def test_no_tokens_no_gradient():
     args = leaves(rows=(0,))
-    lowrank_mlp(*args, "gelu").sum().backward()
+    lowrank_mlp(*args, None, "gelu").sum().backward()
     assert all(torch.equal(arg.grad, torch.zeros_like(arg)) for arg in args)
 
 
 @pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh", "relu"])
 def test_second_derivatives(act):
-    assert torch.autograd.gradgradcheck(lambda *args: lowrank_mlp(*args, act), leaves(), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *args: lowrank_mlp(*args, None, act), leaves(), fast_mode=True)
 
 
 def test_second_derivatives_that_torch_lacks_are_an_error_and_no_zero():
     args = leaves()
-    (first,) = torch.autograd.grad(lowrank_mlp(*args, "silu").sum(), args[:1], create_graph=True)
+    (first,) = torch.autograd.grad(lowrank_mlp(*args, None, "silu").sum(), args[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="silu_backward is not implemented"):
         first.sum().backward()
 
@@ -114,7 +122,7 @@ def test_autocast_is_the_same_eager_and_compiled():
     args = leaves(dtype=torch.float32)
     compiled = torch.compile(lowrank_mlp, fullgraph=True, backend="aot_eager")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, eager, traced = (function(*args, "gelu") for function in (reference, lowrank_mlp, compiled))
+        expected, eager, traced = (function(*args, None, "gelu") for function in (reference, lowrank_mlp, compiled))
     assert expected.dtype == eager.dtype == traced.dtype == torch.bfloat16
     assert torch.equal(eager, expected) and torch.equal(traced, expected)
     for y in (eager, traced):
@@ -126,7 +134,7 @@ def test_compiled_once_for_any_number_of_rows():
     compiled = torch.compile(lowrank_mlp, fullgraph=True, dynamic=True, backend=counter)
     for rows in (2, 5, 197, 3):
         x = torch.randn(rows, 24)
-        assert torch.equal(compiled(x, *weights(), "gelu"), reference(x, *weights(), "gelu"))
+        assert torch.equal(compiled(x, *weights(), None, "gelu"), reference(x, *weights(), None, "gelu"))
     assert counter.frame_count == 1
 
 
@@ -140,7 +148,7 @@ def test_compiled_once_for_any_number_of_rows():
 )
 def test_flops_are_counted(form, size):
     with FlopCounterMode(display=False) as counter:
-        lowrank_mlp(torch.randn(2, 5, 24), *weights(form), "gelu")
+        lowrank_mlp(torch.randn(2, 5, 24), *weights(form), None, "gelu")
     assert counter.get_total_flops() == 2 * 10 * size
 
 
@@ -164,11 +172,12 @@ def test_roofline_of_a_vit_b_mlp():
         (4, lambda B2: B2[:, 1:], r"B2 \[5, 39\] does not fit the hidden width 40"),
         (5, lambda A2: A2.double(), "A2 is torch.float64 on cpu"),
         (6, lambda b2: b2[None], r"b2 \[1, 16\] does not fit, expected \[16\]"),
-        (7, lambda act: "quick_gelu", "unknown act 'quick_gelu', expected one of none, gelu"),
+        (7, lambda none: torch.zeros(4, 24), r"residual \[4, 24\] does not fit, expected \[4, 16\]"),
+        (8, lambda act: "quick_gelu", "unknown act 'quick_gelu', expected one of none, gelu"),
     ],
 )
 def test_what_does_not_fit_is_named(position, change, message):
-    args = [torch.randn(4, 24), *weights(), "gelu"]
+    args = [torch.randn(4, 24), *weights(), None, "gelu"]
     args[position] = change(args[position])
     with pytest.raises(InputError, match=message):
         lowrank_mlp(*args)

@@ -14,6 +14,7 @@ from vitlr.errors import InputError
 from vitlr.nn._plain import has_hooks, is_plain, is_transformed
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.ops import lowrank_mlp as op
+from vitlr.ops._activations import ACTIVATIONS
 
 # timm's own classes by name: this package does not import timm.
 _ACTIVATIONS = {
@@ -73,7 +74,7 @@ class LowRankMLP(nn.Module):
         if not any(isinstance(child, LowRankLinear) for child in (fc1, fc2)):
             return "neither fc1 nor fc2 is low-rank"
         if activation_name(act) is None:
-            return f"its activation {type(act).__name__} is none of {', '.join(op.ACTIVATIONS)}"
+            return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
         if module._parameters or module._buffers:
             return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
         for name, child in module.named_children():
@@ -96,7 +97,7 @@ class LowRankMLP(nn.Module):
             if name and first and second and not has_hooks(act):
                 ranks = (getattr(fc1, "rank", None), getattr(fc2, "rank", None))
                 if op.kernel_chosen(x, fc1.in_features, fc1.out_features, fc2.out_features, *ranks, name):
-                    return op.lowrank_mlp(x, *first, *second, name)
+                    return op.lowrank_mlp(x, *first, *second, None, name)
         return fc2(act(fc1(x)))
 
     def to_mlp(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""`y = A (B x) + b`: two thin linears as one operation."""
+"""`y = act(A (B x) + b) + residual`: two thin linears and what follows them as one operation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
+from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 
 OP = "lowrank_linear"
@@ -24,23 +25,31 @@ class Key(NamedTuple):
     N: int
     r: int
     bias: bool = True
+    act: str = "none"
+    residual: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 
 
-def lowrank_linear(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`y = (x Bᵀ) Aᵀ + b`: x [..., K], B [r, K], A [N, r], bias [N] or None -> y [..., N], contiguous.
+def lowrank_linear(
+    x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none"
+) -> Tensor:
+    """`y = act((x Bᵀ) Aᵀ + b) + residual`, act one of none, gelu, gelu_tanh, silu, relu.
 
-    Differentiable in every argument; runs what `vitlr.ops.explain("lowrank_linear", ...)` names.
-    Raises InputError for shapes, dtypes or devices that do not fit.
+    x [..., K], B [r, K], A [N, r], bias [N] or None, residual [..., N] or None -> y [..., N], contiguous.
+    Differentiable in every tensor; runs what `vitlr.ops.explain("lowrank_linear", ...)` names.
+    Raises InputError for an unknown act and for shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.vitlr.lowrank_linear.default(x, B, A, bias)
+    return torch.ops.vitlr.lowrank_linear.default(x, B, A, bias, residual, act)
 
 
-def reference(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
+def reference(
+    x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none"
+) -> Tensor:
     """The specification, in plain torch."""
     t = F.linear(x, B)  # [..., r]
-    return F.linear(t, A, bias)  # [..., N]
+    y = ACTIVATIONS[act][0](F.linear(t, A, bias))  # [..., N]
+    return y if residual is None else y + residual
 
 
 def gradients(
@@ -68,21 +77,30 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def roofline(
-    M: int, K: int, N: int, r: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings | None = None
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    ceilings: _dispatch.Ceilings | None = None,
+    residual: bool = False,
 ) -> _dispatch.Roofline:
-    """`2 M r (K + N)` FLOPs over the compulsory bytes of x, y, A, B: the floor of one fused pass, in µs."""
+    """`2 M r (K + N)` FLOPs over the compulsory bytes of x, y, A, B and a residual: the floor of one fused pass."""
     flops = 2 * M * r * (K + N)
-    size = dtype.itemsize * (M + r) * (K + N)
+    size = dtype.itemsize * ((M + r) * (K + N) + residual * M * N)
     return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
 
 
 def two_gemms_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor of two separate products in µs: the intermediate [M, r] is written and read once more."""
-    M = key.M or 0
+    M, size = key.M or 0, key.dtype.itemsize
     steps = [
-        ceilings.microseconds(2 * M * n * k, key.dtype.itemsize * (M * (n + k) + n * k), key.dtype)
+        ceilings.microseconds(2 * M * n * k, size * (M * (n + k) + n * k), key.dtype)
         for k, n in ((key.K, key.r), (key.r, key.N))
     ]
+    # An activation reads and writes [M, N] once more, a residual reads two of that size and writes one.
+    passes = 2 * (key.act != "none") + 3 * key.residual
+    steps.append(1e6 * passes * size * M * key.N / ceilings.bytes_per_s)
     return None if None in steps else sum(step for step in steps if step is not None)
 
 
@@ -94,7 +112,7 @@ def has_kernels() -> bool:
 def kernel_chosen(x: Tensor, K: int, N: int, r: int, bias: bool) -> bool:
     """Whether dispatch takes a kernel rather than plain torch for x [..., K]; a constant where a graph is traced."""
     rows = None if torch.compiler.is_compiling() else x.numel() // K
-    return _dispatch.kernel_chosen(OP, rows, K, N, r, bias, compute_dtype(x), x.device)
+    return _dispatch.kernel_chosen(OP, rows, K, N, r, bias, "none", False, compute_dtype(x), x.device)
 
 
 def check_pair(op: str, x: Tensor, names: tuple[str, str, str], B: Tensor, A: Tensor | None, b: Tensor | None) -> int:
@@ -120,35 +138,58 @@ def check_pair(op: str, x: Tensor, names: tuple[str, str, str], B: Tensor, A: Te
     return N
 
 
-_NAMES = ("B", "A", "bias")
+def check_residual(op: str, x: Tensor, N: int, residual: Tensor | None) -> None:
+    """Raises InputError unless a residual is [..., N] with x's rows, dtype and device."""
+    if residual is None:
+        return
+    expected = [*x.shape[:-1], N]
+    if list(residual.shape) != expected:
+        raise InputError(f"{op}: residual {list(residual.shape)} does not fit, expected {expected}")
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise InputError(f"{op}: residual is {residual.dtype} on {residual.device}, x is {x.dtype} on {x.device}")
+
+
+def _check(x: Tensor, B: Tensor, A: Tensor, bias: Any, residual: Any, act: str) -> int:
+    check_activation(OP, act)
+    N = check_pair(OP, x, ("B", "A", "bias"), B, A, bias)
+    check_residual(OP, x, N, residual)
+    return N
+
+
 _lib = torch.library.Library("vitlr", "FRAGMENT")
-# No default for bias: the dispatcher would strip it, and autograd would see calls of two lengths.
-_lib.define("lowrank_linear(Tensor x, Tensor B, Tensor A, Tensor? bias) -> Tensor")
+# No defaults: the dispatcher would strip them, and autograd would see calls of several lengths.
+_lib.define("lowrank_linear(Tensor x, Tensor B, Tensor A, Tensor? bias, Tensor? residual, str act) -> Tensor")
 
 
 @torch.library.register_fake("vitlr::lowrank_linear", lib=_lib)
-def _fake(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
-    N = check_pair(OP, x, _NAMES, B, A, bias)
+def _fake(x: Tensor, B: Tensor, A: Tensor, bias: Any, residual: Any, act: str) -> Tensor:
+    N = _check(x, B, A, bias, residual, act)
     return x.new_empty((*x.shape[:-1], N))
 
 
-def _run(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
-    N = check_pair(OP, x, _NAMES, B, A, bias)
+def _run(x: Tensor, B: Tensor, A: Tensor, bias: Any, residual: Any, act: str) -> Tensor:
+    N = _check(x, B, A, bias, residual, act)
     K, r = x.shape[-1], B.shape[0]
-    key = Key(x.numel() // max(K, 1), K, N, r, bias is not None, x.dtype, x.device)
-    return _dispatch.select(OP, key).run(x, B, A, bias).contiguous()
+    key = Key(x.numel() // max(K, 1), K, N, r, bias is not None, act, residual is not None, x.dtype, x.device)
+    return _dispatch.select(OP, key).run(x, B, A, bias, residual, act).contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, B, A, _ = inputs
-    # x is the large one: frozen factors must not keep it alive.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else None, B, A)
+    x, B, A, bias, _, ctx.act = inputs
+    # x is the large one: frozen factors must not keep it alive, unless the activation's gradient asks for it.
+    active = ctx.act != "none"
+    keep = active or ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    ctx.save_for_backward(x if keep else None, B, A, bias if active else None)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, B, A = ctx.saved_tensors
-    needs_x, needs_B, needs_A, needs_bias = ctx.needs_input_grad
-    return (*gradients(x, B, A, g, (needs_x, needs_B, needs_A)), bias_gradient(g) if needs_bias else None)
+    x, B, A, bias = ctx.saved_tensors
+    needs_x, needs_B, needs_A, needs_bias, needs_residual, _ = ctx.needs_input_grad
+    dp = g
+    if ctx.act != "none" and (needs_x or needs_B or needs_A or needs_bias):
+        dp = ACTIVATIONS[ctx.act][1](g, F.linear(F.linear(x, B), A, bias))
+    found = gradients(x, B, A, dp, (needs_x, needs_B, needs_A))
+    return (*found, bias_gradient(dp) if needs_bias else None, g if needs_residual else None, None)
 
 
 _lib.impl("lowrank_linear", _run, "CompositeExplicitAutograd")
@@ -157,7 +198,7 @@ register_autocast(_lib, torch.ops.vitlr.lowrank_linear.default)
 
 
 @register_flop_formula(torch.ops.vitlr.lowrank_linear)
-def _flops(x_shape: Any, B_shape: Any, A_shape: Any, bias_shape: Any = None, *, out_shape: Any = None, **_: Any) -> int:
+def _flops(x_shape: Any, B_shape: Any, A_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     K = x_shape[-1]
     M = 1
     for size in x_shape[:-1]:
@@ -168,6 +209,6 @@ def _flops(x_shape: Any, B_shape: Any, A_shape: Any, bias_shape: Any = None, *, 
 _dispatch.register_op(
     OP,
     Key,
-    lambda key, ceilings: roofline(key.M or 0, key.K, key.N, key.r, key.dtype, ceilings),
+    lambda key, limits: roofline(key.M or 0, key.K, key.N, key.r, key.dtype, limits, key.residual),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=two_gemms_floor),
 )

@@ -1,8 +1,7 @@
-"""`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂`: a whole transformer MLP of low-rank linears as one operation."""
+"""`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual`: a whole transformer MLP of low-rank linears as one operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,23 +11,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
+from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
-from vitlr.ops.lowrank_linear import bias_gradient, check_pair, gradients
+from vitlr.ops.lowrank_linear import bias_gradient, check_pair, check_residual, gradients
 
 OP = "lowrank_mlp"
-aten = torch.ops.aten
-
-# name -> (act(p), gradient for p given the gradient g for act(p))
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "none": (lambda p: p, lambda g, p: g),
-    "gelu": (F.gelu, lambda g, p: aten.gelu_backward(g, p)),
-    "gelu_tanh": (
-        lambda p: F.gelu(p, approximate="tanh"),
-        lambda g, p: aten.gelu_backward(g, p, approximate="tanh"),
-    ),
-    "silu": (F.silu, lambda g, p: aten.silu_backward(g, p)),
-    "relu": (F.relu, lambda g, p: aten.threshold_backward(g, p, 0)),
-}
 
 
 class Key(NamedTuple):
@@ -41,6 +28,7 @@ class Key(NamedTuple):
     r1: int | None
     r2: int | None
     act: str = "gelu"
+    residual: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
 
@@ -53,15 +41,16 @@ def lowrank_mlp(
     B2: Tensor,
     A2: Tensor | None,
     b2: Tensor | None,
-    act: str,
+    residual: Tensor | None = None,
+    act: str = "gelu",
 ) -> Tensor:
-    """`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂`, act one of none, gelu, gelu_tanh, silu, relu.
+    """`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual`, act one of none, gelu, gelu_tanh, silu, relu.
 
     x [..., K], B1 [r1, K], A1 [D, r1], b1 [D], B2 [r2, D], A2 [N, r2], b2 [N] -> y [..., N], contiguous.
-    A linear that stayed dense is its weight as B ([D, K] or [N, D]) and None as A; biases may be None.
+    A linear that stayed dense is its weight as B ([D, K] or [N, D]) and None as A; biases and residual may be None.
     Raises InputError for an unknown act and for shapes, dtypes or devices that do not fit.
     """
-    return torch.ops.vitlr.lowrank_mlp.default(x, B1, A1, b1, B2, A2, b2, act)
+    return torch.ops.vitlr.lowrank_mlp.default(x, B1, A1, b1, B2, A2, b2, residual, act)
 
 
 def reference(
@@ -72,12 +61,14 @@ def reference(
     B2: Tensor,
     A2: Tensor | None,
     b2: Tensor | None,
-    act: str,
+    residual: Tensor | None = None,
+    act: str = "gelu",
 ) -> Tensor:
     """The specification, in plain torch."""
     p = _pair(x, B1, A1, b1)  # [..., D]
     h = ACTIVATIONS[act][0](p)  # [..., D]
-    return _pair(h, B2, A2, b2)  # [..., N]
+    y = _pair(h, B2, A2, b2)  # [..., N]
+    return y if residual is None else y + residual
 
 
 def _pair(x: Tensor, B: Tensor, A: Tensor | None, b: Tensor | None) -> Tensor:
@@ -97,16 +88,17 @@ def roofline(
     r2: int | None,
     dtype: torch.dtype,
     ceilings: _dispatch.Ceilings | None = None,
+    residual: bool = False,
 ) -> _dispatch.Roofline:
-    """`2 M` FLOPs a weight over the compulsory bytes of x, y and the weights: the hidden [M, D] need never exist."""
+    """`2 M` FLOPs a weight over the compulsory bytes of x, y, residual, weights: the hidden [M, D] need never exist."""
     weights = _weight_size(K, D, r1) + _weight_size(D, N, r2)
     flops = 2 * M * weights
-    size = dtype.itemsize * (M * (K + N) + weights)
+    size = dtype.itemsize * (M * (K + N + residual * N) + weights)
     return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
 
 
 def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
-    """The floor in µs of separate products and an activation that reads and writes [M, D] once."""
+    """The floor in µs of separate products, an activation that reads and writes [M, D] once, and the residual's sum."""
     M, size = key.M or 0, key.dtype.itemsize
     total = 0.0
     for K, N, r in ((key.K, key.D, key.r1), (key.D, key.N, key.r2)):
@@ -115,8 +107,8 @@ def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
             if step is None:
                 return None
             total += step
-    activation = 0.0 if key.act == "none" else 2e6 * size * M * key.D / ceilings.bytes_per_s
-    return total + activation
+    elements = 2 * key.D * (key.act != "none") + 3 * key.N * key.residual
+    return total + 1e6 * size * M * elements / ceilings.bytes_per_s
 
 
 def has_kernels() -> bool:
@@ -127,47 +119,51 @@ def has_kernels() -> bool:
 def kernel_chosen(x: Tensor, K: int, D: int, N: int, r1: int | None, r2: int | None, act: str) -> bool:
     """Whether dispatch takes a kernel rather than plain torch for x [..., K]; a constant where a graph is traced."""
     rows = None if torch.compiler.is_compiling() else x.numel() // K
-    return _dispatch.kernel_chosen(OP, rows, K, D, N, r1, r2, act, compute_dtype(x), x.device)
+    return _dispatch.kernel_chosen(OP, rows, K, D, N, r1, r2, act, False, compute_dtype(x), x.device)
 
 
-def _check(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> tuple[int, int]:
+def _check(
+    x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any, act: str
+) -> tuple[int, int]:
     """(D, N) of a call that fits; else InputError."""
-    if act not in ACTIVATIONS:
-        raise InputError(f"{OP}: unknown act {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    check_activation(OP, act)
     D = check_pair(OP, x, ("B1", "A1", "b1"), B1, A1, b1)
     if B2.dim() != 2 or B2.shape[1] != D:
         raise InputError(f"{OP}: B2 {list(B2.shape)} does not fit the hidden width {D}, expected [r2, {D}]")
-    return D, check_pair(OP, x.new_empty((0, D)), ("B2", "A2", "b2"), B2, A2, b2)
+    N = check_pair(OP, x.new_empty((0, D)), ("B2", "A2", "b2"), B2, A2, b2)
+    check_residual(OP, x, N, residual)
+    return D, N
 
 
 _lib = torch.library.Library("vitlr", "FRAGMENT")
 _lib.define(
-    "lowrank_mlp(Tensor x, Tensor B1, Tensor? A1, Tensor? b1, Tensor B2, Tensor? A2, Tensor? b2, str act) -> Tensor"
+    "lowrank_mlp(Tensor x, Tensor B1, Tensor? A1, Tensor? b1, Tensor B2, Tensor? A2, Tensor? b2, Tensor? residual, "
+    "str act) -> Tensor"
 )
 
 
 @torch.library.register_fake("vitlr::lowrank_mlp", lib=_lib)
-def _fake(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> Tensor:
-    _, N = _check(x, B1, A1, b1, B2, A2, b2, act)
+def _fake(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any, act: str) -> Tensor:
+    _, N = _check(x, B1, A1, b1, B2, A2, b2, residual, act)
     return x.new_empty((*x.shape[:-1], N))
 
 
-def _run(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, act: str) -> Tensor:
-    D, N = _check(x, B1, A1, b1, B2, A2, b2, act)
+def _run(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any, act: str) -> Tensor:
+    D, N = _check(x, B1, A1, b1, B2, A2, b2, residual, act)
     K = x.shape[-1]
     r1, r2 = None if A1 is None else B1.shape[0], None if A2 is None else B2.shape[0]
-    key = Key(x.numel() // max(K, 1), K, D, N, r1, r2, act, x.dtype, x.device)
-    return _dispatch.select(OP, key).run(x, B1, A1, b1, B2, A2, b2, act).contiguous()
+    key = Key(x.numel() // max(K, 1), K, D, N, r1, r2, act, residual is not None, x.dtype, x.device)
+    return _dispatch.select(OP, key).run(x, B1, A1, b1, B2, A2, b2, residual, act).contiguous()
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.act = inputs[7]
+    ctx.act = inputs[8]
     ctx.save_for_backward(*inputs[:6])
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, B1, A1, b1, B2, A2 = ctx.saved_tensors
-    needs_x, needs_B1, needs_A1, needs_b1, needs_B2, needs_A2, needs_b2, _ = ctx.needs_input_grad
+    needs_x, needs_B1, needs_A1, needs_b1, needs_B2, needs_A2, needs_b2, needs_residual, _ = ctx.needs_input_grad
     activation, activation_gradient = ACTIVATIONS[ctx.act]
     db2 = bias_gradient(g) if needs_b2 else None
     below = needs_x or needs_B1 or needs_A1 or needs_b1
@@ -180,7 +176,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             dp = activation_gradient(dh, p)
             dx, dB1, dA1 = gradients(x, B1, A1, dp, (needs_x, needs_B1, needs_A1))
             db1 = bias_gradient(dp) if needs_b1 else None
-    return dx, dB1, dA1, db1, dB2, dA2, db2, None
+    return dx, dB1, dA1, db1, dB2, dA2, db2, g if needs_residual else None, None
 
 
 _lib.impl("lowrank_mlp", _run, "CompositeExplicitAutograd")
@@ -203,6 +199,6 @@ def _flops(
 _dispatch.register_op(
     OP,
     Key,
-    lambda key, limits: roofline(key.M or 0, key.K, key.D, key.N, key.r1, key.r2, key.dtype, limits),
+    lambda key, limits: roofline(key.M or 0, key.K, key.D, key.N, key.r1, key.r2, key.dtype, limits, key.residual),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
 )

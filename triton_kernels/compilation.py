@@ -1,0 +1,127 @@
+"""Compile a kernel for an architecture that is not there, and read what the compiler made of it.
+
+The proof that needs no GPU: registers, spilled bytes, shared memory, and whether the tensor cores are used.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .targets import TARGETS, Target, interpreting
+
+_TENSOR_CORES = {  # the instruction by which each architecture multiplies matrices
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma_",
+}
+_MMA = r"\bmma\.sync"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel: `types` of its arguments as Triton writes them, `constants` of its constexprs.
+
+    `aligned` names arguments divisible by 16 (addresses in bytes, strides in elements), as dispatch sees them in
+    real models. `registers`: the most that are allowed, by target. `tensor_cores`: whether they must be used.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: Mapping[str, int] = field(default_factory=dict)
+    aligned: tuple[str, ...] = ()
+    tensor_cores: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler says: registers a thread, bytes spilled a thread, bytes of shared memory a block."""
+
+    case: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: bool
+    problems: tuple[str, ...]
+
+
+def compile_case(case: Case, target: Target) -> Report:
+    """Compile a case and hold it against its bounds; what breaks them is listed in `problems`.
+
+    Raises RuntimeError inside Triton's interpreter, which cannot compile, and whatever the compiler raises.
+    """
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter cannot compile")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    missing = [name for name in names if name not in case.types and name not in case.constants]
+    if missing:
+        raise ValueError(f"{case.name}: no type or value for {', '.join(missing)}")
+    signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if target.backend == "hip":
+        options["num_stages"] = min(case.num_stages, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Triton's own remarks about its defaults
+        compiled = triton.compile(
+            source, GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32), options
+        )
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers = _largest(r"\.vgpr_count:\s*(\d+)", text)
+        spilled = 4 * _largest(r"\.vgpr_spill_count:\s*(\d+)", text)
+    else:
+        text = compiled.asm["ptx"]
+        registers, spilled = _resources(compiled.asm["cubin"])
+    used = re.search(_TENSOR_CORES.get(target.name, _MMA), text) is not None
+    problems = []
+    if spilled:
+        problems.append(f"spills {spilled} bytes")
+    if compiled.metadata.shared > target.shared_memory:
+        problems.append(f"takes {compiled.metadata.shared} bytes of shared memory, {target.shared_memory} are there")
+    if case.tensor_cores and not used:
+        problems.append("does not use the tensor cores")
+    bound = case.registers.get(target.name)
+    if bound is not None and registers > bound:
+        problems.append(f"takes {registers} registers, at most {bound} are allowed")
+    return Report(case.name, target.name, registers, spilled, compiled.metadata.shared, used, tuple(problems))
+
+
+def _largest(pattern: str, text: str) -> int:
+    return max((int(found) for found in re.findall(pattern, text)), default=0)
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread, as machine code says it; what the compiler spills lies on the stack."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return _largest(r"REG:(\d+)", text), _largest(r"STACK:(\d+)", text) + _largest(r"LOCAL:(\d+)", text)
+
+
+def targets(names: str = "sm_80,sm_90") -> list[Target]:
+    """Targets by their names, separated by commas. Raises ValueError for one that is not known."""
+    unknown = [name for name in names.split(",") if name not in TARGETS]
+    if unknown:
+        raise ValueError(f"unknown targets {', '.join(unknown)}: known are {', '.join(TARGETS)}")
+    return [TARGETS[name] for name in names.split(",")]
