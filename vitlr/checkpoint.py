@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlr import surfaces, surgery
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.nn import LowRankLinear
 from vitlr.plans import Plan
 from vitlr.rebuild import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.storage import check_writable, load_header, load_tensors, save_tensors
@@ -167,13 +167,7 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     for name, attention in surfaces.timm.switchable(model):
         on = name in header["visible"] or isinstance(attention.qkv, LowRankLinear)
         setattr(attention, surfaces.timm.SWITCH, on)
-    for name in header["fused"]:
-        parent, _, child = name.rpartition(".")
-        module = dict(model.named_modules()).get(name)
-        reason = "there is no such module" if module is None or not name else LowRankMLP.why_not(module)
-        if module is None or reason is not None:
-            raise InputError(f"it fuses {name!r}, which cannot be: {reason}")
-        setattr(model.get_submodule(parent), child, LowRankMLP(module))
+    surgery.fuse_again(model, header["fused"])
     return model
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitlr import surfaces
+from vitlr import folding, surfaces
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.nn import FoldedScale, LowRankLinear, LowRankMLP
 from vitlr.nn._plain import has_hooks
 from vitlr.plans import Plan
 from vitlr.spectra import Spectra
@@ -72,27 +72,53 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Gather every MLP with a low-rank layer into a `LowRankMLP`, where that is exact; `unfuse` takes it back."""
+def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
+    """Gather every MLP with a low-rank layer into a `LowRankMLP`, where that is exact; `unfuse` takes it back.
+
+    With `fold`, norms and layer scales beside low-rank layers are multiplied into their factors (`vitlr.folding`): the
+    same function up to one rounding of the factors, which stays so after `unfuse`.
+    """
     model = model if inplace else copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if name and LowRankMLP.why_not(module) is None:
             _swap(model, name, LowRankMLP(module))
+    if fold:
+        folding.fold(model)
     return model
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Give every `LowRankMLP` back its original module, with the weights it has now."""
+    """Give every `LowRankMLP` and folded layer scale back its original module, with the weights it has now."""
     model = model if inplace else copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankMLP):
             _swap(model, name, module.to_mlp())
+        elif isinstance(module, FoldedScale):
+            _swap(model, name, module.to_scale())
     return model
 
 
 def fused_names(model: nn.Module) -> list[str]:
-    """Names of the MLPs that are fused."""
-    return [name for name, module in model.named_modules() if isinstance(module, LowRankMLP)]
+    """Names of the MLPs that are fused and of the layer scales that are folded."""
+    return [name for name, module in model.named_modules() if isinstance(module, (LowRankMLP, FoldedScale))]
+
+
+def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
+    """Fuse what `fused_names` named in a model of the same structure, whatever its weights, in place.
+
+    Raises `InputError` for a module that cannot be fused.
+    """
+    for name in names:
+        module = dict(model.named_modules()).get(name)
+        if module is None or not name:
+            raise InputError(f"it fuses {name!r}, which cannot be: there is no such module")
+        if surfaces.is_scale(module):
+            _swap(model, name, FoldedScale(module))
+            continue
+        reason = LowRankMLP.why_not(module)
+        if reason is not None:
+            raise InputError(f"it fuses {name!r}, which cannot be: {reason}")
+        _swap(model, name, LowRankMLP(module))
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:

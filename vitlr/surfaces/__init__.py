@@ -20,8 +20,11 @@ __all__ = [
     "bypassed",
     "classifier_names",
     "hidden",
+    "is_scale",
     "kept",
     "make_visible",
+    "norms_before",
+    "scales_after",
     "survey",
     "targets",
     "visible",
@@ -139,6 +142,25 @@ def make_visible(model: nn.Module) -> tuple[str, ...]:
     for _, attention in timm.switchable(model):
         setattr(attention, timm.SWITCH, True)
     return names
+
+
+def norms_before(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (norm, low-rank layer) by name where the norm feeds that layer and nothing else."""
+    for norm, first, _, _ in timm.half_blocks(model):
+        if isinstance(model.get_submodule(first), LowRankLinear):
+            yield norm, first
+
+
+def scales_after(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (layer scale, low-rank layer) by name where the scale multiplies what that layer returns, and only that."""
+    for _, _, last, scale in timm.half_blocks(model):
+        if is_scale(model.get_submodule(scale)) and isinstance(model.get_submodule(last), LowRankLinear):
+            yield scale, last
+
+
+def is_scale(module: nn.Module) -> bool:
+    """Whether a module is timm's layer scale, `x · gamma` by channel."""
+    return timm.class_of(module) in timm.SCALES
 
 
 def _generic_classifiers(model: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""What is particular to timm: attention that bypasses its own `qkv`, classifiers it names, constant queries.
+"""What is particular to timm: attention that bypasses its own `qkv`, classifiers it names, constant queries, blocks.
 
 Nothing here imports timm: the modules are known by what they hold, so that a copy or a subclass is served as well.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import nn
+
+from vitlr.nn import LowRankMLP
 
 SWITCH = "qkv_bias_separate"
 """timm's attribute of BEiT, EVA and SwinV2 attention: True calls `qkv` and adds the bias after it."""
@@ -44,3 +46,31 @@ def constant_queries(model: nn.Module) -> Iterator[nn.Module]:
         latent, q = getattr(module, "latent", None), getattr(module, "q", None)
         if isinstance(latent, nn.Parameter) and isinstance(q, nn.Module):
             yield q
+
+
+SCALES = ("timm.models.vision_transformer.LayerScale", "timm.layers.layer_scale.LayerScale")
+_BLOCKS = ("timm.models.vision_transformer.Block",)
+_ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+
+
+def half_blocks(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (norm, first linear, last linear, scale) by name, for both halves of every pre-norm block.
+
+    `x + scale(half(norm(x)))` where the norm feeds nothing but the first linear and the scale gets what the last one
+    returns. Only classes whose forward is known are taken, since this cannot be seen from what a module holds.
+    Source: timm/models/vision_transformer.py, timm/layers/attention.py.
+    """
+    for name, block in model.named_modules():
+        if class_of(block) not in _BLOCKS:
+            continue
+        prefix = f"{name}." if name else ""
+        attention = block.get_submodule("attn")
+        if class_of(attention) in _ATTENTION and getattr(attention, "gate", None) is None:
+            yield f"{prefix}norm1", f"{prefix}attn.qkv", f"{prefix}attn.proj", f"{prefix}ls1"
+        if isinstance(block.get_submodule("mlp"), LowRankMLP):
+            yield f"{prefix}norm2", f"{prefix}mlp.fc1", f"{prefix}mlp.fc2", f"{prefix}ls2"
+
+
+def class_of(module: nn.Module) -> str:
+    """The full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
