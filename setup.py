@@ -90,7 +90,10 @@ KERNELS = ["vitlr.triton_kernels", *(f"vitlr.triton_kernels.{name}" for name in 
 setup(
     packages=[*find_packages(include=["vitlr", "vitlr.*"]), *KERNELS],
     package_dir={"vitlr.triton_kernels": "triton_kernels"},
-    package_data={"vitlr": ["py.typed", "_build_failure.txt"], "vitlr.triton_kernels": ["tuned/*.json"]},
+    package_data={
+        "vitlr": ["py.typed", "_build_failure.txt", "ops/measured/*.json"],
+        "vitlr.triton_kernels": ["tuned/*.json"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative},
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from fake_kernels import fake_kernel
 
 from vitlr import ops
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
+from vitlr.ops import _dispatch, _measured
 from vitlr.ops.lowrank_linear import Key
 
 SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
@@ -17,6 +20,15 @@ SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
 @pytest.fixture(autouse=True)
 def no_override(monkeypatch):
     monkeypatch.delenv("VITLR_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_but_torch(monkeypatch):
+    op = _dispatch._ops["lowrank_linear"]
+    monkeypatch.setattr(op, "candidates", op.candidates[:1])
+    _dispatch._chosen.clear()
+    yield
+    _dispatch._chosen.clear()
 
 
 def chosen(key=SMALL):
@@ -61,6 +73,68 @@ def test_the_override_prefers_the_good_candidate_of_its_back_end(monkeypatch):
         fake_kernel("lowrank_linear", name="triton.untried", ran_on=()),
     ):
         assert chosen() == "triton.tried"
+
+
+def test_the_override_prefers_what_pays(monkeypatch):
+    monkeypatch.setenv("VITLR_BACKEND", "triton")
+    with (
+        fake_kernel("lowrank_linear", name="triton.good", ran_on=()),
+        fake_kernel("lowrank_linear", name="triton.slow", ran_on=(), worth=lambda key: "slower here"),
+    ):
+        assert chosen() == "triton.good"
+
+
+ROW = {"op": "lowrank_linear", "key": _measured.describe(LARGE), "us": {"torch": 5.0, "old": 3.0, "new": 4.0}}
+
+
+@pytest.fixture
+def measured_here(monkeypatch):
+    """Rows measured on this device, which the test gives."""
+    rows = [ROW, {**ROW, "key": {**ROW["key"], "M": 2048}, "us": {"torch": 1.0, "old": 2.0, "new": 3.0}}]
+    monkeypatch.setattr(_measured, "table", lambda device: tuple(rows))
+    return rows
+
+
+def test_the_fastest_measured_nearby_wins(measured_here):
+    with fake_kernel("lowrank_linear", name="old"), fake_kernel("lowrank_linear", name="new"):
+        assert chosen(LARGE) == chosen(LARGE._replace(M=5000)) == "old"
+        assert chosen(LARGE._replace(M=2000)) == "torch"
+        for other in (SMALL, LARGE._replace(dtype=torch.bfloat16), LARGE._replace(act="gelu"), LARGE._replace(M=None)):
+            assert chosen(other) == "new"  # nothing like it was measured: the newest
+        told = ops.explain("lowrank_linear", **LARGE._asdict())
+        assert [row.measured_us for row in told.rows] == [5.0, 3.0, 4.0]
+        assert "3.0 µs" in str(told) and "old is preferred" in str(told)
+
+
+def test_without_measurements_the_lowest_floor_wins(monkeypatch):
+    monkeypatch.setattr(_dispatch, "ceilings_of", lambda device: _dispatch.H200)
+    floor = {"old": 10.0, "new": 20.0}
+    with fake_kernel("lowrank_linear", name="old"), fake_kernel("lowrank_linear", name="new"):
+        assert chosen(LARGE) == "new"  # without floors of their own
+        every = _dispatch._ops["lowrank_linear"].candidates
+        for index in (1, 2):
+            us = floor[every[index].name]
+            every[index] = dataclasses.replace(every[index], floor=lambda key, limits, us=us: us)
+        every[0] = dataclasses.replace(every[0], floor=lambda key, limits: 30.0)
+        _dispatch._chosen.clear()
+        assert chosen(LARGE) == "old"
+        assert chosen(LARGE._replace(M=None)) == "new"
+
+
+def test_waves():
+    limits = _dispatch.H200
+    assert limits.sms == 132
+    assert limits.waves(132) == 1.0 and limits.waves(99) == pytest.approx(132 / 99)
+    assert limits.waves(133) == pytest.approx(264 / 133) and limits.waves(0) == 1.0
+
+
+def test_every_shipped_table_is_of_known_ops():
+    for path in _measured.FOLDER.glob("*.json"):
+        table = json.loads(path.read_text())
+        assert _measured.file_name(table["device"]) == path.stem
+        for row in table["rows"]:
+            fields = set(_dispatch._ops[row["op"]].key_type._fields) - {"device"}
+            assert set(row["key"]) == fields and all(us > 0 for us in row["us"].values())
 
 
 def test_torch_can_be_forced(monkeypatch):

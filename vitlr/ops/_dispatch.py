@@ -1,13 +1,15 @@
 """Which implementation of an op runs on a shape, and why.
 
 An op has a list of candidates. The first is its reference in plain torch, which takes every shape; kernels are
-registered after it, each with one call. `select` walks from the newest to the oldest and takes the first that supports
-the shape, pays there and has run on real hardware. `VITLR_BACKEND=torch|triton|cuda|cpu` takes that back-end's
-candidate instead, or says why it cannot: nothing falls back silently.
+registered after it, each with one call. Among those that support the shape, pay there and have run on real hardware,
+`select` takes the fastest: by times measured near that shape on that device, else by their floors where the device's
+ceilings are known, else the newest. `VITLR_BACKEND=torch|triton|cuda|cpu` chooses among that back-end's candidates
+alone, or says why none can: nothing falls back silently.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from vitlr.errors import InputError
+from vitlr.ops import _measured
 
 BACKENDS = ("torch", "triton", "cuda", "cpu")
 VARIABLE = "VITLR_BACKEND"
@@ -23,20 +26,25 @@ VARIABLE = "VITLR_BACKEND"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at best: memory bandwidth in bytes/s and FLOP/s for each dtype, as measured."""
+    """What a device reaches at best, as measured: bytes/s of memory, FLOP/s for each dtype, and its processors."""
 
     name: str
     bytes_per_s: float
     flops_per_s: Mapping[torch.dtype, float]
+    sms: int = 1
 
     def microseconds(self, flops: float, size: float, dtype: torch.dtype) -> float | None:
         """`max(flops / peak, bytes / bandwidth)` in µs; None where the dtype's peak is not known."""
         peak = self.flops_per_s.get(dtype)
         return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
 
+    def waves(self, tiles: int) -> float:
+        """By how much a last wave that is not full stretches the time: `⌈tiles / sms⌉ sms / tiles`, at least 1."""
+        return math.ceil(tiles / self.sms) * self.sms / tiles if tiles else 1.0
+
 
 # Copy bandwidth and bf16 GEMM as measured on such a card; its tensor cores run fp16 at the same rate.
-H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
+H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12}, sms=132)
 
 
 def ceilings_of(device: torch.device | str) -> Ceilings | None:
@@ -170,10 +178,26 @@ def _objection(candidate: Candidate, key: Any) -> str | None:
 
 def _preferred(op: str, key: Any) -> Candidate:
     reference, *kernels = _op(op).candidates
-    for candidate in reversed(kernels):
-        if candidate.supports(key) is None and _objection(candidate, key) is None:
-            return candidate
-    return reference
+    able = [c for c in reversed(kernels) if c.supports(key) is None and _objection(c, key) is None]
+    return _fastest(op, key, [*able, reference])
+
+
+def _fastest(op: str, key: Any, able: list[Candidate]) -> Candidate:
+    """The one of least time, by measurement or else by floors; the first where one of them has neither."""
+    if len(able) == 1:
+        return able[0]
+    found = _measured.nearest(op, key)
+    times: list[float | None] = [found.us.get(candidate.name) if found else None for candidate in able]
+    limits = ceilings_of(key.device)
+    if None in times and limits is not None:
+        times = [_floor(candidate, key, limits) for candidate in able]
+    ranked = [(time, index) for index, time in enumerate(times) if time is not None]
+    return able[min(ranked)[1]] if len(ranked) == len(able) else able[0]
+
+
+def _floor(candidate: Candidate, key: Any, limits: Ceilings) -> float | None:
+    rows = getattr(key, "M", 0)
+    return None if candidate.floor is None or rows is None else candidate.floor(key, limits)
 
 
 def _forced(op: str, key: Any, wanted: str) -> Candidate:
@@ -190,7 +214,9 @@ def _forced(op: str, key: Any, wanted: str) -> Candidate:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise InputError(f"{VARIABLE}={wanted}: {op} cannot run here ({told})")
     # Asked for by name, an untried or slow kernel runs as well, but not in place of a good one of the same back-end.
-    return min(able, key=lambda candidate: _objection(candidate, key) is not None)
+    ranks = {candidate.name: (not candidate.ran_on, candidate.worth(key) is not None) for candidate in able}
+    best = min(ranks.values())
+    return _fastest(op, key, [candidate for candidate in able if ranks[candidate.name] == best])
 
 
 @dataclass(frozen=True)
@@ -201,6 +227,7 @@ class Row:
     runs: bool
     why: str
     floor_us: float | None
+    measured_us: float | None
     ran_on: tuple[str, ...]
 
 
@@ -218,14 +245,13 @@ class Explanation:
         shape = " ".join(f"{name}={value}" for name, value in self.key._asdict().items())
         floor = self.roofline
         head = f"{floor.flops / 1e9:.3f} GFLOP, {floor.bytes / 1e6:.3f} MB, floor {_microseconds(floor.floor_us)}"
-        cells = [("candidate", "would run", "floor", "ran on", "why")]
-        cells += [
-            (row.candidate, "yes" if row.runs else "no", _microseconds(row.floor_us), ", ".join(row.ran_on), row.why)
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in cells) for column in range(4)]
+        cells = [("candidate", "would run", "floor", "measured", "ran on", "why")]
+        for row in self.rows:
+            times = (_microseconds(row.floor_us), _microseconds(row.measured_us))
+            cells.append((row.candidate, "yes" if row.runs else "no", *times, ", ".join(row.ran_on), row.why))
+        widths = [max(len(line[column]) for line in cells) for column in range(5)]
         lines = [
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
             for line in cells
         ]
         return "\n".join([f"{self.op}  {shape}", head, *lines])
@@ -238,7 +264,8 @@ def _microseconds(value: float | None) -> str:
 def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Explanation:
     """Why `select` takes what it takes for a shape; keywords are the fields of the op's key (M, K, N, r, dtype ...).
 
-    `ceilings` replaces the ceilings of the device. Raises InputError for an unknown op or field, or one left out.
+    Of each candidate: its floor, and the time measured nearest to that shape on that device, both in µs. `ceilings`
+    replaces the ceilings of the device. Raises InputError for an unknown op or field, or one left out.
     """
     entry = _op(op)
     fields, defaults = entry.key_type._fields, entry.key_type._field_defaults
@@ -252,6 +279,7 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
     key = entry.key_type(**shape)
     limits = ceilings or ceilings_of(key.device)
     chosen = select(op, key)
+    found = _measured.nearest(op, key)
     rows = []
     for candidate in entry.candidates:
         refusal = candidate.supports(key)
@@ -260,6 +288,7 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
             why = f"chosen: {VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else "chosen"
         elif not why:
             why = f"{chosen.name} is preferred"
-        floor = candidate.floor(key, limits) if candidate.floor and limits and refusal is None else None
-        rows.append(Row(candidate.name, refusal is None, why, floor, candidate.ran_on))
+        floor = _floor(candidate, key, limits) if limits and refusal is None else None
+        measured = found.us.get(candidate.name) if found else None
+        rows.append(Row(candidate.name, refusal is None, why, floor, measured, candidate.ran_on))
     return Explanation(op, key, chosen.name, entry.roofline(key, limits), tuple(rows))
