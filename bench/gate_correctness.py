@@ -1,0 +1,103 @@
+"""The gate's first question: does every kernel that can run here compute what its specification says?
+
+Each candidate of each op against the specification in fp64, by the tolerance of the tests: twice the distance of plain
+torch in the same dtype. Freed memory is filled with NaN before a call, so that what a kernel leaves unwritten shows.
+Without a GPU the kernels run in Triton's interpreter, on small shapes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import calls
+import torch
+from calls import Call
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from tolerance import assert_close_to
+
+
+def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
+    """Ragged shapes, every activation and form: what takes seconds in the interpreter."""
+    for M in (1, 63, 197):
+        yield calls.linear(M, 100, 90, 24, dtype, device)
+    for act in ("gelu", "gelu_tanh", "silu", "relu"):
+        yield calls.linear(63, 64, 96, 40, dtype, device, act, residual=True)
+        yield calls.mlp(63, 64, 130, 48, 24, 40, dtype, device, act, residual=act == "gelu")
+    yield calls.mlp(70, 64, 96, 48, None, 24, dtype, device)
+    yield calls.mlp(70, 64, 96, 48, 24, None, dtype, device)
+    for form, group in (("int8", 32), ("int4", 32), ("fp8", 64), ("blockdiag", 32)):
+        yield calls.residual_linear(63, 128, 96, 24, form, group, dtype, device)
+    for weighted in (False, True):
+        yield calls.gram(150, 70, dtype, device, weighted)
+    yield calls.chain(2, 40, 72, torch.float32, device)
+    yield from calls.glu_small(device, dtype)
+
+
+def large(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
+    """Shapes of ViT-B, whole and ragged."""
+    for M in (1, 197, 1000, 12608):
+        for r in (64, 128, 192, 256):
+            yield calls.linear(M, 768, 3072, r, dtype, device, "gelu", residual=True)
+            yield calls.linear(M, 3072, 768, r, dtype, device)
+            yield calls.mlp(M, 768, 3072, 768, r, r, dtype, device)
+    for r1, r2 in ((96, 160), (None, 128), (128, None)):
+        yield calls.mlp(1000, 768, 3000, 768, r1, r2, dtype, device, residual=True)
+    for form, group in (("int8", 64), ("int4", 64), ("fp8", 128), ("blockdiag", 64)):
+        for r in (16, 64, 128):
+            yield calls.residual_linear(1000, 768, 2304, r, form, group, dtype, device)
+    for n in (192, 768):
+        yield calls.gram(5000, n, dtype, device, weighted=True)
+    yield calls.chain(8, 768, 768, torch.float32, device)
+    yield calls.chain(8, 768, 768, torch.float64, device)
+    yield from calls.glu_large(device, dtype)
+
+
+def check(device: torch.device) -> list[dict[str, Any]]:
+    """One row a call and candidate: op, call, candidate, problem (None: right)."""
+    dtypes = [torch.float32, torch.float16]
+    if device.type == "cuda":
+        dtypes.append(torch.bfloat16)
+    rows = []
+    for dtype in dtypes:
+        every = [*small(device, dtype), *(large(device, dtype) if device.type == "cuda" else ())]
+        for call in every:
+            rows += _check_call(call, device)
+    return rows
+
+
+def _check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
+    args = call.make(0)
+    reference = call.reference()
+    exact = _run(reference, _double(args))
+    plain = _run(reference, args)
+    for name, run in call.candidates(args).items():
+        if name == "torch":
+            continue
+        row = {"op": call.op, "call": call.label, "candidate": name, "problem": None}
+        try:
+            _poison(plain, device)
+            assert_close_to(_run(run, args), plain, exact)
+        except Exception as cause:  # a wrong value and a failed launch alike: the gate lists all of them
+            row["problem"] = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:300]
+        yield row
+
+
+def _run(function: Any, args: tuple) -> Tensor:
+    """The result; accumulating ops get a fresh accumulator each time."""
+    return function(*(arg.clone() if isinstance(arg, Tensor) and index == 0 else arg for index, arg in enumerate(args)))
+
+
+def _double(args: tuple) -> tuple:
+    return tuple(arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _poison(like: Tensor, device: torch.device) -> None:
+    """Leave NaN in the memory that an allocation of this size is likely to get next."""
+    if device.type == "cuda":
+        torch.full_like(like, float("nan"))
+        torch.full((4 * like.numel() + 1024,), float("nan"), device=device)

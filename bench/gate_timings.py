@@ -1,0 +1,162 @@
+"""The gate's second question: how fast is every kernel, against dense cuBLAS and against two GEMMs?
+
+Every candidate of a call takes turns with the dense layer that it replaces; a few headline shapes also with what
+`torch.compile(mode="max-autotune-no-cudagraphs")` makes of both. The order is that of importance: when the time given
+is spent, the rest is left out and named.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import calls
+import torch
+import torch.nn.functional as F
+from _clock import input_sets, microseconds
+from calls import Call
+from registry import geometry
+
+from vitlr.ops import _dispatch, _measured
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A call, the dense layer that it replaces, and whether compiled versions are timed as well."""
+
+    call: Call
+    dense: Callable[..., Any] | None
+    dense_inputs: Callable[[int], tuple] | None
+    headline: bool = False
+
+
+def grid(device: torch.device) -> Iterator[Timed]:
+    """Headline shapes first, then the grid of models, ranks and batches."""
+    yield _mlp("vit_base_patch16_224", 64, 128, device, headline=True)
+    yield _mlp("vit_base_patch16_224", 256, 128, device, headline=True)
+    yield _linear("vit_base_patch16_224", "fc1", 256, 128, device, headline=True)
+    yield _linear("vit_base_patch16_224", "fc1", 1, 128, device, headline=True)
+    for batch in (1, 8, 64, 256):
+        for r in (64, 128, 256):
+            yield _mlp("vit_base_patch16_224", batch, r, device)
+            for layer in ("qkv", "proj", "fc1", "fc2"):
+                yield _linear("vit_base_patch16_224", layer, batch, r, device)
+    for form, group in (("int8", 64), ("int4", 64), ("fp8", 128), ("blockdiag", 64)):
+        for batch in (1, 64):
+            M = 197 * batch
+            call = calls.residual_linear(M, 768, 2304, 32, form, group, BF16, device)
+            yield Timed(call, F.linear, _dense_linear(M, 768, 2304, BF16, device))
+    for model in ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"):
+        for batch in (8, 64):
+            yield _mlp(model, batch, 64 if "tiny" in model or "small" in model else 192, device)
+    for n, T in ((768, 12608), (192, 12608)):
+        for dtype in (BF16, torch.float32):
+            call = calls.gram(T, n, dtype, device)
+            yield Timed(call, lambda X: X.float().mT @ X.float(), lambda seed, c=call: (c.make(seed)[1],))
+    yield Timed(calls.chain(48, 768, 768, torch.float32, device), None, None)
+    yield Timed(calls.chain(48, 768, 768, torch.float64, device), None, None)
+
+
+def rehearsal(device: torch.device) -> Iterator[Timed]:
+    """One tiny call a kind, so that the script itself can be tried without a GPU."""
+    f32 = torch.float32
+    yield Timed(calls.linear(40, 32, 48, 16, f32, device), F.linear, _dense_linear(40, 32, 48, f32, device), True)
+    yield Timed(calls.mlp(40, 32, 64, 32, 16, 16, f32, device), _dense_mlp, _dense_mlp_inputs(40, 32, 64, f32, device))
+    yield Timed(calls.gram(64, 32, f32, device), None, None)
+
+
+def _mlp(model: str, batch: int, r: int, device: torch.device, headline: bool = False) -> Timed:
+    g = geometry(model)
+    M = batch * g.tokens
+    call = calls.mlp(M, g.width, g.hidden, g.width, r, r, BF16, device)
+    return Timed(call, _dense_mlp, _dense_mlp_inputs(M, g.width, g.hidden, BF16, device), headline)
+
+
+def _linear(model: str, layer: str, batch: int, r: int, device: torch.device, headline: bool = False) -> Timed:
+    g = geometry(model)
+    K, N = {"qkv": (g.width, 3 * g.width), "proj": (g.width, g.width), "fc1": (g.width, g.hidden)}.get(
+        layer, (g.hidden, g.width)
+    )
+    M = batch * g.tokens
+    return Timed(calls.linear(M, K, N, r, BF16, device), F.linear, _dense_linear(M, K, N, BF16, device), headline)
+
+
+def _dense_linear(M: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], tuple]:
+    def make(seed: int) -> tuple:
+        new = calls.Random(seed, dtype, device)
+        return new(M, K), new(N, K, fan_in=K), new(N)
+
+    return make
+
+
+def _dense_mlp_inputs(M: int, K: int, D: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], tuple]:
+    def make(seed: int) -> tuple:
+        new = calls.Random(seed, dtype, device)
+        return new(M, K), new(D, K, fan_in=K), new(D), new(K, D, fan_in=D), new(K)
+
+    return make
+
+
+def _dense_mlp(x: Any, W1: Any, b1: Any, W2: Any, b2: Any) -> Any:
+    return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
+
+
+def run(device: torch.device, seconds: float, every: Iterator[Timed]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows {op, call, key, us, floor_us, candidates} and the labels of what there was no time for."""
+    end = time.monotonic() + seconds
+    rows, left = [], []
+    limits = _dispatch.ceilings_of(device)
+    for timed in every:
+        if time.monotonic() > end:
+            left.append(f"{timed.call.op} {timed.call.label}")
+            continue
+        sets = input_sets(timed.call.make, device)
+        key = timed.call.key(sets[0])
+        candidates = timed.call.candidates(sets[0])
+        functions = dict(candidates)
+        if timed.headline:
+            functions["torch compiled"] = _compiled(candidates["torch"], sets[0], device)
+        us = microseconds(functions, sets, device)
+        if timed.dense is not None and timed.dense_inputs is not None:
+            dense_sets = input_sets(timed.dense_inputs, device)
+            dense = {"dense": timed.dense}
+            if timed.headline:
+                dense["dense compiled"] = _compiled(timed.dense, dense_sets[0], device)
+            us |= microseconds(dense, dense_sets, device)
+        rows.append(
+            {
+                "op": timed.call.op,
+                "call": timed.call.label,
+                "key": _measured.describe(key),
+                "us": {name: round(value, 3) for name, value in us.items()},
+                "floor_us": _dispatch._ops[timed.call.op].roofline(key, limits).floor_us,
+                "candidates": list(candidates),
+            }
+        )
+        torch.compiler.reset()
+    return rows, left
+
+
+def _compiled(function: Callable[..., Any], inputs: tuple, device: torch.device) -> Callable[..., Any]:
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    compiled(*inputs)
+    return compiled
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; ratios are those of the dense layer's time."""
+    lines = ["| op | call | floor µs | µs (times as fast as dense) |", "|---|---|---|---|"]
+    for row in rows:
+        dense = row["us"].get("dense")
+        cells = [
+            f"{name} {us:.1f}" + (f" ({dense / us:.2f}x)" if dense and not name.startswith("dense") else "")
+            for name, us in sorted(row["us"].items(), key=lambda item: item[1])
+        ]
+        floor = "" if row["floor_us"] is None else f"{row['floor_us']:.1f}"
+        lines.append(f"| {row['op']} | {row['call']} | {floor} | {', '.join(cells)} |")
+    return "\n".join(lines)
