@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
+from vitlr.ops import _dispatch, _triton
 from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 
@@ -102,6 +102,35 @@ def two_gemms_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     passes = 2 * (key.act != "none") + 3 * key.residual
     steps.append(1e6 * passes * size * M * key.N / ceilings.bytes_per_s)
     return None if None in steps else sum(step for step in steps if step is not None)
+
+
+def row_block_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+    """The floor of one pass in µs by programs of BM rows, whose last wave takes as long as a full one."""
+    config, kernels, sms = _tiles("row_block", _row_block_sizes(key), key.device)
+    floor = roofline(key.M or 0, key.K, key.N, key.r, key.dtype, residual=key.residual)
+    return _in_waves(floor.flops, floor.bytes, kernels.tiles(key.M or 0, config), sms, key.dtype, ceilings)
+
+
+def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+    """The floor of both launches in µs: the partial sums of the intermediate are written and read once."""
+    config, kernels, sms = _tiles("split", _split_sizes(key), key.device)
+    M, K, N, r, size = key.M or 0, key.K, key.N, key.r, key.dtype.itemsize
+    partial = M * r * (size if config.splits == 1 else 4 * config.splits)
+    shrinking, expanding = kernels.tiles(M, N, r, config)
+    steps = (
+        (2 * M * r * K, size * (M + r) * K + partial, shrinking),
+        (2 * M * r * N, size * (r + M * (1 + key.residual)) * N + partial, expanding),
+    )
+    times = [_in_waves(*step, sms, key.dtype, ceilings) for step in steps]
+    return None if None in times else sum(time for time in times if time is not None)
+
+
+def _in_waves(
+    flops: int, size: int, programs: int, sms: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings
+) -> float | None:
+    """The roofline's µs where `programs` equal ones run on `sms` processors: full waves count, not their mean."""
+    waves = -(-programs // sms)
+    return ceilings.microseconds(flops * waves * sms / max(programs, 1), size, dtype)
 
 
 def has_kernels() -> bool:
@@ -211,4 +240,62 @@ _dispatch.register_op(
     Key,
     lambda key, limits: roofline(key.M or 0, key.K, key.N, key.r, key.dtype, limits, key.residual),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=two_gemms_floor),
+)
+
+
+_MODULES = {"row_block": "lowrank_linear", "split": "lowrank_linear_split"}
+
+
+def _row_block_sizes(key: Key) -> tuple:
+    return key.M, key.K, key.N, key.r, key.residual, key.dtype
+
+
+def _split_sizes(key: Key) -> tuple:
+    return key.M, key.K, key.N, key.r, key.dtype
+
+
+def _tiles(variant: str, sizes: tuple, device: torch.device) -> tuple[Any, Any, int]:
+    """The config of a variant, its module, and the processors of the device."""
+    config = _triton.config(_MODULES[variant], variant, device, *sizes)
+    return config, _triton.kernels(_MODULES[variant]), _triton.kernels("targets").target_of(device).sms
+
+
+def _pays(name: str, key: Key) -> str | None:
+    """None where no other candidate has a better floor; a card without ceilings of its own is judged as an H200."""
+    limits = _dispatch.ceilings_of(key.device) or _dispatch.H200
+    able = [c for c in _dispatch.candidates(OP) if c.floor is not None and c.supports(key) is None]
+    floors = {c.name: c.floor(key, limits) for c in able if c.floor is not None}
+    times = {other: time for other, time in floors.items() if time is not None}
+    if key.M is None or name not in times:
+        return None
+    best = min(times, key=lambda other: times[other])
+    if times[best] == times[name]:
+        return None
+    return f"its floor is {times[name]:.1f} µs, that of {best} {times[best]:.1f}"
+
+
+# The later one is taken where neither beats plain torch.
+_dispatch.register(
+    OP,
+    _triton.candidate(
+        "row_block",
+        _MODULES["row_block"],
+        "row_block",
+        _row_block_sizes,
+        "run",
+        worth=lambda key: _pays("triton.row_block", key),
+        floor=row_block_floor,
+    ),
+)
+_dispatch.register(
+    OP,
+    _triton.candidate(
+        "split",
+        _MODULES["split"],
+        "split",
+        _split_sizes,
+        "run",
+        worth=lambda key: _pays("triton.split", key),
+        floor=split_floor,
+    ),
 )
