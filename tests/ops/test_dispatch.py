@@ -18,8 +18,14 @@ SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
 
 
 @pytest.fixture(autouse=True)
-def no_override(monkeypatch):
+def only_the_reference(monkeypatch):
+    """No override, and none of the kernels that come with the package."""
     monkeypatch.delenv("VITLR_BACKEND", raising=False)
+    op = _dispatch._ops["lowrank_linear"]
+    monkeypatch.setattr(op, "candidates", op.candidates[:1])
+    _dispatch._chosen.clear()
+    yield
+    _dispatch._chosen.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +79,11 @@ def test_the_override_prefers_the_good_candidate_of_its_back_end(monkeypatch):
         fake_kernel("lowrank_linear", name="triton.untried", ran_on=()),
     ):
         assert chosen() == "triton.tried"
+    with (
+        fake_kernel("lowrank_linear", name="triton.fast", ran_on=()),
+        fake_kernel("lowrank_linear", name="triton.slow", ran_on=(), worth=lambda key: "slower here"),
+    ):
+        assert chosen() == "triton.fast"
 
 
 def test_the_override_prefers_what_pays(monkeypatch):
