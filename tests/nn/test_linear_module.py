@@ -67,8 +67,8 @@ def test_the_override_reaches_the_module(monkeypatch):
         assert calls_children(low, x) == ["down", "up"]
         low(x)
         assert not calls
-    monkeypatch.setenv("VITLR_BACKEND", "triton")
-    with pytest.raises(InputError, match="VITLR_BACKEND=triton"):
+    monkeypatch.setenv("VITLR_BACKEND", "cuda")
+    with pytest.raises(InputError, match="VITLR_BACKEND=cuda"):
         low(x)
 
 
