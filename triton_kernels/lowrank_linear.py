@@ -117,7 +117,8 @@ def _tiles(r: int, dtype: torch.dtype, target: Target) -> Config:
 def _smaller(config: Config) -> Iterator[Config]:
     """A config and what it is cut down to, step by step, where shared memory is short."""
     yield config
-    for name, least in (("expand_stages", 2), ("shrink_stages", 2), ("BK", 32), ("BM", 64), ("BN", 32), ("BM", 32)):
+    stages, tiles_ = (("expand_stages", 2), ("shrink_stages", 2)), (("BK", 32), ("BM", 64), ("BN", 32), ("BM", 32))
+    for name, least in (*stages, *tiles_, ("BK", 16), ("BN", 16)):
         if getattr(config, name) > least:
             config = replace(config, **{name: least})
             yield config

@@ -270,10 +270,10 @@ def cases(target: Target) -> list[Case]:
         )
 
     return [
-        case("shrink", "bf16", 197, "", 132, 76),
+        case("shrink", "bf16", 197, "", 84, 56),
         case("shrink", "fp16", 1576, "", 150, 78),
         case("shrink", "bf16", 6304, "", 132, 86),
-        case("expand", "bf16", 197, "gelu", 255, 255),
+        case("expand", "bf16", 197, "gelu", 136, 208),
         case("expand", "fp16", 1576, "silu", 188, 144),
         case("expand", "bf16", 1576, "gelu", 124, 104, 384),
         case("expand", "bf16", 6304, "gelu", 124, 104),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,11 @@ def two_gemms_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
 
 
 def row_block_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
-    """The floor of one pass in µs by programs of BM rows, whose last wave takes as long as a full one."""
+    """The floor of one pass in µs by programs of BM rows."""
     config, kernels, sms = _tiles("row_block", _row_block_sizes(key), key.device)
-    floor = roofline(key.M or 0, key.K, key.N, key.r, key.dtype, residual=key.residual)
-    return _in_waves(floor.flops, floor.bytes, kernels.tiles(key.M or 0, config), sms, key.dtype, ceilings)
+    size = roofline(key.M or 0, key.K, key.N, key.r, key.dtype, residual=key.residual).bytes
+    each = 2 * config.BM * key.r * (key.K + key.N)
+    return _in_waves(each, kernels.tiles(key.M or 0, config), sms, size, key.dtype, ceilings)
 
 
 def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
@@ -118,19 +120,19 @@ def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     partial = M * r * (size if config.splits == 1 else 4 * config.splits)
     shrinking, expanding = kernels.tiles(M, N, r, config)
     steps = (
-        (2 * M * r * K, size * (M + r) * K + partial, shrinking),
-        (2 * M * r * N, size * (r + M * (1 + key.residual)) * N + partial, expanding),
+        (2 * config.BM * config.BR * K // config.splits, shrinking, size * (M + r) * K + partial),
+        (2 * config.BM * config.BN * r, expanding, size * (r + M * (1 + key.residual)) * N + partial),
     )
-    times = [_in_waves(*step, sms, key.dtype, ceilings) for step in steps]
+    times = [_in_waves(each, programs, sms, moved, key.dtype, ceilings) for each, programs, moved in steps]
     return None if None in times else sum(time for time in times if time is not None)
 
 
 def _in_waves(
-    flops: int, size: int, programs: int, sms: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings
+    each: int, programs: int, sms: int, size: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings
 ) -> float | None:
-    """The roofline's µs where `programs` equal ones run on `sms` processors: full waves count, not their mean."""
+    """The roofline's µs of programs of `each` FLOPs on `sms` processors: a last wave takes as long as a full one."""
     waves = -(-programs // sms)
-    return ceilings.microseconds(flops * waves * sms / max(programs, 1), size, dtype)
+    return ceilings.microseconds(each * waves * sms, size, dtype)
 
 
 def has_kernels() -> bool:
@@ -275,27 +277,9 @@ def _pays(name: str, key: Key) -> str | None:
 
 
 # The later one is taken where neither beats plain torch.
-_dispatch.register(
-    OP,
-    _triton.candidate(
-        "row_block",
-        _MODULES["row_block"],
-        "row_block",
-        _row_block_sizes,
-        "run",
-        worth=lambda key: _pays("triton.row_block", key),
-        floor=row_block_floor,
-    ),
-)
-_dispatch.register(
-    OP,
-    _triton.candidate(
-        "split",
-        _MODULES["split"],
-        "split",
-        _split_sizes,
-        "run",
-        worth=lambda key: _pays("triton.split", key),
-        floor=split_floor,
-    ),
-)
+for _name, _sizes, _floor in (
+    ("row_block", _row_block_sizes, row_block_floor),
+    ("split", _split_sizes, split_floor),
+):
+    _worth = partial(_pays, f"triton.{_name}")
+    _dispatch.register(OP, _triton.candidate(_name, _MODULES[_name], _name, _sizes, "run", worth=_worth, floor=_floor))
