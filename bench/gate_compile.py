@@ -11,9 +11,8 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from typing import Any
 
-from vitlr.triton_kernels.targets import TARGETS
-
 from vitlr import triton_kernels
+from vitlr.triton_kernels.targets import TARGETS
 
 BLOCKING = ("sm_80", "sm_90")
 REPORTED = ("gfx942",)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from _clock import microseconds
 from torch import Tensor
-from vitlr.solver import solve_batch
-from vitlr.subspace import leading_subspace
 
 from vitlr.ops import _dispatch
+from vitlr.solver import solve_batch
+from vitlr.subspace import leading_subspace
 
 
 def problems(count: int, n: int, device: torch.device) -> Tensor:

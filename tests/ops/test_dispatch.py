@@ -28,15 +28,6 @@ def only_the_reference(monkeypatch):
     _dispatch._chosen.clear()
 
 
-@pytest.fixture(autouse=True)
-def nothing_but_torch(monkeypatch):
-    op = _dispatch._ops["lowrank_linear"]
-    monkeypatch.setattr(op, "candidates", op.candidates[:1])
-    _dispatch._chosen.clear()
-    yield
-    _dispatch._chosen.clear()
-
-
 def chosen(key=SMALL):
     return ops.select("lowrank_linear", key).name
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from vitlr.triton_kernels import tables
 from vitlr.triton_kernels.targets import INTERPRETER, TARGETS
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from vitlr.triton_kernels import targets
 
 from vitlr.errors import InputError
 from vitlr.ops import _triton
+from vitlr.triton_kernels import targets
 
 
 class _Card:
