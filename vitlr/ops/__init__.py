@@ -1,6 +1,6 @@
 """Operations: one file each, with its specification in plain torch and the kernels that may run in its place."""
 
-from vitlr.ops import gram, lowrank_linear, lowrank_mlp
+from vitlr.ops import gram, lowrank_linear, lowrank_mlp, lowrank_residual_linear
 from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, register, select, unregister
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "gram",
     "lowrank_linear",
     "lowrank_mlp",
+    "lowrank_residual_linear",
     "register",
     "select",
     "unregister",
