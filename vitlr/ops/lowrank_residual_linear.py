@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
+from vitlr.ops import _dispatch, _triton
 from vitlr.ops._autocast import compute_dtype, register_autocast
 from vitlr.ops._codes import FORMS, FP8, code_dtype, code_shape, decode, dequantise, groups
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, gradients
@@ -250,3 +250,31 @@ _dispatch.register_op(
     lambda key, limits: roofline(key.M or 0, key.K, key.N, key.r, key.form, key.group_size, key.dtype, limits),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
 )
+
+
+def _sizes(key: Key) -> tuple:
+    return key.M, key.K, key.N, key.r, key.form, key.group_size, key.dtype
+
+
+def _kernel_floor(variant: str) -> Any:
+    """The floor of a variant in µs: its own FLOPs on whole waves of tiles or the compulsory bytes, and T's launch."""
+
+    def floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+        kernels, (rows, K, N, r, form, group_size, dtype) = _triton.kernels(OP), _sizes(key)
+        M, fused = rows or 1, variant == "one_pass"
+        target = _triton.kernels("targets").target_of(key.device)
+        config = getattr(kernels, variant)(*_sizes(key), target)
+        tiles = kernels.tiles(M, K, N, form, group_size, config)
+        waves = -(-tiles // target.sms) * target.sms / tiles
+        work = waves * kernels.flops(M, K, N, r, form, group_size, config, fused)
+        main = ceilings.microseconds(work, roofline(M, K, N, r, form, group_size, dtype).bytes, dtype)
+        shrink = 0.0 if fused else ceilings.microseconds(2 * M * r * K, dtype.itemsize * (M * (K + r) + r * K), dtype)
+        return None if main is None or shrink is None else main + shrink
+
+    return floor
+
+
+for _variant in ("two_pass", "one_pass"):  # the last one is asked first
+    _dispatch.register(
+        OP, _triton.candidate(_variant, OP, _variant, _sizes, f"run_{_variant}", floor=_kernel_floor(_variant))
+    )
