@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.inputs import call
 from vitlr.modes import evaluation_mode
+from vitlr.nn import ResidualLowRankLinear
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Cost:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters, tied ones once; the weights of a quantised residual count, however they are stored."""
+    quantised = [m for m in model.modules() if isinstance(m, ResidualLowRankLinear) and m.scale is not None]
+    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in quantised)
 
 
 def count_bytes(model: nn.Module) -> int:

@@ -11,8 +11,9 @@ from torch import nn
 
 from vitlr import folding, surfaces
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankLinear, LowRankMLP
+from vitlr.nn import FoldedScale, LowRankLinear, LowRankMLP, ResidualLowRankLinear
 from vitlr.nn._plain import has_hooks
+from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
 from vitlr.spectra import Spectra
 
@@ -64,10 +65,10 @@ def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Multiply all factors out, `W = A B`: the same function on plain `nn.Linear`s."""
+    """Multiply all factors out, `W = A B` or `A B + R`: the same function on plain `nn.Linear`s."""
     model = unfuse(model, inplace=inplace)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear)):
             _swap(model, name, module.to_linear().train(module.training))
     return model
 
@@ -122,16 +123,24 @@ def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What was swapped, as plain values: `{name: {"rank", "in_features", "out_features", "bias"}}`."""
+    """What was swapped, as plain values: `{name: {"rank", "in_features", "out_features", "bias"}}`.
+
+    Layers with a residual have its `"residual"` (the form) and `"group_size"` as well.
+    """
     return {
         name: {
             "rank": module.rank,
             "in_features": module.in_features,
             "out_features": module.out_features,
             "bias": module.up.bias is not None,
+            **(
+                {"residual": module.residual, "group_size": module.group_size}
+                if isinstance(module, ResidualLowRankLinear)
+                else {}
+            ),
         }
         for name, module in model.named_modules()
-        if isinstance(module, LowRankLinear)
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
     }
 
 
@@ -154,17 +163,30 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
             raise InputError(
                 f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
             )
+        _check_residual(name, entry)
     surfaces.make_visible(model)
     with torch.no_grad():
         for name, entry in layers.items():
             w = modules[name].weight
-            low = LowRankLinear(
-                entry["in_features"],
-                entry["out_features"],
-                entry["rank"],
-                entry["bias"],
-                device=w.device,
-                dtype=w.dtype,
-            )
+            sizes = (entry["in_features"], entry["out_features"], entry["rank"])
+            low: nn.Module
+            if "residual" in entry:
+                low = ResidualLowRankLinear(
+                    *sizes, entry["residual"], entry["group_size"], entry["bias"], device=w.device, dtype=w.dtype
+                )
+            else:
+                low = LowRankLinear(*sizes, entry["bias"], device=w.device, dtype=w.dtype)
             _swap(model, name, low.train(modules[name].training))
     return model
+
+
+def _check_residual(name: str, entry: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless what a file says of a residual is a known form with a group size that fits."""
+    if "residual" not in entry and "group_size" not in entry:
+        return
+    form, group_size, K = entry.get("residual"), entry.get("group_size"), entry["in_features"]
+    if type(form) is not str or type(group_size) is not int or not 1 <= group_size <= K:
+        raise InputError(
+            f"layer {name}: residual {form!r:.80} with group size {group_size!r:.80}, expected a form and 1 to {K}"
+        )
+    check_form(f"layer {name}", entry["out_features"], K, form, group_size)

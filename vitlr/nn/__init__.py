@@ -3,5 +3,6 @@
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
+from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 
-__all__ = ["FoldedScale", "LowRankLinear", "LowRankMLP"]
+__all__ = ["FoldedScale", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]

@@ -22,6 +22,8 @@ from torch import Tensor
 LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
 """The forms that are quantised, with the largest value that a code stands for."""
 FORMS = (*LARGEST, "blockdiag")
+ZERO = {"int4": 0x88}
+"""What an element of the codes holds where R is zero; 0 in the other forms."""
 FP8 = torch.float8_e4m3fn
 _OFFSET = 8
 

@@ -124,11 +124,10 @@ def kernel_chosen(x: Tensor, K: int, N: int, r: int, form: str, group_size: int,
     return _dispatch.kernel_chosen(OP, rows, K, N, r, form, group_size, bias, compute_dtype(x), x.device)
 
 
-def check_residual(op: str, x: Tensor, N: int, R: Tensor, scale: Tensor | None, form: str, group_size: int) -> None:
-    """Raises InputError unless R and its scale are those of an [N, K] residual for x [..., K]."""
-    K = x.shape[-1]
+def check_form(op: str, N: int, K: int, form: str, group_size: int) -> None:
+    """Raises InputError unless a residual [N, K] can be stored in that form."""
     if form not in FORMS:
-        raise InputError(f"{op}: unknown form {form!r}, expected one of {', '.join(FORMS)}")
+        raise InputError(f"{op}: unknown form {form!r} of the residual, expected one of {', '.join(FORMS)}")
     if group_size < 1:
         raise InputError(f"{op}: group_size {group_size}, expected 1 or more")
     if form == "blockdiag" and (K % group_size or N % (K // group_size)):
@@ -136,6 +135,12 @@ def check_residual(op: str, x: Tensor, N: int, R: Tensor, scale: Tensor | None, 
             f"{op}: no blocks of {group_size} columns fit R {N}x{K}, expected group_size to divide K = {K} and "
             f"K / group_size to divide N = {N}"
         )
+
+
+def check_residual(op: str, x: Tensor, N: int, R: Tensor, scale: Tensor | None, form: str, group_size: int) -> None:
+    """Raises InputError unless R and its scale are those of an [N, K] residual for x [..., K]."""
+    K = x.shape[-1]
+    check_form(op, N, K, form, group_size)
     shape, dtype = list(code_shape(form, N, K, group_size)), code_dtype(form, x.dtype)
     if list(R.shape) != shape or R.dtype != dtype or R.device != x.device:
         raise InputError(

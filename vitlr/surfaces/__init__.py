@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitlr.errors import InputError
-from vitlr.nn.lowrank_linear import LowRankLinear
+from vitlr.nn import LowRankLinear, ResidualLowRankLinear
 from vitlr.surfaces import generic, timm
 from vitlr.surfaces.generic import Hidden
 
@@ -53,7 +53,7 @@ def survey(model: nn.Module) -> Surface:
     surface = Surface({}, {}, dict(generic.packed(model)))
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear)):
             inside = (*inside, f"{name}.")
         if not isinstance(module, nn.Linear) or name.startswith(inside):
             continue
