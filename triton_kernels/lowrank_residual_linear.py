@@ -47,7 +47,7 @@ def one_pass(
     M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target
 ) -> Config:
     """The tiles with which T is summed beside Y. Raises Unsupported with the reason, r too large included."""
-    limit = 128 if target.hopper or target.backend == "interpreter" else 64
+    limit = 128 if dtype.itemsize == 2 and (target.hopper or target.backend == "interpreter") else 64
     if r > limit:
         raise Unsupported(f"r = {r}, T beside Y leaves registers for r <= {limit}; two_pass takes any rank")
     return _config(M, K, N, r, form, group_size, dtype, target, sum(split(r)))
@@ -77,6 +77,11 @@ def depth(K: int, form: str, group_size: int, largest: int) -> int:
     return min(largest, group_size & -group_size)
 
 
+def chunk(size: int) -> int:
+    """Columns of T that the second launch reads at a time; fp32 products run on few registers a thread."""
+    return 64 if size == 2 else 16
+
+
 def shared_memory(config: Config, width: int, form: str, size: int) -> int:
     """Bytes of shared memory, never below what the compiler takes: the loop's buffers, or what the end needs.
 
@@ -84,7 +89,7 @@ def shared_memory(config: Config, width: int, form: str, size: int) -> int:
     """
     code = CODE_BYTES.get(form, size)
     loop = config.num_stages * config.BK * (size * (config.BM + width) + code * config.BN)
-    end = 4 * config.BM * config.BN + size * (config.BM + config.BN) * (width or 64 * config.num_stages)
+    end = 4 * config.BM * config.BN + size * (config.BM + config.BN) * (width or chunk(size) * config.num_stages)
     return int(max(loop, end))
 
 
@@ -100,7 +105,7 @@ def _config(
     if r < 1:
         raise Unsupported(f"r = {r}, taken are ranks from 1 on")
     rows = tables.nearest(NAME, target, dtype, M=M or 12608, r=max(width, 1))
-    config = Config(**rows) if rows else Config(64, 64, 32, 8, 2)
+    config = Config(**rows) if rows else Config(32, 64, 16, 8, 2)
     config = replace(config, BK=depth(K, form, group_size, config.BK))
     while shared_memory(config, width, form, dtype.itemsize) > target.shared_memory:
         if config.num_stages > 2:
@@ -173,10 +178,10 @@ def _expand(acc, t, A, n, live, c, r, san, sar, PRECISION: tl.constexpr):
 def _residual(
     x, B, A, R, scale, bias, t, y, M, N, r, sxm, sxk, sbr, sbk, san, sar, srb, srn, srk, ssn, ssg, sb,
     K: tl.constexpr, GROUP: tl.constexpr, FORM: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. R1 + R2 columns of T are summed along; or R1 = 0, and T [M, r] comes in CHUNKS of 64 columns."""
+    """One tile of y. R1 + R2 columns of T are summed along; or R1 = 0, and T [M, r] is read by CHUNKS of CHUNK columns."""
     dtype = x.dtype.element_ty
     BLOCKS: tl.constexpr = K // GROUP if FORM == "blockdiag" else 1
     DEPTH: tl.constexpr = K // BLOCKS  # columns of x that this tile of R touches
@@ -231,8 +236,8 @@ def _residual(
         acc = _expand(acc, t1, A, n, live, r1, r, san, sar, PRECISION)
     if R2:
         acc = _expand(acc, t2, A, n, live, r2, r, san, sar, PRECISION)
-    for c0 in range(0, 64 * CHUNKS, 64):
-        c = c0 + tl.arange(0, 64).to(tl.int64)
+    for c0 in range(0, CHUNKS * CHUNK, CHUNK):
+        c = c0 + tl.arange(0, CHUNK).to(tl.int64)
         part = tl.load(t + m[:, None] * r + c[None, :], mask=(m < M)[:, None] & (c < r)[None, :], other=0.0)
         acc = _expand(acc, part, A, n, live, c, r, san, sar, PRECISION)
     if HAS_BIAS:
@@ -313,12 +318,14 @@ def _launch(
         )  # fmt: skip
     blocks = form == "blockdiag"
     R1, R2 = split(r) if fused else (0, 0)
+    columns = chunk(x.element_size())
     _residual[(tiles(M, K, N, form, group_size, config),)](
         x, B, A, R, x if scale is None else scale, x if bias is None else bias, t, y, M, N, r,
         *x.stride(), *B.stride(), *A.stride(), *(R.stride() if blocks else (0, *R.stride())),
         *((0, 0) if scale is None else scale.stride()), 0 if bias is None else bias.stride(0),
-        K, group_size if blocks else min(group_size, K), _form(form, target), R1, R2, 0 if fused else -(-r // 64),
-        config.BM, config.BN, config.BK, bias is not None, precision, **options,
+        K, group_size if blocks else min(group_size, K), _form(form, target), R1, R2,
+        0 if fused else -(-r // columns), columns, config.BM, config.BN, config.BK, bias is not None, precision,
+        **options,
     )  # fmt: skip
 
 
@@ -337,7 +344,8 @@ def cases(target: Target) -> list[Case]:
         ("int8", bf16, 16, 32, True, 136, 88),
         ("int4", bf16, 12608, 256, False, 176, 187),
         ("int8", fp16, 12608, 192, False, 186, 140),
-        ("int8", fp32, 12608, 32, True, 136, 168),
+        ("int8", fp32, 12608, 64, True, 180, 184),
+        ("int4", fp32, 12608, 192, False, 255, 255),
     ]
     found = []
     for form, dtype, M, r, fused, *registers in sizes:
@@ -357,8 +365,9 @@ def _case(
     pointer = f"*{_NAMES[dtype]}"
     types = {name: pointer for name in ("x", "B", "A", "scale", "bias", "t", "y")}
     types["R"] = {"int8": "*i8", "blockdiag": pointer}.get(form, "*u8")
+    columns = chunk(dtype.itemsize)
     constants: dict[str, Any] = {
-        "K": 768, "GROUP": 64, "FORM": _form(form, target), "CHUNKS": 0 if fused else -(-r // 64),
+        "K": 768, "GROUP": 64, "FORM": _form(form, target), "CHUNKS": 0 if fused else -(-r // columns), "CHUNK": columns,
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "HAS_BIAS": True, "PRECISION": "ieee",
         "sxk": 1, "sbk": 1, "sar": 1, "srk": 1, "ssg": 1, "sb": 1,
     }  # fmt: skip

@@ -83,25 +83,27 @@ class ResidualLowRankLinear(nn.Module):
         residual: str = "int8",
         group_size: int = GROUP,
         statistics: LayerStatistics | None = None,
+        dtype: torch.dtype | None = None,
     ) -> ResidualLowRankLinear:
         """The layer `W ≈ A B + R`, A B and R refined in turns (`vitlr.quantization`), solved in fp64.
 
         `statistics`, one layer of `vitlr.calibrate`'s, weighs errors by what the layer sees; without, all weights count
-        alike. Same device, dtype and mode as `linear`. Raises InputError for a rank, form or group size that does not
+        alike. Same device, mode and, unless `dtype` says another, dtype as `linear`: from fp32 weights to a bf16 layer
+        rounds once. Raises InputError for a rank, form or group size that does not
         fit, other statistics, or what is no linear; NumericalError for NaN or Inf.
         """
         from vitlr.quantization import solve_parts  # it brings the solver and the statistics, which few layers need
 
         if not isinstance(linear, nn.Linear):
             raise InputError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")
-        W, bias = linear.weight, linear.bias
+        W, bias, dtype = linear.weight, linear.bias, dtype or linear.weight.dtype
         layer = cls(
-            linear.in_features, linear.out_features, rank, residual, group_size, bias is not None, "meta", W.dtype
+            linear.in_features, linear.out_features, rank, residual, group_size, bias is not None, "meta", dtype
         )
-        parts = solve_parts(W, rank, residual, layer.group_size, W.dtype, statistics)
+        parts = solve_parts(W, rank, residual, layer.group_size, dtype, statistics)
         layer.down.weight, layer.up.weight = nn.Parameter(parts.B), nn.Parameter(parts.A)
         if bias is not None:
-            layer.up.bias = nn.Parameter(bias.detach().clone())
+            layer.up.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
         layer.codes = nn.Parameter(parts.codes) if residual == "blockdiag" else parts.codes
         layer.scale = parts.scale
         return layer.train(linear.training)

@@ -59,12 +59,17 @@ def unpack_int4(codes: Tensor, K: int) -> Tensor:
     return nibbles.to(torch.int8) - _OFFSET
 
 
-def encode(values: Tensor, form: str) -> Tensor:
-    """The codes of values [N, K] in units of their scale: rounded to the nearest even, clamped to the largest code."""
+def rounded(values: Tensor, form: str) -> Tensor:
+    """Values in units of their scale as the nearest codes hold them: to nearest even, clamped to the largest code."""
     values = values.clamp(-LARGEST[form], LARGEST[form])
+    return values.float().to(FP8).to(values.dtype) if form == "fp8" else values.round()
+
+
+def encode(values: Tensor, form: str) -> Tensor:
+    """The codes of values [N, K] in units of their scale, rounded as `rounded` does."""
     if form == "fp8":
-        return values.float().to(FP8).view(torch.uint8)
-    codes = values.round().to(torch.int8)
+        return rounded(values, form).to(FP8).view(torch.uint8)
+    codes = rounded(values, form).to(torch.int8)
     return pack_int4(codes) if form == "int4" else codes
 
 
