@@ -96,20 +96,26 @@ def tiles(M: int, config: Config) -> int:
 
 
 def shared_memory(config: Config, r: int, residual: bool, dtype: torch.dtype) -> int:
-    """Bytes of shared memory, at least what the compilers take: the larger of the two loops, which share it."""
+    """Bytes of shared memory, at least what the compilers take: the larger of the two loops, which share it.
+
+    Compared with their figures for sm_80, sm_86, sm_89, sm_90 and gfx942.
+    """
     BM, BN, BK, size, R = config.BM, config.BN, config.BK, dtype.itemsize, sum(two_powers(r))
     shrink = config.shrink_stages * BK * (BM + R) * size
     expand = config.expand_stages * BN * (R + BM * residual) * size  # Triton stages the residual, too
-    return max(shrink, expand + BM * BN * 4) + 256  # y passes through shared memory from one layout to another
+    # y passes through shared memory from one layout to another, and so does T in fp32.
+    passing = BM * (max(BN, R) if dtype is torch.float32 else BN) * 4
+    return max(shrink, expand + passing) + 256
 
 
 def _tiles(r: int, dtype: torch.dtype, target: Target) -> Config:
     """What is tried first where no table names the target, and in fp32."""
     R = sum(two_powers(r))
+    halved = 1 if R <= 128 or target.hopper else 2
     if dtype is not torch.float32:
-        return Config(128 if target.hopper or R <= 128 else 64, 64, 64, 3, 3, 8)
+        return Config(128 // halved, 64, 64, 3, 3, 8)
     if precision(dtype) == "tf32":
-        return Config(64, 64, 32, 3, 2, 8)
+        return Config(64 // halved, 64, 32, 3, 2, 8)
     # Without tensor cores a thread holds whole rows of its operands: T [BM, r] must be small.
     return Config(32 if R <= 128 else 16, 32, 32, 3, 2, 8)
 
@@ -118,7 +124,7 @@ def _smaller(config: Config) -> Iterator[Config]:
     """A config and what it is cut down to, step by step, where shared memory is short."""
     yield config
     stages, tiles_ = (("expand_stages", 2), ("shrink_stages", 2)), (("BK", 32), ("BM", 64), ("BN", 32), ("BM", 32))
-    for name, least in (*stages, *tiles_, ("BK", 16), ("BN", 16)):
+    for name, least in (*stages, *tiles_, ("BK", 16), ("BN", 16), ("BM", 16)):
         if getattr(config, name) > least:
             config = replace(config, **{name: least})
             yield config

@@ -77,7 +77,11 @@ def _tiles(M: int, K: int, N: int, r: int, dtype: torch.dtype, target: Target) -
     """Wide tiles of y where there are enough of them for every processor, and as many shares of K as fill them all."""
     BM, BN, BR, BK, warps = 64, 64, 64, 64, 4
     if dtype is torch.float32:
-        BR, BK, warps = 32, 32, 8  # without tensor cores a thread holds whole rows of its operands
+        BR, BK, warps = (
+            32,
+            32,
+            4 if precision(dtype) == "tf32" else 8,
+        )  # without tensor cores a thread holds whole rows of its operands
     elif triton.cdiv(M, BM) * triton.cdiv(N, 128) >= target.sms:
         BN = 128
     elif 4 * triton.cdiv(M, BM) * triton.cdiv(r, BR) < target.sms:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +38,9 @@ def test_ranks_are_sums_of_two_powers_of_two():
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda target: target.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_rank_fits_every_architecture(target, dtype):
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_every_rank_fits_every_architecture(monkeypatch, target, dtype, precision):
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision))
     for r in (1, 64, 128, 192, 256):
         for residual in (False, True):
             config = row_block(None, 768, 3072, r, residual, dtype, target)
@@ -124,3 +130,28 @@ def test_without_an_override_nothing_untried_runs(monkeypatch):
 
 def test_rows_that_are_not_known_yet_are_no_objection(triton_backend):
     assert explain("lowrank_linear", M=None, K=768, N=3072, r=64, dtype=torch.float16).chosen.startswith("triton.")
+
+
+COMPILE = """
+from vitlr.triton_kernels import lowrank_linear, lowrank_linear_split
+from vitlr.triton_kernels.compilation import TARGETS, compile_case
+
+for module, target, name in (
+    (lowrank_linear, TARGETS["sm_90"], "lowrank_linear.row_block bf16 r=256 none + residual"),
+    (lowrank_linear_split, TARGETS["sm_80"], "lowrank_linear.split expand bf16 M=197 r=128 gelu"),
+):
+    (case,) = (case for case in module.cases(target) if case.name == name)
+    report = compile_case(case, target)
+    print(report.shared, *report.problems)
+"""
+
+
+def test_the_compiler_takes_no_more_than_the_formulas_say():
+    """Compiled in a process of its own, because the interpreter cannot."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=True)
+    one_pass, two_launches = map(int, done.stdout.splitlines())  # no problem stands behind the number
+    config = row_block(None, 768, 3072, 256, True, torch.bfloat16, SM_90)
+    assert 0 < one_pass <= shared_memory(config, 256, True, torch.bfloat16)
+    config = split(197, 3072, 768, 128, torch.bfloat16, TARGETS["sm_80"])
+    assert 0 < two_launches <= split_memory(config, torch.bfloat16)
