@@ -105,11 +105,21 @@ def two_gemms_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     return None if None in steps else sum(step for step in steps if step is not None)
 
 
+# Instructions that the Triton kernels' activations issue for an element, counted in machine code for sm_90.
+_ISSUED = {"none": 0, "relu": 2, "silu": 12, "gelu_tanh": 16, "gelu": 32}
+_FLOPS_AN_INSTRUCTION = 32  # what a processor's tensor cores do in a cycle, 4096, over the 128 lanes that issue in it
+
+
+def _busy(flops: int, elements: int, act: str) -> int:
+    """FLOPs of a program, or those that would take as long as its activation: the two may at best overlap."""
+    return max(flops, _FLOPS_AN_INSTRUCTION * _ISSUED[act] * elements)
+
+
 def row_block_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor of one pass in µs by programs of BM rows."""
     config, kernels, sms = _tiles("row_block", _row_block_sizes(key), key.device)
     size = roofline(key.M or 0, key.K, key.N, key.r, key.dtype, residual=key.residual).bytes
-    each = 2 * config.BM * key.r * (key.K + key.N)
+    each = _busy(2 * config.BM * key.r * (key.K + key.N), config.BM * key.N, key.act)
     return _in_waves(each, kernels.tiles(key.M or 0, config), sms, size, key.dtype, ceilings)
 
 
@@ -119,9 +129,14 @@ def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     M, K, N, r, size = key.M or 0, key.K, key.N, key.r, key.dtype.itemsize
     partial = M * r * (size if config.splits == 1 else 4 * config.splits)
     shrinking, expanding = kernels.tiles(M, N, r, config)
+    tile = config.BM * config.BN
     steps = (
         (2 * config.BM * config.BR * K // config.splits, shrinking, size * (M + r) * K + partial),
-        (2 * config.BM * config.BN * r, expanding, size * (r + M * (1 + key.residual)) * N + partial),
+        (
+            config.BM * config.BN * (2 * r + _epilogue(key.act)),
+            expanding,
+            size * (r + M * (1 + key.residual)) * N + partial,
+        ),
     )
     times = [_in_waves(each, programs, sms, moved, key.dtype, ceilings) for each, programs, moved in steps]
     return None if None in times else sum(time for time in times if time is not None)
