@@ -1,6 +1,6 @@
 """Operations: one file each, with its specification in plain torch and the kernels that may run in its place."""
 
-from vitlr.ops import gram, lowrank_linear, lowrank_mlp, lowrank_residual_linear
+from vitlr.ops import gram, lowrank_linear, lowrank_mlp, lowrank_residual_linear, weighted_gram_chain
 from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, register, select, unregister
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "register",
     "select",
     "unregister",
+    "weighted_gram_chain",
 ]

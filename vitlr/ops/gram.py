@@ -45,7 +45,7 @@ def gram_update_(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
 
 def reference(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
     """The specification, in plain torch; returns C."""
-    with _exact_products(X.device):
+    with exact_products(X.device):
         for x, w in _blocks(X, weight):  # x [at most ROWS, n]
             P = (x if w is None else x * w[:, None]).mT @ x
             C += P.triu() + P.triu(1).mT  # a GEMM's two triangles need not round alike
@@ -66,7 +66,7 @@ def _blocks(X: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor |
 
 
 @contextmanager
-def _exact_products(device: torch.device) -> Iterator[None]:
+def exact_products(device: torch.device) -> Iterator[None]:
     """fp32 products in fp32: neither an autocast region nor a user's TF32 or bf16 setting reaches them."""
     matmul = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     before = matmul.fp32_precision
