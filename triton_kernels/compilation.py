@@ -29,12 +29,13 @@ class Case:
     """One specialisation of a kernel: `types` of its arguments as Triton writes them, `constants` of its constexprs.
 
     `aligned` names arguments divisible by 16 (addresses in bytes, strides in elements), as dispatch sees them in
-    real models. `registers`: the most that are allowed, by target. `tensor_cores`: whether they must be used.
+    real models; "Xs.0" is the first of a tuple. `registers`: the most that are allowed, by target. `tensor_cores`:
+    whether they must be used.
     """
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
@@ -72,7 +73,8 @@ def compile_case(case: Case, target: Target) -> Report:
     if missing:
         raise ValueError(f"{case.name}: no type or value for {', '.join(missing)}")
     signature = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    paths = [name.split(".") for name in case.aligned]
+    attributes = {(names.index(name), *map(int, rest)): [["tt.divisibility", 16]] for name, *rest in paths}
     source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if target.backend == "hip":
