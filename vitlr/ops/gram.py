@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _native
+from vitlr.ops import _dispatch, _native, _triton
 
 OP = "gram_update_"
 ROWS = 4096  # rows whose products are summed in fp32; also bounds the fp32 copy of half-precision rows
@@ -79,11 +79,13 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def roofline(T: int, n: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings | None = None) -> _dispatch.Roofline:
-    """`T n (n + 1)` FLOPs in fp32 (one triangle), over X read once and C read and written once: the floor in µs."""
+    """`T n (n + 1)` FLOPs (one triangle) over X read once and C read and written once: the floor in µs.
+
+    At the peak of X's dtype, whose products are exact in fp32; weighted rows `w x` need fp32 and take longer.
+    """
     flops = T * n * (n + 1)
     size = dtype.itemsize * T * n + 2 * 8 * n * n
-    products = dtype if dtype == torch.float64 else torch.float32
-    return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, products))
+    return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
 
 
 def _check(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
@@ -138,6 +140,22 @@ def _native_worth(key: Key) -> str | None:
     return None if _native.best_isa() != "portable" else "without AVX2 torch's own GEMM is faster"
 
 
+def _triton_sizes(key: Key) -> tuple[int, int, bool, torch.dtype]:
+    return key.T, key.n, key.weighted, key.dtype
+
+
+def _triton_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+    """Whole tiles in whole waves, or the bytes, in µs; over 132 processors, as the known ceilings are an H200's."""
+    gram, target = _triton.kernels("gram"), _triton.kernels("targets").TARGETS["sm_90"]
+    config = gram.config(*_triton_sizes(key), target)
+    tiles = gram.tiles(key.n, config)
+    stretches, steps = gram.split(key.T, tiles, config.BT, target.sms)
+    waves = -(-tiles * stretches // target.sms)
+    flops = waves * target.sms * 2 * config.BM**2 * steps * config.BT
+    size = roofline(key.T, key.n, key.dtype).bytes
+    return ceilings.microseconds(flops, size, torch.float32 if key.weighted else key.dtype)
+
+
 _dispatch.register_op(
     OP,
     Key,
@@ -148,3 +166,4 @@ _dispatch.register(
     OP,
     _dispatch.Candidate("cpu", _native_supports, _native_run, ran_on=("Zen 4 (AVX-512, AVX2)",), worth=_native_worth),
 )
+_dispatch.register(OP, _triton.candidate("split_rows", "gram", "config", _triton_sizes, "run", floor=_triton_floor))
