@@ -248,7 +248,8 @@ def _pair(members: list[Update], chosen: Config, sms: int) -> None:
     partial[(max(counts), max(stretches), len(members))](
         Xs, ws if weighted else Xs, Ts, ns, tuple(X.stride(0) for X in Xs), tuple(X.stride(1) for X in Xs),
         tuple(starts), counts, scratch,
-        WEIGHTED=weighted, UNIT=unit, STEPS=steps, BM=BM, BT=BT, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        WEIGHTED=weighted, UNIT=unit, STEPS=steps, BM=BM, BT=BT,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
     )  # fmt: skip
     BR = min(FLUSH, BM)
     flush[(max(counts), BM // BR, len(members))](
