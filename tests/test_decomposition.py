@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitlr.decomposition import decompose, solve
+from vitlr import decomposition
+from vitlr.decomposition import decompose
 from vitlr.errors import InputError, NumericalError
 from vitlr.statistics import LayerStatistics, Statistics, fingerprint
 
@@ -208,28 +209,22 @@ def test_wrong_objective_and_other_weights_are_refused():
         decompose(nn.ModuleDict({"x": nn.Linear(3, 3)}), stats)
 
 
-@settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 12), rank=st.integers(0, 12), seed=seeds)
-def test_solve_returns_an_inverse_pair_and_sorted_energies(n, rank, seed):
-    g = torch.Generator().manual_seed(seed)
-    X = torch.randn(n, min(rank, n), generator=g, dtype=torch.float64)
-    Y = torch.randn(n, 2 * n, generator=g, dtype=torch.float64)
-    energies, P, Q = solve(X @ X.T, Y @ Y.T + 1e-3 * torch.eye(n, dtype=torch.float64))
-    torch.testing.assert_close(Q @ P, torch.eye(n, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-    assert (energies.diff() <= 0).all() and (energies >= 0).all()
-
-
-def test_threads_do_not_change_the_answer():
+def several_layers(sizes=((12, 20),) * 6):
+    """A model of layers `l0, l1, ...` of these sizes and their statistics."""
     layers, weights = {}, {}
     model = nn.ModuleDict()
-    for i in range(6):
-        W, X, D = random_layer(12, 20, 64, i)
+    for i, (n, k) in enumerate(sizes):
+        W, X, D = random_layer(n, k, 64, i)
         one, stats = statistics_of(W, X, D, "loss")
         layers[f"l{i}"] = stats.layers["layer"]
         layers[f"l{i}"].name = layers[f"l{i}"].owner = f"l{i}"
         model[f"l{i}"] = one["layer"]
         weights[f"l{i}"] = W
-    stats = Statistics(layers, fingerprint(weights), ("loss",), images=1)
+    return model, Statistics(layers, fingerprint(weights), ("loss",), images=1)
+
+
+def test_threads_do_not_change_the_answer():
+    model, stats = several_layers()
     threads = torch.get_num_threads()
     try:
         results = []
@@ -239,5 +234,67 @@ def test_threads_do_not_change_the_answer():
             assert torch.get_num_threads() == n
     finally:
         torch.set_num_threads(threads)
-    for name in layers:
+    for name in stats.layers:
         torch.testing.assert_close(results[0].layers[name].energies, results[1].layers[name].energies)
+
+
+@pytest.fixture
+def in_batches(monkeypatch):
+    """Solves on the CPU as on a GPU; the list of the sizes [b, n] of the batches."""
+    sizes, solve_batch = [], decomposition.solve_batch
+
+    def recorded(M, F=None):
+        sizes.append(list(M.shape[:2]))
+        return solve_batch(M, F)
+
+    monkeypatch.setattr(decomposition, "solve_batch", recorded)
+    monkeypatch.setattr(decomposition, "_one_by_one", decomposition._in_batches)
+    return sizes
+
+
+@pytest.mark.parametrize("objective", ["loss", "output"])
+def test_batches_give_the_same_answer_in_the_same_order(objective, in_batches, monkeypatch):
+    model, stats = several_layers([(12, 20), (8, 8), (20, 12), (12, 12), (30, 8)])
+    stats.layers["l3"].gradient.zero_()  # nothing depends on it
+    seen = []
+    batched = decompose(model, stats, objective, progress=lambda done, total: seen.append((done, total)))
+    found = {"loss": [[1, 12], [2, 12], [2, 8]], "output": [[2, 12], [1, 12], [1, 8], [1, 8]]}[objective]
+    assert in_batches == found
+    assert seen == [(i, 5) for i in range(1, 6)]
+    monkeypatch.undo()
+    one_by_one = decompose(model, stats, objective)
+    assert list(batched.layers) == list(one_by_one.layers) == [f"l{i}" for i in range(5)]
+    for name, spectrum in one_by_one.layers.items():
+        W = model[name].weight.detach()
+        torch.testing.assert_close(batched.layers[name].energies, spectrum.energies)
+        for rank in (1, 5):
+            A, B, _ = batched.layers[name].factors(W, rank)
+            A1, B1, _ = spectrum.factors(W, rank)
+            torch.testing.assert_close(A @ B, A1 @ B1, rtol=1e-6, atol=1e-6)
+
+
+def test_batches_are_bounded(in_batches, monkeypatch):
+    monkeypatch.setattr(decomposition, "BATCH", 2 * 12 * 12)
+    model, stats = several_layers()
+    decompose(model, stats)
+    assert in_batches == [[2, 12]] * 3
+
+
+@pytest.mark.parametrize("field", ["moment", "gradient"])
+def test_a_failure_in_a_batch_names_the_layer(field, in_batches):
+    model, stats = several_layers()
+    getattr(stats.layers["l4"], field)[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match="layer l4"):
+        decompose(model, stats)
+    stats.layers["l4"] = several_layers()[1].layers["l4"]
+    stats.layers["l2"].gradient.neg_()
+    with pytest.raises(NumericalError, match=r"layer l2: the solve failed \(its gradient moment is not positive"):
+        decompose(model, stats)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_answer():
+    model, stats = several_layers([(12, 20), (8, 8), (20, 12)])
+    gpu, cpu = decompose(model, stats, device="cuda"), decompose(model, stats)
+    for name in stats.layers:
+        torch.testing.assert_close(gpu.layers[name].energies.cpu(), cpu.layers[name].energies)

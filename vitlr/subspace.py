@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vitlr.errors import InputError
+from vitlr.ops.eigh import BatchError
 
 POWERS = 4  # products with K before what has converged is deflated
 CONVERGED = 1e-12  # loss that an eigenvector may cost by being deflated, relative to the tail
@@ -56,11 +57,15 @@ def leading_subspace(
 
     K symmetric positive semidefinite up to rounding, fp32 or fp64. The n x n iterations run in `iterate`, the thin
     products in fp64. The measure is the loss `tr K − tr Uᵀ K U`, not the angle: where eigenvalues cluster around the
-    cut any of their vectors serves. Raises InputError for shapes and ranks that do not fit.
+    cut any of their vectors serves. Raises InputError for shapes and ranks that do not fit, `BatchError` with the index
+    of a matrix that holds NaN or Inf.
     """
     if K.dim() != 3 or K.shape[1] != K.shape[2] or not 1 <= rank <= K.shape[1]:
         raise InputError(f"K is {list(K.shape)} and rank {rank}, expected [b, n, n] and a rank from 1 to n")
     b, n, _ = K.shape
+    broken = (~K.isfinite().all(-1).all(-1)).nonzero()[:, 0]
+    if len(broken):
+        raise BatchError("it holds NaN or Inf", int(broken[0]))
     scale = K.diagonal(dim1=-2, dim2=-1).double().sum(-1).clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     K = K.double() / scale[..., None]
     extra = max(16, rank // 8)
@@ -71,7 +76,7 @@ def leading_subspace(
     generator = torch.Generator(K.device).manual_seed(seed)
     Y = torch.randn(b, n, block, generator=generator, dtype=K.dtype, device=K.device)
     for _ in range(POWERS):
-        Y = _orthonormal(backend.matmul(K, Y), backend)
+        Y = _orthonormal(backend.matmul(K, Y) + _NOTHING * Y, backend)  # K alone may be of lower rank than Y
     theta, Y, Z = _ritz(K, Y, backend)
 
     # An eigenvector q with residual ρ = ‖K q − θ q‖ costs at most about ρ² / θ when it is split off.
@@ -89,7 +94,7 @@ def leading_subspace(
         Y = _orthonormal(((1 + FLOOR) * Y + (1 - FLOOR) * above) / 2, backend)
     theta, U, Z = _ritz(K, Y, backend)
     # One more product with K, in fp64, takes out what fp32 left of the tail.
-    theta, U, _ = _ritz(K, _orthonormal(Z, backend), backend)
+    theta, U, _ = _ritz(K, _orthonormal(Z + _NOTHING * U, backend), backend)
     return theta[:, :rank].clamp_min(0) * scale, U[..., :rank]
 
 

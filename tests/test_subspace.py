@@ -1,0 +1,114 @@
+"""The solver made of products alone: what it loses against the optimum, on spectra that are known to hurt."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import spectra_cases
+import torch
+
+from vitlr.errors import InputError
+from vitlr.ops.eigh import BatchError
+from vitlr.subspace import RESOLUTION, STEPS, TORCH, coefficients, leading_subspace
+
+N = 192
+
+
+def matrices(names=spectra_cases.CASES, n: int = N) -> torch.Tensor:
+    K = torch.stack([W @ C @ W.mT for W, C in (spectra_cases.case(name, n) for name in names)])
+    return (K + K.mT) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 16, 24, 48, 72])
+def test_excess_loss(rank, dtype):
+    """1e-10 of the optimal tail, and 1e-5 inside of a cluster: its members differ by 1e-4."""
+    K = matrices().to(dtype)
+    energies, U = leading_subspace(K, rank)
+    assert U.dtype == torch.float64 and U.shape == (len(K), N, rank)
+    torch.testing.assert_close(
+        U.mT @ U, torch.eye(rank, dtype=torch.float64).expand(len(K), -1, -1), rtol=0, atol=1e-11
+    )
+    for i, name in enumerate(spectra_cases.CASES):
+        assert spectra_cases.excess(K[i], U[i], rank) <= (1e-5 if name == "clustered" else 1e-10), name
+        truth = torch.linalg.eigvalsh(K[i].double()).flip(0)[:rank]
+        torch.testing.assert_close(energies[i], truth, rtol=1e-3 if name == "clustered" else 1e-7, atol=0)
+
+
+def test_it_does_not_depend_on_the_size_of_the_numbers_or_on_the_batch():
+    K = matrices(("mild", "outlier"))
+    energies, _ = leading_subspace(K, 24)
+    for scale in (1e-30, 1e30):
+        torch.testing.assert_close(leading_subspace(scale * K, 24)[0] / scale, energies, rtol=1e-8, atol=0)
+    torch.testing.assert_close(leading_subspace(K[1:], 24)[0], energies[1:], rtol=1e-8, atol=0)
+
+
+def test_a_rank_beyond_the_matrix_loses_nothing():
+    X = torch.randn(1, 20, N, dtype=torch.float64)
+    K = X.mT @ X
+    for rank in (20, 40):
+        energies, U = leading_subspace(K, rank)
+        assert abs(float(K.diagonal(dim1=1, dim2=2).sum() - energies.sum())) <= 1e-9 * float(energies.sum())
+        torch.testing.assert_close(U[0].mT @ U[0], torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-10)
+    energies, U = leading_subspace(torch.zeros(1, N, N), 8)
+    assert not energies.any() and torch.isfinite(U).all()
+
+
+def test_a_large_rank_is_an_ordinary_eigenproblem():
+    K = matrices(("mild",))
+    energies, U = leading_subspace(K, 100)
+    torch.testing.assert_close(energies[0], torch.linalg.eigvalsh(K[0]).flip(0)[:100])
+    assert spectra_cases.excess(K[0], U[0], 100) <= 1e-12
+
+
+def counting(calls):
+    def wrap(name):
+        function = getattr(TORCH, name)
+
+        def call(*args):
+            calls.append((name, tuple(args[-1].shape), args[0].dtype))
+            return function(*args)
+
+        return call
+
+    return dataclasses.replace(TORCH, **{name: wrap(name) for name in ("matmul", "symmetric", "eigh")})
+
+
+def test_only_products_and_small_eigenproblems_come_from_the_backend(monkeypatch):
+    calls: list = []
+    K, rank = matrices(("mild",)), 24
+    backend = counting(calls)
+    monkeypatch.setattr(torch, "matmul", None)  # nothing goes past the back-end
+    leading_subspace(K, rank, backend=backend)
+    large = [call for call in calls if call[0] == "symmetric"]
+    assert len(large) == 3 * STEPS, "one evaluation of the sign function: the guess of σ from Ritz values is good"
+    assert {dtype for _, _, dtype in large} == {torch.float32}
+    assert max(shape[-1] for name, shape, _ in calls if name == "eigh") == rank + 16
+    calls.clear()
+    leading_subspace(K, rank, backend=backend, iterate=torch.float64)
+    assert {dtype for name, _, dtype in calls if name == "symmetric"} == {torch.float64}
+
+
+def test_the_sign_iteration():
+    """Together the steps are sign to 1e-3 from the resolution on, and grow below."""
+    x = torch.logspace(-7, 0, 400, dtype=torch.float64)
+    y = x.clone()
+    for a, b, c in coefficients(RESOLUTION, STEPS):
+        y = a * y + b * y**3 + c * y**5
+    assert (y[x >= RESOLUTION] - 1).abs().max() <= 1e-3
+    assert (y > 0).all() and (y[x <= RESOLUTION] <= 1 + 1e-3).all()
+
+
+def test_nan_and_inf_name_the_matrix():
+    for poison in (float("nan"), float("inf")):
+        K = matrices(("mild", "outlier"))
+        K[1, 3, 4] = poison
+        with pytest.raises(BatchError, match="matrix 1 of the batch: it holds NaN or Inf"):
+            leading_subspace(K, 8)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((5, 5), 1), ((1, 5, 4), 1), ((1, 5, 5), 0), ((1, 5, 5), 6)])
+def test_bad_input(shape, rank):
+    with pytest.raises(InputError, match="expected"):
+        leading_subspace(torch.ones(shape), rank)
