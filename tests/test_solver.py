@@ -88,8 +88,8 @@ def test_bad_input_and_an_empty_batch():
     assert energies.shape == (0, 4) and P.shape == Q.shape == (0, 4, 4)
 
 
-# Part of the optimal loss that the fp32 path may lose: 1e-6, but where the tail is below 1e-4 of the largest eigenvalue.
 def allowed(energies: torch.Tensor, r: int) -> float:
+    """What the fp32 path may lose of the optimal loss: most where the tail is far below the largest eigenvalue."""
     return 9e-7 if energies[r] >= 1e-4 * energies[0] else 4e-5
 
 

@@ -121,7 +121,7 @@ def _orthonormal(Y: Tensor, backend: Backend) -> Tensor:
 def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backend: Backend) -> Tensor:
     """`sign(D − σ)` [b, n, n] with σ such that about `rank − found + extra / 2` eigenvalues of D are above it.
 
-    The first guess is a Ritz value of K; then σ is bisected, in octaves, by the count. `−1` where nothing is wanted.
+    The first guess is a Ritz value of K; then regula falsi on the count over log σ. `−1` where nothing is wanted.
     """
     n = D.shape[-1]
     one = torch.eye(n, dtype=D.dtype, device=D.device)
@@ -129,9 +129,10 @@ def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backe
     wanted = (rank - found).clamp_min(0).to(D.dtype)  # [b]
     largest = theta.gather(1, found.clamp_max(theta.shape[1] - 1)[:, None])[:, 0].clamp_min(_NOTHING)
     norm = 1.05 * largest  # a Ritz value is a little below its eigenvalue
-    low, high = RESOLUTION * norm, norm.clone()
-    least = low.clone()
-    sigma = torch.maximum(theta[:, rank + extra // 2], least)
+    least, target = RESOLUTION * norm, wanted + extra / 2
+    low, high = least.clone(), norm.clone()
+    many, few = torch.full_like(norm, n), torch.zeros_like(norm)  # eigenvalues above low and above high
+    sigma = torch.maximum(theta[:, rank + extra // 8], least)
     S = -one.repeat(len(D), 1, 1)
     best = torch.full_like(norm, float("inf"))
     todo = (wanted > 0).nonzero()[:, 0]
@@ -146,13 +147,16 @@ def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backe
         miss = torch.where(count >= w - 0.5, (count - w).abs(), n + w - count)  # better too many than too few
         better = miss < best[todo]
         S[todo[better]], best[todo[better]] = X[better], miss[better]
-        many = count > w + extra / 2
-        low[todo], high[todo] = torch.where(many, s, low[todo]), torch.where(many, high[todo], s)
-        settled = (count - w - extra / 2).abs() <= extra / 4
-        settled |= ~many & (s <= least[todo])  # no more are to be had
-        settled |= high[todo] - low[todo] < RESOLUTION * norm[todo] / 10  # they cannot be told apart
+        above = count > target[todo]
+        low[todo], many[todo] = torch.where(above, s, low[todo]), torch.where(above, count, many[todo])
+        high[todo], few[todo] = torch.where(above, high[todo], s), torch.where(above, few[todo], count)
+        settled = (count >= w + 0.5) & (count <= w + extra - 1)
+        settled |= ~above & (s <= least[todo])  # no more are to be had
+        settled |= high[todo] - low[todo] < 1e-3 * low[todo]  # a cluster: any of them serve
         todo = todo[~settled]
-        sigma[todo] = (low[todo] * high[todo]).sqrt()
+        part = (many[todo] - target[todo]) / (many[todo] - few[todo])
+        # Neither end of the bracket may stand still: at least a tenth of it goes every time.
+        sigma[todo] = low[todo] * (high[todo] / low[todo]) ** part.clamp(0.1, 0.9)
     return S
 
 
