@@ -1,0 +1,380 @@
+"""`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual`: an MLP of low-rank linears whose hidden [M, D] is never stored.
+
+x [M, K], B₁ [r₁, K], A₁ [D, r₁], B₂ [r₂, D], A₂ [N, r₂] -> y [M, N]. FlashAttention with an activation in place of
+softmax: a program owns BM rows, computes `T = B₁ x` [BM, r₁] once (the queries), walks over D in tiles of BD, with
+A₁'s rows as keys and B₂'s columns as values,
+
+    H = act(T A₁ᵀ + b₁) [BM, BD],    S += H B₂ᵀ [BM, r₂], S in fp32 registers,
+
+and then over N with `y = S A₂ᵀ + b₂ + residual`. Tiles of y are never in the grid: each would compute H again.
+T, H and S are rounded to the dtype where torch rounds them, products are summed in fp32.
+fc1 may be dense (A₁ None, B₁ [D, K]): H's tile then takes a loop over K, with x read again from L2.
+A dense fc2 is not taken: S would be [BM, N], wider than the registers.
+
+With few rows there are fewer row blocks than processors: `split` gives each row block's D to several programs, which
+write their S as fp32 partial sums; the expanding launch of lowrank_linear_split adds them up in their order.
+
+Floor: `2 M (r₁ (K + D) + r₂ (D + N))` FLOPs, M (K + N) elements, D M activations, and whole waves of row blocks.
+Registers, predicted times, what was tried: docs/kernels/lowrank_mlp.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import lowrank_linear_split as adding
+from .activations import INSTRUCTIONS, activate
+from .compilation import Case
+from .lowrank_linear import check, measure, precision, tabled, two_powers
+from .row_blocks import accumulate, addressable, both, dense, expand, project, row, shrink, strides, through_memory
+from .targets import Target, Unsupported, target_of
+
+KERNEL = "lowrank_mlp"
+LARGEST_RANK = 256
+MOST_SPLITS = 8  # the expanding launch reads all partial sums for every tile of y
+CLASSES = (64, 128, 192, 256)
+"""Ranks for which tiles are compiled and kept in the table; others take those of the next one."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows, hidden columns, depth of K and output columns of the tiles; warps; stages; shares of D.
+
+    `staged`: T goes through memory, so that the tensor cores read it from shared memory and no registers hold it.
+    """
+
+    BM: int
+    BD: int
+    BK: int
+    BN: int
+    num_warps: int
+    num_stages: int
+    staged: int = 0
+    splits: int = 1
+
+
+def row_block(
+    M: int | None, K: int, D: int, N: int, r1: int | None, r2: int | None, dtype: torch.dtype, target: Target
+) -> Config:
+    """The tiles of a shape; M is None where rows are not known, r1 where fc1 is dense.
+
+    Raises Unsupported for a dtype, rank or size that is not taken and where no tiles fit the shared memory.
+    """
+    if r2 is None:
+        raise Unsupported(f"fc2 is dense: its sums would be {N} wide and are kept in registers, up to {LARGEST_RANK}")
+    check(K, N, min(r2, D, K if r1 is None else r1), dtype, target)
+    for name, r in (("r1", r1), ("r2", r2)):
+        if r is not None and r > LARGEST_RANK:
+            raise Unsupported(f"{name}={r}, ranks are held in registers and taken up to {LARGEST_RANK}")
+    BM = block_rows(M, target.sms)
+    wanted = _tiles(BM, r1, r2, dtype, target)
+    known = {"M": M, "K": K, "D": D, "N": N, **_class(BM, r1, r2)}
+    row = tabled(KERNEL, target, dtype, known)
+    if row is not None:
+        wanted = Config(**row)
+    if wanted.BD > 64 and _ragged(wanted, K, D, N, r1, r2):
+        wanted = replace(wanted, BD=64)  # masks take registers
+    for config in _smaller(wanted):
+        if shared_memory(config, r1, r2, dtype) <= target.shared_memory:
+            return config
+    raise Unsupported(f"r1={r1}, r2={r2} in {dtype}: no tiles fit the {target.shared_memory} bytes of shared memory")
+
+
+def split(
+    M: int | None, K: int, D: int, N: int, r1: int | None, r2: int | None, dtype: torch.dtype, target: Target
+) -> Config:
+    """The tiles of a shape whose hidden width is shared by several programs. Raises Unsupported as `row_block` does."""
+    config = row_block(M, K, D, N, r1, r2, dtype, target)
+    assert r2 is not None
+    adding.split(M, r2, N, r2, dtype, target)
+    steps = triton.cdiv(D, config.BD)
+    shares = min(MOST_SPLITS, steps, max(1, target.sms // tiles(M or 1, config)))
+    return replace(config, splits=1 << (shares.bit_length() - 1))  # few values: each is compiled on its own
+
+
+def block_rows(M: int | None, sms: int) -> int:
+    """128 or 64 rows a program: what takes the fewest rows of time in whole waves, the larger where they are equal."""
+    return 128 if M is None else min((128, 64), key=lambda BM: BM * triton.cdiv(triton.cdiv(M, BM), sms))
+
+
+def tiles(M: int, config: Any) -> int:
+    """Programs launched, those of one share of D."""
+    return triton.cdiv(M, config.BM)
+
+
+def busy(M: int, config: Any, sms: int) -> float:
+    """The share of the processors' time in which they have a row block, in whole waves of programs."""
+    programs = tiles(M, config) * config.splits
+    return programs / (triton.cdiv(programs, sms) * sms)
+
+
+def issue_flops(elements: int, act: str, target: Target) -> float:
+    """What the tensor cores could have done, in FLOP, while activations of that many elements are issued.
+
+    Beside the activation an element takes the sum with the bias and half of a conversion to 16 bits. An SM issues 128
+    lanes a clock; its tensor cores do 4096 FLOP (sm_90) or 2048 (sm_80) in that clock, in 16 bits.
+    """
+    return elements * (INSTRUCTIONS[act] + 1.5) * (32 if target.name in ("sm_90", "interpreter") else 16)
+
+
+def shared_memory(config: Config, r1: int | None, r2: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory, at least what the compilers take: the largest of the three loops, which share it."""
+    c, size = config, dtype.itemsize
+    R1, R2 = 0 if r1 is None else sum(two_powers(r1)), sum(two_powers(r2))
+    if r1 is None:
+        first, hidden = c.num_stages * c.BK * (c.BM + c.BD), c.BD * (R2 + c.BM)
+    else:
+        first, hidden = c.num_stages * c.BK * (c.BM + R1), c.num_stages * c.BD * (R1 + R2)
+        hidden += c.BM * (R1 if c.staged or size == 4 else 0)
+    last = c.num_stages * c.BN * (R2 + c.BM)
+    return max(first + (hidden if r1 is None else 0), hidden, last) * size + 16 * 1024
+
+
+def _class(BM: int, r1: int | None, r2: int) -> dict[str, int]:
+    """What the table's rows are keyed by: rows of the block, the class of the larger rank, 0 for a dense fc1."""
+    r = next(size for size in CLASSES if max(r1 or 0, r2) <= size)
+    return {"BM": BM, "r": r, "r1": r1 or 0, "r2": r2}
+
+
+def _tiles(BM: int, r1: int | None, r2: int, dtype: torch.dtype, target: Target) -> Config:
+    """What is tried first where no table names the target, and in fp32."""
+    r = max(r1 or 0, r2)
+    if dtype is torch.float32:
+        return Config(32, 32, 32 if r <= 128 else 16, 32, 8, 2)
+    if r <= 128:
+        return Config(BM, 64, 64, 32, BM // 16, 3)
+    return Config(BM, 32, 32, 32, BM // 16, 3, staged=1)
+
+
+def _smaller(config: Config) -> Iterator[Config]:
+    """A config and what it is cut down to, step by step, where shared memory is short."""
+    yield config
+    for name, least in (("num_stages", 2), ("BN", 32), ("BK", 32), ("BD", 32), ("BM", 64), ("BK", 16), ("BM", 32)):
+        if getattr(config, name) > least:
+            config = replace(config, **{name: least})
+            yield config
+
+
+@triton.jit(do_not_specialize=["M"])
+def _row_block(x, B1, A1, b1, B2, A2, b2, residual, y, T, M, r1, r2,
+               x_sm, x_sk, B1_sr, B1_sk, A1_sd, A1_sr, b1_s, B2_sr, B2_sd, A2_sn, A2_sr, b2_s, res_sm, res_sn,
+               K: tl.constexpr, D: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+               BM: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+               R1A: tl.constexpr, R1B: tl.constexpr, R2A: tl.constexpr, R2B: tl.constexpr,
+               ACT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """BM rows and SPAN of the hidden columns. SPAN < D: y is fp32, [shares, M, r2], and takes S. T: see `staged`."""
+    dtype = x.dtype.element_ty
+    m = tl.program_id(0).to(tl.int64) * BM
+    share = tl.program_id(1).to(tl.int64)
+    rows = M - m
+    x += m * x_sm
+    if A1 is not None:
+        ta, tb = shrink(x, rows, x_sm, x_sk, B1, B1_sr, B1_sk, r1, K, BM, BK, R1A, R1B, EVEN, PRECISION)
+        if T is not None:
+            T += (share * M + m) * r1
+            ta = through_memory(ta, T, r1, r1, rows, R1A, BM)
+            if R1B > 0:
+                tb = through_memory(tb, T + R1A, r1, r1 - R1A, rows, R1B, BM)
+        A1 += share * SPAN * A1_sd
+    else:
+        B1 += share * SPAN * B1_sr
+    B2 += share * SPAN * B2_sd
+    sa = tl.zeros((BM, R2A), tl.float32)
+    sb = sa
+    if R2B > 0:
+        sb = tl.zeros((BM, R2B), tl.float32)
+    left = (D - share * SPAN).to(tl.int32)  # hidden columns from this share's first on
+    for d in range(0, SPAN, BD):
+        if A1 is not None:
+            p = project(ta, tb, A1, A1_sd, A1_sr, left - d, r1, BD, R1A, R1B, EVEN, PRECISION)
+            A1 += tl.cast(BD, tl.int64) * A1_sd
+        else:
+            p = dense(x, rows, x_sm, x_sk, B1, B1_sr, B1_sk, left - d, K, BM, BD, BK, EVEN, PRECISION)
+            B1 += tl.cast(BD, tl.int64) * B1_sr
+        if b1 is not None:
+            p += row(b1 + (share * SPAN + d) * b1_s, b1_s, left - d, BD, not EVEN)
+        h = activate(p, ACT, dtype)
+        if not EVEN:
+            h = tl.where(tl.arange(0, BD)[None, :] < left - d, h, 0.0)
+        sa, sb = accumulate(sa, sb, h.to(dtype), B2, B2_sr, B2_sd, left - d, r2, BD, R2A, R2B, EVEN, PRECISION)
+        B2 += tl.cast(BD, tl.int64) * B2_sd
+    if SPAN < D:
+        y += (share * M + m) * r2
+        i = tl.arange(0, BM)[:, None]
+        j = tl.arange(0, R2A)[None, :]
+        tl.store(y + (i * r2 + j), sa, mask=(i < rows) & (j < r2))
+        if R2B > 0:
+            j = R2A + tl.arange(0, R2B)[None, :]
+            tl.store(y + (i * r2 + j), sb, mask=(i < rows) & (j < r2))
+    else:
+        sa, sb = both(sa, sb, r2, R2A, R2B, EVEN, dtype)
+        if residual is not None:
+            residual += m * res_sm
+        expand(sa, sb, rows, A2, A2_sn, A2_sr, r2, b2, b2_s, residual, res_sm, res_sn, y + m * N,
+               N, BM, BN, R2A, R2B, EVEN, PRECISION)  # fmt: skip
+
+
+def run(
+    x: Tensor,
+    B1: Tensor,
+    A1: Tensor | None,
+    b1: Tensor | None,
+    B2: Tensor,
+    A2: Tensor | None,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+) -> Tensor:
+    """y [..., N] of x [..., K], one launch. Raises Unsupported.
+
+    Any strides are taken; x or a residual whose leading dimensions have no common stride is copied once.
+    """
+    return _run(row_block, x, B1, A1, b1, B2, A2, b2, residual, act)
+
+
+def run_split(
+    x: Tensor,
+    B1: Tensor,
+    A1: Tensor | None,
+    b1: Tensor | None,
+    B2: Tensor,
+    A2: Tensor | None,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+) -> Tensor:
+    """As `run`, with the hidden width shared by several programs and a second launch that adds up and expands."""
+    return _run(split, x, B1, A1, b1, B2, A2, b2, residual, act)
+
+
+def _run(variant: Any, x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any,
+         act: str) -> Tensor:  # fmt: skip
+    K, M, D = x.shape[-1], math.prod(x.shape[:-1]), B2.shape[1]
+    r1, r2, N = None if A1 is None else B1.shape[0], B2.shape[0], B2.shape[0] if A2 is None else A2.shape[0]
+    target = target_of(x.device)
+    config = variant(M, K, D, N, r1, None if A2 is None else r2, x.dtype, target)
+    y = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return y
+    x, residual = addressable(x.reshape(M, K)), None if residual is None else addressable(residual.reshape(M, N))
+    B1, B2, A2 = addressable(B1), addressable(B2), addressable(A2)
+    A1 = None if A1 is None else addressable(A1)
+
+    def launch(config: Config) -> None:
+        span = triton.cdiv(triton.cdiv(D, config.BD), config.splits) * config.BD
+        shares = triton.cdiv(D, span)
+        S = y if shares == 1 else torch.empty((shares, M, r2), dtype=torch.float32, device=x.device)
+        T = torch.empty((shares, M, r1), dtype=x.dtype, device=x.device) if config.staged and r1 else None
+        _row_block[(tiles(M, config), shares)](
+            x, B1, A1, b1, B2, A2, b2, residual, S, T, M, r1 or 0, r2, *x.stride(), *B1.stride(), *strides(A1, 2),
+            *strides(b1, 1), *B2.stride(), *A2.stride(), *strides(b2, 1), *strides(residual, 2),
+            **_constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, x.dtype),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if shares > 1:
+            add_and_expand(S, A2, b2, residual, y.view(M, N), target)
+
+    with torch.cuda.device_of(x):
+        sizes = {"M": M, "K": K, "D": D, "N": N, **_class(block_rows(M, target.sms), r1, r2)}
+        options = [] if variant is split else configs(r1, r2, x.dtype, target)
+        launch((options and measure(KERNEL, options, sizes, x.dtype, target, launch)) or config)
+    return y
+
+
+def add_and_expand(
+    S: Tensor, A2: Tensor, b2: Tensor | None, residual: Tensor | None, y: Tensor, target: Target
+) -> None:
+    """`y = (Σ S) A₂ᵀ + b₂ + residual` from partial sums S [shares, M, r2] in fp32, by lowrank_linear_split's launch."""
+    (shares, M, r2), N = S.shape, y.shape[1]
+    config = replace(adding.split(M, r2, N, r2, y.dtype, target), splits=shares, expand_stages=1)
+    adding._expand[(adding.tiles(M, N, r2, config)[1],)](
+        S, A2, b2, residual, y, M, r2, *A2.stride(), *strides(b2, 1), *strides(residual, 2),
+        N=N, RANKS=triton.cdiv(r2, config.BR) * config.BR, SPLITS=shares, BM=config.BM, BN=config.BN, BR=config.BR,
+        STAGES=config.expand_stages, ACT="none", PRECISION=precision(y.dtype), num_warps=config.expand_warps,
+    )  # fmt: skip
+
+
+def _ragged(config: Config, K: int, D: int, N: int, r1: int | None, r2: int) -> bool:
+    """Whether something else than rows has to be masked."""
+    ranks = all(r == sum(two_powers(r)) for r in (r1 or r2, r2))
+    return not ranks or bool(K % config.BK or D % config.BD or N % config.BN)
+
+
+def _constants(
+    config: Config, K: int, D: int, N: int, r1: int | None, r2: int, span: int, act: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    R1, R2 = (0, 0) if r1 is None else two_powers(r1), two_powers(r2)
+    even = not _ragged(config, K, D, N, r1, r2) and D % span == 0
+    return {
+        "K": K, "D": D, "N": N, "SPAN": span, "BM": config.BM, "BD": config.BD, "BK": config.BK, "BN": config.BN,
+        "R1A": R1[0], "R1B": R1[1], "R2A": R2[0], "R2B": R2[1],
+        "ACT": act, "EVEN": even, "PRECISION": precision(dtype),
+    }  # fmt: skip
+
+
+def configs(r1: int | None, r2: int, dtype: torch.dtype, target: Target) -> list[Config]:
+    """What VITLR_AUTOTUNE measures: tiles that fit, smaller ones where registers are short."""
+    staged = int(max(r1 or 0, r2) > 128)
+    options = [
+        Config(BM, BD, BK, BN, BM // 16, stages, staged)
+        for BM in (128, 64)
+        for BD, BK, BN in ((128, 64, 64), (64, 64, 64), (64, 64, 32), (32, 32, 32))
+        for stages in (3, 2)
+    ]
+    return [option for option in options if shared_memory(option, r1, r2, dtype) <= target.shared_memory]
+
+
+def cases(target: Target) -> list[Case]:
+    """What is compiled without a GPU: ViT-B's MLP at real ranks, with what costs registers."""
+    K, D, N = 768, 3072, 768
+
+    def case(
+        type_: str, r1: int | None, r2: int, act: str, M: int | None = None, shares: int = 1, residual: bool = True,
+        sm_80: int = 255, sm_90: int = 255, D: int = D,
+    ) -> Case:  # fmt: skip
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[type_]
+        config = replace(row_block(M, K, D, N, r1, r2, dtype, target), splits=shares)
+        span = triton.cdiv(triton.cdiv(D, config.BD), shares) * config.BD
+        constants = _constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, dtype)
+        pointers = ["x", "B1", "b1", "B2", "A2", "b2", "y"]
+        sizes = ["r1", "r2", "x_sm", "B1_sr", "A1_sd", "B2_sr", "A2_sn", "res_sm"]
+        for name, there in (("A1", r1 is not None), ("residual", residual), ("T", config.staged and r1 is not None)):
+            pointers += [name] * bool(there)
+            constants |= {} if there else {name: None}
+        constants |= dict.fromkeys(["x_sk", "B1_sk", "A1_sr", "b1_s", "B2_sd", "A2_sr", "b2_s", "res_sn"], 1)
+        types = {**dict.fromkeys(pointers, f"*{type_}"), **dict.fromkeys([*sizes, "M"], "i32")}
+        what = f"r1={r1} r2={r2} BM={config.BM} {act}{f' D={D}' * (D != 3072)}{' + residual' * residual}"
+        return Case(
+            f"lowrank_mlp.{'split' if shares > 1 else 'row_block'} {type_} {what}",
+            _row_block,
+            types | ({"y": "*fp32"} if shares > 1 else {}),
+            constants,
+            config.num_warps,
+            config.num_stages,
+            {"sm_80": sm_80, "sm_90": sm_90},
+            (*pointers, *sizes),
+            tensor_cores=type_ != "fp32",
+        )
+
+    return [
+        case("bf16", 64, 64, "gelu"),
+        case("bf16", 96, 96, "gelu"),
+        case("bf16", 128, 128, "gelu"),
+        case("fp16", 128, 128, "gelu_tanh"),
+        case("bf16", 100, 80, "silu", D=2891),
+        case("bf16", 192, 192, "gelu"),
+        case("bf16", 256, 256, "gelu"),
+        case("fp16", 256, 128, "gelu", residual=False),
+        case("bf16", None, 128, "gelu"),
+        case("bf16", 128, 128, "gelu", M=197, shares=8),
+        case("bf16", 256, 256, "gelu", M=197, shares=8),
+        case("fp32", 128, 128, "gelu"),
+    ]
