@@ -75,7 +75,7 @@ def row_block(
     if found is not None:
         wanted = Config(**found)
     if target.name != "sm_90" and _ragged(wanted, K, D, N, rg, rv, r2):
-        wanted = replace(wanted, BK=min(wanted.BK, 32), num_stages=2)  # masks take registers
+        wanted = replace(wanted, BM=64, num_warps=8)  # masks take registers
     for config in _smaller(wanted):
         if shared_memory(config, rg, rv, r2, shared, dtype) <= target.shared_memory:
             return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
+from vitlr.ops import _dispatch, _triton, lowrank_linear
 from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, check_residual, gradients
@@ -111,6 +112,52 @@ def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     return total + 1e6 * size * M * elements / ceilings.bytes_per_s
 
 
+def in_waves_floor(
+    floor: _dispatch.Roofline, issue: float, busy: float, dtype: torch.dtype, ceilings: _dispatch.Ceilings
+) -> float | None:
+    """The µs of a roofline by programs that keep the processors `busy` (a share), activations issued alongside.
+
+    `issue`: what the tensor cores could do, in FLOP, in the time that issuing the activations takes. A processor
+    multiplies and issues at once, so the longer of the two counts.
+    """
+    return ceilings.microseconds(max(floor.flops, issue) / busy, floor.bytes, dtype)
+
+
+def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> float | None:
+    """The floor of one launch in µs: whole waves of row blocks, activations, compulsory bytes.
+
+    `target`: of `triton_kernels.targets`, in place of the key's device.
+    """
+    kernels, target, sizes, floor = _planned(key, target)
+    busy = kernels.busy(key.M or 1, kernels.row_block(*sizes, target), target.sms)
+    issue = kernels.issue_flops((key.M or 0) * key.D, key.act, target)
+    return in_waves_floor(floor, issue, busy, key.dtype, ceilings)
+
+
+def split_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> float | None:
+    """The floor of both launches in µs: T is computed by every share of D, partial sums are written and read once."""
+    kernels, target, sizes, floor = _planned(key, target)
+    config, M, r1, r2 = kernels.split(*sizes, target), key.M or 0, key.r1, key.r2 or 0
+    expanded, again = 2 * M * r2 * key.N, 0 if r1 is None else 2 * M * r1 * key.K * (config.splits - 1)
+    partial = 4 * M * r2 * config.splits
+    written = key.dtype.itemsize * (r2 + M * (1 + key.residual)) * key.N
+    first = _dispatch.Roofline(floor.flops - expanded + again, floor.bytes - written + partial, None)
+    issue = kernels.issue_flops(M * key.D, key.act, target)
+    one = in_waves_floor(first, issue, kernels.busy(key.M or 1, config, target.sms), key.dtype, ceilings)
+    two = ceilings.microseconds(expanded, written + partial, key.dtype)
+    return None if one is None or two is None else one + two
+
+
+def _planned(key: Key, target: Any) -> tuple[Any, Any, tuple, _dispatch.Roofline]:
+    target = target or _triton.kernels("targets").target_of(key.device)
+    floor = roofline(key.M or 0, key.K, key.D, key.N, key.r1, key.r2, key.dtype, residual=key.residual)
+    return _triton.kernels("lowrank_mlp"), target, _sizes(key), floor
+
+
+def _sizes(key: Key) -> tuple:
+    return key.M, key.K, key.D, key.N, key.r1, key.r2, key.dtype
+
+
 def has_kernels() -> bool:
     """Whether there is anything to choose from but plain torch."""
     return _dispatch.has_kernels(OP)
@@ -202,3 +249,65 @@ _dispatch.register_op(
     lambda key, limits: roofline(key.M or 0, key.K, key.D, key.N, key.r1, key.r2, key.dtype, limits, key.residual),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
 )
+
+
+def _pays(name: str, key: Key) -> str | None:
+    """None unless another candidate has a lower floor; a card without ceilings of its own is judged as an H200."""
+    limits = _dispatch.ceilings_of(key.device) or _dispatch.H200
+    able = [c for c in _dispatch.candidates(OP) if c.floor is not None and c.supports(key) is None]
+    times = {c.name: time for c in able if c.floor is not None and (time := c.floor(key, limits)) is not None}
+    if key.M is None or name not in times:
+        return None
+    best = min(times, key=lambda other: times[other])
+    if times[best] >= times[name]:
+        return None
+    return f"its floor is {times[name]:.1f} µs, that of {best} {times[best]:.1f}"
+
+
+def _first_step(key: Key) -> _dispatch.Candidate | str:
+    """The Triton candidate that runs fc1 with its activation, or why none does."""
+    if key.r1 is None or key.r2 is not None:
+        return "fc1 must be low-rank and fc2 dense: for others there is a kernel of both"
+    inner = lowrank_linear.Key(key.M, key.K, key.D, key.r1, True, key.act, False, key.dtype, key.device)
+    reasons = []
+    for candidate in reversed(_dispatch.candidates(lowrank_linear.OP)):
+        if candidate.backend == "triton":
+            reason = candidate.supports(inner)
+            if reason is None and candidate.worth(inner) is None:
+                return candidate
+            reasons.append(f"{candidate.name}: {reason or candidate.worth(inner)}")
+    return "; ".join(reasons) or "lowrank_linear has no Triton kernel"
+
+
+def _first_step_objection(key: Key) -> str | None:
+    step = _first_step(key)
+    return step if isinstance(step, str) else None
+
+
+def _two_steps(
+    x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any, act: str
+) -> Tensor:
+    """fc1 with its activation in one launch, then the dense fc2: its sums [BM, N] are too wide for one kernel."""
+    D, N = B2.shape[1], B2.shape[0]
+    M = x.numel() // max(x.shape[-1], 1)
+    step = _first_step(Key(M, x.shape[-1], D, N, B1.shape[0], None, act, residual is not None, x.dtype, x.device))
+    if isinstance(step, str):
+        raise InputError(f"{OP}: {step}")
+    y = F.linear(step.run(x, B1, A1, b1, None, act), B2, b2)
+    return y if residual is None else y + residual
+
+
+for _name, _run_name, _floor in (("row_block", "run", row_block_floor), ("split", "run_split", split_floor)):
+    _dispatch.register(
+        OP,
+        _triton.candidate(
+            _name,
+            "lowrank_mlp",
+            _name,
+            _sizes,
+            _run_name,
+            worth=functools.partial(_pays, f"triton.{_name}"),
+            floor=_floor,
+        ),
+    )
+_dispatch.register(OP, _dispatch.Candidate("triton.two_steps", _first_step_objection, _two_steps))
