@@ -11,11 +11,13 @@ from torch import nn
 
 from vitlr import folding, surfaces
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankLinear, LowRankMLP, ResidualLowRankLinear
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
 from vitlr.spectra import Spectra
+
+FUSED = (LowRankMLP, LowRankGLU)
 
 
 def replace_layers(
@@ -73,26 +75,36 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
-    """Gather every MLP with a low-rank layer into a `LowRankMLP`, where that is exact; `unfuse` takes it back.
+def fused(module: nn.Module) -> LowRankMLP | LowRankGLU:
+    """The `LowRankMLP` or `LowRankGLU` of an MLP. Raises `InputError` with both reasons where it can be neither."""
+    reasons = {kind: kind.why_not(module) for kind in FUSED}
+    for kind, reason in reasons.items():
+        if reason is None:
+            return kind(module)
+    raise InputError("; ".join(f"no {kind.__name__}: {reason}" for kind, reason in reasons.items()))
 
-    With `fold`, norms and layer scales beside low-rank layers are multiplied into their factors (`vitlr.folding`): the
-    same function up to one rounding of the factors, which stays so after `unfuse`.
+
+def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
+    """Gather every MLP with a low-rank layer into one module, where that is exact; `unfuse` takes it back.
+
+    Plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`. With `fold`, norms and layer scales beside low-rank
+    layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
+    which stays so after `unfuse`.
     """
     model = model if inplace else copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if name and LowRankMLP.why_not(module) is None:
-            _swap(model, name, LowRankMLP(module))
+        if name and any(kind.why_not(module) is None for kind in FUSED):
+            _swap(model, name, fused(module))
     if fold:
         folding.fold(model)
     return model
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Give every `LowRankMLP` and folded layer scale back its original module, with the weights it has now."""
+    """Give every fused MLP and folded layer scale back its original module, with the weights it has now."""
     model = model if inplace else copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LowRankMLP):
+        if isinstance(module, FUSED):
             _swap(model, name, module.to_mlp())
         elif isinstance(module, FoldedScale):
             _swap(model, name, module.to_scale())
@@ -101,7 +113,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def fused_names(model: nn.Module) -> list[str]:
     """Names of the MLPs that are fused and of the layer scales that are folded."""
-    return [name for name, module in model.named_modules() if isinstance(module, (LowRankMLP, FoldedScale))]
+    return [name for name, module in model.named_modules() if isinstance(module, (*FUSED, FoldedScale))]
 
 
 def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
@@ -111,15 +123,12 @@ def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
     """
     for name in names:
         module = dict(model.named_modules()).get(name)
-        if module is None or not name:
-            raise InputError(f"it fuses {name!r}, which cannot be: there is no such module")
-        if surfaces.is_scale(module):
-            _swap(model, name, FoldedScale(module))
-            continue
-        reason = LowRankMLP.why_not(module)
-        if reason is not None:
-            raise InputError(f"it fuses {name!r}, which cannot be: {reason}")
-        _swap(model, name, LowRankMLP(module))
+        try:
+            if module is None or not name:
+                raise InputError("there is no such module")
+            _swap(model, name, FoldedScale(module) if surfaces.is_scale(module) else fused(module))
+        except InputError as cause:
+            raise InputError(f"it fuses {name!r}, which cannot be: {cause}") from cause
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ MODULES = {
     "gelu": torch.nn.GELU(),
     "gelu_tanh": torch.nn.GELU(approximate="tanh"),
     "silu": torch.nn.SiLU(),
+    "sigmoid": torch.nn.Sigmoid(),
     "relu": torch.nn.ReLU(),
 }
 
@@ -106,7 +107,7 @@ def test_no_tokens_no_gradient():
     assert all(torch.equal(arg.grad, torch.zeros_like(arg)) for arg in args)
 
 
-@pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh", "sigmoid", "relu"])
 def test_second_derivatives(act):
     assert torch.autograd.gradgradcheck(lambda *args: lowrank_mlp(*args, None, act), leaves(), fast_mode=True)
 

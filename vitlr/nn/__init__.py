@@ -1,8 +1,9 @@
 """Modules that stand where dense ones stood."""
 
 from vitlr.nn.folded_scale import FoldedScale
+from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 
-__all__ = ["FoldedScale", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]
+__all__ = ["FoldedScale", "LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]

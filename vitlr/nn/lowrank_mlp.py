@@ -21,8 +21,10 @@ _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "none",
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.Sigmoid": "sigmoid",
     "timm.layers.activations.Swish": "silu",
 }
 _KEPT = ("fc1", "act", "fc2")
@@ -56,7 +58,7 @@ class LowRankMLP(nn.Module):
         for name in _KEPT:
             self.add_module(name, getattr(mlp, name))
         # The original, emptied of what it shares with this module; past nn.Module, which would register it as a child.
-        self.__dict__["_original"] = _with_children(mlp, {name: None for name in _KEPT})
+        self.__dict__["_original"] = with_children(mlp, {name: None for name in _KEPT})
         self.training = mlp.training
 
     @staticmethod
@@ -78,7 +80,7 @@ class LowRankMLP(nn.Module):
         if module._parameters or module._buffers:
             return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
         for name, child in module.named_children():
-            if name not in _KEPT and not _does_nothing(child):
+            if name not in _KEPT and not does_nothing(child):
                 return f"its {name} {child} does something"
         if has_hooks(module):
             return "it has hooks"
@@ -93,7 +95,7 @@ class LowRankMLP(nn.Module):
     def _dispatched(self, x: Tensor) -> Tensor:
         fc1, act, fc2 = self.fc1, self.act, self.fc2
         if op.has_kernels() and not is_transformed():
-            name, first, second = activation_name(act), _factors(fc1), _factors(fc2)
+            name, first, second = activation_name(act), factors(fc1), factors(fc2)
             if name and first and second and not has_hooks(act):
                 ranks = (getattr(fc1, "rank", None), getattr(fc2, "rank", None))
                 if op.kernel_chosen(x, fc1.in_features, fc1.out_features, fc2.out_features, *ranks, name):
@@ -102,7 +104,7 @@ class LowRankMLP(nn.Module):
 
     def to_mlp(self) -> nn.Module:
         """The original module, class and all, with the children as they are now."""
-        mlp = _with_children(self.__dict__["_original"], {name: getattr(self, name) for name in _KEPT})
+        mlp = with_children(self.__dict__["_original"], {name: getattr(self, name) for name in _KEPT})
         mlp.training = self.training
         for name, child in mlp._modules.items():
             if name not in _KEPT and child is not None:
@@ -110,7 +112,7 @@ class LowRankMLP(nn.Module):
         return mlp
 
 
-def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
+def with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
     """A shallow copy of a module with some of its children replaced, their order kept."""
     twin = copy.copy(module)
     # Children, hooks, parameters live in dicts: shared ones would make what is done to one appear on the other.
@@ -119,13 +121,14 @@ def _with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) 
     return twin
 
 
-def _does_nothing(child: nn.Module) -> bool:
+def does_nothing(child: nn.Module) -> bool:
+    """Whether a module passes on what it gets, in training too."""
     if has_hooks(child):
         return False
     return type(child) is nn.Identity or (type(child) is nn.Dropout and child.p == 0)
 
 
-def _factors(linear: nn.Linear | LowRankLinear) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+def factors(linear: nn.Linear | LowRankLinear) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """(B, A, bias) of a low-rank linear, (W, None, bias) of a dense one, None unless everything inside is plain."""
     if isinstance(linear, LowRankLinear):
         if (
@@ -138,7 +141,9 @@ def _factors(linear: nn.Linear | LowRankLinear) -> tuple[Tensor, Tensor | None, 
     return (linear.weight, None, linear.bias) if is_plain(linear) else None
 
 
-class _Tracer(fx.Tracer):
+class LeafTracer(fx.Tracer):
+    """Records calls of children without looking into them."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
@@ -149,7 +154,7 @@ def _not_a_chain(module: nn.Module) -> str | None:
     Attributes alone do not tell (a residual, a gate); the traced graph does, on any device and without running it.
     """
     try:
-        nodes = list(_Tracer().trace(module).nodes)
+        nodes = list(LeafTracer().trace(module).nodes)
     except Exception as error:  # whatever its author wrote: control flow on values, missing arguments ...
         return f"its forward cannot be traced ({type(error).__name__})"
     steps = []
@@ -157,7 +162,7 @@ def _not_a_chain(module: nn.Module) -> str | None:
         if node.args != (before,) or node.kwargs or node.op not in ("call_module", "output"):
             return "its forward is more than fc1, act, fc2 in a row"
         if node.op == "call_module" and (
-            node.target in _KEPT or not _does_nothing(module.get_submodule(str(node.target)))
+            node.target in _KEPT or not does_nothing(module.get_submodule(str(node.target)))
         ):
             steps.append(str(node.target))
     return None if tuple(steps) == _KEPT else f"its forward runs {', '.join(steps)}, not fc1, act, fc2"

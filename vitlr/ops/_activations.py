@@ -21,6 +21,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
         lambda g, p: aten.gelu_backward(g, p, approximate="tanh"),
     ),
     "silu": (F.silu, lambda g, p: aten.silu_backward(g, p)),
+    "sigmoid": (torch.sigmoid, lambda g, p: aten.sigmoid_backward(g, torch.sigmoid(p))),
     "relu": (F.relu, lambda g, p: aten.threshold_backward(g, p, 0)),
 }
 

@@ -45,7 +45,7 @@ def lowrank_mlp(
     residual: Tensor | None = None,
     act: str = "gelu",
 ) -> Tensor:
-    """`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual`, act one of none, gelu, gelu_tanh, silu, relu.
+    """`y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual`, act one of none, gelu, gelu_tanh, silu, sigmoid, relu.
 
     x [..., K], B1 [r1, K], A1 [D, r1], b1 [D], B2 [r2, D], A2 [N, r2], b2 [N] -> y [..., N], contiguous.
     A linear that stayed dense is its weight as B ([D, K] or [N, D]) and None as A; biases and residual may be None.
@@ -66,17 +66,19 @@ def reference(
     act: str = "gelu",
 ) -> Tensor:
     """The specification, in plain torch."""
-    p = _pair(x, B1, A1, b1)  # [..., D]
+    p = pair(x, B1, A1, b1)  # [..., D]
     h = ACTIVATIONS[act][0](p)  # [..., D]
-    y = _pair(h, B2, A2, b2)  # [..., N]
+    y = pair(h, B2, A2, b2)  # [..., N]
     return y if residual is None else y + residual
 
 
-def _pair(x: Tensor, B: Tensor, A: Tensor | None, b: Tensor | None) -> Tensor:
+def pair(x: Tensor, B: Tensor, A: Tensor | None, b: Tensor | None) -> Tensor:
+    """`A (B x) + b`, or `B x + b` where A is None."""
     return F.linear(x, B, b) if A is None else F.linear(F.linear(x, B), A, b)
 
 
-def _weight_size(K: int, N: int, r: int | None) -> int:
+def weight_size(K: int, N: int, r: int | None) -> int:
+    """Elements of a linear K -> N of rank r, dense where r is None."""
     return K * N if r is None else r * (K + N)
 
 
@@ -92,7 +94,7 @@ def roofline(
     residual: bool = False,
 ) -> _dispatch.Roofline:
     """`2 M` FLOPs a weight over the compulsory bytes of x, y, residual, weights: the hidden [M, D] need never exist."""
-    weights = _weight_size(K, D, r1) + _weight_size(D, N, r2)
+    weights = weight_size(K, D, r1) + weight_size(D, N, r2)
     flops = 2 * M * weights
     size = dtype.itemsize * (M * (K + N + residual * N) + weights)
     return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
@@ -217,7 +219,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     dx = dB1 = dA1 = db1 = dB2 = dA2 = None
     if below or needs_B2 or needs_A2:
         # The hidden [M, D] is computed again: not keeping it is what the fused forward is for.
-        p = _pair(x, B1, A1, b1)
+        p = pair(x, B1, A1, b1)
         dh, dB2, dA2 = gradients(activation(p), B2, A2, g, (below, needs_B2, needs_A2))
         if dh is not None:
             dp = activation_gradient(dh, p)
@@ -251,10 +253,10 @@ _dispatch.register_op(
 )
 
 
-def _pays(name: str, key: Key) -> str | None:
+def pays(op: str, name: str, key: Any) -> str | None:
     """None unless another candidate has a lower floor; a card without ceilings of its own is judged as an H200."""
     limits = _dispatch.ceilings_of(key.device) or _dispatch.H200
-    able = [c for c in _dispatch.candidates(OP) if c.floor is not None and c.supports(key) is None]
+    able = [c for c in _dispatch.candidates(op) if c.floor is not None and c.supports(key) is None]
     times = {c.name: time for c in able if c.floor is not None and (time := c.floor(key, limits)) is not None}
     if key.M is None or name not in times:
         return None
@@ -306,7 +308,7 @@ for _name, _run_name, _floor in (("row_block", "run", row_block_floor), ("split"
             _name,
             _sizes,
             _run_name,
-            worth=functools.partial(_pays, f"triton.{_name}"),
+            worth=functools.partial(pays, OP, f"triton.{_name}"),
             floor=_floor,
         ),
     )
