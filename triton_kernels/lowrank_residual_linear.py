@@ -50,14 +50,14 @@ def one_pass(
     limit = 128 if dtype.itemsize == 2 and (target.hopper or target.backend == "interpreter") else 64
     if r > limit:
         raise Unsupported(f"r = {r}, T beside Y leaves registers for r <= {limit}; two_pass takes any rank")
-    return _config(M, K, N, r, form, group_size, dtype, target, sum(split(r)))
+    return _config(M, K, N, r, form, group_size, dtype, target, fused=True)
 
 
 def two_pass(
     M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target
 ) -> Config:
     """The tiles of the second launch, which adds `T Aᵀ`; any rank. Raises Unsupported with the reason."""
-    return _config(M, K, N, r, form, group_size, dtype, target, 0)
+    return _config(M, K, N, r, form, group_size, dtype, target, fused=False)
 
 
 def split(r: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def shared_memory(config: Config, width: int, form: str, size: int) -> int:
 
 
 def _config(
-    M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, width: int
+    M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, fused: bool
 ) -> Config:
     if dtype not in _NAMES:
         raise Unsupported(f"x is {dtype}, taken are {', '.join(_NAMES.values())}")
@@ -104,6 +104,7 @@ def _config(
         raise Unsupported(f"form {form!r}, taken are {', '.join(CODE_BYTES)} and blockdiag")
     if r < 1:
         raise Unsupported(f"r = {r}, taken are ranks from 1 on")
+    width = sum(split(r)) if fused else 0
     rows = tables.nearest(NAME, target, dtype, M=M or 12608, r=max(width, 1))
     config = Config(**rows) if rows else Config(32, 64, 16, 8, 2)
     config = replace(config, BK=depth(K, form, group_size, config.BK))
@@ -119,11 +120,11 @@ def _config(
 
 
 def configs(
-    M: int, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, width: int
+    M: int, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, fused: bool
 ) -> list[Config]:
     """What autotuning tries: the table's own choice and its neighbours that fit."""
-    own = _config(M, K, N, r, form, group_size, dtype, target, width)
-    tried = [own]
+    own = _config(M, K, N, r, form, group_size, dtype, target, fused)
+    tried, width = [own], sum(split(r)) if fused else 0
     for BM in (16, 32, 64, 128):
         for BN in (64, 128):
             for warps in (4, 8):
@@ -181,7 +182,7 @@ def _residual(
     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y. R1 + R2 columns of T are summed along; or R1 = 0, and T [M, r] is read by CHUNKS of CHUNK columns."""
+    """One tile of y. R1 + R2 columns of T are summed along; or R1 = 0, and T [M, r] is read in CHUNKS of columns."""
     dtype = x.dtype.element_ty
     BLOCKS: tl.constexpr = K // GROUP if FORM == "blockdiag" else 1
     DEPTH: tl.constexpr = K // BLOCKS  # columns of x that this tile of R touches
@@ -282,9 +283,8 @@ def _run(
     launch = partial(_launch, rows, B, A, R, scale, bias, y, form, group_size, fused, target)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         if tables.autotuning():
-            width = sum(split(r)) if fused else 0
-            tried = [asdict(c) for c in configs(M, K, N, r, form, group_size, x.dtype, target, width)]
-            sizes = {"M": M, "r": max(width, 1)}
+            tried = [asdict(c) for c in configs(M, K, N, r, form, group_size, x.dtype, target, fused)]
+            sizes = {"M": M, "r": max(sum(split(r)) if fused else 0, 1)}
             card = torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
             tables.tune(NAME, target, x.dtype, sizes, tried, lambda c: launch(Config(**c)), card)
             config = (one_pass if fused else two_pass)(M, K, N, r, form, group_size, x.dtype, target)
@@ -367,7 +367,8 @@ def _case(
     types["R"] = {"int8": "*i8", "blockdiag": pointer}.get(form, "*u8")
     columns = chunk(dtype.itemsize)
     constants: dict[str, Any] = {
-        "K": 768, "GROUP": 64, "FORM": _form(form, target), "CHUNKS": 0 if fused else -(-r // columns), "CHUNK": columns,
+        "K": 768, "GROUP": 64, "FORM": _form(form, target), "CHUNK": columns,
+        "CHUNKS": 0 if fused else -(-r // columns),
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "HAS_BIAS": True, "PRECISION": "ieee",
         "sxk": 1, "sbk": 1, "sar": 1, "srk": 1, "ssg": 1, "sb": 1,
     }  # fmt: skip
