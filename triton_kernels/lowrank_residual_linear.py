@@ -345,7 +345,7 @@ def cases(target: Target) -> list[Case]:
         ("int4", bf16, 12608, 256, False, 176, 187),
         ("int8", fp16, 12608, 192, False, 186, 140),
         ("int8", fp32, 12608, 64, True, 180, 184),
-        ("int4", fp32, 12608, 192, False, 255, 255),
+        ("int4", fp32, 12608, 192, False, 120, 114),
     ]
     found = []
     for form, dtype, M, r, fused, *registers in sizes:

@@ -15,10 +15,10 @@ from vitlr.triton_kernels.compilation import compile_case
 from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 from vitlr.errors import InputError
-from vitlr.ops import explain
+from vitlr.ops import candidates, explain
 from vitlr.ops._codes import code_shape, dequantise, encode, groups, spread
 from vitlr.ops._dispatch import H200
-from vitlr.ops.lowrank_residual_linear import lowrank_residual_linear, reference
+from vitlr.ops.lowrank_residual_linear import Key, lowrank_residual_linear, reference
 
 RUNS = {"one": kernels.run_one_pass, "two": kernels.run_two_pass}
 # form, K, N, r, group_size: no tile, and no power of two, divides them
@@ -116,13 +116,13 @@ def test_nan_and_inf_stay_in_their_rows(run, dtype, device):
 
 
 def test_every_fp8_code(dtype, device):
-    codes = torch.tensor([[c for c in range(256) if c & 127 != 127] + [0, 0]], dtype=torch.uint8, device=device)
-    one, factors = torch.ones(1, 1, dtype=dtype, device=device), torch.zeros(1, 256, dtype=dtype, device=device)
-    y = RUNS["one"](torch.eye(256, dtype=dtype, device=device), factors, one, codes, one, None, "fp8", 256)
-    assert torch.equal(y[:, 0], dequantise(codes, one, "fp8", 256, 256)[0])
-    codes[0, :2] = torch.tensor([0x7F, 0xFF], dtype=torch.uint8)
-    y = RUNS["one"](torch.eye(256, dtype=dtype, device=device), factors, one, codes, one, None, "fp8", 256)
-    assert y.isnan().all()  # 0 times NaN, as torch multiplies
+    """A row of R for every code, times 1: each must come out exactly, the two NaN as NaN."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    x, scale = torch.ones(1, 1, dtype=dtype, device=device), torch.ones(256, 1, dtype=dtype, device=device)
+    y = RUNS["one"](x, torch.zeros_like(x), torch.zeros_like(scale), codes, scale, None, "fp8", 64)
+    want = dequantise(codes, scale, "fp8", 64, 1).mT
+    assert int(want.isnan().sum()) == 2
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.nan_to_num(), want.nan_to_num())
 
 
 @pytest.mark.parametrize("form", ["int8", "blockdiag"])
@@ -156,6 +156,16 @@ def test_rank_decides_the_variant(device, triton_backend):
     assert "two_pass takes any rank" in str(chosen(200))
     floors = {row.candidate: row.floor_us for row in chosen(32).rows}
     assert all(us >= chosen(32).roofline.floor_us for us in floors.values())
+
+
+def test_one_pass_pays_until_a_launch_is_cheaper(device):
+    one = next(c for c in candidates("lowrank_residual_linear") if c.name == "triton.one_pass")
+
+    def key(M):
+        return Key(M, 768, 3072, 32, "int8", 64, dtype=torch.float16, device=device)
+
+    assert one.worth(key(197)) is None and one.worth(key(None)) is None
+    assert "T again for every tile along N: 1" in one.worth(key(12608))
 
 
 SM80, SM90 = TARGETS["sm_80"], TARGETS["sm_90"]

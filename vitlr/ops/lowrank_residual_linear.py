@@ -279,7 +279,21 @@ def _kernel_floor(variant: str) -> Any:
     return floor
 
 
-for _variant in ("two_pass", "one_pass"):  # the last one is asked first
-    _dispatch.register(
-        OP, _triton.candidate(_variant, OP, _variant, _sizes, f"run_{_variant}", floor=_kernel_floor(_variant))
-    )
+_LAUNCH = 2e9  # FLOPs that a GPU of the H200's class does while a launch gets going
+
+
+def _one_pass_pays(key: Key) -> str | None:
+    """Every tile along N computes T again: it has to cost less than the launch that computes it once."""
+    kernels = _triton.kernels(OP)
+    config = kernels.one_pass(*_sizes(key), _triton.kernels("targets").target_of(key.device))
+    given = (key.M or 1, key.K, key.N, key.r, key.form, key.group_size, config)
+    again = kernels.flops(*given, True) - kernels.flops(*given, False) - 2 * (key.M or 1) * key.r * key.K
+    return f"T again for every tile along N: {again / 1e9:.1f} GFLOP" if again > _LAUNCH else None
+
+
+def _candidate(variant: str, **more: Any) -> _dispatch.Candidate:
+    return _triton.candidate(variant, OP, variant, _sizes, f"run_{variant}", floor=_kernel_floor(variant), **more)
+
+
+_dispatch.register(OP, _candidate("two_pass"))
+_dispatch.register(OP, _candidate("one_pass", worth=_one_pass_pays))  # the last one is asked first
