@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from tolerance import assert_close_to
-from vitlr.triton_kernels.activations import INSTRUCTIONS, activate
 
 from vitlr.ops._activations import ACTIVATIONS
+from vitlr.triton_kernels.activations import INSTRUCTIONS, activate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -8,13 +8,13 @@ import triton
 import triton.language as tl
 from tolerance import assert_close_to
 from torch import Tensor
-from vitlr.triton_kernels import gram, tables
-from vitlr.triton_kernels.symmetric import triangle
-from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
 
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
 from vitlr.ops.gram import Key, gram_update_, reference
+from vitlr.triton_kernels import gram, tables
+from vitlr.triton_kernels.symmetric import triangle
+from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
 
 
 def problem(T: int, n: int, dtype: torch.dtype, device: torch.device, weighted: bool = False) -> tuple:

@@ -10,15 +10,15 @@ import sys
 import pytest
 import torch
 from tolerance import assert_close_to
-from vitlr.triton_kernels import lowrank_residual_linear as kernels
-from vitlr.triton_kernels.compilation import compile_case
-from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 from vitlr.errors import InputError
 from vitlr.ops import candidates, explain
 from vitlr.ops._codes import code_shape, dequantise, encode, groups, spread
 from vitlr.ops._dispatch import H200
 from vitlr.ops.lowrank_residual_linear import Key, lowrank_residual_linear, reference
+from vitlr.triton_kernels import lowrank_residual_linear as kernels
+from vitlr.triton_kernels.compilation import compile_case
+from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 RUNS = {"one": kernels.run_one_pass, "two": kernels.run_two_pass}
 # form, K, N, r, group_size: no tile, and no power of two, divides them

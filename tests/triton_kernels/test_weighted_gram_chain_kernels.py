@@ -6,13 +6,13 @@ import pytest
 import torch
 from tolerance import assert_close_to
 from torch import Tensor
-from vitlr.triton_kernels import tables, weighted_gram_chain
-from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
 
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
 from vitlr.ops.weighted_gram_chain import Key, reference
 from vitlr.ops.weighted_gram_chain import weighted_gram_chain as chain
+from vitlr.triton_kernels import tables, weighted_gram_chain
+from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
 
 DTYPES = [torch.float32, torch.float64]
 
