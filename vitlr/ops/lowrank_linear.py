@@ -132,11 +132,7 @@ def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     tile = config.BM * config.BN
     steps = (
         (2 * config.BM * config.BR * K // config.splits, shrinking, size * (M + r) * K + partial),
-        (
-            config.BM * config.BN * (2 * r + _epilogue(key.act)),
-            expanding,
-            size * (r + M * (1 + key.residual)) * N + partial,
-        ),
+        (_busy(2 * tile * r, tile, key.act), expanding, size * (r + M * (1 + key.residual)) * N + partial),
     )
     times = [_in_waves(each, programs, sms, moved, key.dtype, ceilings) for each, programs, moved in steps]
     return None if None in times else sum(time for time in times if time is not None)
