@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def tabled(
 
 def measure(
     kernel: str,
-    options: Sequence[Any],
+    configs: Callable[[], Sequence[Any]],
     sizes: Mapping[str, int],
     dtype: torch.dtype,
     target: Target,
@@ -153,8 +154,8 @@ def measure(
     key = {"target": target.name, "bits": 8 * dtype.itemsize, **sizes}
     if any(all(row.get(name) == value for name, value in key.items()) for row in tables.measured(kernel)):
         return None  # `tabled` has taken it already
-    kind, card = type(options[0]), torch.cuda.get_device_name()
-    rows = [asdict(option) for option in options]
+    options, card = configs(), torch.cuda.get_device_name()
+    kind, rows = type(options[0]), [asdict(option) for option in options]
     return kind(**tables.tune(kernel, target, dtype, sizes, rows, lambda row: launch(kind(**row)), card))
 
 
@@ -256,7 +257,7 @@ def run(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor |
         )  # fmt: skip
 
     with torch.cuda.device_of(x):
-        options = configs(r, residual is not None, x.dtype, target)
+        options = partial(configs, r, residual is not None, x.dtype, target)
         launch(measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
     return y
 

@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import triton
@@ -239,7 +240,7 @@ def run(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor |
         )  # fmt: skip
 
     with torch.cuda.device_of(x):
-        options = configs(M, K, N, r, x.dtype, target)
+        options = partial(configs, M, K, N, r, x.dtype, target)
         launch(measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
     return y
 
