@@ -110,9 +110,8 @@ def tiles(M: int, config: Any) -> int:
     return triton.cdiv(M, config.BM)
 
 
-def busy(M: int, config: Any, sms: int) -> float:
-    """The share of the processors' time in which they have a row block, in whole waves of programs."""
-    programs = tiles(M, config) * config.splits
+def busy(programs: int, sms: int) -> float:
+    """The share of the processors' time in which they have one of so many equal programs, in whole waves of them."""
     return programs / (triton.cdiv(programs, sms) * sms)
 
 

@@ -136,18 +136,8 @@ def test_the_key_says_whether_the_factor_is_shared():
 
 
 def test_explained():
-    told = ops.explain(
-        "lowrank_glu",
-        M=12608,
-        K=768,
-        D=2048,
-        N=768,
-        rg=128,
-        rv=128,
-        r2=128,
-        dtype=torch.bfloat16,
-        ceilings=_dispatch.H200,
-    )
+    sizes = {"M": 12608, "K": 768, "D": 2048, "N": 768, "rg": 128, "rv": 128, "r2": 128, "dtype": torch.bfloat16}
+    told = ops.explain("lowrank_glu", ceilings=_dispatch.H200, **sizes)
     assert told.chosen == "torch" and told.roofline.floor_us < told.rows[0].floor_us
     assert told.rows[0].floor_us == separate_floor(Key(**sizes), _dispatch.H200)
 

@@ -126,7 +126,7 @@ def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) 
     common, kernels = _triton.kernels("lowrank_mlp"), _triton.kernels("lowrank_glu")
     sizes = (key.M or 0, key.K, key.D, key.N, key.rg, key.rv, key.r2, key.dtype)
     floor = roofline(*sizes, shared=key.shared, residual=key.residual)
-    busy = common.busy(key.M or 1, kernels.row_block(*_sizes(key), target), target.sms)
+    busy = common.busy(common.tiles(key.M or 1, kernels.row_block(*_sizes(key), target)), target.sms)
     issue = common.issue_flops((key.M or 0) * key.D, key.act, target)
     return in_waves_floor(floor, issue, busy, key.dtype, ceilings)
 
@@ -204,7 +204,7 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, Bg, Ag, bg, Bv, Av, bv, B2, A2 = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    needs_x, needs_B2, needs_A2, needs_b2, needs_residual = needs[0], *needs[7:11]
+    needs_x, (needs_B2, needs_A2, needs_b2, needs_residual) = needs[0], needs[7:11]
     activation, activation_gradient = ACTIVATIONS[ctx.act]
     found: dict[str, Tensor | None] = {}
     below = any(needs[:7])

@@ -131,7 +131,7 @@ def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) 
     `target`: of `triton_kernels.targets`, in place of the key's device.
     """
     kernels, target, sizes, floor = _planned(key, target)
-    busy = kernels.busy(key.M or 1, kernels.row_block(*sizes, target), target.sms)
+    busy = kernels.busy(kernels.tiles(key.M or 1, kernels.row_block(*sizes, target)), target.sms)
     issue = kernels.issue_flops((key.M or 0) * key.D, key.act, target)
     return in_waves_floor(floor, issue, busy, key.dtype, ceilings)
 
@@ -145,7 +145,8 @@ def split_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> f
     written = key.dtype.itemsize * (r2 + M * (1 + key.residual)) * key.N
     first = _dispatch.Roofline(floor.flops - expanded + again, floor.bytes - written + partial, None)
     issue = kernels.issue_flops(M * key.D, key.act, target)
-    one = in_waves_floor(first, issue, kernels.busy(key.M or 1, config, target.sms), key.dtype, ceilings)
+    busy = kernels.busy(kernels.tiles(key.M or 1, config) * config.splits, target.sms)
+    one = in_waves_floor(first, issue, busy, key.dtype, ceilings)
     two = ceilings.microseconds(expanded, written + partial, key.dtype)
     return None if one is None or two is None else one + two
 
