@@ -39,7 +39,7 @@ from .targets import Target, Unsupported, target_of
 
 KERNEL = "lowrank_mlp"
 LARGEST_RANK = 256
-MOST_SPLITS = 8  # the expanding launch reads all partial sums for every tile of y
+MOST_SPLITS = 16  # the second launch reads all partial sums for every tile of y; with 32 its registers spill
 CLASSES = (64, 128, 192, 256)
 """Ranks for which tiles are compiled and kept in the table; others take those of the next one."""
 
@@ -91,12 +91,17 @@ def row_block(
 def split(
     M: int | None, K: int, D: int, N: int, r1: int | None, r2: int | None, dtype: torch.dtype, target: Target
 ) -> Config:
-    """The tiles of a shape whose hidden width is shared by several programs. Raises Unsupported as `row_block` does."""
+    """The tiles of a shape whose hidden width is shared by several programs.
+
+    Raises Unsupported as `row_block` does, and where there is nothing to share.
+    """
     config = row_block(M, K, D, N, r1, r2, dtype, target)
     assert r2 is not None
     adding.split(M, r2, N, r2, dtype, target)
     steps = triton.cdiv(D, config.BD)
-    shares = min(MOST_SPLITS, steps, max(1, target.sms // tiles(M or 1, config)))
+    shares = min(MOST_SPLITS, steps, target.sms // tiles(M or 1, config))
+    if shares < 2:
+        raise Unsupported(f"M={M}, D={D}: the row blocks fill the processors or D is one tile, nothing to share")
     return replace(config, splits=1 << (shares.bit_length() - 1))  # few values: each is compiled on its own
 
 
@@ -288,16 +293,24 @@ def _run(variant: Any, x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: 
     return y
 
 
+def _adding(M: int, N: int, r2: int, shares: int, dtype: torch.dtype, target: Target) -> tuple[Any, dict[str, Any]]:
+    """The tiles of lowrank_linear_split's second launch and its constants, for so many partial sums."""
+    config = replace(adding.split(M, r2, N, r2, dtype, target), splits=shares, expand_stages=1)
+    return config, {
+        "N": N, "RANKS": triton.cdiv(r2, config.BR) * config.BR, "SPLITS": shares, "BM": config.BM, "BN": config.BN,
+        "BR": config.BR, "STAGES": config.expand_stages, "ACT": "none", "PRECISION": precision(dtype),
+    }  # fmt: skip
+
+
 def add_and_expand(
     S: Tensor, A2: Tensor, b2: Tensor | None, residual: Tensor | None, y: Tensor, target: Target
 ) -> None:
     """`y = (Σ S) A₂ᵀ + b₂ + residual` from partial sums S [shares, M, r2] in fp32, by lowrank_linear_split's launch."""
     (shares, M, r2), N = S.shape, y.shape[1]
-    config = replace(adding.split(M, r2, N, r2, y.dtype, target), splits=shares, expand_stages=1)
+    config, constants = _adding(M, N, r2, shares, y.dtype, target)
     adding._expand[(adding.tiles(M, N, r2, config)[1],)](
         S, A2, b2, residual, y, M, r2, *A2.stride(), *strides(b2, 1), *strides(residual, 2),
-        N=N, RANKS=triton.cdiv(r2, config.BR) * config.BR, SPLITS=shares, BM=config.BM, BN=config.BN, BR=config.BR,
-        STAGES=config.expand_stages, ACT="none", PRECISION=precision(y.dtype), num_warps=config.expand_warps,
+        **constants, num_warps=config.expand_warps,
     )  # fmt: skip
 
 
@@ -363,7 +376,22 @@ def cases(target: Target) -> list[Case]:
             tensor_cores=type_ != "fp32",
         )
 
+    def adds(shares: int, sm_80: int, sm_90: int) -> Case:
+        config, constants = _adding(197, N, 128, shares, torch.bfloat16, target)
+        pointers, sizes = ["A", "bias", "residual", "y"], ["r", "san", "srm"]
+        return Case(
+            f"lowrank_mlp.split adds bf16 r2=128 shares={shares}",
+            adding._expand,
+            {**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys([*sizes, "M"], "i32"), "T": "*fp32"},
+            constants | dict.fromkeys(["sar", "sb", "srn"], 1),
+            config.expand_warps,
+            1,
+            {"sm_80": sm_80, "sm_90": sm_90},
+            (*pointers, *sizes, "T"),
+        )
+
     return [
+        adds(MOST_SPLITS, 255, 255),
         case("bf16", 64, 64, "gelu"),
         case("bf16", 96, 96, "gelu"),
         case("bf16", 128, 128, "gelu"),
@@ -373,7 +401,7 @@ def cases(target: Target) -> list[Case]:
         case("bf16", 256, 256, "gelu"),
         case("fp16", 256, 128, "gelu", residual=False),
         case("bf16", None, 128, "gelu"),
-        case("bf16", 128, 128, "gelu", M=197, shares=8),
-        case("bf16", 256, 256, "gelu", M=197, shares=8),
+        case("bf16", 128, 128, "gelu", M=197, shares=16),
+        case("bf16", 256, 256, "gelu", M=197, shares=16),
         case("fp32", 128, 128, "gelu"),
     ]

@@ -55,8 +55,8 @@ SHAPES = {
     "one row": (1, 40, 70, 24, 20, 12),
     "ragged": (63, 100, 150, 70, 40, 20),
     "tokens of an image": (197, 48, 96, 40, 24, 48),
-    "two parts": (20, 64, 64, 32, 48, 80),
-    "wide ranks": (20, 64, 40, 32, 192, 144),
+    "two parts": (20, 64, 130, 32, 48, 80),
+    "wide ranks": (20, 64, 72, 32, 192, 144),
     "dense fc1": (65, 70, 100, 40, None, 20),
 }
 
@@ -181,7 +181,8 @@ def test_what_is_not_taken(variant, change, message):
 def test_tiles_come_from_the_table_and_shrink_with_the_memory():
     row = kernel.row_block(12608, 768, 3072, 768, 128, 128, BF16, SM_90)
     assert dataclasses.asdict(row).items() >= tables.nearest("lowrank_mlp", SM_90, BF16, BM=128, r=128, r1=128).items()
-    assert kernel.row_block(12608, 768, 3072, 768, None, 128, BF16, SM_90).BD == 64  # a row of its own
+    dense, low = (kernel.row_block(12608, 768, 3072, 768, r1, 256, BF16, SM_90) for r1 in (None, 256))
+    assert (dense.BD, low.BD) == (32, 64)  # a dense fc1 has rows of its own
     assert kernel.row_block(12608, 768, 3000, 768, 128, 128, BF16, SM_90).BD == 64  # masks take registers
     small = dataclasses.replace(SM_90, shared_memory=100 * 1024)
     config = kernel.row_block(12608, 768, 3072, 768, 128, 128, BF16, small)
@@ -200,9 +201,10 @@ def test_whole_waves(M, BM, share):
 
 
 def test_few_rows_share_the_hidden_width():
-    assert kernel.split(197, 768, 3072, 768, 128, 128, BF16, SM_90).splits == 8
+    assert kernel.split(197, 768, 3072, 768, 128, 128, BF16, SM_90).splits == 16
     assert kernel.split(1576, 768, 3072, 768, 128, 128, BF16, SM_90).splits == 4
-    assert kernel.split(12608, 768, 3072, 768, 128, 128, BF16, SM_90).splits == 1
+    with pytest.raises(Unsupported, match="M=12608, D=3072: the row blocks fill the processors"):
+        kernel.split(12608, 768, 3072, 768, 128, 128, BF16, SM_90)
 
 
 def test_floors():

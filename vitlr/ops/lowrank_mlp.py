@@ -267,24 +267,35 @@ def pays(op: str, name: str, key: Any) -> str | None:
     return f"its floor is {times[name]:.1f} µs, that of {best} {times[best]:.1f}"
 
 
-def _first_step(key: Key) -> _dispatch.Candidate | str:
-    """The Triton candidate that runs fc1 with its activation, or why none does."""
+def _first_step(key: Key) -> tuple[_dispatch.Candidate, lowrank_linear.Key] | str:
+    """The Triton candidate that runs fc1 with its activation and the key of that call, or why there is none."""
     if key.r1 is None or key.r2 is not None:
         return "fc1 must be low-rank and fc2 dense: for others there is a kernel of both"
     inner = lowrank_linear.Key(key.M, key.K, key.D, key.r1, True, key.act, False, key.dtype, key.device)
-    reasons = []
-    for candidate in reversed(_dispatch.candidates(lowrank_linear.OP)):
-        if candidate.backend == "triton":
-            reason = candidate.supports(inner)
-            if reason is None and candidate.worth(inner) is None:
-                return candidate
-            reasons.append(f"{candidate.name}: {reason or candidate.worth(inner)}")
-    return "; ".join(reasons) or "lowrank_linear has no Triton kernel"
+    known = [c for c in reversed(_dispatch.candidates(lowrank_linear.OP)) if c.backend == "triton"]
+    reasons = {c.name: c.supports(inner) for c in known}
+    able = [c for c in known if reasons[c.name] is None]
+    if able:
+        return min(able, key=lambda c: c.worth(inner) is not None), inner
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "lowrank_linear has no Triton kernel"
 
 
 def _first_step_objection(key: Key) -> str | None:
     step = _first_step(key)
     return step if isinstance(step, str) else None
+
+
+def two_steps_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
+    """The floor in µs of fc1's kernel, of the dense product and of the residual's sum."""
+    step = _first_step(key)
+    if isinstance(step, str) or step[0].floor is None:
+        return None
+    M, D, N, size = key.M or 0, key.D, key.N, key.dtype.itemsize
+    one = step[0].floor(step[1], ceilings)
+    two = ceilings.microseconds(2 * M * D * N, size * (M * (D + N) + D * N), key.dtype)
+    if one is None or two is None:
+        return None
+    return one + two + 1e6 * size * 3 * M * N * key.residual / ceilings.bytes_per_s
 
 
 def _two_steps(
@@ -296,7 +307,7 @@ def _two_steps(
     step = _first_step(Key(M, x.shape[-1], D, N, B1.shape[0], None, act, residual is not None, x.dtype, x.device))
     if isinstance(step, str):
         raise InputError(f"{OP}: {step}")
-    y = F.linear(step.run(x, B1, A1, b1, None, act), B2, b2)
+    y = F.linear(step[0].run(x, B1, A1, b1, None, act), B2, b2)
     return y if residual is None else y + residual
 
 
@@ -313,4 +324,13 @@ for _name, _run_name, _floor in (("row_block", "run", row_block_floor), ("split"
             floor=_floor,
         ),
     )
-_dispatch.register(OP, _dispatch.Candidate("triton.two_steps", _first_step_objection, _two_steps))
+_dispatch.register(
+    OP,
+    _dispatch.Candidate(
+        "triton.two_steps",
+        _first_step_objection,
+        _two_steps,
+        worth=functools.partial(pays, OP, "triton.two_steps"),
+        floor=two_steps_floor,
+    ),
+)
