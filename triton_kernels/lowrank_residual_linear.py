@@ -24,7 +24,7 @@ import triton.language as tl
 from . import tables
 from .codes import load_codes
 from .compilation import Case
-from .targets import Target, Unsupported, target_of
+from .targets import TARGETS, Target, Unsupported, target_of
 
 NAME = "lowrank_residual_linear"
 CODE_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}
@@ -105,8 +105,12 @@ def _config(
     if r < 1:
         raise Unsupported(f"r = {r}, taken are ranks from 1 on")
     width = sum(split(r)) if fused else 0
-    rows = tables.nearest(NAME, target, dtype, M=M or 12608, r=max(width, 1))
-    config = Config(**rows) if rows else Config(32, 64, 16, 8, 2)
+    sizes = {"M": M or 12608, "r": max(width, 1)}
+    rows = tables.nearest(NAME, target, dtype, **sizes)
+    if rows is None:  # what fits an A100 fits, after shrinking, the architectures that have no rows of their own
+        rows = tables.nearest(NAME, TARGETS["sm_80"], dtype, **sizes)
+    assert rows is not None, "the table of tiles is missing"
+    config = Config(**rows)
     config = replace(config, BK=depth(K, form, group_size, config.BK))
     while shared_memory(config, width, form, dtype.itemsize) > target.shared_memory:
         if config.num_stages > 2:
