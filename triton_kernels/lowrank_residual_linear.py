@@ -105,7 +105,7 @@ def _config(
     if r < 1:
         raise Unsupported(f"r = {r}, taken are ranks from 1 on")
     width = sum(split(r)) if fused else 0
-    sizes = {"M": M or 12608, "r": max(width, 1)}
+    sizes = _sizes(M or 12608, K, N, width, form)
     rows = tables.nearest(NAME, target, dtype, **sizes)
     if rows is None:  # what fits an A100 fits, after shrinking, the architectures that have no rows of their own
         rows = tables.nearest(NAME, TARGETS["sm_80"], dtype, **sizes)
@@ -121,6 +121,11 @@ def _config(
             taken = shared_memory(config, width, form, dtype.itemsize)
             raise Unsupported(f"{taken} bytes of shared memory, {target.name} has {target.shared_memory}")
     return config
+
+
+def _sizes(M: int, K: int, N: int, width: int, form: str) -> dict[str, int]:
+    """By what a row of the table is found; `r` is the width that is summed along, 1 for none."""
+    return {"M": M, "K": K, "N": N, "r": max(width, 1), "form": (*CODE_BYTES, "blockdiag").index(form)}
 
 
 def configs(
@@ -203,12 +208,13 @@ def _residual(
     steps = tl.arange(0, BK).to(tl.int64)
     acc = tl.zeros((BN, BM), tl.float32)
     if FORM == "blockdiag":
-        x_block = x_rows + (block * DEPTH + steps)[None, :] * sxk
-        w_block = R + block * srb + local[:, None] * srn + steps[None, :] * srk
+        x_block = x_rows + block * DEPTH * sxk
+        w_block = R + block * srb + local[:, None] * srn
         for k0 in range(0, DEPTH, BK):
+            k = k0 + steps
             inside = (steps < (DEPTH - k0 if DEPTH % BK else BK))[None, :]
-            x_tile = tl.load(x_block + k0 * sxk, mask=(m < M)[:, None] & inside, other=0.0)
-            w = tl.load(w_block + k0 * srk, mask=live[:, None] & inside, other=0.0)
+            x_tile = tl.load(x_block + k[None, :] * sxk, mask=(m < M)[:, None] & inside, other=0.0)
+            w = tl.load(w_block + k[None, :] * srk, mask=live[:, None] & inside, other=0.0)
             acc = tl.dot(w, x_tile.T, acc, input_precision=PRECISION)
     if R1:
         r1 = tl.arange(0, R1).to(tl.int64)
@@ -286,9 +292,10 @@ def _run(
     config = (one_pass if fused else two_pass)(M, K, N, r, form, group_size, x.dtype, target)
     launch = partial(_launch, rows, B, A, R, scale, bias, y, form, group_size, fused, target)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        if tables.autotuning():
+        sizes = _sizes(M, K, N, sum(split(r)) if fused else 0, form)
+        known = {**sizes, "target": target.name, "bits": 8 * x.element_size()}
+        if tables.autotuning() and not any(known.items() <= row.items() for row in tables.measured(NAME)):
             tried = [asdict(c) for c in configs(M, K, N, r, form, group_size, x.dtype, target, fused)]
-            sizes = {"M": M, "r": max(sum(split(r)) if fused else 0, 1)}
             card = torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
             tables.tune(NAME, target, x.dtype, sizes, tried, lambda c: launch(Config(**c)), card)
             config = (one_pass if fused else two_pass)(M, K, N, r, form, group_size, x.dtype, target)

@@ -227,11 +227,14 @@ def test_tuning_keeps_what_it_finds(monkeypatch, tmp_path, device):
     monkeypatch.setenv("VITLR_AUTOTUNE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tables.measured.cache_clear()
-    monkeypatch.setattr(tables, "_median", lambda function: function() or 1.0)
+    timed = []
+    monkeypatch.setattr(tables, "_median", lambda function: timed.append(function()) or 1.0)
     monkeypatch.setattr(kernels, "configs", lambda *args: [kernels.Config(16, 64, 16, 4, 2)])
     args = parts("int8", 32, 20, 4, 32, torch.float32, device)
     check(RUNS["one"], torch.randn(3, 32, device=device), args, "int8", 32)
-    assert tables.measured(kernels.NAME)[0]["config"]["BM"] == 16
+    assert tables.measured(kernels.NAME)[0]["config"]["BM"] == 16 and len(timed) == 1
+    check(RUNS["one"], torch.randn(3, 32, device=device), args, "int8", 32)
+    assert len(timed) == 1  # once a shape
     tables.measured.cache_clear()
 
 
