@@ -34,7 +34,8 @@ class Call:
             return _dispatch.candidates(op)[0]
 
         with patch.object(_dispatch, "select", note):
-            getattr(torch.ops.vitlr, self.op).default(*args)
+            first = args[0].clone()  # an op that accumulates writes there
+            getattr(torch.ops.vitlr, self.op).default(first, *args[1:])
         return keys[0]
 
     def candidates(self, args: tuple) -> dict[str, Callable[..., Any]]:
@@ -90,6 +91,32 @@ def mlp(
 
     label = f"{K}-{D}-{N} r={r1},{r2} M={M} {act}{' +residual' if residual else ''} {_name(dtype)}"
     return Call("lowrank_mlp", label, make)
+
+
+def glu(
+    M: int,
+    K: int,
+    D: int,
+    N: int,
+    r: int | None,
+    r2: int | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    packed: bool = False,
+    act: str = "silu",
+    residual: bool = False,
+) -> Call:
+    """`lowrank_glu` with biases; `packed` shares one B between gate and value, as SwiGLUPacked does."""
+
+    def make(seed: int) -> tuple:
+        new = Random(seed, dtype, device)
+        x, extra = new(M, K), new(M, N) if residual else None
+        gate = _pair(new, K, D, r)
+        value = (gate[0], new(D, r, fan_in=r)) if packed and r is not None else _pair(new, K, D, r)
+        return x, *gate, new(D), *value, new(D), *_pair(new, D, N, r2), new(N), extra, act
+
+    label = f"{K}-{D}-{N} r={r},{r2}{' packed' * packed} M={M} {act}{' +residual' * residual} {_name(dtype)}"
+    return Call("lowrank_glu", label, make)
 
 
 def _pair(new: Random, K: int, N: int, r: int | None) -> tuple[Tensor, Tensor | None]:

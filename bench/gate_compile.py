@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from vitlr import triton_kernels
-from vitlr.triton_kernels.targets import TARGETS
+from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 BLOCKING = ("sm_80", "sm_90")
 REPORTED = ("gfx942",)
@@ -28,28 +28,38 @@ def kernel_modules() -> Iterator[str]:
 
 def compile_all(targets: Sequence[str] = (*BLOCKING, *REPORTED)) -> list[dict[str, Any]]:
     """One row a case and target: case, target, registers, spilled, shared, tensor_cores, problems."""
-    jobs = [
-        (module, target, index)
-        for module in kernel_modules()
-        for target in targets
-        for index in range(len(importlib.import_module(f"vitlr.triton_kernels.{module}").cases(TARGETS[target])))
-    ]
+    jobs, rows = [], []
+    for module in kernel_modules():
+        for target in targets:
+            try:
+                jobs += [(module, target, index) for index in range(len(_cases(module, target)))]
+            except Unsupported as reason:
+                rows.append(_failed(module, f"{module}: all cases", target, str(reason)))
     # Spawned: the compiler's threads and a CUDA context do not survive a fork.
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        return list(pool.map(_compile, jobs, chunksize=4))
+        return [*pool.map(_compile, jobs, chunksize=4), *rows]
+
+
+def _cases(module: str, target: str) -> list[Any]:
+    return importlib.import_module(f"vitlr.triton_kernels.{module}").cases(TARGETS[target])
 
 
 def _compile(job: tuple[str, str, int]) -> dict[str, Any]:
     from vitlr.triton_kernels.compilation import compile_case
 
     module, target, index = job
-    case = importlib.import_module(f"vitlr.triton_kernels.{module}").cases(TARGETS[target])[index]
-    row: dict[str, Any] = {"module": module, "case": case.name, "target": target, "bound": case.registers.get(target)}
+    case = _cases(module, target)[index]
     try:
-        return {**row, **asdict(compile_case(case, TARGETS[target]))}
+        report = asdict(compile_case(case, TARGETS[target]))
     except Exception as cause:  # whatever the compiler raises is the case's problem, and all of them are wanted
         reason = f"does not compile: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
-        return {**row, "registers": 0, "spilled": 0, "shared": 0, "tensor_cores": False, "problems": [reason[:300]]}
+        return _failed(module, case.name, target, reason[:300])
+    return {"module": module, "bound": case.registers.get(target), **report}
+
+
+def _failed(module: str, case: str, target: str, reason: str) -> dict[str, Any]:
+    nothing = {"bound": None, "registers": 0, "spilled": 0, "shared": 0, "tensor_cores": False}
+    return {"module": module, "case": case, "target": target, **nothing, "problems": [reason]}
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -76,5 +86,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
+    if not row["registers"]:
+        return "; ".join(row["problems"])
     cell = f"{row['registers']} / {row['shared'] / 1024:.0f}"
     return cell + (f" ({'; '.join(row['problems'])})" if row["problems"] else "")

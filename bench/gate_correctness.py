@@ -35,7 +35,9 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     for weighted in (False, True):
         yield calls.gram(150, 70, dtype, device, weighted)
     yield calls.chain(2, 40, 72, torch.float32, device)
-    yield from calls.glu_small(device, dtype)
+    for packed in (False, True):
+        yield calls.glu(63, 64, 80, 48, 24, 40, dtype, device, packed, residual=packed)
+    yield calls.glu(63, 64, 80, 48, None, 24, dtype, device)
 
 
 def large(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
@@ -54,7 +56,8 @@ def large(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
         yield calls.gram(5000, n, dtype, device, weighted=True)
     yield calls.chain(8, 768, 768, torch.float32, device)
     yield calls.chain(8, 768, 768, torch.float64, device)
-    yield from calls.glu_large(device, dtype)
+    for r, packed in ((64, True), (64, False), (128, True), (None, False)):
+        yield calls.glu(1000, 1536, 4096, 1536, r, 128, dtype, device, packed)
 
 
 def check(device: torch.device) -> list[dict[str, Any]]:

@@ -53,6 +53,10 @@ def grid(device: torch.device) -> Iterator[Timed]:
     for model in ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"):
         for batch in (8, 64):
             yield _mlp(model, batch, 64 if "tiny" in model or "small" in model else 192, device)
+    giant = geometry("vit_giant_patch14_dinov2")
+    for packed in (True, False):
+        M = 8 * giant.tokens
+        yield Timed(calls.glu(M, giant.width, giant.hidden, giant.width, 128, 128, BF16, device, packed), None, None)
     for n, T in ((768, 12608), (192, 12608)):
         for dtype in (BF16, torch.float32):
             call = calls.gram(T, n, dtype, device)

@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 from tolerance import assert_close_to
-from vitlr.triton_kernels import lowrank_glu as kernel
-from vitlr.triton_kernels import tables, targets
-from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 from vitlr import ops
 from vitlr.ops._activations import ACTIVATIONS
 from vitlr.ops.lowrank_glu import lowrank_glu, reference
+from vitlr.triton_kernels import lowrank_glu as kernel
+from vitlr.triton_kernels import tables, targets
+from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 SM_90, BF16 = TARGETS["sm_90"], torch.bfloat16
 # M, K, D, N, rg, rv, r2, packed

@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from tolerance import assert_close_to
-from vitlr.triton_kernels import lowrank_mlp as kernel
-from vitlr.triton_kernels import tables, targets
-from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 from vitlr import ops
 from vitlr.errors import InputError
@@ -22,6 +19,9 @@ from vitlr.nn import LowRankLinear, LowRankMLP
 from vitlr.ops import _dispatch
 from vitlr.ops._activations import ACTIVATIONS
 from vitlr.ops.lowrank_mlp import Key, lowrank_mlp, reference, row_block_floor, split_floor
+from vitlr.triton_kernels import lowrank_mlp as kernel
+from vitlr.triton_kernels import tables, targets
+from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 SM_90, BF16 = TARGETS["sm_90"], torch.bfloat16
 
