@@ -82,6 +82,12 @@ def chunk(size: int) -> int:
     return 64 if size == 2 else 16
 
 
+def shrink_tiles(config: Config, r: int, size: int) -> tuple[int, int, int]:
+    """BM, columns of T and BK of the launch that computes T; small, so that there are enough programs."""
+    BM, widest, BK = (min(config.BM, 64), 128, 32) if size == 2 else (32, 64, 16)
+    return BM, min(widest, triton.next_power_of_2(max(r, 16))), BK
+
+
 def shared_memory(config: Config, width: int, form: str, size: int) -> int:
     """Bytes of shared memory, never below what the compiler takes: the loop's buffers, or what the end needs.
 
@@ -323,7 +329,7 @@ def _launch(
     t = y  # not read where T stays in registers
     if not fused:
         t = torch.empty((M, r), dtype=x.dtype, device=x.device)
-        BM, BR, BK = min(config.BM, 64), min(128, triton.next_power_of_2(max(r, 16))), 32
+        BM, BR, BK = shrink_tiles(config, r, x.element_size())
         _shrink[(-(-M // BM), -(-r // BR))](
             x, B, t, M, r, *x.stride(), *B.stride(), K, BM, BR, BK, precision, num_warps=4, num_stages=3
         )  # fmt: skip
@@ -366,7 +372,21 @@ def cases(target: Target) -> list[Case]:
             continue
         bounds = dict(zip(("sm_80", "sm_90"), registers, strict=True))
         found.append(_case(form, dtype, M, r, fused, config, target, bounds))
+    for dtype, *registers in ((bf16, 136, 104), (fp32, 104, 104)):
+        config = two_pass(12608, 768, 768, 256, "int8", 64, dtype, target)
+        found.append(_shrink_case(dtype, config, dict(zip(("sm_80", "sm_90"), registers, strict=True))))
     return found
+
+
+def _shrink_case(dtype: torch.dtype, config: Config, bounds: dict[str, int]) -> Case:
+    """The launch that computes T [M, 256] of a layer with 768 inputs."""
+    BM, BR, BK = shrink_tiles(config, 256, dtype.itemsize)
+    constants = {"K": 768, "BM": BM, "BR": BR, "BK": BK, "PRECISION": "ieee", "sxk": 1, "sbk": 1}
+    types = {name: f"*{_NAMES[dtype]}" for name in ("x", "B", "t")} | dict.fromkeys(("M", "r", "sxm", "sbr"), "i32")
+    return Case(
+        f"shrink {_NAMES[dtype]} r=256", _shrink, types, constants, 4, 3, bounds, tuple(types),
+        tensor_cores=dtype != torch.float32,
+    )  # fmt: skip
 
 
 def _case(
