@@ -299,13 +299,13 @@ def cases(target: Target) -> list[Case]:
         )
 
     return [
-        case("bf16", 64, 64, 64, "silu"),
-        case("bf16", 128, 128, 128, "silu"),
-        case("bf16", 192, 192, 192, "silu"),
-        case("bf16", 256, 256, 256, "silu"),
-        case("bf16", 128, 128, 128, "silu", K=768, D=2048, shared=False),
-        case("fp16", 256, 256, 256, "silu", K=768, D=2048, shared=False),
-        case("fp16", 128, 96, 128, "gelu", K=768, D=2730, shared=False),
-        case("bf16", None, None, 128, "silu", shared=False),
-        case("fp32", 64, 64, 64, "silu"),
+        case("bf16", 64, 64, 64, "silu", sm_80=132, sm_90=174),
+        case("bf16", 128, 128, 128, "silu", sm_80=196, sm_90=219),
+        case("bf16", 192, 192, 192, "silu", sm_80=255, sm_90=208),
+        case("bf16", 256, 256, 256, "silu", sm_80=171, sm_90=239),
+        case("bf16", 128, 128, 128, "silu", K=768, D=2048, shared=False, sm_80=214, sm_90=219),
+        case("fp16", 256, 256, 256, "silu", K=768, D=2048, shared=False, sm_80=132, sm_90=199),
+        case("fp16", 128, 96, 128, "gelu", K=768, D=2730, shared=False, sm_80=214, sm_90=248),
+        case("bf16", None, None, 128, "silu", shared=False, sm_80=224, sm_90=184),
+        case("fp32", 64, 64, 64, "silu", sm_80=84, sm_90=78),
     ]

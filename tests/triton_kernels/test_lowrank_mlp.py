@@ -235,15 +235,25 @@ def test_autotune_measures_once(device, monkeypatch, tmp_path):
 
 
 GATE = """
-import importlib, sys, vitlr
+import importlib, sys, torch, vitlr
 from vitlr.triton_kernels.compilation import compile_case
 from vitlr.triton_kernels.targets import TARGETS
 module = importlib.import_module("vitlr.triton_kernels." + sys.argv[1])
+dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
 for name in ("sm_80", "sm_90"):
     for case in module.cases(TARGETS[name])[int(sys.argv[2]) :: 4]:
         report = compile_case(case, TARGETS[name])
         print(report.case, name, report.registers, report.shared)
         assert not report.problems, (report.case, name, report.problems)
+        if case.kernel is not module._row_block:
+            continue
+        c = case.constants
+        staged = int(any(c.get(tensor, 0) is not None for tensor in ("T", "Tg") if tensor in case.kernel.arg_names))
+        config = module.Config(*(c[tile] for tile in ("BM", "BD", "BK", "BN")), case.num_warps, case.num_stages, staged)
+        ranks = [c[r + "A"] + c[r + "B"] or None for r in ("R1", "RG", "RV", "R2") if r + "A" in c]
+        shared = [c["SHARED"]] if "SHARED" in c else []
+        told = module.shared_memory(config, *ranks, *shared, dtypes[case.types["x"]])
+        assert report.shared <= told, (report.case, name, report.shared, told)
 """
 
 
