@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import spectra_cases
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.errors import InputError
 from vitlr.ops.eigh import BatchError
-from vitlr.subspace import RESOLUTION, STEPS, TORCH, coefficients, leading_subspace
+from vitlr.subspace import RESOLUTION, STEPS, TORCH, Backend, _norm_bound, coefficients, leading_subspace
 
 N = 192
 
@@ -63,31 +62,37 @@ def test_a_large_rank_is_an_ordinary_eigenproblem():
 
 
 def counting(calls):
-    def wrap(name):
-        function = getattr(TORCH, name)
+    """Torch's back-end; every call leaves its name, dtype and sizes [rows, inner, columns] (an eigh: nothing, n, n)."""
 
-        def call(*args):
-            calls.append((name, tuple(args[-1].shape), args[0].dtype))
-            return function(*args)
+    def product(name):
+        def call(A, B):
+            calls.append((name, A.dtype, A.shape[0] * A.shape[-2], A.shape[-1], B.shape[-1]))
+            return getattr(TORCH, name)(A, B)
 
         return call
 
-    return dataclasses.replace(TORCH, **{name: wrap(name) for name in ("matmul", "symmetric", "eigh")})
+    def eigh(H):
+        calls.append(("eigh", H.dtype, 0, H.shape[-1], H.shape[-1]))
+        return TORCH.eigh(H)
+
+    return Backend(product("matmul"), product("symmetric"), eigh)
 
 
-def test_only_products_and_small_eigenproblems_come_from_the_backend(monkeypatch):
+def test_only_products_and_small_eigenproblems_come_from_the_backend():
     calls: list = []
     K, rank = matrices(("mild",)), 24
     backend = counting(calls)
-    monkeypatch.setattr(torch, "matmul", None)  # nothing goes past the back-end
-    leading_subspace(K, rank, backend=backend)
+    with FlopCounterMode(display=False) as counter:
+        leading_subspace(K, rank, backend=backend)
+    assert counter.get_total_flops() == sum(2 * rows * inner * columns for *_, rows, inner, columns in calls)
     large = [call for call in calls if call[0] == "symmetric"]
-    assert len(large) == 3 * STEPS, "one evaluation of the sign function: the guess of σ from Ritz values is good"
-    assert {dtype for _, _, dtype in large} == {torch.float32}
-    assert max(shape[-1] for name, shape, _ in calls if name == "eigh") == rank + 16
+    # One evaluation of the sign function, as the guess of σ from Ritz values is good, and two for the norm's bound.
+    assert len(large) == 3 * STEPS + 2
+    assert {dtype for _, dtype, *_ in large} == {torch.float32}
+    assert max(n for name, *_, n in calls if name == "eigh") == rank + 16
     calls.clear()
     leading_subspace(K, rank, backend=backend, iterate=torch.float64)
-    assert {dtype for name, _, dtype in calls if name == "symmetric"} == {torch.float64}
+    assert {dtype for name, dtype, *_ in calls if name == "symmetric"} == {torch.float64}
 
 
 def test_the_sign_iteration():
@@ -98,6 +103,36 @@ def test_the_sign_iteration():
         y = a * y + b * y**3 + c * y**5
     assert (y[x >= RESOLUTION] - 1).abs().max() <= 1e-3
     assert (y > 0).all() and (y[x <= RESOLUTION] <= 1 + 1e-3).all()
+
+
+def test_a_flat_spectrum():
+    """Nothing converges by itself there, and Ritz values are far below the eigenvalues."""
+    U = spectra_cases.orthogonal(N, torch.Generator().manual_seed(0))
+    for low, high in ((0.0, 1.0), (1.0, 1.3)):
+        K = (U * torch.linspace(low, high, N, dtype=torch.float64)) @ U.mT
+        for rank in (1, 8, 30):
+            _, V = leading_subspace(K[None], rank)
+            assert spectra_cases.excess(K, V[0], rank) <= 1e-10
+
+
+def test_the_norm_is_never_underestimated():
+    """Beyond a norm of 1 the sign iteration diverges, so the scale may not come from a guess."""
+    for energies in (torch.ones(50), torch.linspace(0, 1, 50), torch.eye(50)[0]):
+        U = spectra_cases.orthogonal(50, torch.Generator().manual_seed(0)).float()
+        bound = float(_norm_bound(((U * energies) @ U.mT)[None], TORCH))
+        assert 1 - 1e-5 <= bound <= 50**0.125 * (1 + 1e-5)
+
+
+def test_fast_math_and_autocast_do_not_reach_it():
+    K = matrices(("outlier",))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            energies, _ = leading_subspace(K, 24)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(energies, leading_subspace(K, 24)[0], rtol=1e-12, atol=0)
 
 
 def test_nan_and_inf_name_the_matrix():

@@ -11,6 +11,7 @@ Everything is batched, and the products come from a `Backend`, so that the same 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.eigh import BatchError
+from vitlr.ops.gram import exact_products
 
 POWERS = 4  # products with K before what has converged is deflated
 CONVERGED = 1e-12  # loss that an eigenvector may cost by being deflated, relative to the tail
@@ -28,8 +30,13 @@ _NOTHING = 1e-14  # of the trace: what is below is rounding
 FILTERS, FLOOR = 3, 1e-2  # passes of the filter, and what each leaves of vectors below σ: zero would cost the full rank
 
 
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    with exact_products(A.device) if A.dtype == torch.float32 else nullcontext():
+        return A @ B
+
+
 def _symmetric_product(A: Tensor, B: Tensor) -> Tensor:
-    P = A @ B
+    P = _product(A, B)
     return (P + P.mT) / 2
 
 
@@ -40,9 +47,12 @@ def _eigh(H: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Backend:
-    """Batched: `matmul(A, B)`, `symmetric(A, B)` of matrices that commute, `eigh` of small ones [b, m, m]."""
+    """Batched: `matmul(A, B)`, `symmetric(A, B)` of matrices that commute, `eigh` of small ones [b, m, m].
 
-    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+    Products in fp32 must be IEEE: TF32 spoils the filter.
+    """
+
+    matmul: Callable[[Tensor, Tensor], Tensor] = _product
     symmetric: Callable[[Tensor, Tensor], Tensor] = _symmetric_product
     eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = _eigh
 
@@ -128,9 +138,9 @@ def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backe
     theta = theta.to(D.dtype)
     wanted = (rank - found).clamp_min(0).to(D.dtype)  # [b]
     largest = theta.gather(1, found.clamp_max(theta.shape[1] - 1)[:, None])[:, 0].clamp_min(_NOTHING)
-    norm = 1.05 * largest  # a Ritz value is a little below its eigenvalue
+    norm = largest * _norm_bound(D / largest[:, None, None], backend)
     least, target = RESOLUTION * norm, wanted + extra / 2
-    low, high = least.clone(), norm.clone()
+    low, high = least.clone(), torch.minimum(norm, 1.05 * largest)  # a Ritz value is a little below its eigenvalue
     many, few = torch.full_like(norm, n), torch.zeros_like(norm)  # eigenvalues above low and above high
     sigma = torch.maximum(theta[:, rank + extra // 8], least)
     S = -one.repeat(len(D), 1, 1)
@@ -141,7 +151,7 @@ def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backe
             break
         s, w = sigma[todo], wanted[todo]
         # |λ − σ| / reach <= 1 for all λ in [0, norm], with room for what rounding adds.
-        reach = 1.02 * torch.maximum(norm[todo] - s, s)[:, None, None]
+        reach = 1.01 * torch.maximum(norm[todo] - s, s)[:, None, None]
         X = _sign((D[todo] - s[:, None, None] * one) / reach, backend)
         count = (n + X.diagonal(dim1=-2, dim2=-1).sum(-1)) / 2
         miss = torch.where(count >= w - 0.5, (count - w).abs(), n + w - count)  # better too many than too few
@@ -158,6 +168,12 @@ def _above(D: Tensor, theta: Tensor, found: Tensor, rank: int, extra: int, backe
         # Neither end of the bracket may stand still: at least a tenth of it goes every time.
         sigma[todo] = low[todo] * (high[todo] / low[todo]) ** part.clamp(0.1, 0.9)
     return S
+
+
+def _norm_bound(D: Tensor, backend: Backend) -> Tensor:
+    """`‖D⁴‖_F^¼` [b]: never below the 2-norm, beyond which the iteration diverges, and at most `n^⅛` above it."""
+    D2 = backend.symmetric(D, D)
+    return torch.linalg.matrix_norm(backend.symmetric(D2, D2)) ** 0.25
 
 
 def _sign(X: Tensor, backend: Backend) -> Tensor:
