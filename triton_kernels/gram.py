@@ -208,7 +208,8 @@ def _tuned(members: list[Update], dtype: torch.dtype, target: Target) -> None:
     T, n = X.shape
     chosen = config(T, n, weight is not None, dtype, target)
     products = dtype if weight is None else torch.float32
-    if tables.autotuning() and not any(row.get("n") == n for row in tables.measured(NAME)):
+    wanted = {"target": target.name, "bits": 8 * products.itemsize, "n": n}
+    if tables.autotuning() and not any(wanted.items() <= row.items() for row in tables.measured(NAME)):
         card = torch.cuda.get_device_name(X.device) if X.is_cuda else target.name
         scratch = [(torch.zeros_like(C), X, weight)]  # what is measured must not be added
         offered = configs(weight is not None, dtype, target)

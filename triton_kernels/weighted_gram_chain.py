@@ -114,14 +114,12 @@ def run(W: Tensor, C: Tensor) -> Tensor:
     target = target_of(W.device)
     chosen = config(b, m, k, W.dtype, target)
     with torch.cuda.device(W.device if W.is_cuda else -1):
-        if tables.autotuning():
+        wanted = {"target": target.name, "bits": 8 * W.dtype.itemsize, "m": m, "k": k}
+        if tables.autotuning() and not any(wanted.items() <= row.items() for row in tables.measured(NAME)):
             card = torch.cuda.get_device_name(W.device) if W.is_cuda else target.name
-            sizes = {"m": m, "k": k}
-            if not any(row.get("m") == m and row.get("k") == k for row in tables.measured(NAME)):
-                found = tables.tune(
-                    NAME, target, W.dtype, sizes, configs(W.dtype, target), lambda c: _launch(W, C, Config(**c)), card
-                )
-                chosen = Config(**found)
+            offered, sizes = configs(W.dtype, target), {"m": m, "k": k}
+            found = tables.tune(NAME, target, W.dtype, sizes, offered, lambda c: _launch(W, C, Config(**c)), card)
+            chosen = Config(**found)
         return _launch(W, C, chosen)
 
 

@@ -155,6 +155,27 @@ def test_tiles_come_from_the_table(monkeypatch):
     assert gram.config(10, 97, False, torch.bfloat16, TARGETS["sm_90"]) != gram.Config(32, 16, 2, 2)
 
 
+def test_tuning_measures_once_and_leaves_the_result_alone(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLR_AUTOTUNE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tables.measured.cache_clear()
+    tune, tuned = tables.tune, []
+
+    def first_two(kernel, target, dtype, sizes, configs, run, card):
+        tuned.append(dict(sizes))
+        clock = iter([2.0, 1.0])
+        return tune(kernel, target, dtype, sizes, configs[:2], run, card, lambda function: (function(), next(clock))[1])
+
+    monkeypatch.setattr(tables, "tune", first_two)
+    for dtype in (torch.float32, torch.float32, torch.float16):
+        C, X, _ = problem(20, 9, dtype, device)
+        before = C.clone()
+        gram.run(C, X)
+        check(C, before, X, None)
+    assert tuned == [{"n": 9}, {"n": 9}], "once for each width"
+    tables.measured.cache_clear()
+
+
 @pytest.mark.parametrize("T", [1, 197, 4096, 4097, 12608, 50432])
 @pytest.mark.parametrize("count", [1, 21, 300])
 def test_stretches_cover_all_rows_and_none_is_too_long(T, count):

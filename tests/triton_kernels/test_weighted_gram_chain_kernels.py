@@ -93,3 +93,22 @@ def test_tiles_fit_every_card_and_come_from_the_table(monkeypatch):
     chosen = weighted_gram_chain.config(1, 96, 96, torch.float64, TARGETS["sm_90"])
     assert chosen == weighted_gram_chain.Config(**config)
     assert weighted_gram_chain.tiles(2, 96, 96, chosen) == 2 * (9 + 6)
+
+
+def test_tuning_measures_once_and_leaves_the_result_alone(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("VITLR_AUTOTUNE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tables.measured.cache_clear()
+    tune, tuned = tables.tune, []
+
+    def first_two(kernel, target, dtype, sizes, configs, run, card):
+        tuned.append(dict(sizes))
+        clock = iter([2.0, 1.0])
+        return tune(kernel, target, dtype, sizes, configs[:2], run, card, lambda function: (function(), next(clock))[1])
+
+    monkeypatch.setattr(tables, "tune", first_two)
+    for dtype in (torch.float32, torch.float64, torch.float64):
+        W, C = problem(1, 9, 8, dtype, device)
+        check(weighted_gram_chain.run(W, C), W, C)
+    assert tuned == [{"m": 9, "k": 8}] * 2, "once for each width"
+    tables.measured.cache_clear()
