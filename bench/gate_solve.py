@@ -13,7 +13,8 @@ import torch
 from _clock import microseconds
 from torch import Tensor
 
-from vitlr.ops import _dispatch
+from vitlr.ops import _cusolver
+from vitlr.ops.eigh import eigh
 from vitlr.solver import solve_batch
 from vitlr.subspace import leading_subspace
 
@@ -29,17 +30,16 @@ def problems(count: int, n: int, device: torch.device) -> Tensor:
 def run(device: torch.device, count: int = 48, n: int = 768, rank: int = 128) -> list[dict[str, Any]]:
     """Rows {solver, ms, times_as_fast, excess}: speed against the loop, excess loss relative to the optimal tail."""
     M = problems(count, n, device)
-    M32 = M.float()
     functions: dict[str, Callable[..., Any]] = {
         "loop of torch.linalg.eigh": lambda: [torch.linalg.eigh(matrix) for matrix in M],
         "torch.linalg.eigh, batched": lambda: torch.linalg.eigh(M),
         "solve_batch fp64": lambda: solve_batch(M),
         "solve_batch fp32 with sweeps": lambda: solve_batch(M, precision="fp32"),
-        f"leading_subspace fp32, rank {rank}": lambda: leading_subspace(M32, rank),
+        f"leading_subspace fp32, rank {rank}": lambda: leading_subspace(M, rank),
     }
-    for candidate in _dispatch.candidates("eigh"):
-        if candidate.name != "torch" and candidate.supports(_eigh_key(M)) is None:
-            functions[f"eigh by {candidate.name}"] = lambda run=candidate.run: run(M)
+    if _cusolver.why_not(device) is None:
+        functions["cusolverDnXsyevBatched"] = lambda: eigh(M, "cusolver")
+        functions["solve_batch by cuSOLVER"] = lambda: solve_batch(M, eigensolver=lambda K: eigh(K, "cusolver"))
     bases = {name: _basis(name, function(), rank) for name, function in functions.items()}
     exact = bases["torch.linalg.eigh, batched"]
     best = _tail(M, exact)
@@ -56,18 +56,11 @@ def run(device: torch.device, count: int = 48, n: int = 768, rank: int = 128) ->
     ]
 
 
-def _eigh_key(M: Tensor) -> Any:
-    fields = _dispatch._ops["eigh"].key_type
-    return fields(len(M), M.shape[-1], M.dtype, M.device)
-
-
 def _basis(name: str, result: Any, rank: int) -> Tensor:
     """The leading `[count, n, rank]` directions in whatever form a solver returns them."""
     if name.startswith("loop"):
         return torch.stack([vectors for _, vectors in result])[..., -rank:]
-    if name.startswith("solve_batch"):
-        return result[1][..., :rank]
-    if name.startswith("leading"):
+    if name.startswith(("solve_batch", "leading")):
         return result[1][..., :rank]
     return result[1][..., -rank:]
 

@@ -2,7 +2,7 @@
 
     python bench/gpu_gate.py [--json FILE] [--write-table]      on a GPU: all of it
     python bench/gpu_gate.py --compile-only                     anywhere: what needs no GPU
-    python bench/gpu_gate.py --rehearse                         the GPU part on a CPU, on tiny shapes
+    python bench/gpu_gate.py --rehearse                         steps 3 to 5 on a CPU, on tiny shapes
 
 1. every kernel compiled for sm_80, sm_90 (gfx942 reported): no spill, shared memory, tensor cores, registers
 2. every kernel and dtype against fp64; red stops here
@@ -31,18 +31,21 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile-only", action="store_true", help="only what needs no GPU")
-    parser.add_argument("--rehearse", action="store_true", help="the GPU part on a CPU, on tiny shapes")
+    parser.add_argument("--rehearse", action="store_true", help="steps 3 to 5 on a CPU, on tiny shapes")
     parser.add_argument("--interpret", action="store_true", help="only correctness, in Triton's interpreter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: bench/results/)")
     parser.add_argument("--write-table", action="store_true", help="keep the times for dispatch")
     parser.add_argument("--seconds", type=float, default=520, help="time for all of it")
     given = parser.parse_args()
     _install()
+    if given.rehearse:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     if given.interpret:
         return _interpret(given.json)
     start = time.monotonic()
     report: dict[str, Any] = {"benchmark": "gpu_gate", "machine": _machine(), "failures": []}
-    _compile(report)
+    if not given.rehearse:
+        _compile(report)
     if given.compile_only:
         _interpreted(report)
     else:
@@ -137,9 +140,10 @@ def _on_device(report: dict[str, Any], given: argparse.Namespace, start: float) 
     def left() -> float:
         return given.seconds - (time.monotonic() - start)
 
-    _title("Correct against fp64")
-    report["correct"] = gate_correctness.check(device)
-    report["failures"] += _told(report["correct"])
+    if not given.rehearse:
+        _title("Correct against fp64")
+        report["correct"] = gate_correctness.check(device)
+        report["failures"] += _told(report["correct"])
     if report["failures"]:
         return
     _title("Kernels")
