@@ -228,7 +228,10 @@ def run(
 
     with torch.cuda.device_of(x):
         sizes = {"M": M, "K": K, "D": D, "N": N, **_class(block_rows(M, target.sms), rg, rv, r2, shared)}
-        options = configs(rg, rv, r2, shared, x.dtype, target)
+
+        def options() -> list[Config]:
+            return configs(rg, rv, r2, shared, x.dtype, target)
+
         launch(measure(KERNEL, options, sizes, x.dtype, target, launch) or config)
     return y
 

@@ -288,8 +288,10 @@ def _run(variant: Any, x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: 
 
     with torch.cuda.device_of(x):
         sizes = {"M": M, "K": K, "D": D, "N": N, **_class(block_rows(M, target.sms), r1, r2)}
-        options = [] if variant is split else configs(r1, r2, x.dtype, target)
-        launch((options and measure(KERNEL, options, sizes, x.dtype, target, launch)) or config)
+        measured = None
+        if variant is row_block:
+            measured = measure(KERNEL, lambda: configs(r1, r2, x.dtype, target), sizes, x.dtype, target, launch)
+        launch(measured or config)
     return y
 
 
