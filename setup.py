@@ -16,12 +16,15 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
+SOURCES = ["csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/gram.cpp", "csrc/cpu/chain.cpp"]
 # The same source, compiled once for each instruction set and chosen at run time.
-PER_ISA_SOURCE = "csrc/cpu/gram_kernel.cpp"
+GRAM, CHAIN = "csrc/cpu/gram_kernel.cpp", "csrc/cpu/chain_kernel.cpp"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISAS = {
-    "portable": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "portable": ([], [GRAM, CHAIN]),
+    "avx2": (["-mavx2", "-mfma"], [GRAM, CHAIN]),
+    "avx512": (AVX512, [GRAM, CHAIN]),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], [CHAIN]),
 }
 
 
@@ -47,27 +50,28 @@ class BuildNative(build_ext):
         if self.compiler.compiler_type != "unix":
             raise RuntimeError(f"the {self.compiler.compiler_type} compiler has no vector extensions; use GCC or Clang")
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        isas = [isa for isa in ISAS if x86 or isa == "portable"]
-        openmp = ["-fopenmp"] if self._compiles(["-fopenmp"]) else []
+        isas = [isa for isa, (flags, _) in ISAS.items() if not flags or (x86 and self._compiles(flags))]
+        openmp = ["-fopenmp"] if self._compiles(["-fopenmp"], "#include <omp.h>\n") else []
         ext.include_dirs.append(pybind11.get_include())
         ext.extra_compile_args = [*COMMON, *openmp]
         ext.extra_link_args = [*openmp]
         ext.define_macros = [(f"VITLR_WITH_{isa.upper()}", "1") for isa in isas]
         for isa in isas:
+            flags, sources = ISAS[isa]
             ext.extra_objects += self.compiler.compile(
-                [PER_ISA_SOURCE],
+                sources,
                 output_dir=str(Path(self.build_temp) / isa),  # the object is named after its source: one folder each
                 macros=[("VITLR_ISA", isa)],
                 include_dirs=["csrc"],
-                extra_postargs=[*COMMON, *ISAS[isa]],
+                extra_postargs=[*COMMON, *flags],
             )
         super().build_extension(ext)
 
-    def _compiles(self, flags: list[str]) -> bool:
-        """Whether a program compiles and links with these flags (macOS' Clang has no OpenMP)."""
+    def _compiles(self, flags: list[str], include: str = "") -> bool:
+        """Whether a program compiles and links with these flags: macOS' Clang has no OpenMP, GCC 9 no AVX512-BF16."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "probe.cpp"
-            source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+            source.write_text(f"{include}int main() {{ return 0; }}\n")
             try:
                 objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
                 self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=flags)
@@ -80,9 +84,9 @@ def extensions() -> list[Extension]:
     """The CPU extension; a CUDA part would add its objects to the same module."""
     if os.environ.get("VITLR_SKIP_NATIVE_BUILD", "0") not in ("", "0"):
         return []
-    sources = ["csrc/bindings.cpp", "csrc/cpu/gram.cpp"]
-    depends = [PER_ISA_SOURCE, "csrc/cpu/gram.h"]
-    return [Extension("vitlr._C", sources, depends=depends, include_dirs=["csrc"], language="c++")]
+    depends = [GRAM, CHAIN, *map(str, Path("csrc").glob("cpu/*.h"))]
+    # optional: an editable install, which copies what was built, does not miss what was not.
+    return [Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)]
 
 
 KERNELS = ["vitlr.triton_kernels", *(f"vitlr.triton_kernels.{name}" for name in find_packages("triton_kernels"))]

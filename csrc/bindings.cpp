@@ -2,21 +2,92 @@
 // tensors before they come here; it is the only importer.
 #include <pybind11/pybind11.h>
 
+#include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
+#include "cpu/chain.h"
 #include "cpu/gram.h"
 
 namespace py = pybind11;
 
 namespace {
 
+using vitlr::ChainKernel;
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const ChainKernel& chain_kernel(const std::string& isa, bool bf16) {
+  return vitlr::chain_kernel(vitlr::select_isa(isa.c_str()), bf16);
+}
+
 void gram(uintptr_t C, uintptr_t X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride, uintptr_t weight,
           int threads, const std::string& isa) {
-  const vitlr::GramKernel& kernel = vitlr::select_kernel(isa.c_str());
+  const vitlr::GramKernel& kernel = vitlr::gram_kernel(vitlr::select_isa(isa.c_str()));
   py::gil_scoped_release release;
-  vitlr::gram_update(reinterpret_cast<double*>(C), reinterpret_cast<const float*>(X), T, n, row_stride, column_stride,
-                     reinterpret_cast<const float*>(weight), threads, kernel);
+  vitlr::gram_update(pointer<double>(C), pointer<const float>(X), T, n, row_stride, column_stride,
+                     pointer<const float>(weight), threads, kernel);
+}
+
+// (packed, scales, N, K, group, form)
+vitlr::Weight weight_of(const py::tuple& fields) {
+  return {pointer(fields[0].cast<uintptr_t>()),
+          pointer<const float>(fields[1].cast<uintptr_t>()),
+          fields[2].cast<int64_t>(),
+          fields[3].cast<int64_t>(),
+          fields[4].cast<int64_t>(),
+          static_cast<vitlr::Form>(fields[5].cast<int>())};
+}
+
+// layers: [(weight, residual weight or None, bias, act)]
+void chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int64_t column_stride, uintptr_t y,
+           uintptr_t residual, int64_t residual_stride, const py::list& layers, int threads, const std::string& isa) {
+  std::vector<vitlr::Weight> residuals(layers.size());
+  std::vector<vitlr::Layer> chained;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const py::tuple fields = layers[i];
+    const bool two = !fields[1].is_none();
+    if (two) residuals[i] = weight_of(fields[1]);
+    chained.push_back({weight_of(fields[0]), two ? &residuals[i] : nullptr, pointer(fields[2].cast<uintptr_t>()),
+                       static_cast<vitlr::Activation>(fields[3].cast<int>())});
+  }
+  const ChainKernel& kernel = chain_kernel(isa, bf16);
+  py::gil_scoped_release release;
+  const vitlr::Rows rows{pointer(x), M, K, row_stride, column_stride, pointer(y), pointer(residual), residual_stride};
+  vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
+}
+
+void pack(bool bf16, uintptr_t W, int64_t row_stride, int64_t column_stride, int64_t N, int64_t K, uintptr_t packed,
+          const std::string& isa) {
+  const ChainKernel& kernel = chain_kernel(isa, bf16);
+  py::gil_scoped_release release;
+  kernel.pack(pointer(W), row_stride, column_stride, N, K, pointer(packed));
+}
+
+void pack_codes(bool bf16, uintptr_t codes, uintptr_t scales, int64_t N, int64_t K, int64_t group, int form,
+                uintptr_t packed, uintptr_t packed_scales, const std::string& isa) {
+  const ChainKernel& kernel = chain_kernel(isa, bf16);
+  py::gil_scoped_release release;
+  kernel.pack_codes(pointer(codes), pointer(scales), N, K, group, static_cast<vitlr::Form>(form), pointer(packed),
+                    pointer<float>(packed_scales));
+}
+
+// FLOP/s of multiply-adds between registers: the best of `repeats` runs of about a millisecond.
+double peak(bool bf16, int repeats, const std::string& isa) {
+  const ChainKernel& kernel = chain_kernel(isa, bf16);
+  py::gil_scoped_release release;
+  double best = 0;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    const double flops = kernel.peak(100000);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = flops / seconds.count() > best ? flops / seconds.count() : best;
+  }
+  return best;
 }
 
 py::dict build_info() {
@@ -29,6 +100,9 @@ py::dict build_info() {
 #endif
 #ifdef VITLR_WITH_AVX512
   isas.append("avx512");
+#endif
+#ifdef VITLR_WITH_AVX512_BF16
+  isas.append("avx512_bf16");
 #endif
   py::dict info;
 #if defined(__clang__)
@@ -52,6 +126,18 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vitlr; use them through vitlr.ops.";
   m.def("gram", &gram, py::arg("C"), py::arg("X"), py::arg("T"), py::arg("n"), py::arg("row_stride"),
         py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
-  m.def("select_isa", [](const std::string& isa) { return vitlr::select_kernel(isa.c_str()).name; }, py::arg("isa"));
+  m.def("chain", &chain);
+  m.def("pack", &pack);
+  m.def("pack_codes", &pack_codes);
+  m.def("packed_bytes", [](bool bf16, int64_t N, int64_t K, int form, const std::string& isa) {
+    return chain_kernel(isa, bf16).packed_bytes(N, K, static_cast<vitlr::Form>(form));
+  });
+  m.def("fingerprint", [](uintptr_t W, int64_t bytes, int64_t N, int64_t K, int64_t row_stride, int64_t column_stride,
+                          int64_t samples) {
+    return vitlr::fingerprint(pointer(W), bytes, N, K, row_stride, column_stride, samples);
+  });
+  m.def("peak", &peak);
+  m.def("select_isa", [](const std::string& isa) { return vitlr::name_of(vitlr::select_isa(isa.c_str())); },
+        py::arg("isa"));
   m.def("build_info", &build_info);
 }

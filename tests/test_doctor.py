@@ -40,7 +40,7 @@ def test_names_the_candidate_that_runs_and_why_others_do_not():
     finally:
         unregister("lowrank_linear", "cpu.never")
     op = next(op for op in found["ops"] if op["op"] == "lowrank_linear")
-    assert op["chosen"] == "torch"
+    assert op["chosen"] in ("torch", "cpu")
     assert {"candidate": "cpu.never", "runs": False, "why": "K is not a prime", "ran_on": []} in op["candidates"]
     assert "K is not a prime" in doctor.render(found)
 

@@ -8,13 +8,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "cpu/team.h"
 
 namespace vitlr {
 namespace {
@@ -104,39 +100,19 @@ void mirror(double* C, int64_t n, Task task, int64_t side) {  // the other trian
       for (int64_t i = i0; i < std::min({i0 + kMirrorRows, i_end, j}); ++i) C[j * n + i] = C[i * n + j];
 }
 
-int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-std::vector<const GramKernel*> runnable() {  // best first
-  std::vector<const GramKernel*> kernels;
-#ifdef VITLR_WITH_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    kernels.push_back(&kernel_avx512());
-#endif
-#ifdef VITLR_WITH_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&kernel_avx2());
-#endif
-  kernels.push_back(&kernel_portable());
-  return kernels;
-}
-
 }  // namespace
 
-const GramKernel& select_kernel(const char* name) {
-  static const std::vector<const GramKernel*> kernels = runnable();
-  std::string names;
-  for (const GramKernel* kernel : kernels) {
-    if (!*name || std::string(name) == kernel->name) return *kernel;
-    names += std::string(names.empty() ? "" : ", ") + kernel->name;
+const GramKernel& gram_kernel(Isa isa) {
+  switch (isa) {
+#ifdef VITLR_WITH_AVX512
+    case kAvx512Bf16:
+    case kAvx512: return kernel_avx512();
+#endif
+#ifdef VITLR_WITH_AVX2
+    case kAvx2: return kernel_avx2();
+#endif
+    default: return kernel_portable();
   }
-  throw std::invalid_argument("VITLR_CPU_ISA=" + std::string(name) +
-                              " was not built or does not run on this CPU; expected one of " + names);
 }
 
 void gram_update(double* C, const float* X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride,
@@ -146,7 +122,7 @@ void gram_update(double* C, const float* X, int64_t T, int64_t n, int64_t row_st
   const int64_t side = choose_side(n, threads);
   const std::vector<Task> tasks = upper_triangle(n, side);
   const int64_t count = static_cast<int64_t>(tasks.size());
-  const int team = static_cast<int>(std::min<int64_t>(threads, count));
+  const int team = team_of(threads, count);
   const Buffer packed(team * kPackedFloats);
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
   for (int64_t k = 0; k < count; ++k) {

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/isa.h"
+
 namespace vitlr {
 
 // Rows of X whose products are summed in fp32 registers before one fp64 flush. The error grows with it (twice the
@@ -30,8 +32,7 @@ const GramKernel& kernel_portable();
 const GramKernel& kernel_avx2();
 const GramKernel& kernel_avx512();
 
-// The kernel by name, or the best one that this CPU runs if `name` is empty; throws std::invalid_argument otherwise.
-const GramKernel& select_kernel(const char* name);
+const GramKernel& gram_kernel(Isa isa);
 
 // C [n, n] row-major += X^T diag(weight) X; X [T, n] with strides in elements, weight [T] >= 0 or null.
 // Reads the upper triangle of C and writes both.

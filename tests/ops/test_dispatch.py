@@ -33,7 +33,7 @@ def chosen(key=SMALL):
 
 
 def test_the_reference_runs_where_there_is_nothing_else():
-    assert [candidate.name for candidate in ops.candidates("lowrank_linear")] == ["torch"]
+    assert ops.candidates("lowrank_linear")[0].name == "torch"
     assert chosen() == "torch"
 
 
@@ -161,11 +161,9 @@ def test_an_override_that_cannot_be_met_is_an_error(monkeypatch, backend, messag
 
 def test_explain_says_which_and_why():
     with fake_kernel("lowrank_linear", lambda key: "rank over 4" if key.r > 4 else None, name="triton.small"):
-        told = ops.explain(
-            "lowrank_linear", M=12608, K=768, N=768, r=128, dtype=torch.bfloat16, ceilings=_dispatch.H200
-        )
+        told = ops.explain("lowrank_linear", M=12608, K=768, N=768, r=128, dtype=torch.float16, ceilings=_dispatch.H200)
         assert told.chosen == "torch"
-        reasons = {row.candidate: (row.runs, row.why) for row in told.rows}
+        reasons = {row.candidate: (row.runs, row.why) for row in told.rows if row.candidate != "cpu"}
         assert reasons == {"torch": (True, "chosen"), "triton.small": (False, "rank over 4")}
         text = str(told)
         assert "rank over 4" in text and "M=12608" in text and "floor 9.1 µs" in text

@@ -49,14 +49,64 @@ def build_info() -> dict[str, Any]:
     if _C is None:
         reason = why_not()
         return {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False, "cuda": f"not built: {reason}"}
-    return {**_C.build_info(), "isa_used": _isa()}
+    return {**_C.build_info(), "isa_used": isa_used()}
 
 
 def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
     """C += Xᵀ diag(weight) X on the CPU: C [n, n] fp64 contiguous, X [T, n] fp32, weight [T] fp32 contiguous ≥ 0."""
     assert _C is not None, why_not()
     pointer = 0 if weight is None else weight.data_ptr()
-    _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), _isa())
+    _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), isa_used())
+
+
+def pack(W: torch.Tensor, isa: str) -> torch.Tensor:
+    """W [N, K] fp32 or bf16, any strides, in the order in which `chain` of an instruction set reads it."""
+    assert _C is not None, why_not()
+    bf16, (N, K) = W.dtype == torch.bfloat16, W.shape
+    out = torch.empty(_C.packed_bytes(bf16, N, K, 0, isa), dtype=torch.uint8)
+    _C.pack(bf16, W.data_ptr(), *W.stride(), N, K, out.data_ptr(), isa)
+    return out
+
+
+def pack_codes(
+    codes: torch.Tensor, scale: torch.Tensor, K: int, group: int, form: int, isa: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of [N, K] (form 1: int8, 2: int4) and their scales, packed for `chain` like a weight in scale's dtype."""
+    assert _C is not None, why_not()
+    codes, scale = codes.contiguous(), scale.contiguous()
+    bf16, (N, groups) = scale.dtype == torch.bfloat16, scale.shape
+    out = torch.empty(_C.packed_bytes(bf16, N, K, form, isa), dtype=torch.uint8)
+    scales = torch.empty(_C.packed_bytes(bf16, N, 1, 1, isa) * groups)
+    pointers = (codes.data_ptr(), scale.data_ptr()), (out.data_ptr(), scales.data_ptr())
+    _C.pack_codes(bf16, *pointers[0], N, K, group, form, *pointers[1], isa)
+    return out, scales
+
+
+def chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor | None, isa: str) -> torch.Tensor:
+    """x [M, K] through layers `act(input Wᵀ + first input Rᵀ + bias)`, the last N wide, + residual [M, N] -> [M, N].
+
+    A layer is (W, R or None, pointer of a bias or 0, index of an activation), W and R the fields of packed weights:
+    (pointer, pointer of scales or 0, N, K, group, form). x in any strides, residual with rows in one piece.
+    """
+    assert _C is not None, why_not()
+    M, K = x.shape
+    y = x.new_empty((M, N))
+    more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    _C.chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+    return y
+
+
+def fingerprint(W: torch.Tensor, samples: int) -> int:
+    """A hash of `samples` entries of a CPU matrix W spread evenly, or of all of them."""
+    assert _C is not None, why_not()
+    return _C.fingerprint(W.data_ptr(), W.element_size(), *W.shape, *W.stride(), samples)
+
+
+def peak(dtype: torch.dtype, repeats: int = 30) -> float:
+    """FLOP/s of one core with nothing but multiply-adds between registers: the best of `repeats` runs of some ms."""
+    assert _C is not None, why_not()
+    return _C.peak(dtype == torch.bfloat16, repeats, isa_used())
 
 
 def best_isa() -> str | None:
@@ -64,8 +114,8 @@ def best_isa() -> str | None:
     return None if _C is None else _C.select_isa("")
 
 
-def _isa() -> str:
-    """The instruction set in use: VITLR_CPU_ISA, or the best one of this CPU."""
+def isa_used() -> str:
+    """The instruction set in use: VITLR_CPU_ISA, or the best one of this CPU. Raises InputError for one that is not."""
     try:
         return _C.select_isa(os.environ.get("VITLR_CPU_ISA", ""))
     except ValueError as cause:

@@ -1,0 +1,161 @@
+// Driver of chains: cuts the rows into blocks that share nothing but the packed weights.
+#include "cpu/chain.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu/team.h"
+
+namespace vitlr {
+namespace {
+
+constexpr int64_t kBlockBytes = 640 << 10;  // of all blocks of a chain; the rest of a 1 MiB L2 is for panels of weights
+constexpr int64_t kMostRows = 96;     // more make weights no cheaper, and every level of cache fuller
+constexpr int64_t kMostDecoded = 192;  // but codes cheaper, which are decoded for every block
+
+// The blocks of one thread. Kept between calls: fresh memory costs a page fault for every 4 KiB.
+struct Scratch {
+  char* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+  char* reserve(int64_t bytes) {
+    if (bytes > size) {
+      std::free(data);
+      data = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
+      size = data ? bytes : 0;
+    }
+    return data;
+  }
+};
+thread_local Scratch scratch;
+
+int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
+  const int64_t words = (width + kernel.elements - 1) / kernel.elements;
+  return (words + kChunk - 1) / kChunk * kChunk;
+}
+
+struct Plan {
+  std::vector<int64_t> words;  // of a row of each block: x, and what every layer but the last puts out
+  int64_t row_words = 0, panel_words = 0, most_rows = kMostRows;
+};
+
+Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int count) {
+  Plan plan;
+  int64_t width = K;
+  for (int i = 0; i < count; ++i) {
+    plan.words.push_back(block_words(width, kernel));
+    plan.row_words += plan.words.back();
+    width = layers[i].weight.N;
+    int64_t panel = 0;
+    for (const Weight* weight : {&layers[i].weight, layers[i].residual})
+      if (weight) {
+        if (weight->form != kPlain || kernel.elements * kernel.bytes != 4) plan.most_rows = kMostDecoded;
+        panel += (weight->K + kernel.elements - 1) / kernel.elements * kernel.columns;
+      }
+    plan.panel_words = std::max(plan.panel_words, panel);
+  }
+  return plan;
+}
+
+// Rows first .. first + count through all layers.
+void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int layer_count, const Plan& plan,
+               int64_t first, int64_t count, char* memory) {
+  const auto at = [&](const void* base, int64_t offset) {
+    return base ? static_cast<const char*>(base) + offset * kernel.bytes : nullptr;
+  };
+  char* const expanded = memory;
+  char* const x = memory + plan.panel_words * 4;
+  kernel.fill(at(rows.x, first * rows.row_stride), rows.row_stride, rows.column_stride, count, rows.K, x);
+  char* block = x;
+  for (int i = 0; i < layer_count; ++i) {
+    const Layer& layer = layers[i];
+    const int64_t N = layer.weight.N;
+    const bool last = i + 1 == layer_count;
+    char* const next = block + count * plan.words[i] * 4;
+    Panel call{};
+    call.weights[0] = &layer.weight, call.weights[1] = layer.residual;
+    call.blocks[0] = block, call.blocks[1] = x;
+    call.rows = count, call.bias = layer.bias, call.act = layer.act, call.expanded = expanded;
+    if (last) {
+      call.y = const_cast<char*>(at(rows.y, first * N)), call.y_stride = N;
+      call.residual = at(rows.residual, first * rows.residual_stride), call.residual_stride = rows.residual_stride;
+    } else {
+      call.next = next;
+    }
+    for (; call.index * kernel.columns < N; ++call.index) kernel.panel(call);
+    block = next;
+  }
+}
+
+}  // namespace
+
+const ChainKernel& chain_kernel(Isa isa, bool bf16) {
+  switch (isa) {
+#ifdef VITLR_WITH_AVX512_BF16
+    case kAvx512Bf16: return bf16 ? chain_bf16_avx512_bf16() : chain_fp32_avx512_bf16();
+#endif
+#ifdef VITLR_WITH_AVX512
+    case kAvx512: return bf16 ? chain_bf16_avx512() : chain_fp32_avx512();
+#endif
+#ifdef VITLR_WITH_AVX2
+    case kAvx2: return bf16 ? chain_bf16_avx2() : chain_fp32_avx2();
+#endif
+    default: return bf16 ? chain_bf16_portable() : chain_fp32_portable();
+  }
+}
+
+void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int count, int threads) {
+  if (rows.M <= 0 || count <= 0) return;
+  const Plan plan = plan_of(kernel, rows.K, layers, count);
+  // Tiles of rows, as many to a block as fit, and blocks in equal shares for the threads.
+  const int64_t tiles = (rows.M + kernel.rows - 1) / kernel.rows;
+  const int64_t fit = std::min(plan.most_rows, kBlockBytes / (plan.row_words * 4)) / kernel.rows;
+  int64_t blocks = (tiles + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
+  const int team = team_of(threads, tiles);
+  blocks = std::min(tiles, (blocks + team - 1) / team * team);
+  const int64_t most = (rows.M + blocks - 1) / blocks;
+  const int64_t bytes = (plan.panel_words + most * plan.row_words) * 4;
+  std::atomic<bool> failed{false};
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
+  for (int64_t b = 0; b < blocks; ++b) {
+    char* const memory = scratch.reserve(bytes);
+    const int64_t first = rows.M * b / blocks, end = rows.M * (b + 1) / blocks;
+    if (memory)
+      run_block(kernel, rows, layers, count, plan, first, end - first, memory);
+    else
+      failed = true;  // an exception must not leave the region
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+uint64_t fingerprint(const void* W, int64_t bytes, int64_t N, int64_t K, int64_t row_stride, int64_t column_stride,
+                     int64_t samples) {
+  constexpr uint64_t prime = 1099511628211u;
+  uint64_t hash = 14695981039346656037u;
+  const int64_t total = N * K, step = samples >= total ? 1 : total / samples;
+  if (step == 1 && row_stride == K && column_stride == 1) {  // all of it, at the speed of memory: four chains at once
+    const char* p = static_cast<const char*>(W);
+    uint64_t hashes[4] = {hash, hash + 1, hash + 2, hash + 3}, words[4];
+    int64_t left = total * bytes;
+    for (; left >= 32; left -= 32, p += 32) {
+      std::memcpy(words, p, 32);
+      for (int i = 0; i < 4; ++i) hashes[i] = (hashes[i] ^ words[i]) * prime;
+    }
+    for (; left > 0; --left, ++p) hash = (hash ^ static_cast<unsigned char>(*p)) * prime;
+    for (uint64_t part : hashes) hash = (hash ^ part ^ part >> 29) * prime;
+    return hash;
+  }
+  for (int64_t i = 0; i < total; i += step) {
+    uint64_t value = 0;
+    std::memcpy(&value, static_cast<const char*>(W) + (i / K * row_stride + i % K * column_stride) * bytes,
+                static_cast<size_t>(bytes));
+    hash = (hash ^ value) * prime;
+  }
+  return hash;
+}
+
+}  // namespace vitlr

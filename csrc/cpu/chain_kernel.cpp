@@ -1,0 +1,253 @@
+// The micro-kernels of chains, compiled once for each instruction set (VITLR_ISA, see setup.py).
+//
+// A tile of ROWS x panel of the output lives in registers while k runs over all of K: one row of the packed panel is
+// loaded, one word of each row of the block is broadcast. The panel (32 columns x K) is read from L2 once for every
+// twelve rows, 5 bytes a cycle at most, far enough ahead for out-of-order execution to hide where it comes from.
+#include "cpu/activations.h"
+#include "cpu/chain.h"
+#include "cpu/packing.h"
+#include "cpu/vector.h"
+
+#if defined(__AVX512F__)
+#define VITLR_ROWS 12  // a tile of 12 x 32: 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+#define VITLR_ROWS 6  // 6 x 16: 12 accumulators of 16 registers
+#elif defined(__aarch64__)
+#define VITLR_ROWS 8  // 8 x 8: 16 accumulators of 32 registers
+#else
+#define VITLR_ROWS 4  // 4 x 8: 8 accumulators of 16 registers
+#endif
+
+namespace vitlr {
+namespace {
+
+constexpr int kRows = VITLR_ROWS;
+
+template <class T>
+inline Vector multiply_add(Vector sum, const void* word, Vector w) {
+#if defined(__AVX512BF16__)
+  if (T::pairs) {
+    const __m512i a = _mm512_set1_epi32(static_cast<int>(*static_cast<const Word*>(word)));
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)w);
+  }
+#endif
+  return sum + *static_cast<const Float*>(word) * w;
+}
+
+// sums [ROWS][kColumns] (+)= block x panel, over `words` words. Registers add up one chunk of K, not all of it: a sum of
+// 3072 products in one fp32 chain would be several times less exact than a vendor's GEMM.
+template <class T, int ROWS, int VECTORS>
+void tile(const Word* block, int64_t next_chunk, int64_t words, const Word* panel, float* sums, bool add) {
+  for (int64_t left = words; left > 0; left -= kChunk, block += next_chunk, add = true) {
+    const int64_t depth = smaller(left, kChunk);
+    Vector sum[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < depth; ++k, panel += VECTORS * kLanes) {
+      Vector w[VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) w[v] = load(panel + v * kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) sum[m][v] = multiply_add<T>(sum[m][v], block + m * kChunk + k, w[v]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) {
+        float* at = sums + m * kColumns + v * kLanes;
+        store(at, add ? load(at) + sum[m][v] : sum[m][v]);
+      }
+  }
+}
+
+using Tile = void (*)(const Word*, int64_t, int64_t, const Word*, float*, bool);
+
+template <class T, int VECTORS>
+inline Tile tile_of(int64_t rows) {
+  static constexpr Tile tiles[] = {
+      tile<T, 1, VECTORS>, tile<T, 2, VECTORS>,  tile<T, 3, VECTORS>,  tile<T, 4, VECTORS>,
+#if VITLR_ROWS > 4
+      tile<T, 5, VECTORS>, tile<T, 6, VECTORS>,
+#endif
+#if VITLR_ROWS > 6
+      tile<T, 7, VECTORS>, tile<T, 8, VECTORS>,
+#endif
+#if VITLR_ROWS > 8
+      tile<T, 9, VECTORS>, tile<T, 10, VECTORS>, tile<T, 11, VECTORS>, tile<T, 12, VECTORS>,
+#endif
+  };
+  return tiles[rows - 1];
+}
+
+// The first word of columns n.. of a row of a block; n is a multiple of the vector's width.
+template <class T>
+inline Word* block_row(void* block, int64_t rows, int64_t m, int64_t n) {
+  const int64_t w = n / T::elements;
+  return static_cast<Word*>(block) + (w / kChunk * rows + m) * kChunk + w % kChunk;
+}
+
+// In a block, elements are as they are multiplied: bf16 pairs, or fp32.
+template <class T>
+inline void put_words(Word* p, Vector v) {
+  if (T::pairs)
+    store_bf16(p, v);
+  else
+    store(p, v);
+}
+
+// ---- what follows the product
+
+// Columns n.. of `rows` rows: bias, activation, residual, store. `width`: how many of the panel's columns exist.
+template <class T, int ACT>
+void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, const float* bias, int64_t n,
+            int64_t width) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t m = first + i;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Vector v = activate<ACT, T::bf16>(load(sums + i * kColumns + c) + load(bias + c));
+      const bool whole = c + kLanes <= width;
+      if (panel.next) {
+        if (!whole) {  // what does not exist must be 0 there: Inf * 0 would be NaN
+          float values[kLanes];
+          store(values, v);
+          for (int64_t l = width - c; l < kLanes; ++l) values[l] = 0.0f;
+          v = load(values);
+        }
+        put_words<T>(block_row<T>(panel.next, panel.rows, m, n + c), v);
+      } else if (whole) {
+        if (panel.residual) v += elements<T>(panel.residual, m * panel.residual_stride + n + c);
+        put<T>(panel.y, m * panel.y_stride + n + c, v);
+      } else {
+        float values[kLanes];
+        store(values, v);
+        for (int64_t l = 0; c + l < width; ++l) {
+          const float other = panel.residual ? element<T>(panel.residual, m * panel.residual_stride + n + c + l) : 0.0f;
+          put<T>(panel.y, m * panel.y_stride + n + c + l, panel.residual ? values[l] + other : values[l]);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, const float* bias, int64_t n,
+            int64_t width) {
+  switch (panel.act) {
+    case kNone: return finish<T, kNone>(panel, first, rows, sums, bias, n, width);
+    case kGelu: return finish<T, kGelu>(panel, first, rows, sums, bias, n, width);
+    case kGeluTanh: return finish<T, kGeluTanh>(panel, first, rows, sums, bias, n, width);
+    case kSilu: return finish<T, kSilu>(panel, first, rows, sums, bias, n, width);
+    case kRelu: return finish<T, kRelu>(panel, first, rows, sums, bias, n, width);
+  }
+}
+
+// ---- one panel of one layer on one block
+
+template <class T>
+void panel(const Panel& call) {
+  const int64_t N = call.weights[0]->N, n = call.index * kColumns;
+  const int64_t width = smaller(kColumns, N - n), stored = width_of(N, call.index);
+  const Word* panels[2] = {};
+  int64_t words[2] = {};
+  Word* room = static_cast<Word*>(call.expanded);
+  for (int i = 0; i < 2 && call.weights[i]; ++i) {
+    const Weight& weight = *call.weights[i];
+    words[i] = (weight.K + T::elements - 1) / T::elements;
+    // Every panel before this one is of full width.
+    const char* at = static_cast<const char*>(weight.panels) + call.index * panel_bytes<T>(weight.K, kColumns, weight.form);
+    if (weight.form == kPlain && T::elements * T::bytes == 4) {
+      panels[i] = reinterpret_cast<const Word*>(at);
+      continue;
+    }
+    const int64_t groups = weight.form == kPlain ? 0 : (weight.K + weight.group - 1) / weight.group;
+    expand<T>(at, weight.scales + call.index * groups * kColumns, weight.K, weight.group, stored, weight.form, room);
+    panels[i] = room;
+    room += words[i] * stored;
+  }
+  float bias[kColumns] = {};
+  for (int64_t c = 0; call.bias && c < width; ++c) bias[c] = element<T>(call.bias, n + c);
+
+  const int64_t tiles = (call.rows + kRows - 1) / kRows;
+  alignas(64) float sums[kRows * kColumns];
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - first;
+    const Tile product = stored == kColumns ? tile_of<T, 2>(rows) : tile_of<T, 1>(rows);
+    // Rows of y lie far apart, where no hardware prefetcher sees them coming; the product hides the wait.
+    for (int64_t m = first; call.y && m < first + rows; ++m)
+      for (int64_t byte = 0; byte < width * T::bytes; byte += 64)
+        __builtin_prefetch(static_cast<char*>(call.y) + (m * call.y_stride + n) * T::bytes + byte, 1);
+    for (int i = 0; i < 2 && call.weights[i]; ++i)
+      product(static_cast<const Word*>(call.blocks[i]) + first * kChunk, call.rows * kChunk, words[i], panels[i], sums,
+              i > 0);
+    finish<T>(call, first, rows, sums, bias, n, width);
+  }
+}
+
+template <class T>
+void fill(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, void* block) {
+  constexpr int64_t chunk = kChunk * T::elements;
+  for (int64_t m = 0; m < rows; ++m) {
+    int64_t k = 0;
+    if (column_stride == 1 && T::elements * T::bytes == 4) {  // words are what x consists of
+      const char* from = static_cast<const char*>(x) + m * row_stride * T::bytes;
+      for (; k + chunk <= K; k += chunk) __builtin_memcpy(block_row<T>(block, rows, m, k), from + k * T::bytes, kChunk * 4);
+      Word* rest = block_row<T>(block, rows, m, k);
+      if (K % T::elements) rest[(K - k) / T::elements] = 0;
+      __builtin_memcpy(rest, from + k * T::bytes, static_cast<uint64_t>((K - k) * T::bytes));
+      continue;
+    }
+    if (column_stride == 1)
+      for (; k + kLanes <= K; k += kLanes) put_words<T>(block_row<T>(block, rows, m, k), elements<T>(x, m * row_stride + k));
+    for (; k < K; k += kLanes) {
+      float values[kLanes] = {};
+      for (int64_t l = 0; l < kLanes && k + l < K; ++l)
+        values[l] = element<T>(x, m * row_stride + (k + l) * column_stride);
+      put_words<T>(block_row<T>(block, rows, m, k), load(values));
+    }
+  }
+}
+
+template <class T>
+double peak(int64_t rounds) {
+  constexpr int chains = kRows * 2;  // as many as a tile has, enough to hide the latency
+  Vector sum[chains];
+#pragma GCC unroll 32
+  for (int c = 0; c < chains; ++c) sum[c] = splat(static_cast<float>(c));  // equal ones would be computed once
+  const Word word = 0x3f803f80;                                           // 1, as fp32 or twice as bf16
+  Vector w = {};
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile("" : "+m"(w));  // or nothing of this loop would be left
+#pragma GCC unroll 32
+    for (int c = 0; c < chains; ++c) sum[c] = multiply_add<T>(sum[c], &word, w);
+  }
+  Vector total = {};  // of values and not of the array, which must not get an address, or it would live in memory
+#pragma GCC unroll 32
+  for (int c = 0; c < chains; ++c) total += sum[c];
+  __asm__ volatile("" : "+m"(total));
+  return 2.0 * chains * kLanes * T::elements * static_cast<double>(rounds);
+}
+
+#define VITLR_JOIN3(a, b, c) a##b##c
+#define VITLR_NAME(dtype, isa) VITLR_JOIN3(chain_, dtype, isa)
+#define VITLR_STRING(isa) #isa
+#define VITLR_TEXT(isa) VITLR_STRING(isa)
+
+template <class T>
+constexpr ChainKernel kernel() {
+  return {VITLR_TEXT(VITLR_ISA), kColumns,      kRows,   T::elements, T::bytes, packed_bytes<T>,
+          pack<T>,               pack_codes<T>, fill<T>, panel<T>,    peak<T>};
+}
+
+}  // namespace
+
+const ChainKernel& VITLR_NAME(fp32_, VITLR_ISA)() {
+  static constexpr ChainKernel table = kernel<Fp32>();
+  return table;
+}
+
+const ChainKernel& VITLR_NAME(bf16_, VITLR_ISA)() {
+  static constexpr ChainKernel table = kernel<Bf16>();
+  return table;
+}
+
+}  // namespace vitlr
