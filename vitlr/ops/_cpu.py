@@ -129,6 +129,11 @@ def _mlp_worth(key: lowrank_mlp.Key) -> str | None:
 
 
 def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
+    # Decoded panels of a long K crowd the blocks out of L2, and torch dequantises once a call, not once a block.
+    if key.K > 1024:
+        return "beyond K = 1024 torch, which dequantises first, is as fast"
+    if key.dtype == torch.bfloat16 and key.form == "int8" and key.N <= 1024:
+        return "up to N = 1024 torch, which dequantises first, is as fast"
     return _too_little(key.M, key.K * key.N, key.dtype)
 
 
