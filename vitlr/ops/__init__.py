@@ -1,7 +1,14 @@
 """Operations: one file each, with its specification in plain torch and the kernels that may run in its place."""
 
-from vitlr.ops import _cpu  # noqa: F401 (registers its candidates)
-from vitlr.ops import gram, lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear, weighted_gram_chain
+from vitlr.ops import (
+    _cpu,  # noqa: F401 (registers its candidates)
+    gram,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_mlp,
+    lowrank_residual_linear,
+    weighted_gram_chain,
+)
 from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, register, select, unregister
 
 __all__ = [
