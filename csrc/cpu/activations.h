@@ -53,6 +53,8 @@ inline Vector exponential(Vector z) {
 
 inline Vector silu(Vector x) { return x / (exponential(-x) + 1.0f); }
 
+inline Vector sigmoid(Vector x) { return 1.0f / (exponential(-x) + 1.0f); }
+
 inline Vector gelu_tanh(Vector x) {  // x sigmoid(2u) = x (1 + tanh u) / 2
   const Vector u = x * (x * x * (0.7978845608f * 0.044715f) + 0.7978845608f);
   return x / (exponential(-2.0f * u) + 1.0f);
@@ -63,6 +65,7 @@ inline Vector activate(Vector x) {
   if (ACT == kGelu) return BF16 ? gelu_bf16(x) : gelu_fp32(x);
   if (ACT == kGeluTanh) return gelu_tanh(x);
   if (ACT == kSilu) return silu(x);
+  if (ACT == kSigmoid) return sigmoid(x);
   if (ACT == kRelu) return x < splat(0.0f) ? splat(0.0f) : x;
   return x;
 }

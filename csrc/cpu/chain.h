@@ -9,7 +9,7 @@
 
 namespace vitlr {
 
-enum Activation { kNone, kGelu, kGeluTanh, kSilu, kRelu };
+enum Activation { kNone, kGelu, kGeluTanh, kSilu, kRelu, kSigmoid };
 enum Form { kPlain, kInt8, kInt4 };  // how a packed weight is stored: in the dtype of x, or as codes with scales
 
 // Words of 32 bits that a row of a block holds together: column w of row m of a block of `rows` rows lies at

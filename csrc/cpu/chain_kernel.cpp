@@ -138,6 +138,7 @@ void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, 
     case kGeluTanh: return finish<T, kGeluTanh>(panel, first, rows, sums, bias, n, width);
     case kSilu: return finish<T, kSilu>(panel, first, rows, sums, bias, n, width);
     case kRelu: return finish<T, kRelu>(panel, first, rows, sums, bias, n, width);
+    case kSigmoid: return finish<T, kSigmoid>(panel, first, rows, sums, bias, n, width);
   }
 }
 

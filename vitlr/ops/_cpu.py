@@ -10,7 +10,7 @@ from torch import Tensor
 from vitlr.ops import _dispatch, _native, _packed, lowrank_linear, lowrank_mlp, lowrank_residual_linear
 
 _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
-_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
