@@ -115,25 +115,27 @@ def _too_little(M: int | None, weights: int, dtype: torch.dtype) -> str | None:
 def _linear_worth(key: lowrank_linear.Key) -> str | None:
     # Without an activation there is little to gain but one launch and [M, r] in cache, and a panel of 32 columns to
     # lose: torch's GEMM of a very thin factor is better. Measured on Zen 4, see docs/kernels/cpu.md.
-    few = key.M is not None and key.M <= 256
-    rank, width = (32, 1) if key.dtype == torch.bfloat16 and few else (128, 384)
-    if key.r < rank or min(key.K, key.N) < width:
-        return f"two GEMMs of torch are as fast below r = {rank} and below {width} features"
+    width = 768 if key.dtype == torch.bfloat16 else 384
+    if (key.M is not None and key.M < 512) or key.r < 128 or min(key.K, key.N) < width:
+        return f"two GEMMs of torch are as fast below 512 rows, below r = 128 and below {width} features"
     return _too_little(key.M, key.r * (key.K + key.N), key.dtype)
 
 
 def _mlp_worth(key: lowrank_mlp.Key) -> str | None:
     first = key.K * key.D if key.r1 is None else key.r1 * (key.K + key.D)
     second = key.D * key.N if key.r2 is None else key.r2 * (key.D + key.N)
-    return _too_little(key.M, first + second, key.dtype)
+    too_little = _too_little(key.M, first + second, key.dtype)
+    if too_little is None and key.dtype == torch.float32 and key.M is not None and key.M < 128 and key.K < 768:
+        return "below 128 rows and 768 features torch's fp32 GEMMs are as fast"
+    return too_little
 
 
 def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
     # Decoded panels of a long K crowd the blocks out of L2, and torch dequantises once a call, not once a block.
     if key.K > 1024:
         return "beyond K = 1024 torch, which dequantises first, is as fast"
-    if key.dtype == torch.bfloat16 and key.form == "int8" and key.N <= 1024:
-        return "up to N = 1024 torch, which dequantises first, is as fast"
+    if key.dtype == torch.bfloat16 and (key.form == "int8" or (key.M is not None and key.M >= 1024)):
+        return "in bf16 torch, which dequantises first, is as fast with int8, and with int4 from 1024 rows on"
     return _too_little(key.M, key.K * key.N, key.dtype)
 
 
