@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import lowrank_linear_split as adding
-from .activations import INSTRUCTIONS, activate
+from .activations import activate
 from .compilation import Case
 from .lowrank_linear import check, measure, precision, tabled, two_powers
 from .row_blocks import accumulate, addressable, both, dense, expand, project, row, shrink, strides, through_memory
@@ -113,20 +113,6 @@ def block_rows(M: int | None, sms: int) -> int:
 def tiles(M: int, config: Any) -> int:
     """Programs launched, those of one share of D."""
     return triton.cdiv(M, config.BM)
-
-
-def busy(programs: int, sms: int) -> float:
-    """The share of the processors' time in which they have one of so many equal programs, in whole waves of them."""
-    return programs / (triton.cdiv(programs, sms) * sms)
-
-
-def issue_flops(elements: int, act: str, target: Target) -> float:
-    """What the tensor cores could have done, in FLOP, while activations of that many elements are issued.
-
-    Beside the activation an element takes the sum with the bias and half of a conversion to 16 bits. An SM issues 128
-    lanes a clock; its tensor cores do 4096 FLOP (sm_90) or 2048 (sm_80) in that clock, in 16 bits.
-    """
-    return elements * (INSTRUCTIONS[act] + 1.5) * (32 if target.name in ("sm_90", "interpreter") else 16)
 
 
 def shared_memory(config: Config, r1: int | None, r2: int, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from fake_kernels import fake_kernel
 
 from vitlr import ops
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _measured
+from vitlr.ops import _dispatch, _floors, _measured
 from vitlr.ops.lowrank_linear import Key
 
 SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
@@ -123,11 +123,22 @@ def test_without_measurements_the_lowest_floor_wins(monkeypatch):
         assert chosen(LARGE._replace(M=None)) == "new"
 
 
-def test_waves():
-    limits = _dispatch.H200
-    assert limits.sms == 132
-    assert limits.waves(132) == 1.0 and limits.waves(99) == pytest.approx(132 / 99)
-    assert limits.waves(133) == pytest.approx(264 / 133) and limits.waves(0) == 1.0
+def test_a_last_wave_takes_as_long_as_a_full_one():
+    limits, bf16 = _dispatch.H200, torch.bfloat16
+    full = 1e6 * 132e9 / 790e12  # µs of 132 programs of 1 GFLOP
+    assert _floors.in_waves(1e9, 132, 132, 1, bf16, limits) == pytest.approx(full)
+    assert _floors.in_waves(1e9, 99, 132, 1, bf16, limits) == pytest.approx(full)
+    assert _floors.in_waves(1e9, 133, 132, 1, bf16, limits) == pytest.approx(2 * full)
+    assert _floors.in_waves(1e9, 0, 132, 4.3e6, bf16, limits) == pytest.approx(1.0), "what moves its bytes longer"
+    assert _floors.in_waves(1e9, 1, 132, 1, torch.float64, limits) is None
+
+
+def test_separate_products_write_and_read_what_is_between_them():
+    limits, fp16 = _dispatch.H200, torch.float16
+    rows, moved = 1000, 1000 * (8 + 2) + 8 * 2 + 1000 * (2 + 4) + 2 * 4
+    assert _floors.separate(rows, [(8, 4, 2)], 3, fp16, limits) == pytest.approx(2e6 * (moved + 3 * rows) / 4.3e12)
+    assert _floors.separate(rows, [(8, 4, None)], 0, fp16, limits) == pytest.approx(2e6 * (12 * rows + 32) / 4.3e12)
+    assert _floors.separate(rows, [(8, 4, 2)], 0, torch.float64, limits) is None
 
 
 def test_every_shipped_table_is_of_known_ops():

@@ -2,6 +2,7 @@
 
 from vitlr.ops import (
     _cpu,  # noqa: F401 (registers its candidates)
+    _two_steps,  # noqa: F401 (registers its candidate)
     gram,
     lowrank_glu,
     lowrank_linear,

@@ -9,7 +9,6 @@ alone, or says why none can: nothing falls back silently.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,25 +25,20 @@ VARIABLE = "VITLR_BACKEND"
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reaches at best, as measured: bytes/s of memory, FLOP/s for each dtype, and its processors."""
+    """What a device reaches at best, as measured: bytes/s of memory and FLOP/s for each dtype."""
 
     name: str
     bytes_per_s: float
     flops_per_s: Mapping[torch.dtype, float]
-    sms: int = 1
 
     def microseconds(self, flops: float, size: float, dtype: torch.dtype) -> float | None:
         """`max(flops / peak, bytes / bandwidth)` in µs; None where the dtype's peak is not known."""
         peak = self.flops_per_s.get(dtype)
         return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
 
-    def waves(self, tiles: int) -> float:
-        """By how much a last wave that is not full stretches the time: `⌈tiles / sms⌉ sms / tiles`, at least 1."""
-        return math.ceil(tiles / self.sms) * self.sms / tiles if tiles else 1.0
-
 
 # Copy bandwidth and bf16 GEMM as measured on such a card; its tensor cores run fp16 at the same rate.
-H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12}, sms=132)
+H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
 
 
 def ceilings_of(device: torch.device | str) -> Ceilings | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _native, _triton
+from vitlr.ops import _dispatch, _floors, _native, _triton
 
 OP = "gram_update_"
 ROWS = 4096  # rows whose products are summed in fp32; also bounds the fp32 copy of half-precision rows
@@ -150,10 +150,9 @@ def _triton_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     config = gram.config(*_triton_sizes(key), target)
     tiles = gram.tiles(key.n, config)
     stretches, steps = gram.split(key.T, tiles, config.BT, target.sms)
-    waves = -(-tiles * stretches // target.sms)
-    flops = waves * target.sms * 2 * config.BM**2 * steps * config.BT
-    size = roofline(key.T, key.n, key.dtype).bytes
-    return ceilings.microseconds(flops, size, torch.float32 if key.weighted else key.dtype)
+    each = 2 * config.BM**2 * steps * config.BT
+    size, products = roofline(key.T, key.n, key.dtype).bytes, torch.float32 if key.weighted else key.dtype
+    return _floors.in_waves(each, tiles * stretches, target.sms, size, products, ceilings)
 
 
 _dispatch.register_op(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _triton
+from vitlr.ops import _dispatch, _floors, _triton
 from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, check_residual, gradients
-from vitlr.ops.lowrank_mlp import in_waves_floor, pair, pays, weight_size
+from vitlr.ops.lowrank_mlp import pair, weight_size
 
 OP = "lowrank_glu"
 
@@ -105,16 +106,9 @@ def roofline(
 
 def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor in µs of separate products, of the gating's two passes over [M, D], and of the residual's sum."""
-    M, size = key.M or 0, key.dtype.itemsize
-    total = 0.0
-    for K, N, r in ((key.K, key.D, key.rg), (key.K, key.D, key.rv), (key.D, key.N, key.r2)):
-        for k, n in ((K, N),) if r is None else ((K, r), (r, N)):
-            step = ceilings.microseconds(2 * M * n * k, size * (M * (n + k) + n * k), key.dtype)
-            if step is None:
-                return None
-            total += step
-    elements = (2 * (key.act != "none") + 3) * key.D + 3 * key.N * key.residual
-    return total + 1e6 * size * M * elements / ceilings.bytes_per_s
+    linears = [(key.K, key.D, key.rg), (key.K, key.D, key.rv), (key.D, key.N, key.r2)]
+    passes = (2 * (key.act != "none") + 3) * key.D + 3 * key.N * key.residual
+    return _floors.separate(key.M or 0, linears, passes, key.dtype, ceilings)
 
 
 def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> float | None:
@@ -123,12 +117,13 @@ def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) 
     `target`: of `triton_kernels.targets`, in place of the key's device.
     """
     target = target or _triton.kernels("targets").target_of(key.device)
-    common, kernels = _triton.kernels("lowrank_mlp"), _triton.kernels("lowrank_glu")
+    kernels = _triton.kernels(OP)
     sizes = (key.M or 0, key.K, key.D, key.N, key.rg, key.rv, key.r2, key.dtype)
     floor = roofline(*sizes, shared=key.shared, residual=key.residual)
-    busy = common.busy(common.tiles(key.M or 1, kernels.row_block(*_sizes(key), target)), target.sms)
-    issue = common.issue_flops((key.M or 0) * key.D, key.act, target)
-    return in_waves_floor(floor, issue, busy, key.dtype, ceilings)
+    programs = kernels.tiles(key.M or 1, kernels.row_block(*_sizes(key), target))
+    issued = _triton.kernels("activations").issue_flops((key.M or 0) * key.D, key.act, target)
+    work = max(floor.flops, issued) / programs
+    return _floors.in_waves(work, programs, target.sms, floor.bytes, key.dtype, ceilings)
 
 
 def _sizes(key: Key) -> tuple:
@@ -236,9 +231,7 @@ def _flops(
     **__: Any,
 ) -> int:  # fmt: skip
     """What the reference computes: shapes do not tell whether B is shared."""
-    M = 1
-    for size in x[:-1]:
-        M *= size
+    M = math.prod(x[:-1])
     D, N = B2[1], (B2 if A2 is None else A2)[0]
     rg, rv, r2 = (None if A is None else B[0] for B, A in ((Bg, Ag), (Bv, Av), (B2, A2)))
     return roofline(M, x[-1], D, N, rg, rv, r2, torch.float32).flops
@@ -252,15 +245,7 @@ _dispatch.register_op(
     ),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
 )
+_worth = functools.partial(_floors.pays, OP, "triton.row_block")
 _dispatch.register(
-    OP,
-    _triton.candidate(
-        "row_block",
-        "lowrank_glu",
-        "row_block",
-        _sizes,
-        "run",
-        worth=functools.partial(pays, OP, "triton.row_block"),
-        floor=row_block_floor,
-    ),
+    OP, _triton.candidate("row_block", OP, "row_block", _sizes, "run", worth=_worth, floor=row_block_floor)
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _triton
+from vitlr.ops import _dispatch, _floors, _triton
 from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 
@@ -35,7 +36,7 @@ class Key(NamedTuple):
 def lowrank_linear(
     x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, act: str = "none"
 ) -> Tensor:
-    """`y = act((x Bᵀ) Aᵀ + b) + residual`, act one of none, gelu, gelu_tanh, silu, relu.
+    """`y = act((x Bᵀ) Aᵀ + b) + residual`, act one of none, gelu, gelu_tanh, silu, sigmoid, relu.
 
     x [..., K], B [r, K], A [N, r], bias [N] or None, residual [..., N] or None -> y [..., N], contiguous.
     Differentiable in every tensor; runs what `vitlr.ops.explain("lowrank_linear", ...)` names.
@@ -94,56 +95,43 @@ def roofline(
 
 def two_gemms_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor of two separate products in µs: the intermediate [M, r] is written and read once more."""
-    M, size = key.M or 0, key.dtype.itemsize
-    steps = [
-        ceilings.microseconds(2 * M * n * k, size * (M * (n + k) + n * k), key.dtype)
-        for k, n in ((key.K, key.r), (key.r, key.N))
-    ]
     # An activation reads and writes [M, N] once more, a residual reads two of that size and writes one.
-    passes = 2 * (key.act != "none") + 3 * key.residual
-    steps.append(1e6 * passes * size * M * key.N / ceilings.bytes_per_s)
-    return None if None in steps else sum(step for step in steps if step is not None)
-
-
-# Instructions that the Triton kernels' activations issue for an element, counted in machine code for sm_90.
-_ISSUED = {"none": 0, "relu": 2, "silu": 12, "gelu_tanh": 16, "gelu": 32}
-_FLOPS_AN_INSTRUCTION = 32  # what a processor's tensor cores do in a cycle, 4096, over the 128 lanes that issue in it
-
-
-def _busy(flops: int, elements: int, act: str) -> int:
-    """FLOPs of a program, or those that would take as long as its activation: the two may at best overlap."""
-    return max(flops, _FLOPS_AN_INSTRUCTION * _ISSUED[act] * elements)
+    passes = (2 * (key.act != "none") + 3 * key.residual) * key.N
+    return _floors.separate(key.M or 0, [(key.K, key.N, key.r)], passes, key.dtype, ceilings)
 
 
 def row_block_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor of one pass in µs by programs of BM rows."""
-    config, kernels, sms = _tiles("row_block", _row_block_sizes(key), key.device)
+    config, kernels, target = _tiles("row_block", _row_block_sizes(key), key.device)
     size = roofline(key.M or 0, key.K, key.N, key.r, key.dtype, residual=key.residual).bytes
-    each = _busy(2 * config.BM * key.r * (key.K + key.N), config.BM * key.N, key.act)
-    return _in_waves(each, kernels.tiles(key.M or 0, config), sms, size, key.dtype, ceilings)
+    each = max(2 * config.BM * key.r * (key.K + key.N), _issued(config.BM * key.N, key.act, target))
+    return _floors.in_waves(each, kernels.tiles(key.M or 0, config), target.sms, size, key.dtype, ceilings)
 
 
 def split_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor of both launches in µs: the partial sums of the intermediate are written and read once."""
-    config, kernels, sms = _tiles("split", _split_sizes(key), key.device)
+    config, kernels, target = _tiles("split", _split_sizes(key), key.device)
     M, K, N, r, size = key.M or 0, key.K, key.N, key.r, key.dtype.itemsize
     partial = M * r * (size if config.splits == 1 else 4 * config.splits)
     shrinking, expanding = kernels.tiles(M, N, r, config)
     tile = config.BM * config.BN
     steps = (
         (2 * config.BM * config.BR * K // config.splits, shrinking, size * (M + r) * K + partial),
-        (_busy(2 * tile * r, tile, key.act), expanding, size * (r + M * (1 + key.residual)) * N + partial),
+        (
+            max(2 * tile * r, _issued(tile, key.act, target)),
+            expanding,
+            size * (r + M * (1 + key.residual)) * N + partial,
+        ),
     )
-    times = [_in_waves(each, programs, sms, moved, key.dtype, ceilings) for each, programs, moved in steps]
+    times = [
+        _floors.in_waves(each, programs, target.sms, moved, key.dtype, ceilings) for each, programs, moved in steps
+    ]
     return None if None in times else sum(time for time in times if time is not None)
 
 
-def _in_waves(
-    each: int, programs: int, sms: int, size: int, dtype: torch.dtype, ceilings: _dispatch.Ceilings
-) -> float | None:
-    """The roofline's µs of programs of `each` FLOPs on `sms` processors: a last wave takes as long as a full one."""
-    waves = -(-programs // sms)
-    return ceilings.microseconds(each * waves * sms, size, dtype)
+def _issued(elements: int, act: str, target: Any) -> float:
+    """FLOPs that take as long as a program's activations: products and activations may at best overlap."""
+    return _triton.kernels("activations").issue_flops(elements, act, target)
 
 
 def has_kernels() -> bool:
@@ -242,9 +230,7 @@ register_autocast(_lib, torch.ops.vitlr.lowrank_linear.default)
 @register_flop_formula(torch.ops.vitlr.lowrank_linear)
 def _flops(x_shape: Any, B_shape: Any, A_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     K = x_shape[-1]
-    M = 1
-    for size in x_shape[:-1]:
-        M *= size
+    M = math.prod(x_shape[:-1])
     return roofline(M, K, A_shape[0], B_shape[0], torch.float32).flops
 
 
@@ -267,24 +253,10 @@ def _split_sizes(key: Key) -> tuple:
     return key.M, key.K, key.N, key.r, key.dtype
 
 
-def _tiles(variant: str, sizes: tuple, device: torch.device) -> tuple[Any, Any, int]:
-    """The config of a variant, its module, and the processors of the device."""
+def _tiles(variant: str, sizes: tuple, device: torch.device) -> tuple[Any, Any, Any]:
+    """The config of a variant, its module, and the target of the device."""
     config = _triton.config(_MODULES[variant], variant, device, *sizes)
-    return config, _triton.kernels(_MODULES[variant]), _triton.kernels("targets").target_of(device).sms
-
-
-def _pays(name: str, key: Key) -> str | None:
-    """None where no other candidate has a better floor; a card without ceilings of its own is judged as an H200."""
-    limits = _dispatch.ceilings_of(key.device) or _dispatch.H200
-    able = [c for c in _dispatch.candidates(OP) if c.floor is not None and c.supports(key) is None]
-    floors = {c.name: c.floor(key, limits) for c in able if c.floor is not None}
-    times = {other: time for other, time in floors.items() if time is not None}
-    if key.M is None or name not in times:
-        return None
-    best = min(times, key=lambda other: times[other])
-    if times[best] == times[name]:
-        return None
-    return f"its floor is {times[name]:.1f} µs, that of {best} {times[best]:.1f}"
+    return config, _triton.kernels(_MODULES[variant]), _triton.kernels("targets").target_of(device)
 
 
 # The later one is taken where neither beats plain torch.
@@ -292,5 +264,5 @@ for _name, _sizes, _floor in (
     ("row_block", _row_block_sizes, row_block_floor),
     ("split", _split_sizes, split_floor),
 ):
-    _worth = partial(_pays, f"triton.{_name}")
+    _worth = partial(_floors.pays, OP, f"triton.{_name}")
     _dispatch.register(OP, _triton.candidate(_name, _MODULES[_name], _name, _sizes, "run", worth=_worth, floor=_floor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _triton, lowrank_linear
+from vitlr.ops import _dispatch, _floors, _triton
 from vitlr.ops._activations import ACTIVATIONS, check_activation
 from vitlr.ops._autocast import compute_dtype, register_autocast
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, check_residual, gradients
@@ -102,27 +103,9 @@ def roofline(
 
 def separate_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
     """The floor in µs of separate products, an activation that reads and writes [M, D] once, and the residual's sum."""
-    M, size = key.M or 0, key.dtype.itemsize
-    total = 0.0
-    for K, N, r in ((key.K, key.D, key.r1), (key.D, key.N, key.r2)):
-        for k, n in ((K, N),) if r is None else ((K, r), (r, N)):
-            step = ceilings.microseconds(2 * M * n * k, size * (M * (n + k) + n * k), key.dtype)
-            if step is None:
-                return None
-            total += step
-    elements = 2 * key.D * (key.act != "none") + 3 * key.N * key.residual
-    return total + 1e6 * size * M * elements / ceilings.bytes_per_s
-
-
-def in_waves_floor(
-    floor: _dispatch.Roofline, issue: float, busy: float, dtype: torch.dtype, ceilings: _dispatch.Ceilings
-) -> float | None:
-    """The µs of a roofline by programs that keep the processors `busy` (a share), activations issued alongside.
-
-    `issue`: what the tensor cores could do, in FLOP, in the time that issuing the activations takes. A processor
-    multiplies and issues at once, so the longer of the two counts.
-    """
-    return ceilings.microseconds(max(floor.flops, issue) / busy, floor.bytes, dtype)
+    passes = 2 * key.D * (key.act != "none") + 3 * key.N * key.residual
+    linears = [(key.K, key.D, key.r1), (key.D, key.N, key.r2)]
+    return _floors.separate(key.M or 0, linears, passes, key.dtype, ceilings)
 
 
 def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> float | None:
@@ -131,9 +114,10 @@ def row_block_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) 
     `target`: of `triton_kernels.targets`, in place of the key's device.
     """
     kernels, target, sizes, floor = _planned(key, target)
-    busy = kernels.busy(kernels.tiles(key.M or 1, kernels.row_block(*sizes, target)), target.sms)
-    issue = kernels.issue_flops((key.M or 0) * key.D, key.act, target)
-    return in_waves_floor(floor, issue, busy, key.dtype, ceilings)
+    programs = kernels.tiles(key.M or 1, kernels.row_block(*sizes, target))
+    # A processor multiplies and issues activations at once, so the longer of the two counts.
+    work = max(floor.flops, _issued((key.M or 0) * key.D, key.act, target))
+    return _floors.in_waves(work / programs, programs, target.sms, floor.bytes, key.dtype, ceilings)
 
 
 def split_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> float | None:
@@ -143,12 +127,16 @@ def split_floor(key: Key, ceilings: _dispatch.Ceilings, target: Any = None) -> f
     expanded, again = 2 * M * r2 * key.N, 0 if r1 is None else 2 * M * r1 * key.K * (config.splits - 1)
     partial = 4 * M * r2 * config.splits
     written = key.dtype.itemsize * (r2 + M * (1 + key.residual)) * key.N
-    first = _dispatch.Roofline(floor.flops - expanded + again, floor.bytes - written + partial, None)
-    issue = kernels.issue_flops(M * key.D, key.act, target)
-    busy = kernels.busy(kernels.tiles(key.M or 1, config) * config.splits, target.sms)
-    one = in_waves_floor(first, issue, busy, key.dtype, ceilings)
+    work = max(floor.flops - expanded + again, _issued(M * key.D, key.act, target))
+    programs = kernels.tiles(key.M or 1, config) * config.splits
+    moved = floor.bytes - written + partial
+    one = _floors.in_waves(work / programs, programs, target.sms, moved, key.dtype, ceilings)
     two = ceilings.microseconds(expanded, written + partial, key.dtype)
     return None if one is None or two is None else one + two
+
+
+def _issued(elements: int, act: str, target: Any) -> float:
+    return _triton.kernels("activations").issue_flops(elements, act, target)
 
 
 def _planned(key: Key, target: Any) -> tuple[Any, Any, tuple, _dispatch.Roofline]:
@@ -238,9 +226,7 @@ register_autocast(_lib, torch.ops.vitlr.lowrank_mlp.default)
 def _flops(
     x: Any, B1: Any, A1: Any, b1: Any, B2: Any, A2: Any, b2: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
-    M = 1
-    for size in x[:-1]:
-        M *= size
+    M = math.prod(x[:-1])
     D, N = (B1 if A1 is None else A1)[0], (B2 if A2 is None else A2)[0]
     r1, r2 = None if A1 is None else B1[0], None if A2 is None else B2[0]
     return roofline(M, x[-1], D, N, r1, r2, torch.float32).flops
@@ -254,83 +240,6 @@ _dispatch.register_op(
 )
 
 
-def pays(op: str, name: str, key: Any) -> str | None:
-    """None unless another candidate has a lower floor; a card without ceilings of its own is judged as an H200."""
-    limits = _dispatch.ceilings_of(key.device) or _dispatch.H200
-    able = [c for c in _dispatch.candidates(op) if c.floor is not None and c.supports(key) is None]
-    times = {c.name: time for c in able if c.floor is not None and (time := c.floor(key, limits)) is not None}
-    if key.M is None or name not in times:
-        return None
-    best = min(times, key=lambda other: times[other])
-    if times[best] >= times[name]:
-        return None
-    return f"its floor is {times[name]:.1f} µs, that of {best} {times[best]:.1f}"
-
-
-def _first_step(key: Key) -> tuple[_dispatch.Candidate, lowrank_linear.Key] | str:
-    """The Triton candidate that runs fc1 with its activation and the key of that call, or why there is none."""
-    if key.r1 is None or key.r2 is not None:
-        return "fc1 must be low-rank and fc2 dense: for others there is a kernel of both"
-    inner = lowrank_linear.Key(key.M, key.K, key.D, key.r1, True, key.act, False, key.dtype, key.device)
-    known = [c for c in reversed(_dispatch.candidates(lowrank_linear.OP)) if c.backend == "triton"]
-    reasons = {c.name: c.supports(inner) for c in known}
-    able = [c for c in known if reasons[c.name] is None]
-    if able:
-        return min(able, key=lambda c: c.worth(inner) is not None), inner
-    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "lowrank_linear has no Triton kernel"
-
-
-def _first_step_objection(key: Key) -> str | None:
-    step = _first_step(key)
-    return step if isinstance(step, str) else None
-
-
-def two_steps_floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
-    """The floor in µs of fc1's kernel, of the dense product and of the residual's sum."""
-    step = _first_step(key)
-    if isinstance(step, str) or step[0].floor is None:
-        return None
-    M, D, N, size = key.M or 0, key.D, key.N, key.dtype.itemsize
-    one = step[0].floor(step[1], ceilings)
-    two = ceilings.microseconds(2 * M * D * N, size * (M * (D + N) + D * N), key.dtype)
-    if one is None or two is None:
-        return None
-    return one + two + 1e6 * size * 3 * M * N * key.residual / ceilings.bytes_per_s
-
-
-def _two_steps(
-    x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: Any, b2: Any, residual: Any, act: str
-) -> Tensor:
-    """fc1 with its activation in one launch, then the dense fc2: its sums [BM, N] are too wide for one kernel."""
-    D, N = B2.shape[1], B2.shape[0]
-    M = x.numel() // max(x.shape[-1], 1)
-    step = _first_step(Key(M, x.shape[-1], D, N, B1.shape[0], None, act, residual is not None, x.dtype, x.device))
-    if isinstance(step, str):
-        raise InputError(f"{OP}: {step}")
-    y = F.linear(step[0].run(x, B1, A1, b1, None, act), B2, b2)
-    return y if residual is None else y + residual
-
-
-for _name, _run_name, _floor in (("row_block", "run", row_block_floor), ("split", "run_split", split_floor)):
-    _dispatch.register(
-        OP,
-        _triton.candidate(
-            _name,
-            "lowrank_mlp",
-            _name,
-            _sizes,
-            _run_name,
-            worth=functools.partial(pays, OP, f"triton.{_name}"),
-            floor=_floor,
-        ),
-    )
-_dispatch.register(
-    OP,
-    _dispatch.Candidate(
-        "triton.two_steps",
-        _first_step_objection,
-        _two_steps,
-        worth=functools.partial(pays, OP, "triton.two_steps"),
-        floor=two_steps_floor,
-    ),
-)
+for _name, _launch, _floor in (("row_block", "run", row_block_floor), ("split", "run_split", split_floor)):
+    _worth = functools.partial(_floors.pays, OP, f"triton.{_name}")
+    _dispatch.register(OP, _triton.candidate(_name, OP, _name, _sizes, _launch, worth=_worth, floor=_floor))

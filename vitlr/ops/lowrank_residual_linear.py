@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch, _triton
+from vitlr.ops import _dispatch, _floors, _triton
 from vitlr.ops._autocast import compute_dtype, register_autocast
 from vitlr.ops._codes import FORMS, FP8, code_dtype, code_shape, decode, dequantise, groups
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, gradients
@@ -243,9 +244,7 @@ def _flops(
     out_shape: Any = None,
     **_: Any,
 ) -> int:
-    M = 1
-    for extent in x[:-1]:
-        M *= extent
+    M = math.prod(x[:-1])
     return roofline(M, x[-1], A[0], B[0], form, group_size, torch.float32).flops
 
 
@@ -270,9 +269,9 @@ def _kernel_floor(variant: str) -> Any:
         target = _triton.kernels("targets").target_of(key.device)
         config = getattr(kernels, variant)(*_sizes(key), target)
         tiles = kernels.tiles(M, K, N, form, group_size, config)
-        waves = -(-tiles // target.sms) * target.sms / tiles
-        work = waves * kernels.flops(M, K, N, r, form, group_size, config, fused)
-        main = ceilings.microseconds(work, roofline(M, K, N, r, form, group_size, dtype).bytes, dtype)
+        each = kernels.flops(M, K, N, r, form, group_size, config, fused) / tiles
+        size = roofline(M, K, N, r, form, group_size, dtype).bytes
+        main = _floors.in_waves(each, tiles, target.sms, size, dtype, ceilings)
         shrink = 0.0 if fused else ceilings.microseconds(2 * M * r * K, dtype.itemsize * (M * (K + r) + r * K), dtype)
         return None if main is None or shrink is None else main + shrink
 
