@@ -9,12 +9,13 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from .targets import TARGETS, Target, interpreting
+from .targets import TARGETS, Target, Unsupported, interpreting
 
 _TENSOR_CORES = {  # the instruction by which each architecture multiplies matrices
     "sm_90": r"wgmma\.mma_async",
@@ -30,7 +31,7 @@ class Case:
 
     `aligned` names arguments divisible by 16 (addresses in bytes, strides in elements), as dispatch sees them in
     real models; "Xs.0" is the first of a tuple. `registers`: the most that are allowed, by target. `tensor_cores`:
-    whether they must be used.
+    whether they must be used. `shared`: bytes of shared memory that the config function reckons with at the most.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Case:
     registers: Mapping[str, int] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     tensor_cores: bool = True
+    shared: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,27 @@ def compile_case(case: Case, target: Target) -> Report:
         problems.append(f"spills {spilled} bytes")
     if compiled.metadata.shared > target.shared_memory:
         problems.append(f"takes {compiled.metadata.shared} bytes of shared memory, {target.shared_memory} are there")
+    if case.shared is not None and compiled.metadata.shared > case.shared:
+        problems.append(f"takes {compiled.metadata.shared} bytes of shared memory, its config says {case.shared}")
     if case.tensor_cores and not used:
         problems.append("does not use the tensor cores")
     bound = case.registers.get(target.name)
     if bound is not None and registers > bound:
         problems.append(f"takes {registers} registers, at most {bound} are allowed")
     return Report(case.name, target.name, registers, spilled, compiled.metadata.shared, used, tuple(problems))
+
+
+def where_taken(case: Callable[..., Case]) -> Callable[..., list[Case]]:
+    """The function with its one case in a list, or no case where its config raises Unsupported for the target."""
+
+    @wraps(case)
+    def cases(*args: Any, **options: Any) -> list[Case]:
+        try:
+            return [case(*args, **options)]
+        except Unsupported:
+            return []
+
+    return cases
 
 
 def _largest(pattern: str, text: str) -> int:

@@ -25,15 +25,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tables
-from .compilation import Case
+from .compilation import Case, where_taken
 from .symmetric import triangle
-from .targets import Target, Unsupported, target_of
+from .targets import Target, target_of
+from .tiles import DTYPES, check_dtype, fitting
 
-NAME = "gram"
+KERNEL = "gram"
 ROWS = 4096  # the longest sum in fp32
 MEMBERS = 8  # updates in one launch
 SCRATCH = 2**24  # entries of scratch memory, 64 MiB: longer X is taken in several launches
 FLUSH = 32  # rows of a tile that one program of `flush` adds: in fp64 a whole tile does not fit in registers
+
+SMALLER = (("num_stages", 3), ("num_stages", 2), ("num_stages", 1), ("BT", 32), ("BT", 16))
+"""How tiles are cut down where shared memory is short."""
 
 Update = tuple[Tensor, Tensor, Tensor | None]
 
@@ -48,36 +52,26 @@ class Config:
     num_stages: int
 
     def shared(self, itemsize: int) -> int:
-        """Bytes of shared memory a block: two operand tiles per stage of the pipeline."""
-        return 2 * self.BM * self.BT * self.num_stages * itemsize
+        """Bytes of shared memory: two operand tiles a stage of the pipeline, or what `flush` turns over in fp64."""
+        return max(2 * self.BM * self.BT * self.num_stages * itemsize, 8 * self.BM * min(FLUSH, self.BM))
 
 
 def config(T: int | None, n: int, weighted: bool, dtype: torch.dtype, target: Target) -> Config:
     """The tiles for X [T, n]. Raises Unsupported for a dtype, or bf16 in the interpreter."""
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise Unsupported(f"X is {dtype}, taken are torch.float32, torch.float16 and torch.bfloat16")
-    if dtype == torch.bfloat16 and target.name == "interpreter":
-        raise Unsupported("X is torch.bfloat16, whose products are wrong in Triton's interpreter")
+    check_dtype(dtype, target, "X")
     products = torch.float32 if weighted else dtype
-    row = tables.nearest(NAME, target, products, n=n)
+    row = tables.nearest(KERNEL, target, products, n=n)
     half = products != torch.float32
     chosen = Config(**row) if row else Config(64, 32 if half else 16, 4, 2)
-    while chosen.shared(products.itemsize) > target.shared_memory:
-        if chosen.num_stages > 1:
-            chosen = Config(chosen.BM, chosen.BT, chosen.num_warps, chosen.num_stages - 1)
-        elif chosen.BT > 16:
-            chosen = Config(chosen.BM, chosen.BT // 2, chosen.num_warps, chosen.num_stages)
-        else:
-            raise Unsupported(f"its tiles do not fit in the shared memory of {target.name}")
-    return chosen
+    return fitting(chosen, SMALLER, lambda option: option.shared(products.itemsize), target)
 
 
-def configs(weighted: bool, dtype: torch.dtype, target: Target) -> list[dict[str, int]]:
-    """What `tables.tune` measures."""
+def configs(weighted: bool, dtype: torch.dtype, target: Target) -> list[Config]:
+    """What VITLR_AUTOTUNE measures: tiles that fit."""
     products = torch.float32 if weighted else dtype
     depths = (16, 32) if products == torch.float32 else (32, 64)
     every = [Config(BM, BT, w, s) for BM, w in ((64, 4), (128, 4), (128, 8)) for BT in depths for s in (2, 3, 4)]
-    return [vars(c).copy() for c in every if c.shared(products.itemsize) <= target.shared_memory]
+    return [c for c in every if c.shared(products.itemsize) <= target.shared_memory]
 
 
 def split(T: int, tiles: int, BT: int, sms: int) -> tuple[int, int]:
@@ -199,7 +193,7 @@ def gram_update_many(updates: Sequence[Update]) -> None:
     for (device, dtype, _, _), group in groups.items():
         for start in range(0, len(group), MEMBERS):
             members = group[start : start + MEMBERS]
-            with torch.cuda.device(device if device.type == "cuda" else -1):
+            with torch.cuda.device_of(members[0][1]):
                 _tuned(members, dtype, target_of(device))
 
 
@@ -208,16 +202,14 @@ def _tuned(members: list[Update], dtype: torch.dtype, target: Target) -> None:
     T, n = X.shape
     chosen = config(T, n, weight is not None, dtype, target)
     products = dtype if weight is None else torch.float32
-    wanted = {"target": target.name, "bits": 8 * products.itemsize, "n": n}
-    if tables.autotuning() and not any(wanted.items() <= row.items() for row in tables.measured(NAME)):
-        card = torch.cuda.get_device_name(X.device) if X.is_cuda else target.name
-        scratch = [(torch.zeros_like(C), X, weight)]  # what is measured must not be added
-        offered = configs(weight is not None, dtype, target)
-        found = tables.tune(
-            NAME, target, products, {"n": n}, offered, lambda c: _launch(scratch, Config(**c), target.sms), card
-        )
-        chosen = Config(**found)
-    _launch(members, chosen, target.sms)
+
+    def trial(option: Config) -> None:
+        _launch([(torch.zeros_like(C), X, weight)], option, target.sms)  # what is measured must not be added
+
+    measured = tables.measure(
+        KERNEL, lambda: configs(weight is not None, dtype, target), {"n": n}, products, target, trial
+    )
+    _launch(members, measured or chosen, target.sms)
 
 
 def _launch(members: list[Update], chosen: Config, sms: int) -> None:
@@ -260,39 +252,53 @@ def _pair(members: list[Update], chosen: Config, sms: int) -> None:
 
 def cases(target: Target) -> list[Case]:
     """`partial` in every dtype and weighted, for one update and for several, and `flush`, at n = 768."""
-    # registers: both operands of the tensor cores, FMA, and the sum in fp64
-    wide = {"sm_80": 176, "sm_90": 124}
-    narrow = {"sm_80": 170, "sm_90": 170}
-    found = []
-    for kind, weighted, members in (
-        ("bf16", False, 1),
-        ("fp16", False, 1),
-        ("bf16", False, 4),
-        ("fp32", False, 1),
-        ("bf16", True, 1),
-    ):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[kind]
+
+    @where_taken
+    def adds(type_: str, sm_80: int, sm_90: int, weighted: bool = False, members: int = 1) -> Case:
+        dtype = DTYPES[type_]
         chosen = config(12608, 768, weighted, dtype, target)
-        half = not weighted and kind != "fp32"
+        half = not weighted and type_ != "fp32"
         types: dict[str, str | tuple[str, ...]] = {
-            "Xs": (f"*{kind}",) * members,
-            "ws": ("*fp32" if weighted else f"*{kind}",) * members,
+            "Xs": (f"*{type_}",) * members,
+            "ws": ("*fp32" if weighted else f"*{type_}",) * members,
             "p_scratch": "*fp32",
-        } | {name: ("i32",) * members for name in ("Ts", "ns", "x_ts", "x_ns", "starts", "counts")}
-        constants = {"WEIGHTED": weighted, "UNIT": True, "STEPS": 64, "BM": chosen.BM, "BT": chosen.BT}
-        aligned = [f"{name}.{g}" for name in ("Xs", "ws", "ns", "x_ts", "starts") for g in range(members)]
-        name = f"{NAME} {kind}{' weighted' * weighted}{f', {members} updates' * (members > 1)}"
-        registers, arguments = wide if half else narrow, ("p_scratch", *aligned)
-        found.append(
-            Case(name, partial, types, constants, chosen.num_warps, chosen.num_stages, registers, arguments, half)
+            **dict.fromkeys(("Ts", "ns", "x_ts", "x_ns", "starts", "counts"), ("i32",) * members),
+        }
+        return Case(
+            f"{KERNEL} {type_}{' weighted' * weighted}{f', {members} updates' * (members > 1)}",
+            partial,
+            types,
+            {"WEIGHTED": weighted, "UNIT": True, "STEPS": 64, "BM": chosen.BM, "BT": chosen.BT},
+            chosen.num_warps,
+            chosen.num_stages,
+            {"sm_80": sm_80, "sm_90": sm_90},
+            ("p_scratch", *(f"{name}.{g}" for name in ("Xs", "ws", "ns", "x_ts", "starts") for g in range(members))),
+            tensor_cores=half,
+            shared=chosen.shared(2 if half else 4),
         )
-    types = {"Cs": ("*fp64",), "p_scratch": "*fp32"} | {
-        name: ("i32",) for name in ("ns", "starts", "counts", "stretches")
-    }
-    flat = {"sm_80": 96, "sm_90": 96}
-    constants = {"STRETCHES": 6, "BM": chosen.BM, "BR": min(FLUSH, chosen.BM)}
-    aligned = ["Cs.0", "p_scratch", "ns.0", "starts.0"]
-    found.append(
-        Case(f"{NAME} flush", flush, types, constants, chosen.BM // 16, 3, flat, tuple(aligned), tensor_cores=False)
-    )
-    return found
+
+    @where_taken
+    def flushes() -> Case:
+        chosen = config(12608, 768, False, torch.bfloat16, target)
+        types: dict[str, str | tuple[str, ...]] = {"Cs": ("*fp64",), "p_scratch": "*fp32"}
+        return Case(
+            f"{KERNEL} flush",
+            flush,
+            {**types, **dict.fromkeys(("ns", "starts", "counts", "stretches"), ("i32",))},
+            {"STRETCHES": 6, "BM": chosen.BM, "BR": min(FLUSH, chosen.BM)},
+            chosen.BM // 16,
+            3,
+            {"sm_80": 96, "sm_90": 96},
+            ("Cs.0", "p_scratch", "ns.0", "starts.0"),
+            tensor_cores=False,
+            shared=chosen.shared(2),
+        )
+
+    return [
+        *adds("bf16", 176, 124),
+        *adds("fp16", 176, 124),
+        *adds("bf16", 176, 124, members=4),
+        *adds("fp32", 170, 170),
+        *adds("bf16", 170, 170, weighted=True),
+        *flushes(),
+    ]

@@ -13,8 +13,8 @@ low-rank is not taken, nor is a dense fc2. Registers and what was tried: docs/ke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tables
 from .activations import activate
-from .compilation import Case
-from .lowrank_linear import check, measure, precision, tabled, two_powers
-from .lowrank_mlp import CLASSES, LARGEST_RANK, block_rows, tiles
+from .compilation import Case, where_taken
+from .lowrank_mlp_config import CLASSES, LARGEST_RANK, SMALLER, block_rows, tiles
 from .row_blocks import accumulate, addressable, both, dense, expand, project, row, shrink, strides, through_memory
 from .targets import Target, Unsupported, target_of
+from .tiles import DTYPES, check_dtype, check_sizes, fitting, precision, two_powers
 
 KERNEL = "lowrank_glu"
 
@@ -65,23 +66,19 @@ def row_block(
         raise Unsupported(f"fc2 is dense: its sums would be {N} wide and are kept in registers, up to {LARGEST_RANK}")
     if (rg is None) != (rv is None):
         raise Unsupported("one of gate and value is dense and the other is not, taken are two of a kind")
-    check(K, N, min(r2, D, rg or K, rv or K), dtype, target)
+    check_dtype(dtype, target)
+    check_sizes(K=K, D=D, N=N, rg=K if rg is None else rg, rv=K if rv is None else rv, r2=r2)
     for name, r in (("rg", rg), ("rv", rv), ("r2", r2)):
         if r is not None and r > LARGEST_RANK:
             raise Unsupported(f"{name}={r}, ranks are held in registers and taken up to {LARGEST_RANK}")
     BM = block_rows(M, target.sms)
     wanted = _tiles(BM, rg, rv, r2, shared, dtype)
-    found = tabled(KERNEL, target, dtype, {"M": M, "K": K, "D": D, "N": N, **_class(BM, rg, rv, r2, shared)})
+    found = tables.nearest(KERNEL, target, dtype, M=M, K=K, D=D, N=N, **_class(BM, rg, rv, r2, shared))
     if found is not None:
         wanted = Config(**found)
     if target.name != "sm_90" and _ragged(wanted, K, D, N, rg, rv, r2):
         wanted = replace(wanted, BM=64, num_warps=8)  # masks take registers
-    for config in _smaller(wanted):
-        if shared_memory(config, rg, rv, r2, shared, dtype) <= target.shared_memory:
-            return config
-    raise Unsupported(
-        f"rg={rg}, rv={rv}, r2={r2} in {dtype}: no tiles fit {target.shared_memory} bytes of shared memory"
-    )
+    return fitting(wanted, SMALLER, lambda config: shared_memory(config, rg, rv, r2, shared, dtype), target)
 
 
 def shared_memory(config: Config, rg: int | None, rv: int | None, r2: int, shared: bool, dtype: torch.dtype) -> int:
@@ -110,15 +107,6 @@ def _tiles(BM: int, rg: int | None, rv: int | None, r2: int, shared: bool, dtype
     if dtype is torch.float32:
         return Config(32, 32, 32 if r <= 64 else 16, 32, 8, 2)
     return Config(BM, 32, 32, 32, BM // 16, 2, staged=int(r > 64))
-
-
-def _smaller(config: Config) -> Iterator[Config]:
-    """A config and what it is cut down to, step by step, where shared memory is short."""
-    yield config
-    for name, least in (("num_stages", 2), ("BN", 32), ("BK", 32), ("BD", 32), ("BM", 64), ("BK", 16), ("BM", 32)):
-        if getattr(config, name) > least:
-            config = replace(config, **{name: least})
-            yield config
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -229,10 +217,8 @@ def run(
     with torch.cuda.device_of(x):
         sizes = {"M": M, "K": K, "D": D, "N": N, **_class(block_rows(M, target.sms), rg, rv, r2, shared)}
 
-        def options() -> list[Config]:
-            return configs(rg, rv, r2, shared, x.dtype, target)
-
-        launch(measure(KERNEL, options, sizes, x.dtype, target, launch) or config)
+        options = partial(configs, rg, rv, r2, shared, x.dtype, target)
+        launch(tables.measure(KERNEL, options, sizes, x.dtype, target, launch) or config)
     return y
 
 
@@ -262,7 +248,9 @@ def _constants(
 
 
 def configs(rg: int | None, rv: int | None, r2: int, shared: bool, dtype: torch.dtype, target: Target) -> list[Config]:
-    """What VITLR_AUTOTUNE measures: tiles that fit, smaller ones where registers are short."""
+    """What VITLR_AUTOTUNE measures: tiles that fit, smaller ones where registers are short; in fp32 nothing."""
+    if dtype is torch.float32:
+        return []
     staged = int(max(rg or 0, rv or 0, r2) > 64)
     options = [
         Config(BM, BD, BK, BN, BM // 16, stages, staged)
@@ -276,11 +264,12 @@ def configs(rg: int | None, rv: int | None, r2: int, shared: bool, dtype: torch.
 def cases(target: Target) -> list[Case]:
     """What is compiled without a GPU: the packed SwiGLU of DINOv2 ViT-g, the split one of EVA-02 ViT-B."""
 
+    @where_taken
     def case(
         type_: str, rg: int | None, rv: int | None, r2: int, act: str, K: int = 1536, D: int = 4096,
         shared: bool = True, sm_80: int = 255, sm_90: int = 255,
     ) -> Case:  # fmt: skip
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[type_]
+        dtype = DTYPES[type_]
         config = row_block(None, K, D, K, rg, rv, r2, shared, dtype, target)
         constants = _constants(config, K, D, K, rg, rv, r2, shared, act, dtype)
         pointers = ["x", "Bg", "bg", "Bv", "bv", "B2", "A2", "b2", "residual", "y"]
@@ -299,16 +288,17 @@ def cases(target: Target) -> list[Case]:
             {"sm_80": sm_80, "sm_90": sm_90},
             (*pointers, *sizes),
             tensor_cores=type_ != "fp32",
+            shared=shared_memory(config, rg, rv, r2, shared, dtype),
         )
 
     return [
-        case("bf16", 64, 64, 64, "silu", sm_80=132, sm_90=174),
-        case("bf16", 128, 128, 128, "silu", sm_80=196, sm_90=219),
-        case("bf16", 192, 192, 192, "silu", sm_80=255, sm_90=208),
-        case("bf16", 256, 256, 256, "silu", sm_80=171, sm_90=239),
-        case("bf16", 128, 128, 128, "silu", K=768, D=2048, shared=False, sm_80=214, sm_90=219),
-        case("fp16", 256, 256, 256, "silu", K=768, D=2048, shared=False, sm_80=132, sm_90=199),
-        case("fp16", 128, 96, 128, "gelu", K=768, D=2730, shared=False, sm_80=214, sm_90=248),
-        case("bf16", None, None, 128, "silu", shared=False, sm_80=224, sm_90=184),
-        case("fp32", 64, 64, 64, "silu", sm_80=84, sm_90=78),
+        *case("bf16", 64, 64, 64, "silu", sm_80=132, sm_90=174),
+        *case("bf16", 128, 128, 128, "silu", sm_80=196, sm_90=219),
+        *case("bf16", 192, 192, 192, "silu", sm_80=255, sm_90=208),
+        *case("bf16", 256, 256, 256, "silu", sm_80=171, sm_90=239),
+        *case("bf16", 128, 128, 128, "silu", K=768, D=2048, shared=False, sm_80=214, sm_90=219),
+        *case("fp16", 256, 256, 256, "silu", K=768, D=2048, shared=False, sm_80=132, sm_90=199),
+        *case("fp16", 128, 96, 128, "gelu", K=768, D=2730, shared=False, sm_80=214, sm_90=248),
+        *case("bf16", None, None, 128, "silu", shared=False, sm_80=224, sm_90=184),
+        *case("fp32", 64, 64, 64, "silu", sm_80=84, sm_90=78),
     ]

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -24,12 +22,17 @@ from torch import Tensor
 
 from . import tables
 from .activations import activate
-from .compilation import Case
+from .compilation import Case, where_taken
 from .targets import Target, Unsupported, target_of
+from .tiles import DTYPES, check_dtype, check_sizes, fitting, precision, two_powers
 
 KERNEL = "lowrank_linear"
 LARGEST_RANK = 256
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SMALLER = (
+    ("expand_stages", 2), ("shrink_stages", 2), ("BK", 32), ("BM", 64), ("BN", 32), ("BM", 32), ("BK", 16), ("BN", 16),
+    ("BM", 16),
+)  # fmt: skip
+"""How tiles are cut down where shared memory is short."""
 
 
 @dataclass(frozen=True)
@@ -49,41 +52,19 @@ def row_block(M: int | None, K: int, N: int, r: int, residual: bool, dtype: torc
 
     Raises Unsupported for a dtype, rank or size that is not taken and where no tiles fit the shared memory.
     """
-    check(K, N, r, dtype, target)
+    check_dtype(dtype, target)
+    check_sizes(K=K, N=N, r=r)
     if r > LARGEST_RANK:
         raise Unsupported(f"rank {r}, row_block holds [BM, r] in registers and takes up to {LARGEST_RANK}")
-    row = tabled(KERNEL, target, dtype, {"M": M, "K": K, "N": N, "r": r})
-    for config in _smaller(_tiles(r, dtype, target) if row is None else Config(**row)):
-        if shared_memory(config, r, residual, dtype) <= target.shared_memory:
-            return config
-    raise Unsupported(f"rank {r} in {dtype}: no tiles fit the {target.shared_memory} bytes of shared memory")
-
-
-def check(K: int, N: int, r: int, dtype: torch.dtype, target: Target) -> None:
-    """Raises Unsupported for what neither variant takes."""
-    if dtype not in DTYPES:
-        raise Unsupported(f"x is {dtype}, taken are float32, float16 and bfloat16")
-    if dtype is torch.bfloat16 and target.backend == "interpreter":
-        raise Unsupported("x is bfloat16, whose products Triton's interpreter gets wrong")
-    if min(K, N, r) < 1:
-        raise Unsupported(f"K={K}, N={N}, r={r}, taken are sizes of at least 1")
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How products of fp32 are taken: exactly, or as TF32 where the user lets torch's own matmul do so."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype is torch.float32 and allowed else "ieee"
-
-
-def two_powers(r: int) -> tuple[int, int]:
-    """The least `R1 + R2 >= r`: powers of two of at least 16, which a tensor core needs, R2 < R1 or R2 = 0."""
-    whole = max(16, triton.next_power_of_2(r))
-    rest = max(16, triton.next_power_of_2(r - whole // 2))
-    return (whole // 2, rest) if rest < whole // 2 else (whole, 0)
+    row = tables.nearest(KERNEL, target, dtype, M=M, K=K, N=N, r=r)
+    wanted = _tiles(r, dtype, target) if row is None else Config(**row)
+    return fitting(wanted, SMALLER, lambda config: shared_memory(config, r, residual, dtype), target)
 
 
 def configs(r: int, residual: bool, dtype: torch.dtype, target: Target) -> list[Config]:
-    """What VITLR_AUTOTUNE measures: tiles that fit, larger ones first."""
+    """What VITLR_AUTOTUNE measures: tiles that fit, larger ones first; in fp32 nothing."""
+    if dtype is torch.float32:
+        return []  # a measured row would not say whether it is of exact products or of TF32
     options = [
         Config(BM, BN, BK, stages, stages, 8 if BM == 128 else 4)
         for BM, BN, BK, stages in itertools.product((128, 64), (128, 64), (64, 32), (3, 2))
@@ -121,75 +102,11 @@ def _tiles(r: int, dtype: torch.dtype, target: Target) -> Config:
     return Config(32 if R <= 128 else 16, 32, 32, 3, 2, 8)
 
 
-def _smaller(config: Config) -> Iterator[Config]:
-    """A config and what it is cut down to, step by step, where shared memory is short."""
-    yield config
-    stages, tiles_ = (("expand_stages", 2), ("shrink_stages", 2)), (("BK", 32), ("BM", 64), ("BN", 32), ("BM", 32))
-    for name, least in (*stages, *tiles_, ("BK", 16), ("BN", 16), ("BM", 16)):
-        if getattr(config, name) > least:
-            config = replace(config, **{name: least})
-            yield config
-
-
-def tabled(
-    kernel: str, target: Target, dtype: torch.dtype, sizes: Mapping[str, int | None]
-) -> Mapping[str, int] | None:
-    """The nearest row of a kernel's table; the tables know nothing of fp32, where TF32 would need rows of its own."""
-    if dtype is torch.float32:
-        return None
-    return tables.nearest(kernel, target, dtype, **{name: size for name, size in sizes.items() if size is not None})
-
-
-def measure(
-    kernel: str,
-    configs: Callable[[], Sequence[Any]],
-    sizes: Mapping[str, int],
-    dtype: torch.dtype,
-    target: Target,
-    launch: Callable[[Any], None],
-) -> Any | None:
-    """The fastest config of a shape, measured once on this machine, if VITLR_AUTOTUNE asks for it; else None."""
-    if dtype is torch.float32 or not tables.autotuning() or torch.cuda.is_current_stream_capturing():
-        return None
-    key = {"target": target.name, "bits": 8 * dtype.itemsize, **sizes}
-    if any(all(row.get(name) == value for name, value in key.items()) for row in tables.measured(kernel)):
-        return None  # `tabled` has taken it already
-    options, card = configs(), torch.cuda.get_device_name()
-    kind, rows = type(options[0]), [asdict(option) for option in options]
-    return kind(**tables.tune(kernel, target, dtype, sizes, rows, lambda row: launch(kind(**row)), card))
-
-
 @triton.jit(do_not_specialize=["M"])
-def _row_block(
-    x,
-    B,
-    A,
-    bias,
-    residual,
-    y,
-    M,
-    r,
-    sxm,
-    sxk,
-    sbr,
-    sbk,
-    san,
-    sar,
-    sb,
-    srm,
-    srn,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    R1: tl.constexpr,
-    R2: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SHRINK_STAGES: tl.constexpr,
-    EXPAND_STAGES: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def _row_block(x, B, A, bias, residual, y, M, r, sxm, sxk, sbr, sbk, san, sar, sb, srm, srn,
+               K: tl.constexpr, N: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SHRINK_STAGES: tl.constexpr,
+               EXPAND_STAGES: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     dtype = x.dtype.element_ty
     m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     k = tl.arange(0, BK).to(tl.int64)
@@ -258,15 +175,16 @@ def run(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor |
 
     with torch.cuda.device_of(x):
         options = partial(configs, r, residual is not None, x.dtype, target)
-        launch(measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
+        launch(tables.measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
     return y
 
 
 def cases(target: Target) -> list[Case]:
     """What is compiled without a GPU: ViT-B's fc1 at real ranks, with what costs registers."""
 
+    @where_taken
     def case(type_: str, r: int, act: str, residual: bool, sm_80: int, sm_90: int) -> Case:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[type_]
+        dtype = DTYPES[type_]
         config = row_block(None, 768, 3072, r, residual, dtype, target)
         R1, R2 = two_powers(r)
         pointers = ["x", "B", "A", "bias", "y", *["residual"] * residual]
@@ -285,19 +203,20 @@ def cases(target: Target) -> list[Case]:
             {"sm_80": sm_80, "sm_90": sm_90},
             (*pointers, *sizes),
             tensor_cores=type_ != "fp32",
+            shared=shared_memory(config, r, residual, dtype),
         )
 
     return [
-        case("bf16", 64, "none", False, 136, 96),
-        case("bf16", 128, "none", False, 176, 120),
-        case("bf16", 128, "gelu", False, 176, 128),
-        case("bf16", 128, "gelu_tanh", False, 176, 128),
-        case("bf16", 128, "silu", True, 192, 128),
-        case("bf16", 192, "relu", True, 200, 184),
-        case("bf16", 192, "gelu", False, 200, 168),
-        case("bf16", 256, "gelu", False, 184, 192),
-        case("bf16", 256, "none", True, 184, 216),
-        case("fp16", 128, "gelu", True, 186, 136),
-        case("fp32", 128, "gelu", True, 88, 104),
-        case("fp32", 256, "gelu", True, 88, 112),
+        *case("bf16", 64, "none", False, 136, 96),
+        *case("bf16", 128, "none", False, 176, 120),
+        *case("bf16", 128, "gelu", False, 176, 128),
+        *case("bf16", 128, "gelu_tanh", False, 176, 128),
+        *case("bf16", 128, "silu", True, 192, 128),
+        *case("bf16", 192, "relu", True, 200, 184),
+        *case("bf16", 192, "gelu", False, 200, 168),
+        *case("bf16", 256, "gelu", False, 184, 192),
+        *case("bf16", 256, "none", True, 184, 216),
+        *case("fp16", 128, "gelu", True, 186, 136),
+        *case("fp32", 128, "gelu", True, 88, 104),
+        *case("fp32", 256, "gelu", True, 88, 112),
     ]

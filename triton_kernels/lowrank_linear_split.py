@@ -12,22 +12,26 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tables
 from .activations import activate
-from .compilation import Case
-from .lowrank_linear import check, measure, precision, tabled
-from .targets import Target, Unsupported, target_of
+from .compilation import Case, where_taken
+from .row_blocks import strides
+from .targets import Target, target_of
+from .tiles import DTYPES, check_dtype, check_sizes, fitting, precision
 
 KERNEL = "lowrank_linear_split"
 MOST_SPLITS = 8  # every tile of y reads all partial sums again
+SMALLER = (("expand_stages", 1), ("shrink_stages", 2), ("BN", 64), ("BM", 64), ("BK", 32), ("BM", 32))
+"""How tiles are cut down where shared memory is short."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,11 @@ def split(M: int | None, K: int, N: int, r: int, dtype: torch.dtype, target: Tar
 
     Raises Unsupported for a dtype or size that is not taken and where no tiles fit the shared memory.
     """
-    check(K, N, r, dtype, target)
-    row = tabled(KERNEL, target, dtype, {"M": M, "K": K, "N": N, "r": r})
+    check_dtype(dtype, target)
+    check_sizes(K=K, N=N, r=r)
+    row = tables.nearest(KERNEL, target, dtype, M=M, K=K, N=N, r=r)
     wanted = _tiles(M or 1, K, N, r, dtype, target) if row is None else Config(**row)
-    for config in _smaller(wanted):
-        if shared_memory(config, dtype) <= target.shared_memory:
-            return config
-    raise Unsupported(f"{dtype}: no tiles fit the {target.shared_memory} bytes of shared memory")
+    return fitting(wanted, SMALLER, lambda config: shared_memory(config, dtype), target)
 
 
 def tiles(M: int, N: int, r: int, config: Config) -> tuple[int, int]:
@@ -78,11 +80,8 @@ def _tiles(M: int, K: int, N: int, r: int, dtype: torch.dtype, target: Target) -
     """Wide tiles of y where there are enough of them for every processor, and as many shares of K as fill them all."""
     BM, BN, BR, BK, warps = 64, 64, 64, 64, 4
     if dtype is torch.float32:
-        BR, BK, warps = (
-            32,
-            32,
-            4 if precision(dtype) == "tf32" else 8,
-        )  # without tensor cores a thread holds whole rows of its operands
+        # Without tensor cores a thread holds whole rows of its operands.
+        BR, BK, warps = 32, 32, 4 if precision(dtype) == "tf32" else 8
     elif triton.cdiv(M, BM) * triton.cdiv(N, 128) >= target.sms:
         BN = 128
     elif 4 * triton.cdiv(M, BM) * triton.cdiv(r, BR) < target.sms:
@@ -94,34 +93,9 @@ def _tiles(M: int, K: int, N: int, r: int, dtype: torch.dtype, target: Target) -
     return Config(BM, BN, BR, BK, splits, 3, 3 if splits == 1 else 1, warps, 8)
 
 
-def _smaller(config: Config) -> Iterator[Config]:
-    """A config and what it is cut down to, step by step, where shared memory is short."""
-    yield config
-    for name, least in (("expand_stages", 1), ("shrink_stages", 2), ("BN", 64), ("BM", 64), ("BK", 32), ("BM", 32)):
-        if getattr(config, name) > least:
-            config = replace(config, **{name: least})
-            yield config
-
-
 @triton.jit(do_not_specialize=["M"])
-def _shrink(
-    x,
-    B,
-    T,
-    M,
-    r,
-    sxm,
-    sxk,
-    sbr,
-    sbk,
-    K: tl.constexpr,
-    SPAN: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def shrink(x, B, T, M, r, sxm, sxk, sbr, sbk, K: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr,
+           BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """T[s] = the part of x Bᵀ over columns s·SPAN to (s + 1)·SPAN; T [S, M, r] is contiguous."""
     across = tl.cdiv(r, BR)  # tiles of the rank are neighbours: they read the same rows of x
     m = (tl.program_id(0) // across).to(tl.int64) * BM + tl.arange(0, BM)
@@ -143,29 +117,9 @@ def _shrink(
 
 
 @triton.jit(do_not_specialize=["M"])
-def _expand(
-    T,
-    A,
-    bias,
-    residual,
-    y,
-    M,
-    r,
-    san,
-    sar,
-    sb,
-    srm,
-    srn,
-    N: tl.constexpr,
-    RANKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    STAGES: tl.constexpr,
-    ACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def expand(T, A, bias, residual, y, M, r, san, sar, sb, srm, srn, N: tl.constexpr, RANKS: tl.constexpr,
+           SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr,
+           ACT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile of y; RANKS is r rounded up to a multiple of BR."""
     dtype = y.dtype.element_ty
     across: tl.constexpr = (N + BN - 1) // BN
@@ -197,7 +151,9 @@ def _span(K: int, config: Config) -> int:
 
 
 def configs(M: int, K: int, N: int, r: int, dtype: torch.dtype, target: Target) -> list[Config]:
-    """What VITLR_AUTOTUNE measures: tiles that fit, with every number of shares that leaves none empty."""
+    """What VITLR_AUTOTUNE measures: tiles that fit, with every number of shares that leaves none empty; fp32: none."""
+    if dtype is torch.float32:
+        return []
     options = [
         Config(BM, BN, BR, 64, splits, 3, 3 if splits == 1 else 1, 4, warps)
         for (BM, BN, BR, warps), splits in itertools.product(
@@ -226,62 +182,87 @@ def run(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor |
 
     def launch(config: Config) -> None:
         T = torch.empty((config.splits, M, r), dtype=x.dtype if config.splits == 1 else torch.float32, device=x.device)
-        shrinking, expanding = tiles(M, N, r, config)
-        _shrink[(shrinking // config.splits, config.splits)](
-            x, B, T, M, r, *x.stride(), *B.stride(), K=K, SPAN=_span(K, config), BM=config.BM, BR=config.BR,
-            BK=config.BK, STAGES=config.shrink_stages, PRECISION=precision(x.dtype), num_warps=config.shrink_warps,
-        )  # fmt: skip
-        _expand[(expanding,)](
-            T, A, bias, residual, y, M, r, *A.stride(), 0 if bias is None else bias.stride(0),
-            *((0, 0) if residual is None else residual.stride()),
-            N=N, RANKS=triton.cdiv(r, config.BR) * config.BR, SPLITS=config.splits,
-            BM=config.BM, BN=config.BN, BR=config.BR, STAGES=config.expand_stages, ACT=act,
-            PRECISION=precision(x.dtype), num_warps=config.expand_warps,
-        )  # fmt: skip
+        launch_shrink(x, B, T, config)
+        launch_expand(T, A, bias, residual, y.view(M, N), act, config)
 
     with torch.cuda.device_of(x):
         options = partial(configs, M, K, N, r, x.dtype, target)
-        launch(measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
+        launch(tables.measure(KERNEL, options, {"M": M, "K": K, "N": N, "r": r}, x.dtype, target, launch) or config)
     return y
+
+
+def launch_shrink(x: Tensor, B: Tensor, T: Tensor, config: Config) -> None:
+    """`T[s] = the part of x Bᵀ` of each of the `config.splits` shares of K; x [M, K], T [splits, M, r] contiguous."""
+    (M, K), (splits, _, r) = x.shape, T.shape
+    programs = triton.cdiv(M, config.BM) * triton.cdiv(r, config.BR)
+    shrink[(programs, splits)](
+        x, B, T, M, r, *x.stride(), *B.stride(), **_shrink_constants(K, config, x.dtype), num_warps=config.shrink_warps
+    )  # fmt: skip
+
+
+def launch_expand(
+    T: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, act: str, config: Config
+) -> None:
+    """`y = act((Σ T) Aᵀ + b) + residual` for T [splits, M, r] and y [M, N], both contiguous."""
+    (_, M, r), N = T.shape, y.shape[1]
+    expand[(tiles(M, N, r, config)[1],)](
+        T, A, bias, residual, y, M, r, *A.stride(), *strides(bias, 1), *strides(residual, 2),
+        **expand_constants(N, r, act, config, y.dtype), num_warps=config.expand_warps,
+    )  # fmt: skip
+
+
+def _shrink_constants(K: int, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "K": K, "SPAN": _span(K, config), "BM": config.BM, "BR": config.BR, "BK": config.BK,
+        "STAGES": config.shrink_stages, "PRECISION": precision(dtype),
+    }  # fmt: skip
+
+
+def expand_constants(N: int, r: int, act: str, config: Config, dtype: torch.dtype) -> dict[str, Any]:
+    """The constants of `expand`, which adds `config.splits` partial sums."""
+    return {
+        "N": N, "RANKS": triton.cdiv(r, config.BR) * config.BR, "SPLITS": config.splits,
+        "BM": config.BM, "BN": config.BN, "BR": config.BR, "STAGES": config.expand_stages,
+        "ACT": act, "PRECISION": precision(dtype),
+    }  # fmt: skip
 
 
 def cases(target: Target) -> list[Case]:
     """What is compiled without a GPU: ViT-B's fc2 for one image, its fc1 for eight and thirty-two."""
 
+    @where_taken
     def case(step: str, type_: str, M: int, act: str, sm_80: int, sm_90: int, r: int = 128) -> Case:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[type_]
+        dtype = DTYPES[type_]
         K, N = (3072, 768) if M == 197 else (768, 3072)
         config = split(M, K, N, r, dtype, target)
         types = {"T": f"*{type_ if config.splits == 1 else 'fp32'}", **dict.fromkeys(["M", "r"], "i32")}
-        constants = {"BM": config.BM, "BR": config.BR, "PRECISION": precision(dtype)}
         if step == "shrink":
-            kernel, pointers, strides = _shrink, ["x", "B"], ["sxm", "sbr"]
-            constants |= {"sxk": 1, "sbk": 1, "K": K, "SPAN": _span(K, config), "BK": config.BK}
-            constants |= {"STAGES": config.shrink_stages}
+            kernel, pointers, integers = shrink, ["x", "B"], ["sxm", "sbr"]
+            constants = {"sxk": 1, "sbk": 1, **_shrink_constants(K, config, dtype)}
         else:
-            kernel, pointers, strides = _expand, ["A", "bias", "residual", "y"], ["san", "srm"]
-            constants |= {"sar": 1, "sb": 1, "srn": 1, "N": N, "RANKS": triton.cdiv(r, config.BR) * config.BR}
-            constants |= {"BN": config.BN, "SPLITS": config.splits, "STAGES": config.expand_stages, "ACT": act}
+            kernel, pointers, integers = expand, ["A", "bias", "residual", "y"], ["san", "srm"]
+            constants = {"sar": 1, "sb": 1, "srn": 1, **expand_constants(N, r, act, config, dtype)}
         return Case(
             f"lowrank_linear.split {step} {type_} M={M} r={r} {act}",
             kernel,
-            {**dict.fromkeys(pointers, f"*{type_}"), **dict.fromkeys(strides, "i32"), **types},
+            {**dict.fromkeys(pointers, f"*{type_}"), **dict.fromkeys(integers, "i32"), **types},
             constants,
             config.shrink_warps if step == "shrink" else config.expand_warps,
             config.shrink_stages,
             {"sm_80": sm_80, "sm_90": sm_90},
-            (*pointers, *strides, "T", "r"),
+            (*pointers, *integers, "T", "r"),
             tensor_cores=type_ != "fp32",
+            shared=shared_memory(config, dtype),
         )
 
     return [
-        case("shrink", "bf16", 197, "", 84, 56),
-        case("shrink", "fp16", 1576, "", 150, 78),
-        case("shrink", "bf16", 6304, "", 132, 86),
-        case("expand", "bf16", 197, "gelu", 136, 208),
-        case("expand", "fp16", 1576, "silu", 188, 144),
-        case("expand", "bf16", 1576, "gelu", 124, 72, 384),
-        case("expand", "bf16", 6304, "gelu", 124, 72),
-        case("shrink", "fp32", 197, "", 80, 72),
-        case("expand", "fp32", 197, "gelu", 132, 132),
+        *case("shrink", "bf16", 197, "", 84, 56),
+        *case("shrink", "fp16", 1576, "", 150, 78),
+        *case("shrink", "bf16", 6304, "", 132, 86),
+        *case("expand", "bf16", 197, "gelu", 136, 208),
+        *case("expand", "fp16", 1576, "silu", 188, 144),
+        *case("expand", "bf16", 1576, "gelu", 124, 72, 384),
+        *case("expand", "bf16", 6304, "gelu", 124, 72),
+        *case("shrink", "fp32", 197, "", 80, 72),
+        *case("expand", "fp32", 197, "gelu", 132, 132),
     ]

@@ -21,8 +21,7 @@ Registers, predicted times, what was tried: docs/kernels/lowrank_mlp.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,127 +29,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import lowrank_linear_split as adding
+from . import lowrank_linear_split as linear_split
+from . import tables
 from .activations import activate
-from .compilation import Case
-from .lowrank_linear import check, measure, precision, tabled, two_powers
+from .compilation import Case, where_taken
+from .lowrank_mlp_config import (
+    KERNEL,
+    MOST_SPLITS,
+    Config,
+    block_rows,
+    class_of,
+    configs,
+    constants,
+    row_block,
+    shared_memory,
+    split,
+    tiles,
+)
 from .row_blocks import accumulate, addressable, both, dense, expand, project, row, shrink, strides, through_memory
-from .targets import Target, Unsupported, target_of
-
-KERNEL = "lowrank_mlp"
-LARGEST_RANK = 256
-MOST_SPLITS = 16  # the second launch reads all partial sums for every tile of y; with 32 its registers spill
-CLASSES = (64, 128, 192, 256)
-"""Ranks for which tiles are compiled and kept in the table; others take those of the next one."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rows, hidden columns, depth of K and output columns of the tiles; warps; stages; shares of D.
-
-    `staged`: T goes through memory, so that the tensor cores read it from shared memory and no registers hold it.
-    """
-
-    BM: int
-    BD: int
-    BK: int
-    BN: int
-    num_warps: int
-    num_stages: int
-    staged: int = 0
-    splits: int = 1
-
-
-def row_block(
-    M: int | None, K: int, D: int, N: int, r1: int | None, r2: int | None, dtype: torch.dtype, target: Target
-) -> Config:
-    """The tiles of a shape; M is None where rows are not known, r1 where fc1 is dense.
-
-    Raises Unsupported for a dtype, rank or size that is not taken and where no tiles fit the shared memory.
-    """
-    if r2 is None:
-        raise Unsupported(f"fc2 is dense: its sums would be {N} wide and are kept in registers, up to {LARGEST_RANK}")
-    check(K, N, min(r2, D, K if r1 is None else r1), dtype, target)
-    for name, r in (("r1", r1), ("r2", r2)):
-        if r is not None and r > LARGEST_RANK:
-            raise Unsupported(f"{name}={r}, ranks are held in registers and taken up to {LARGEST_RANK}")
-    BM = block_rows(M, target.sms)
-    wanted = _tiles(BM, r1, r2, dtype, target)
-    known = {"M": M, "K": K, "D": D, "N": N, **_class(BM, r1, r2)}
-    row = tabled(KERNEL, target, dtype, known)
-    if row is not None:
-        wanted = Config(**row)
-    if wanted.BD > 64 and _ragged(wanted, K, D, N, r1, r2):
-        wanted = replace(wanted, BD=64)  # masks take registers
-    for config in _smaller(wanted):
-        if shared_memory(config, r1, r2, dtype) <= target.shared_memory:
-            return config
-    raise Unsupported(f"r1={r1}, r2={r2} in {dtype}: no tiles fit the {target.shared_memory} bytes of shared memory")
-
-
-def split(
-    M: int | None, K: int, D: int, N: int, r1: int | None, r2: int | None, dtype: torch.dtype, target: Target
-) -> Config:
-    """The tiles of a shape whose hidden width is shared by several programs.
-
-    Raises Unsupported as `row_block` does, and where there is nothing to share.
-    """
-    config = row_block(M, K, D, N, r1, r2, dtype, target)
-    assert r2 is not None
-    adding.split(M, r2, N, r2, dtype, target)
-    steps = triton.cdiv(D, config.BD)
-    shares = min(MOST_SPLITS, steps, target.sms // tiles(M or 1, config))
-    if shares < 2:
-        raise Unsupported(f"M={M}, D={D}: the row blocks fill the processors or D is one tile, nothing to share")
-    return replace(config, splits=1 << (shares.bit_length() - 1))  # few values: each is compiled on its own
-
-
-def block_rows(M: int | None, sms: int) -> int:
-    """128 or 64 rows a program: what takes the fewest rows of time in whole waves, the larger where they are equal."""
-    return 128 if M is None else min((128, 64), key=lambda BM: BM * triton.cdiv(triton.cdiv(M, BM), sms))
-
-
-def tiles(M: int, config: Any) -> int:
-    """Programs launched, those of one share of D."""
-    return triton.cdiv(M, config.BM)
-
-
-def shared_memory(config: Config, r1: int | None, r2: int, dtype: torch.dtype) -> int:
-    """Bytes of shared memory, at least what the compilers take: the largest of the three loops, which share it."""
-    c, size = config, dtype.itemsize
-    R1, R2 = 0 if r1 is None else sum(two_powers(r1)), sum(two_powers(r2))
-    if r1 is None:
-        first, hidden = c.num_stages * c.BK * (c.BM + c.BD), c.BD * (R2 + c.BM)
-    else:
-        first, hidden = c.num_stages * c.BK * (c.BM + R1), c.num_stages * c.BD * (R1 + R2)
-        hidden += c.BM * (R1 if c.staged or size == 4 else 0)
-    last = c.num_stages * c.BN * (R2 + c.BM)
-    return max(first + (hidden if r1 is None else 0), hidden, last) * size + 16 * 1024
-
-
-def _class(BM: int, r1: int | None, r2: int) -> dict[str, int]:
-    """What the table's rows are keyed by: rows of the block, the class of the larger rank, 0 for a dense fc1."""
-    r = next(size for size in CLASSES if max(r1 or 0, r2) <= size)
-    return {"BM": BM, "r": r, "r1": r1 or 0, "r2": r2}
-
-
-def _tiles(BM: int, r1: int | None, r2: int, dtype: torch.dtype, target: Target) -> Config:
-    """What is tried first where no table names the target, and in fp32."""
-    r = max(r1 or 0, r2)
-    if dtype is torch.float32:
-        return Config(32, 32, 32 if r <= 128 else 16, 32, 8, 2)
-    if r <= 128:
-        return Config(BM, 64, 64, 32, BM // 16, 3)
-    return Config(BM, 32, 32, 32, BM // 16, 3, staged=1)
-
-
-def _smaller(config: Config) -> Iterator[Config]:
-    """A config and what it is cut down to, step by step, where shared memory is short."""
-    yield config
-    for name, least in (("num_stages", 2), ("BN", 32), ("BK", 32), ("BD", 32), ("BM", 64), ("BK", 16), ("BM", 32)):
-        if getattr(config, name) > least:
-            config = replace(config, **{name: least})
-            yield config
+from .targets import Target, target_of
+from .tiles import DTYPES
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -266,130 +164,90 @@ def _run(variant: Any, x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Tensor, A2: 
         _row_block[(tiles(M, config), shares)](
             x, B1, A1, b1, B2, A2, b2, residual, S, T, M, r1 or 0, r2, *x.stride(), *B1.stride(), *strides(A1, 2),
             *strides(b1, 1), *B2.stride(), *A2.stride(), *strides(b2, 1), *strides(residual, 2),
-            **_constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, x.dtype),
+            **constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, x.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if shares > 1:
-            add_and_expand(S, A2, b2, residual, y.view(M, N), target)
+            adds = adding(M, N, r2, shares, x.dtype, target)
+            linear_split.launch_expand(S, A2, b2, residual, y.view(M, N), "none", adds)
 
     with torch.cuda.device_of(x):
-        sizes = {"M": M, "K": K, "D": D, "N": N, **_class(block_rows(M, target.sms), r1, r2)}
+        sizes = {"M": M, "K": K, "D": D, "N": N, **class_of(block_rows(M, target.sms), r1, r2)}
         measured = None
         if variant is row_block:
-            measured = measure(KERNEL, lambda: configs(r1, r2, x.dtype, target), sizes, x.dtype, target, launch)
+            measured = tables.measure(KERNEL, lambda: configs(r1, r2, x.dtype, target), sizes, x.dtype, target, launch)
         launch(measured or config)
     return y
 
 
-def _adding(M: int, N: int, r2: int, shares: int, dtype: torch.dtype, target: Target) -> tuple[Any, dict[str, Any]]:
-    """The tiles of lowrank_linear_split's second launch and its constants, for so many partial sums."""
-    config = replace(adding.split(M, r2, N, r2, dtype, target), splits=shares, expand_stages=1)
-    return config, {
-        "N": N, "RANKS": triton.cdiv(r2, config.BR) * config.BR, "SPLITS": shares, "BM": config.BM, "BN": config.BN,
-        "BR": config.BR, "STAGES": config.expand_stages, "ACT": "none", "PRECISION": precision(dtype),
-    }  # fmt: skip
-
-
-def add_and_expand(
-    S: Tensor, A2: Tensor, b2: Tensor | None, residual: Tensor | None, y: Tensor, target: Target
-) -> None:
-    """`y = (Σ S) A₂ᵀ + b₂ + residual` from partial sums S [shares, M, r2] in fp32, by lowrank_linear_split's launch."""
-    (shares, M, r2), N = S.shape, y.shape[1]
-    config, constants = _adding(M, N, r2, shares, y.dtype, target)
-    adding._expand[(adding.tiles(M, N, r2, config)[1],)](
-        S, A2, b2, residual, y, M, r2, *A2.stride(), *strides(b2, 1), *strides(residual, 2),
-        **constants, num_warps=config.expand_warps,
-    )  # fmt: skip
-
-
-def _ragged(config: Config, K: int, D: int, N: int, r1: int | None, r2: int) -> bool:
-    """Whether something else than rows has to be masked."""
-    ranks = all(r == sum(two_powers(r)) for r in (r1 or r2, r2))
-    return not ranks or bool(K % config.BK or D % config.BD or N % config.BN)
-
-
-def _constants(
-    config: Config, K: int, D: int, N: int, r1: int | None, r2: int, span: int, act: str, dtype: torch.dtype
-) -> dict[str, Any]:
-    R1, R2 = (0, 0) if r1 is None else two_powers(r1), two_powers(r2)
-    even = not _ragged(config, K, D, N, r1, r2) and D % span == 0
-    return {
-        "K": K, "D": D, "N": N, "SPAN": span, "BM": config.BM, "BD": config.BD, "BK": config.BK, "BN": config.BN,
-        "R1A": R1[0], "R1B": R1[1], "R2A": R2[0], "R2B": R2[1],
-        "ACT": act, "EVEN": even, "PRECISION": precision(dtype),
-    }  # fmt: skip
-
-
-def configs(r1: int | None, r2: int, dtype: torch.dtype, target: Target) -> list[Config]:
-    """What VITLR_AUTOTUNE measures: tiles that fit, smaller ones where registers are short."""
-    staged = int(max(r1 or 0, r2) > 128)
-    options = [
-        Config(BM, BD, BK, BN, BM // 16, stages, staged)
-        for BM in (128, 64)
-        for BD, BK, BN in ((128, 64, 64), (64, 64, 64), (64, 64, 32), (32, 32, 32))
-        for stages in (3, 2)
-    ]
-    return [option for option in options if shared_memory(option, r1, r2, dtype) <= target.shared_memory]
+def adding(M: int, N: int, r2: int, shares: int, dtype: torch.dtype, target: Target) -> linear_split.Config:
+    """The tiles with which lowrank_linear_split's second launch adds up so many partial sums and expands them."""
+    return replace(linear_split.split(M, r2, N, r2, dtype, target), splits=shares, expand_stages=1)
 
 
 def cases(target: Target) -> list[Case]:
     """What is compiled without a GPU: ViT-B's MLP at real ranks, with what costs registers."""
     K, D, N = 768, 3072, 768
 
+    @where_taken
     def case(
         type_: str, r1: int | None, r2: int, act: str, M: int | None = None, shares: int = 1, residual: bool = True,
         sm_80: int = 255, sm_90: int = 255, D: int = D,
     ) -> Case:  # fmt: skip
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[type_]
+        dtype = DTYPES[type_]
         config = replace(row_block(M, K, D, N, r1, r2, dtype, target), splits=shares)
         span = triton.cdiv(triton.cdiv(D, config.BD), shares) * config.BD
-        constants = _constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, dtype)
+        values = constants(config, K, D, N, r1, r2, span if shares > 1 else max(span, D), act, dtype)
         pointers = ["x", "B1", "b1", "B2", "A2", "b2", "y"]
         sizes = ["r1", "r2", "x_sm", "B1_sr", "A1_sd", "B2_sr", "A2_sn", "res_sm"]
         for name, there in (("A1", r1 is not None), ("residual", residual), ("T", config.staged and r1 is not None)):
             pointers += [name] * bool(there)
-            constants |= {} if there else {name: None}
-        constants |= dict.fromkeys(["x_sk", "B1_sk", "A1_sr", "b1_s", "B2_sd", "A2_sr", "b2_s", "res_sn"], 1)
+            values |= {} if there else {name: None}
+        values |= dict.fromkeys(["x_sk", "B1_sk", "A1_sr", "b1_s", "B2_sd", "A2_sr", "b2_s", "res_sn"], 1)
         types = {**dict.fromkeys(pointers, f"*{type_}"), **dict.fromkeys([*sizes, "M"], "i32")}
         what = f"r1={r1} r2={r2} BM={config.BM} {act}{f' D={D}' * (D != 3072)}{' + residual' * residual}"
         return Case(
             f"lowrank_mlp.{'split' if shares > 1 else 'row_block'} {type_} {what}",
             _row_block,
             types | ({"y": "*fp32"} if shares > 1 else {}),
-            constants,
+            values,
             config.num_warps,
             config.num_stages,
             {"sm_80": sm_80, "sm_90": sm_90},
             (*pointers, *sizes),
             tensor_cores=type_ != "fp32",
+            shared=shared_memory(config, r1, r2, dtype),
         )
 
+    @where_taken
     def adds(shares: int, sm_80: int, sm_90: int) -> Case:
-        config, constants = _adding(197, N, 128, shares, torch.bfloat16, target)
+        config = adding(197, N, 128, shares, torch.bfloat16, target)
+        values = linear_split.expand_constants(N, 128, "none", config, torch.bfloat16)
         pointers, sizes = ["A", "bias", "residual", "y"], ["r", "san", "srm"]
         return Case(
             f"lowrank_mlp.split adds bf16 r2=128 shares={shares}",
-            adding._expand,
+            linear_split.expand,
             {**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys([*sizes, "M"], "i32"), "T": "*fp32"},
-            constants | dict.fromkeys(["sar", "sb", "srn"], 1),
+            values | dict.fromkeys(["sar", "sb", "srn"], 1),
             config.expand_warps,
             1,
             {"sm_80": sm_80, "sm_90": sm_90},
             (*pointers, *sizes, "T"),
+            shared=linear_split.shared_memory(config, torch.bfloat16),
         )
 
     return [
-        adds(MOST_SPLITS, 255, 176),
-        case("bf16", 64, 64, "gelu", sm_80=174, sm_90=231),
-        case("bf16", 96, 96, "gelu", sm_80=195, sm_90=245),
-        case("bf16", 128, 128, "gelu", sm_80=195, sm_90=247),
-        case("fp16", 128, 128, "gelu_tanh", sm_80=204, sm_90=247),
-        case("bf16", 100, 80, "silu", D=2891, sm_80=255, sm_90=249),
-        case("bf16", 192, 192, "gelu", sm_80=253, sm_90=235),
-        case("bf16", 256, 256, "gelu", sm_80=247, sm_90=247),
-        case("fp16", 256, 128, "gelu", residual=False, sm_80=240, sm_90=214),
-        case("bf16", None, 128, "gelu", sm_80=255, sm_90=255),
-        case("bf16", 128, 128, "gelu", M=197, shares=16, sm_80=186, sm_90=233),
-        case("bf16", 256, 256, "gelu", M=197, shares=16, sm_80=255, sm_90=255),
-        case("fp32", 128, 128, "gelu", sm_80=128, sm_90=104),
+        *adds(MOST_SPLITS, 255, 176),
+        *case("bf16", 64, 64, "gelu", sm_80=174, sm_90=231),
+        *case("bf16", 96, 96, "gelu", sm_80=195, sm_90=245),
+        *case("bf16", 128, 128, "gelu", sm_80=195, sm_90=247),
+        *case("fp16", 128, 128, "gelu_tanh", sm_80=204, sm_90=247),
+        *case("bf16", 100, 80, "silu", D=2891, sm_80=255, sm_90=249),
+        *case("bf16", 192, 192, "gelu", sm_80=253, sm_90=235),
+        *case("bf16", 256, 256, "gelu", sm_80=247, sm_90=247),
+        *case("fp16", 256, 128, "gelu", residual=False, sm_80=240, sm_90=214),
+        *case("bf16", None, 128, "gelu", sm_80=255, sm_90=255),
+        *case("bf16", 128, 128, "gelu", M=197, shares=16, sm_80=186, sm_90=233),
+        *case("bf16", 256, 256, "gelu", M=197, shares=16, sm_80=255, sm_90=255),
+        *case("fp32", 128, 128, "gelu", sm_80=128, sm_90=104),
     ]

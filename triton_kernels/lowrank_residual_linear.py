@@ -6,180 +6,41 @@ dtype in registers as it comes; then `Yᵀ += A Tᵀ + b`. Yᵀ and not Y, becau
 registers: what was just dequantised need not pass through shared memory, and products stay in flight meanwhile.
 
 Floor: 2 M (r (K + N) + K N) FLOPs (blockdiag: N K/nb for K N) over x, y, A, B and the codes once. Every column of tiles
-computes T again, 2 M r K FLOPs each: r/BN more than R x itself. `two_pass` computes T once, in a launch of its own.
+computes T again, 2 M r K FLOPs each: r/BN more than R x itself. `two_pass` computes T once, in a launch of its own,
+lowrank_linear_split's first one.
 Dense codes save no FLOPs: they save memory and, at few rows, the bytes of W; blocks save FLOPs too.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import tables
+from . import lowrank_linear_split, tables
 from .codes import load_codes
-from .compilation import Case
-from .targets import TARGETS, Target, Unsupported, target_of
-
-NAME = "lowrank_residual_linear"
-CODE_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}
-_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")  # architectures that convert e4m3fn themselves
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Rows, columns and depth of a tile, warps of a program, stages of its loop over K."""
-
-    BM: int
-    BN: int
-    BK: int
-    num_warps: int
-    num_stages: int
-
-
-def one_pass(
-    M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target
-) -> Config:
-    """The tiles with which T is summed beside Y. Raises Unsupported with the reason, r too large included."""
-    limit = 128 if dtype.itemsize == 2 and (target.hopper or target.backend == "interpreter") else 64
-    if r > limit:
-        raise Unsupported(f"r = {r}, T beside Y leaves registers for r <= {limit}; two_pass takes any rank")
-    return _config(M, K, N, r, form, group_size, dtype, target, fused=True)
-
-
-def two_pass(
-    M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target
-) -> Config:
-    """The tiles of the second launch, which adds `T Aᵀ`; any rank. Raises Unsupported with the reason."""
-    return _config(M, K, N, r, form, group_size, dtype, target, fused=False)
-
-
-def split(r: int) -> tuple[int, int]:
-    """r rounded up to a multiple of 16, as a sum of at most two powers of two (the second one may be 0)."""
-    rest = -(-r // 16) * 16
-    first = 1 << rest.bit_length() - 1
-    second = triton.next_power_of_2(max(rest - first, 16)) if rest > first else 0
-    return (2 * first, 0) if second == first else (first, second)
-
-
-def depth(K: int, form: str, group_size: int, largest: int) -> int:
-    """The deepest tile within one group of columns, at most `largest`. Raises Unsupported if there is none."""
-    if form == "blockdiag" or group_size >= K:
-        return min(largest, max(16, triton.next_power_of_2(min(group_size, K))))
-    if group_size % 16:
-        raise Unsupported(f"group_size {group_size}, taken are multiples of 16 and one group a row (K = {K})")
-    return min(largest, group_size & -group_size)
-
-
-def chunk(size: int) -> int:
-    """Columns of T that the second launch reads at a time; fp32 products run on few registers a thread."""
-    return 64 if size == 2 else 16
-
-
-def shrink_tiles(config: Config, r: int, size: int) -> tuple[int, int, int]:
-    """BM, columns of T and BK of the launch that computes T; small, so that there are enough programs."""
-    BM, widest, BK = (min(config.BM, 64), 128, 32) if size == 2 else (32, 64, 16)
-    return BM, min(widest, triton.next_power_of_2(max(r, 16))), BK
-
-
-def shared_memory(config: Config, width: int, form: str, size: int) -> int:
-    """Bytes of shared memory, never below what the compiler takes: the loop's buffers, or what the end needs.
-
-    `width`: columns of T that are summed along (0: T comes from memory), `size`: bytes of an element of x.
-    """
-    code = CODE_BYTES.get(form, size)
-    loop = config.num_stages * config.BK * (size * (config.BM + width) + code * config.BN)
-    end = 4 * config.BM * config.BN + size * (config.BM + config.BN) * (width or chunk(size) * config.num_stages)
-    return int(max(loop, end))
-
-
-def _config(
-    M: int | None, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, fused: bool
-) -> Config:
-    if dtype not in _NAMES:
-        raise Unsupported(f"x is {dtype}, taken are {', '.join(_NAMES.values())}")
-    if target.backend == "interpreter" and dtype == torch.bfloat16:
-        raise Unsupported("x is bf16, whose products are wrong in Triton's interpreter; fp32 and fp16 are taken")
-    if form not in (*CODE_BYTES, "blockdiag"):
-        raise Unsupported(f"form {form!r}, taken are {', '.join(CODE_BYTES)} and blockdiag")
-    if r < 1:
-        raise Unsupported(f"r = {r}, taken are ranks from 1 on")
-    width = sum(split(r)) if fused else 0
-    sizes = _sizes(M or 12608, K, N, width, form)
-    rows = tables.nearest(NAME, target, dtype, **sizes)
-    if rows is None:  # what fits an A100 fits, after shrinking, the architectures that have no rows of their own
-        rows = tables.nearest(NAME, TARGETS["sm_80"], dtype, **sizes)
-    assert rows is not None, "the table of tiles is missing"
-    config = Config(**rows)
-    config = replace(config, BK=depth(K, form, group_size, config.BK))
-    while shared_memory(config, width, form, dtype.itemsize) > target.shared_memory:
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
-        elif config.BM > 32:
-            config = replace(config, BM=config.BM // 2)
-        else:
-            taken = shared_memory(config, width, form, dtype.itemsize)
-            raise Unsupported(f"{taken} bytes of shared memory, {target.name} has {target.shared_memory}")
-    return config
-
-
-def _sizes(M: int, K: int, N: int, width: int, form: str) -> dict[str, int]:
-    """By what a row of the table is found; `r` is the width that is summed along, 1 for none."""
-    return {"M": M, "K": K, "N": N, "r": max(width, 1), "form": (*CODE_BYTES, "blockdiag").index(form)}
-
-
-def configs(
-    M: int, K: int, N: int, r: int, form: str, group_size: int, dtype: torch.dtype, target: Target, fused: bool
-) -> list[Config]:
-    """What autotuning tries: the table's own choice and its neighbours that fit."""
-    own = _config(M, K, N, r, form, group_size, dtype, target, fused)
-    tried, width = [own], sum(split(r)) if fused else 0
-    for BM in (16, 32, 64, 128):
-        for BN in (64, 128):
-            for warps in (4, 8):
-                other = replace(own, BM=BM, BN=BN, num_warps=warps)
-                if other not in tried and shared_memory(other, width, form, dtype.itemsize) <= target.shared_memory:
-                    tried.append(other)
-    return tried
-
-
-def tiles(M: int, K: int, N: int, form: str, group_size: int, config: Config) -> int:
-    """Programs of the launch that writes y."""
-    return -(-M // config.BM) * _columns(K, N, form, group_size, config.BN)
-
-
-def _columns(K: int, N: int, form: str, group_size: int, BN: int) -> int:
-    """Tiles along N; none lies across two blocks."""
-    blocks = K // group_size if form == "blockdiag" else 1
-    return blocks * -(-(N // blocks) // BN)
-
-
-def flops(M: int, K: int, N: int, r: int, form: str, group_size: int, config: Config, fused: bool) -> int:
-    """FLOPs of the launch that writes y; `fused`: T again for every tile along N."""
-    shrinks = _columns(K, N, form, group_size, config.BN) if fused else 0
-    return 2 * M * (shrinks * r * K + r * N + N * (group_size if form == "blockdiag" else K))
-
-
-@triton.jit
-def _shrink(x, B, t, M, r, sxm, sxk, sbr, sbk, K: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    c = tl.program_id(1).to(tl.int64) * BR + tl.arange(0, BR)
-    acc = tl.zeros((BM, BR), tl.float32)
-    steps = tl.arange(0, BK).to(tl.int64)
-    for k0 in range(0, K, BK):
-        k = k0 + steps
-        inside = (steps < (K - k0 if K % BK else BK))[None, :]
-        x_block = tl.load(x + m[:, None] * sxm + k[None, :] * sxk, mask=(m < M)[:, None] & inside, other=0.0)
-        b_block = tl.load(B + c[:, None] * sbr + k[None, :] * sbk, mask=(c < r)[:, None] & inside, other=0.0)
-        acc = tl.dot(x_block, b_block.T, acc, input_precision=PRECISION)
-    tl.store(t + m[:, None] * r + c[None, :], acc.to(t.dtype.element_ty), mask=(m < M)[:, None] & (c < r)[None, :])
+from .compilation import Case, where_taken
+from .lowrank_residual_config import (
+    KERNEL,
+    Config,
+    chunk,
+    configs,
+    one_pass,
+    shared_memory,
+    sizes,
+    stored,
+    summed,
+    tiles,
+    two_pass,
+)
+from .row_blocks import strides
+from .targets import Target, target_of
+from .tiles import DTYPES, precision, two_powers
 
 
 @triton.jit
@@ -262,11 +123,6 @@ def _residual(
     tl.store(y + m[None, :] * N + n[:, None], acc.to(dtype), mask=(m < M)[None, :] & live[:, None])
 
 
-def _form(form: str, target: Target) -> str:
-    """The form as the kernel takes it: fp8 is decoded by hand where the architecture cannot."""
-    return "fp8_bits" if form == "fp8" and target.name not in _FP8 else form
-
-
 def run_one_pass(x, B, A, R, scale, bias, form, group_size):
     """`A (B x) + R x + b` in one launch; the arguments and the result are those of the op."""
     return _run(x, B, A, R, scale, bias, form, group_size, fused=True)
@@ -278,16 +134,9 @@ def run_two_pass(x, B, A, R, scale, bias, form, group_size):
 
 
 def _run(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    A: torch.Tensor,
-    R: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    form: str,
-    group_size: int,
+    x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Tensor | None, bias: Tensor | None, form: str, group_size: int,
     fused: bool,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     (r, K), N = B.shape, A.shape[0]
     rows = x.reshape(-1, K)  # a view, or a copy where no strides describe it
     M = rows.shape[0]
@@ -295,119 +144,90 @@ def _run(
     if y.numel() == 0:
         return y
     target = target_of(x.device)
-    config = (one_pass if fused else two_pass)(M, K, N, r, form, group_size, x.dtype, target)
-    launch = partial(_launch, rows, B, A, R, scale, bias, y, form, group_size, fused, target)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        sizes = _sizes(M, K, N, sum(split(r)) if fused else 0, form)
-        known = {**sizes, "target": target.name, "bits": 8 * x.element_size()}
-        if tables.autotuning() and not any(known.items() <= row.items() for row in tables.measured(NAME)):
-            tried = [asdict(c) for c in configs(M, K, N, r, form, group_size, x.dtype, target, fused)]
-            card = torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
-            tables.tune(NAME, target, x.dtype, sizes, tried, lambda c: launch(Config(**c)), card)
-            config = (one_pass if fused else two_pass)(M, K, N, r, form, group_size, x.dtype, target)
-        launch(config)
+    shape = (M, K, N, r, form, group_size, x.dtype, target)
+    config = (one_pass if fused else two_pass)(*shape)
+
+    def launch(config: Config) -> None:
+        T = None if fused else _shrink(rows, B, target)
+        _launch(rows, B, A, R, scale, bias, T, y, form, group_size, target, config)
+
+    with torch.cuda.device_of(x):
+        known, options = sizes(M, K, N, summed(r, fused), form), partial(configs, *shape, fused)
+        launch(tables.measure(KERNEL, options, known, x.dtype, target, launch) or config)
     return y
 
 
+def _shrink(x: Tensor, B: Tensor, target: Target) -> Tensor:
+    """`T = x Bᵀ` [M, r], rounded to x's dtype, by lowrank_linear_split's first launch."""
+    (M, K), r = x.shape, B.shape[0]
+    T = torch.empty((1, M, r), dtype=x.dtype, device=x.device)
+    config = lowrank_linear_split.split(M, K, r, r, x.dtype, target)
+    lowrank_linear_split.launch_shrink(x, B, T, replace(config, splits=1))
+    return T[0]
+
+
 def _launch(
-    x: torch.Tensor,
-    B: torch.Tensor,
-    A: torch.Tensor,
-    R: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    form: str,
-    group_size: int,
-    fused: bool,
-    target: Target,
-    config: Config,
-) -> None:
+    x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Tensor | None, bias: Tensor | None, T: Tensor | None, y: Tensor,
+    form: str, group_size: int, target: Target, config: Config,
+) -> None:  # fmt: skip
     (M, K), N, r = x.shape, A.shape[0], B.shape[0]
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    t = y  # not read where T stays in registers
-    if not fused:
-        t = torch.empty((M, r), dtype=x.dtype, device=x.device)
-        BM, BR, BK = shrink_tiles(config, r, x.element_size())
-        _shrink[(-(-M // BM), -(-r // BR))](
-            x, B, t, M, r, *x.stride(), *B.stride(), K, BM, BR, BK, precision, num_warps=4, num_stages=3
-        )  # fmt: skip
     blocks = form == "blockdiag"
-    R1, R2 = split(r) if fused else (0, 0)
+    R1, R2 = two_powers(r) if T is None else (0, 0)
     columns = chunk(x.element_size())
     _residual[(tiles(M, K, N, form, group_size, config),)](
-        x, B, A, R, x if scale is None else scale, x if bias is None else bias, t, y, M, N, r,
+        x, B, A, R, x if scale is None else scale, x if bias is None else bias, y if T is None else T, y, M, N, r,
         *x.stride(), *B.stride(), *A.stride(), *(R.stride() if blocks else (0, *R.stride())),
-        *((0, 0) if scale is None else scale.stride()), 0 if bias is None else bias.stride(0),
-        K, group_size if blocks else min(group_size, K), _form(form, target), R1, R2,
-        0 if fused else -(-r // columns), columns, config.BM, config.BN, config.BK, bias is not None, precision,
-        **options,
+        *strides(scale, 2), *strides(bias, 1),
+        K, group_size if blocks else min(group_size, K), stored(form, target), R1, R2,
+        0 if T is None else triton.cdiv(r, columns), columns, config.BM, config.BN, config.BK,
+        bias is not None, precision(x.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def cases(target: Target) -> list[Case]:
     """Specialisations that must compile without spills, with bounds on their registers."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    sizes = [
-        # form, dtype, M, r, one launch; the most registers on sm_80 and sm_90
-        ("int8", bf16, 12608, 32, True, 176, 182),
-        ("int8", bf16, 12608, 64, True, 188, 215),
-        ("int8", bf16, 12608, 128, True, 0, 244),
-        ("int4", bf16, 12608, 32, True, 212, 184),
-        ("int4", fp16, 12608, 48, True, 183, 185),
-        ("fp8", bf16, 12608, 32, True, 178, 182),
-        ("blockdiag", bf16, 12608, 32, True, 152, 150),
-        ("int8", bf16, 16, 32, True, 136, 88),
-        ("int4", bf16, 12608, 256, False, 176, 187),
-        ("int8", fp16, 12608, 192, False, 186, 140),
-        ("int8", fp32, 12608, 64, True, 180, 184),
-        ("int4", fp32, 12608, 192, False, 120, 114),
+
+    @where_taken
+    def case(form: str, type_: str, M: int, r: int, fused: bool, sm_80: int, sm_90: int) -> Case:
+        """A 768 x 768 layer with groups or blocks of 64 columns, as `_launch` makes it."""
+        dtype = DTYPES[type_]
+        config = (one_pass if fused else two_pass)(M, 768, 768, r, form, 64, dtype, target)
+        types = dict.fromkeys(("x", "B", "A", "scale", "bias", "t", "y"), f"*{type_}")
+        types["R"] = {"int8": "*i8", "blockdiag": f"*{type_}"}.get(form, "*u8")
+        columns = chunk(dtype.itemsize)
+        R1, R2 = two_powers(r) if fused else (0, 0)
+        constants: dict[str, Any] = {
+            "K": 768, "GROUP": 64, "FORM": stored(form, target), "CHUNK": columns,
+            "CHUNKS": 0 if fused else triton.cdiv(r, columns), "R1": R1, "R2": R2,
+            "BM": config.BM, "BN": config.BN, "BK": config.BK, "HAS_BIAS": True, "PRECISION": precision(dtype),
+            "sxk": 1, "sbk": 1, "sar": 1, "srk": 1, "ssg": 1, "sb": 1,
+        }  # fmt: skip
+        aligned = ("x", "B", "A", "R", "scale", "bias", "t", "y", "M", "N", "r", "sxm", "sbr", "san", "srb", "srn")
+        integers = {name: "i32" for name in _residual.arg_names if name not in types and name not in constants}
+        return Case(
+            f"{KERNEL}.{'one' if fused else 'two'}_pass {form} {type_} M={M} r={r}",
+            _residual,
+            {**types, **integers},
+            constants,
+            config.num_warps,
+            config.num_stages,
+            {"sm_80": sm_80, "sm_90": sm_90},
+            aligned,
+            tensor_cores=type_ != "fp32",
+            shared=shared_memory(config, summed(r, fused), form, dtype.itemsize),
+        )
+
+    return [
+        *case("int8", "bf16", 12608, 32, True, sm_80=176, sm_90=182),
+        *case("int8", "bf16", 12608, 64, True, sm_80=188, sm_90=215),
+        *case("int8", "bf16", 12608, 128, True, sm_80=0, sm_90=244),  # not taken on sm_80
+        *case("int4", "bf16", 12608, 32, True, sm_80=212, sm_90=184),
+        *case("int4", "fp16", 12608, 48, True, sm_80=183, sm_90=185),
+        *case("fp8", "bf16", 12608, 32, True, sm_80=178, sm_90=182),
+        *case("blockdiag", "bf16", 12608, 32, True, sm_80=152, sm_90=150),
+        *case("int8", "bf16", 16, 32, True, sm_80=136, sm_90=88),
+        *case("int4", "bf16", 12608, 256, False, sm_80=176, sm_90=187),
+        *case("int8", "fp16", 12608, 192, False, sm_80=186, sm_90=140),
+        *case("int8", "fp32", 12608, 64, True, sm_80=180, sm_90=184),
+        *case("int4", "fp32", 12608, 192, False, sm_80=120, sm_90=114),
     ]
-    found = []
-    for form, dtype, M, r, fused, *registers in sizes:
-        try:
-            config = (one_pass if fused else two_pass)(M, 768, 768, r, form, 64, dtype, target)
-        except Unsupported:
-            continue
-        bounds = dict(zip(("sm_80", "sm_90"), registers, strict=True))
-        found.append(_case(form, dtype, M, r, fused, config, target, bounds))
-    for dtype, *registers in ((bf16, 136, 104), (fp32, 104, 104)):
-        config = two_pass(12608, 768, 768, 256, "int8", 64, dtype, target)
-        found.append(_shrink_case(dtype, config, dict(zip(("sm_80", "sm_90"), registers, strict=True))))
-    return found
-
-
-def _shrink_case(dtype: torch.dtype, config: Config, bounds: dict[str, int]) -> Case:
-    """The launch that computes T [M, 256] of a layer with 768 inputs."""
-    BM, BR, BK = shrink_tiles(config, 256, dtype.itemsize)
-    constants = {"K": 768, "BM": BM, "BR": BR, "BK": BK, "PRECISION": "ieee", "sxk": 1, "sbk": 1}
-    types = {name: f"*{_NAMES[dtype]}" for name in ("x", "B", "t")} | dict.fromkeys(("M", "r", "sxm", "sbr"), "i32")
-    return Case(
-        f"shrink {_NAMES[dtype]} r=256", _shrink, types, constants, 4, 3, bounds, tuple(types),
-        tensor_cores=dtype != torch.float32,
-    )  # fmt: skip
-
-
-def _case(
-    form: str, dtype: torch.dtype, M: int, r: int, fused: bool, config: Config, target: Target, bounds: dict[str, int]
-) -> Case:
-    """The specialisation of a 768 x 768 layer with groups or blocks of 64 columns, as `_launch` makes it."""
-    pointer = f"*{_NAMES[dtype]}"
-    types = {name: pointer for name in ("x", "B", "A", "scale", "bias", "t", "y")}
-    types["R"] = {"int8": "*i8", "blockdiag": pointer}.get(form, "*u8")
-    columns = chunk(dtype.itemsize)
-    constants: dict[str, Any] = {
-        "K": 768, "GROUP": 64, "FORM": _form(form, target), "CHUNK": columns,
-        "CHUNKS": 0 if fused else -(-r // columns),
-        "BM": config.BM, "BN": config.BN, "BK": config.BK, "HAS_BIAS": True, "PRECISION": "ieee",
-        "sxk": 1, "sbk": 1, "sar": 1, "srk": 1, "ssg": 1, "sb": 1,
-    }  # fmt: skip
-    constants["R1"], constants["R2"] = split(r) if fused else (0, 0)
-    aligned = ("x", "B", "A", "R", "scale", "bias", "t", "y", "M", "N", "r", "sxm", "sbr", "san", "srb", "srn")
-    integers = {name: "i32" for name in _residual.arg_names if name not in types and name not in constants}
-    name = f"{form} {_NAMES[dtype]} M={M} r={r} {'one' if fused else 'two'} pass"
-    return Case(
-        name, _residual, {**types, **integers}, constants, config.num_warps, config.num_stages, bounds, aligned,
-        tensor_cores=dtype != torch.float32,
-    )  # fmt: skip

@@ -13,7 +13,8 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,21 @@ VARIABLE = "VITLR_AUTOTUNE"
 Row = Mapping[str, Any]
 
 
-def nearest(kernel: str, target: Target, dtype: torch.dtype, **sizes: int) -> Mapping[str, int] | None:
+def nearest(kernel: str, target: Target, dtype: torch.dtype, **sizes: int | None) -> Mapping[str, int] | None:
     """The config of the row whose sizes are nearest, in octaves, for this target and width of dtype; None: no row.
 
-    A row measured on this machine at exactly these sizes comes first. Between equals the earlier row is taken.
+    A row measured on this machine at exactly these sizes comes first. Between equals the earlier row is taken. A size
+    that is None is not known and not compared.
     """
     bits = 8 * dtype.itemsize
+    known = {name: size for name, size in sizes.items() if size is not None}
     for row in measured(kernel):
-        if _same(row, target, bits) and all(row.get(name) == size for name, size in sizes.items()):
+        if _same(row, target, bits) and known.items() <= row.items():
             return row["config"]
     rows = [row for row in shipped(kernel) if _same(row, target, bits)]
     if not rows:
         return None
-    return min(rows, key=lambda row: _octaves(row, sizes))["config"]
+    return min(rows, key=lambda row: _octaves(row, known))["config"]
 
 
 def _same(row: Row, target: Target, bits: int) -> bool:
@@ -80,6 +83,32 @@ def autotuning() -> bool:
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
+def measure(
+    kernel: str,
+    options: Callable[[], Sequence[Any]],
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+    target: Target,
+    launch: Callable[[Any], Any],
+) -> Any | None:
+    """The fastest of a shape's configs, measured once on this machine if VITLR_AUTOTUNE asks for it; else None.
+
+    None also where there is nothing to choose from, while a CUDA graph is captured, and once a shape has its row:
+    `nearest` then finds it.
+    """
+    if not autotuning() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return None
+    key = {"target": target.name, "bits": 8 * dtype.itemsize, **sizes}
+    if any(key.items() <= row.items() for row in measured(kernel)):
+        return None
+    configs = options()
+    if not configs:
+        return None
+    kind, rows = type(configs[0]), [asdict(config) for config in configs]
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else target.name
+    return kind(**tune(kernel, target, dtype, sizes, rows, lambda row: launch(kind(**row)), card))
+
+
 def tune(
     kernel: str,
     target: Target,
@@ -99,7 +128,7 @@ def tune(
     times, reason = {}, "no config was offered"
     for index, config in enumerate(configs):
         try:
-            times[index] = clock(lambda config=config: run(config))
+            times[index] = clock(partial(run, config))
         except Exception as cause:  # whatever the compiler or the driver raises: another config may do
             reason = f"{type(cause).__name__}: {cause}"
             if torch.cuda.is_available():

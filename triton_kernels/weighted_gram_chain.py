@@ -11,6 +11,7 @@ Floor: `2 b m k² + b m (m + 1) k` FLOPs; W, C and Y once each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tables
-from .compilation import Case
+from .compilation import Case, where_taken
 from .symmetric import triangle
 from .targets import Target, Unsupported, target_of
+from .tiles import fitting
 
-NAME = "weighted_gram_chain"
+KERNEL = "weighted_gram_chain"
+SMALLER = (("num_stages", 2), ("num_stages", 1))
+"""How tiles are cut down where shared memory is short."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,15 @@ def config(b: int, m: int, k: int, dtype: torch.dtype, target: Target) -> Config
         raise Unsupported(f"W is {dtype}, taken are torch.float32 and torch.float64")
     if dtype == torch.float64 and target.name not in ("sm_80", "sm_90", "sm_100", "interpreter"):
         raise Unsupported(f"W is torch.float64 on {target.name}, taken are sm_80, sm_90 and sm_100 (fp64 tensor cores)")
-    row = tables.nearest(NAME, target, dtype, m=m, k=k)
+    row = tables.nearest(KERNEL, target, dtype, m=m, k=k)
     chosen = Config(**row) if row else Config(64, 16, 4, 2)
-    while chosen.shared(dtype.itemsize) > target.shared_memory and chosen.num_stages > 1:
-        chosen = Config(chosen.BM, chosen.BK, chosen.num_warps, chosen.num_stages - 1)
-    if chosen.shared(dtype.itemsize) > target.shared_memory:
-        raise Unsupported(f"its tiles take {chosen.shared(dtype.itemsize)} bytes of shared memory on {target.name}")
-    return chosen
+    return fitting(chosen, SMALLER, lambda option: option.shared(dtype.itemsize), target)
 
 
-def configs(dtype: torch.dtype, target: Target) -> list[dict[str, int]]:
-    """What `tables.tune` measures."""
+def configs(dtype: torch.dtype, target: Target) -> list[Config]:
+    """What VITLR_AUTOTUNE measures: tiles that fit."""
     every = [Config(BM, BK, w, s) for BM, w in ((32, 4), (64, 4), (64, 8), (128, 8)) for BK in (16, 32) for s in (2, 3)]
-    return [vars(c).copy() for c in every if c.shared(dtype.itemsize) <= target.shared_memory]
+    return [c for c in every if c.shared(dtype.itemsize) <= target.shared_memory]
 
 
 def tiles(b: int, m: int, k: int, chosen: Config) -> int:
@@ -113,14 +113,10 @@ def run(W: Tensor, C: Tensor) -> Tensor:
         return W.new_zeros(b, m, m)
     target = target_of(W.device)
     chosen = config(b, m, k, W.dtype, target)
-    with torch.cuda.device(W.device if W.is_cuda else -1):
-        wanted = {"target": target.name, "bits": 8 * W.dtype.itemsize, "m": m, "k": k}
-        if tables.autotuning() and not any(wanted.items() <= row.items() for row in tables.measured(NAME)):
-            card = torch.cuda.get_device_name(W.device) if W.is_cuda else target.name
-            offered, sizes = configs(W.dtype, target), {"m": m, "k": k}
-            found = tables.tune(NAME, target, W.dtype, sizes, offered, lambda c: _launch(W, C, Config(**c)), card)
-            chosen = Config(**found)
-        return _launch(W, C, chosen)
+    options, sizes = partial(configs, W.dtype, target), {"m": m, "k": k}
+    with torch.cuda.device_of(W):
+        measured = tables.measure(KERNEL, options, sizes, W.dtype, target, partial(_launch, W, C))
+        return _launch(W, C, measured or chosen)
 
 
 def _launch(W: Tensor, C: Tensor, chosen: Config) -> Tensor:
@@ -146,30 +142,32 @@ def _launch(W: Tensor, C: Tensor, chosen: Config) -> Tensor:
 
 def cases(target: Target) -> list[Case]:
     """Both launches in both dtypes at n = 768, the second also for `Lᵀ M L`, where the rows of W are columns of L."""
-    bounds = {torch.float64: {"sm_80": 132, "sm_90": 132}, torch.float32: {"sm_80": 172, "sm_90": 172}}
+    bounds = {torch.float64: 132, torch.float32: 172}  # registers, on sm_80 and sm_90
     strides = ("x_b", "x_m", "x_k", "y_b", "y_k", "y_n", "o_b", "o_m", "o_n")
-    found = []
-    for dtype, kind in ((torch.float64, tl.float64), (torch.float32, tl.float32)):
+
+    @where_taken
+    def case(kind: Any, launch: str, ones: tuple[str, ...]) -> Case:
+        dtype = torch.float64 if kind == tl.float64 else torch.float32
         chosen = config(48, 768, 768, dtype, target)
-        for launch, ones in (
-            ("W C", ("x_k", "y_n", "o_n")),
-            ("P Wᵀ", ("x_k", "y_k", "o_n")),
-            ("P Wᵀ, W transposed", ("x_k", "y_n", "o_n")),
-        ):
-            types = {p: f"*{kind}" for p in ("p_X", "p_Y", "p_out")} | dict.fromkeys(("M", "N", *strides), "i32")
-            constants = {"K": 768, "TRIANGLE": launch != "W C", "BM": chosen.BM, "BK": chosen.BK, "DTYPE": kind}
-            found.append(
-                Case(
-                    name=f"{NAME} {kind} {launch}",
-                    kernel=product,
-                    types={name: kind for name, kind in types.items() if name not in ones},
-                    constants=constants | dict.fromkeys(ones, 1),
-                    num_warps=chosen.num_warps,
-                    num_stages=chosen.num_stages,
-                    registers=bounds[dtype],
-                    aligned=tuple(name for name in types if name not in ones),
-                    # fp64 has mma.sync on every architecture; fp32 in IEEE has no tensor cores at all
-                    tensor_cores=dtype == torch.float64 and target.name == "sm_80",
-                )
-            )
-    return found
+        types = {p: f"*{kind}" for p in ("p_X", "p_Y", "p_out")} | dict.fromkeys(("M", "N", *strides), "i32")
+        constants = {"K": 768, "TRIANGLE": launch != "W C", "BM": chosen.BM, "BK": chosen.BK, "DTYPE": kind}
+        return Case(
+            f"{KERNEL} {kind} {launch}",
+            product,
+            {name: type_ for name, type_ in types.items() if name not in ones},
+            constants | dict.fromkeys(ones, 1),
+            chosen.num_warps,
+            chosen.num_stages,
+            dict.fromkeys(("sm_80", "sm_90"), bounds[dtype]),
+            tuple(name for name in types if name not in ones),
+            # fp64 has mma.sync on every architecture; fp32 in IEEE has no tensor cores at all
+            tensor_cores=dtype == torch.float64 and target.name == "sm_80",
+            shared=chosen.shared(dtype.itemsize),
+        )
+
+    launches = (
+        ("W C", ("x_k", "y_n", "o_n")),
+        ("P Wᵀ", ("x_k", "y_k", "o_n")),
+        ("P Wᵀ, W transposed", ("x_k", "y_n", "o_n")),
+    )
+    return [found for kind in (tl.float64, tl.float32) for launch in launches for found in case(kind, *launch)]

@@ -133,12 +133,8 @@ def test_factors_of_other_ranks_than_registers_hold(poison, device, dtype):
     check(split.run(*args, "none"), args)
 
 
-def test_exact_products_unless_torch_may_round_to_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
-    assert row_block.precision(torch.float32) == "ieee"
+def test_tensor_cores_take_larger_tiles_than_exact_products(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
-    assert row_block.precision(torch.float32) == "tf32" and row_block.precision(torch.float16) == "ieee"
-    # Tensor cores take larger tiles than exact products do.
     tiles = [row_block.row_block(4096, 768, 768, r, True, torch.float32, TARGETS["sm_90"]).BM for r in (64, 128, 256)]
     assert tiles == [64, 64, 64]
 
@@ -177,8 +173,6 @@ def test_a_compiled_module(triton_backend, device):
 def test_tiles_are_measured_once_where_the_user_asks(kernel, monkeypatch, tmp_path, device):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("VITLR_AUTOTUNE", "1")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     clocked = []
     monkeypatch.setattr(tables, "_median", lambda run: (run(), clocked.append(1), len(clocked))[2])
     tables.measured.cache_clear()
@@ -187,7 +181,7 @@ def test_tiles_are_measured_once_where_the_user_asks(kernel, monkeypatch, tmp_pa
         for _ in range(2):
             check(kernel.run(*args, "none"), args)
         (row,) = tables.measured(kernel.KERNEL)
-        assert len(clocked) > 1 and (row["M"], row["r"], row["from"]) == (5, 6, "a card")
+        assert len(clocked) > 1 and (row["M"], row["r"]) == (5, 6) and row["from"]
         kernel.Config(**row["config"])
     finally:
         tables.measured.cache_clear()

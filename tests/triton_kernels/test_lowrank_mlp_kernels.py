@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -223,46 +219,11 @@ def test_autotune_measures_once(device, monkeypatch, tmp_path):
     tables.measured.cache_clear()
     seen = []
     monkeypatch.setattr(tables, "_median", lambda function: seen.append(function()) or len(seen))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a card")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
         kernel, "configs", lambda *_: [kernel.Config(64, 32, 32, 32, 4, 2), kernel.Config(64, 64, 32, 32, 4, 2)]
     )
     args = arguments(9, 32, 64, 32, 16, 16, torch.float16, device)
     for _ in range(2):
         check(kernel.run, args)
-    assert len(seen) == 2 and [row["from"] for row in tables.measured("lowrank_mlp")] == ["a card"]
+    assert len(seen) == 2 and len(tables.measured("lowrank_mlp")) == 1
     tables.measured.cache_clear()
-
-
-GATE = """
-import importlib, sys, torch, vitlr
-from vitlr.triton_kernels.compilation import compile_case
-from vitlr.triton_kernels.targets import TARGETS
-module = importlib.import_module("vitlr.triton_kernels." + sys.argv[1])
-dtypes = {"*bf16": torch.bfloat16, "*fp16": torch.float16, "*fp32": torch.float32}
-for name in ("sm_80", "sm_90"):
-    for case in module.cases(TARGETS[name])[int(sys.argv[2]) :: 4]:
-        report = compile_case(case, TARGETS[name])
-        print(report.case, name, report.registers, report.shared)
-        assert not report.problems, (report.case, name, report.problems)
-        if case.kernel is not module._row_block:
-            continue
-        c = case.constants
-        staged = int(any(c.get(tensor, 0) is not None for tensor in ("T", "Tg") if tensor in case.kernel.arg_names))
-        config = module.Config(*(c[tile] for tile in ("BM", "BD", "BK", "BN")), case.num_warps, case.num_stages, staged)
-        ranks = [c[r + "A"] + c[r + "B"] or None for r in ("R1", "RG", "RV", "R2") if r + "A" in c]
-        shared = [c["SHARED"]] if "SHARED" in c else []
-        told = module.shared_memory(config, *ranks, *shared, dtypes[case.types["x"]])
-        assert report.shared <= told, (report.case, name, report.shared, told)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["lowrank_mlp", "lowrank_glu"])
-@pytest.mark.parametrize("part", range(4))
-def test_compiles_without_a_gpu(module, part):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-c", GATE, module, str(part)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -93,6 +94,27 @@ def test_nothing_that_runs_is_an_error_that_says_why():
     with pytest.raises(RuntimeError, match=r"toy: none of 1 configs runs for \{'r': 64\}.*no room"):
         tables.tune("toy", SM90, torch.bfloat16, {"r": 64}, [{"BM": 1}], run, "a card", lambda function: function())
     assert not tables.cache_file("toy").exists()
+
+
+@dataclass(frozen=True)
+class Config:
+    BM: int
+
+
+def test_measuring_is_asked_for_and_happens_once(monkeypatch):
+    ran = []
+
+    def measure(options, **sizes):
+        return tables.measure("toy", lambda: options, sizes, torch.float16, SM90, ran.append)
+
+    monkeypatch.setattr(tables, "_median", lambda function: function() or len(ran))
+    assert measure([Config(8), Config(4)], r=64) is None and not ran
+    monkeypatch.setenv("VITLR_AUTOTUNE", "1")
+    assert measure([], r=64) is None, "nothing to choose from"
+    assert measure([Config(8), Config(4)], r=64) == Config(8)
+    assert measure([Config(8), Config(4)], r=64) is None and ran == [Config(8), Config(4)]
+    assert nearest(r=64) == nearest(r=64, M=None) == {"BM": 8}, "a size that is not known is not compared"
+    assert nearest(r=64, M=197) == {"BM": 16}
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"rows": 1}', '[{"target": "sm_90"}]', ""])

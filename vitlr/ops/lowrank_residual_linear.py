@@ -17,6 +17,7 @@ from vitlr.ops._codes import FORMS, FP8, code_dtype, code_shape, decode, dequant
 from vitlr.ops.lowrank_linear import bias_gradient, check_pair, gradients
 
 OP = "lowrank_residual_linear"
+CONFIG = "lowrank_residual_config"  # of its Triton kernel
 
 
 class Key(NamedTuple):
@@ -264,7 +265,7 @@ def _kernel_floor(variant: str) -> Any:
     """The floor of a variant in µs: its own FLOPs on whole waves of tiles or the compulsory bytes, and T's launch."""
 
     def floor(key: Key, ceilings: _dispatch.Ceilings) -> float | None:
-        kernels, (rows, K, N, r, form, group_size, dtype) = _triton.kernels(OP), _sizes(key)
+        kernels, (rows, K, N, r, form, group_size, dtype) = _triton.kernels(CONFIG), _sizes(key)
         M, fused = rows or 1, variant == "one_pass"
         target = _triton.kernels("targets").target_of(key.device)
         config = getattr(kernels, variant)(*_sizes(key), target)
@@ -283,7 +284,7 @@ _LAUNCH = 2e9  # FLOPs that a GPU of the H200's class does while a launch gets g
 
 def _one_pass_pays(key: Key) -> str | None:
     """Every tile along N computes T again: it has to cost less than the launch that computes it once."""
-    kernels = _triton.kernels(OP)
+    kernels = _triton.kernels(CONFIG)
     config = kernels.one_pass(*_sizes(key), _triton.kernels("targets").target_of(key.device))
     given = (key.M or 1, key.K, key.N, key.r, key.form, key.group_size, config)
     again = kernels.flops(*given, True) - kernels.flops(*given, False) - 2 * (key.M or 1) * key.r * key.K
