@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 
 import vitlr
 from vitlr import surfaces
 from vitlr.folding import fold
-from vitlr.nn import FoldedScale, LowRankLinear
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear
 from vitlr.surgery import fused_names
 
 
@@ -126,3 +128,48 @@ def test_what_would_not_be_exact_is_left_alone(small, change):
     folded = fold(small)
     assert "blocks.0.norm1" not in folded
     assert all(torch.equal(value, before[name]) for name, value in small.blocks[0].attn.qkv.state_dict().items())
+
+
+GATED = {"packed": SwiGLUPacked, "gate last": GluMlp, "split": SwiGLU}
+
+
+@pytest.fixture(params=GATED)
+def gated(request, tiny_vit):
+    """Two blocks with layer scale and gated MLPs, everything low-rank."""
+    layer = partial(GATED[request.param], act_layer=torch.nn.SiLU)
+    model = tiny_vit("vit_small_patch14_dinov2", patch_size=8, init_values=0.3, mlp_layer=layer).double()
+    for name in surfaces.targets(model):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, LowRankLinear.from_linear(model.get_submodule(name), 7))
+    return model.eval()
+
+
+def test_gated_mlps_are_folded_too(gated, x):
+    fused = vitlr.fuse(gated)
+    assert all(isinstance(block.mlp, LowRankGLU) for block in fused.blocks)
+    torch.testing.assert_close(fused(x), gated(x), rtol=1e-12, atol=1e-12)
+    for block in fused.blocks:
+        assert torch.equal(block.norm2.weight, torch.ones_like(block.norm2.weight)) and not block.norm2.bias.any()
+        assert isinstance(block.ls2, FoldedScale)
+    back = vitlr.unfuse(fused)
+    assert [type(module) for module in back.modules()] == [type(module) for module in gated.modules()]
+    torch.testing.assert_close(back(x), gated(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("what", ["dense", "without bias", "hooked", "one for both"])
+def test_a_norm_before_gate_and_value_is_folded_into_both_or_neither(tiny_vit, x, what):
+    model = tiny_vit("vit_small_patch14_dinov2", patch_size=8, init_values=0.3, mlp_layer=SwiGLU).double()
+    mlp = model.blocks[0].mlp
+    for name in ("fc1_g", "fc1_x")[what == "dense" :]:
+        setattr(mlp, name, LowRankLinear.from_linear(getattr(mlp, name), 7))
+    if what == "without bias":
+        mlp.fc1_x.up.bias = None
+    elif what == "one for both":
+        mlp.fc1_x = mlp.fc1_g
+    fused = vitlr.fuse(model, fold=False)
+    if what == "hooked":
+        fused.blocks[0].mlp.fc1_g.register_forward_hook(lambda *_: None)
+    before, expected = copy.deepcopy(fused.state_dict()), fused(x)
+    assert "blocks.0.norm2" not in fold(fused)
+    assert all(torch.equal(value, before[name]) for name, value in fused.state_dict().items() if "mlp" in name)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)

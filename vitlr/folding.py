@@ -24,8 +24,8 @@ def fold(model: nn.Module) -> list[str]:
     shift before a layer without bias. In exact arithmetic the function is the same; the factors are rounded once.
     """
     folded, users = [], _users(model)
-    for name, consumer in surfaces.norms_before(model):
-        if _fold_norm(model.get_submodule(name), model.get_submodule(consumer), users):
+    for name, consumers in surfaces.norms_before(model):
+        if _fold_norm(model.get_submodule(name), [model.get_submodule(low) for low in consumers], users):
             folded.append(name)
     for name, producer in surfaces.scales_after(model):
         scale, low = model.get_submodule(name), model.get_submodule(producer)
@@ -44,20 +44,22 @@ def fold(model: nn.Module) -> list[str]:
     return folded
 
 
-def _fold_norm(norm: nn.Module, low: nn.Module, users: dict[int, int]) -> bool:
-    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or not (_free(norm, users) and _free(low, users)):
+def _fold_norm(norm: nn.Module, consumers: list[nn.Module], users: dict[int, int]) -> bool:
+    """Fold a norm into all the layers that it feeds, or into none of them."""
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or not _free(norm, users):
         return False
-    assert isinstance(low, LowRankLinear)
     gamma, beta = norm.weight.double(), None if norm.bias is None else norm.bias.double()
     shifted = beta is not None and bool(beta.any())
-    if not torch.isfinite(gamma).all() or (shifted and low.up.bias is None):
+    if not torch.isfinite(gamma).all() or (beta is not None and not torch.isfinite(beta).all()):
         return False
-    if shifted:
-        assert beta is not None
-        if not torch.isfinite(beta).all():
-            return False
-        _set(low.up.bias, low.up.bias.double() + low.up.weight.double() @ (low.down.weight.double() @ beta))
-    _set(low.down.weight, low.down.weight.double() * gamma)
+    lows = [low for low in consumers if isinstance(low, LowRankLinear) and _free(low, users)]
+    if len(lows) < len(consumers) or (shifted and any(low.up.bias is None for low in lows)):
+        return False
+    for low in lows:
+        if shifted:
+            assert beta is not None
+            _set(low.up.bias, low.up.bias.double() + low.up.weight.double() @ (low.down.weight.double() @ beta))
+        _set(low.down.weight, low.down.weight.double() * gamma)
     norm.weight.fill_(1)
     if norm.bias is not None:
         norm.bias.zero_()
@@ -72,9 +74,9 @@ def _free(module: nn.Module, users: dict[int, int]) -> bool:
 
 
 def _users(model: nn.Module) -> dict[int, int]:
-    """How often each parameter is registered in the model."""
+    """How often each parameter is registered in the model, once for every name of a module that has several."""
     count: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None:
                 count[id(parameter)] = count.get(id(parameter), 0) + 1

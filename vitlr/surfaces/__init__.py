@@ -144,10 +144,10 @@ def make_visible(model: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def norms_before(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (norm, low-rank layer) by name where the norm feeds that layer and nothing else."""
+def norms_before(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (norm, low-rank layers) by name where the norm feeds those layers and nothing else."""
     for norm, first, _, _ in timm.half_blocks(model):
-        if isinstance(model.get_submodule(first), LowRankLinear):
+        if all(isinstance(model.get_submodule(name), LowRankLinear) for name in first):
             yield norm, first
 
 

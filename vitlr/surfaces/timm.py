@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vitlr.nn import LowRankMLP
+from vitlr.nn import LowRankGLU, LowRankMLP
 
 SWITCH = "qkv_bias_separate"
 """timm's attribute of BEiT, EVA and SwinV2 attention: True calls `qkv` and adds the bias after it."""
@@ -53,11 +53,12 @@ _BLOCKS = ("timm.models.vision_transformer.Block",)
 _ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
 
-def half_blocks(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (norm, first linear, last linear, scale) by name, for both halves of every pre-norm block.
+def half_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
+    """Yield (norm, first linears, last linear, scale) by name, for both halves of every pre-norm block.
 
-    `x + scale(half(norm(x)))` where the norm feeds nothing but the first linear and the scale gets what the last one
-    returns. Only classes whose forward is known are taken, since this cannot be seen from what a module holds.
+    `x + scale(half(norm(x)))` where the norm feeds nothing but the first linears (two in a gated MLP whose gate and
+    value are not packed) and the scale gets what the last one returns. Only classes whose forward is known are taken,
+    since this cannot be seen from what a module holds.
     Source: timm/models/vision_transformer.py, timm/layers/attention.py.
     """
     for name, block in model.named_modules():
@@ -66,9 +67,16 @@ def half_blocks(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
         prefix = f"{name}." if name else ""
         attention = block.get_submodule("attn")
         if class_of(attention) in _ATTENTION and getattr(attention, "gate", None) is None:
-            yield f"{prefix}norm1", f"{prefix}attn.qkv", f"{prefix}attn.proj", f"{prefix}ls1"
-        if isinstance(block.get_submodule("mlp"), LowRankMLP):
-            yield f"{prefix}norm2", f"{prefix}mlp.fc1", f"{prefix}mlp.fc2", f"{prefix}ls2"
+            yield f"{prefix}norm1", (f"{prefix}attn.qkv",), f"{prefix}attn.proj", f"{prefix}ls1"
+        mlp = block.get_submodule("mlp")
+        if isinstance(mlp, (LowRankMLP, LowRankGLU)):
+            first = ("fc1",) if "fc1" in mlp._modules else ("fc1_g", "fc1_x")
+            yield (
+                f"{prefix}norm2",
+                tuple(f"{prefix}mlp.{linear}" for linear in first),
+                f"{prefix}mlp.fc2",
+                f"{prefix}ls2",
+            )
 
 
 def class_of(module: nn.Module) -> str:
