@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
     from vitlr.evaluation import evaluate
     from vitlr.models import create_model
-    from vitlr.nn import LowRankLinear, LowRankMLP, ResidualLowRankLinear
+    from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
     from vitlr.pipeline import apply, compress, plan
     from vitlr.plans import Plan
     from vitlr.spectra import Spectra
@@ -31,7 +31,7 @@ _HOMES = {
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "evaluation": ("evaluate",),
     "models": ("create_model",),
-    "nn": ("LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"),
+    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"),
     "pipeline": ("apply", "compress", "plan"),
     "plans": ("Plan",),
     "spectra": ("Spectra",),
@@ -43,6 +43,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Budget",
     "InputError",
+    "LowRankGLU",
     "LowRankLinear",
     "LowRankMLP",
     "NumericalError",

@@ -14,7 +14,7 @@ from vitlr.errors import InputError
 _PACKAGES = ("vitlr", "torch", "torchvision", "triton", "timm", "safetensors", "numpy", "typer", "rich")
 _OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao")
 _VARIABLES = ("VITLR_BACKEND", "VITLR_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-_ROWS, _WIDTH, _HIDDEN, _RANK = 8 * 197, 768, 3072, 192  # eight images through a block of ViT-B
+_ROWS, _WIDTH, _HIDDEN, _BLOCKS, _RANK = 8 * 197, 768, 3072, 12, 192  # eight images through a block of ViT-B
 
 
 def diagnose() -> dict[str, Any]:
@@ -124,12 +124,16 @@ def _native() -> dict[str, Any]:
 
 
 def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
-    """One call of every op, as a block of ViT-B makes it: fp32 on a CPU, bf16 on a GPU."""
+    """One call of every op, as a block of ViT-B or its decomposition makes it: fp32 on a CPU, bf16 on a GPU."""
     on = {"dtype": torch.bfloat16 if device.type == "cuda" else torch.float32, "device": device}
+    layer = {"M": _ROWS, "K": _WIDTH, **on}
     return {
         "gram_update_": {"T": _ROWS, "n": _WIDTH, **on},
-        "lowrank_linear": {"M": _ROWS, "K": _WIDTH, "N": 3 * _WIDTH, "r": _RANK, **on},
-        "lowrank_mlp": {"M": _ROWS, "K": _WIDTH, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK, **on},
+        "weighted_gram_chain": {"b": _BLOCKS, "m": _WIDTH, "k": _WIDTH, "device": device},
+        "lowrank_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK},
+        "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
+        "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
+        "lowrank_glu": {**layer, "D": _HIDDEN * 2 // 3, "N": _WIDTH, "rg": _RANK, "rv": _RANK, "r2": _RANK},
     }
 
 
