@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitlr.classes import label_images, num_classes, read_class_map, some
 from vitlr.errors import InputError
+from vitlr.modes import seeded
 
 _logger = logging.getLogger(__name__)
 _MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
@@ -63,6 +64,32 @@ class Loader:
         if self.skipped > known:
             count, examples = self.skipped, self._examples()
             _logger.warning("skipped %d of %d images that could not be read: %s", count, self.images, examples)
+
+    def subset(self, positions: Sequence[int]) -> Loader:
+        """The images at these positions of the fixed order, transformed as here."""
+        return Loader(
+            self.dataset.subset(positions), self.path, self.batch_size, self.workers, self._batches.pin_memory
+        )
+
+    def augmented(
+        self, batches: Iterable[Sequence[tuple[int, int]]], *, scale: tuple[float, float], color_jitter: float
+    ) -> Iterator[Tensor]:
+        """For every list of (position, seed) a batch `[B, C, H, W]` under timm's training transform.
+
+        Random resized crop (`scale`: shares of the area), flip and colour jitter are drawn from the seeds alone, so
+        the same lists give the same pixels with any number of workers. Files that cannot be read are left out.
+        """
+        loader = DataLoader(
+            self.dataset.augmented(scale, color_jitter),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self._batches.pin_memory,
+            generator=torch.Generator(),
+        )
+        for images, _, corrupt in loader:
+            self._corrupt.update(corrupt)
+            yield images
 
     def _examples(self) -> str:
         return some(list(self._corrupt.values()))
@@ -148,6 +175,7 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
         from timm.data import create_transform
 
         self.reader, self.chosen = reader, chosen  # (index in the reader, the model's class)
+        self.config = config
         self.mode = "L" if config["input_size"][0] == 1 else "RGB"
         self.side = max(config["input_size"][-2:]) / (config["crop_pct"] or 1.0)
         self.transform = create_transform(**config, is_training=False)
@@ -155,7 +183,16 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
     def __len__(self) -> int:
         return len(self.chosen)
 
+    def subset(self, positions: Sequence[int]) -> _Images:
+        return _Images(self.reader, [self.chosen[i] for i in positions], self.config)
+
+    def augmented(self, scale: tuple[float, float], color_jitter: float) -> _Augmented:
+        return _Augmented(self, scale, color_jitter)
+
     def __getitem__(self, item: int) -> tuple[Any, Any, Any]:
+        return self.read(item, self.transform)
+
+    def read(self, item: int, transform: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
         index, label = self.chosen[item]
         try:
             image = self._decode(index)
@@ -163,7 +200,7 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
             raise
         except Exception as cause:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
             return None, index, f"{self.reader.filename(index) or f'image {index}'} ({_reason(cause)})"
-        return self.transform(image), label, None
+        return transform(image), label, None
 
     def _decode(self, index: int) -> Any:
         from PIL import Image
@@ -175,6 +212,24 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
             if max(width * height, self.side**2 * long / short) > _MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are too many")
             return image.convert(self.mode)
+
+
+class _Augmented(Dataset[tuple[Any, Any, Any]]):
+    """The same images under timm's training transform, asked for by (position, seed)."""
+
+    def __init__(self, images: _Images, scale: tuple[float, float], color_jitter: float) -> None:
+        from timm.data import create_transform
+
+        keys = ("input_size", "interpolation", "mean", "std")
+        config = {key: images.config[key] for key in keys}
+        jitter = color_jitter if images.mode == "RGB" else 0.0
+        self.images = images
+        self.transform = create_transform(**config, is_training=True, scale=scale, color_jitter=jitter)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, Any, Any]:
+        position, seed = item
+        with seeded(seed):
+            return self.images.read(position, self.transform)
 
 
 def _collate(items: Sequence[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, dict[int, str]]:
