@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
     from vitlr.pipeline import apply, compress, plan
     from vitlr.plans import Plan
+    from vitlr.refinement import refine
     from vitlr.spectra import Spectra
     from vitlr.statistics import Statistics
     from vitlr.surgery import fuse, to_dense, unfuse
@@ -34,6 +35,7 @@ _HOMES = {
     "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"),
     "pipeline": ("apply", "compress", "plan"),
     "plans": ("Plan",),
+    "refinement": ("refine",),
     "spectra": ("Spectra",),
     "statistics": ("Statistics",),
     "surgery": ("fuse", "to_dense", "unfuse"),
@@ -63,6 +65,7 @@ __all__ = [
     "load",
     "parse_budget",
     "plan",
+    "refine",
     "save",
     "to_dense",
     "unfuse",

@@ -1,0 +1,136 @@
+"""The joint rung: repeatable, resumable to the bit, and calm when numbers fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_ladder import same
+
+import vitlr
+from vitlr import InputError
+from vitlr.nn import LowRankLinear
+from vitlr.refinement import joint as joint_rung
+from vitlr.refinement.joint import balance_factors
+
+
+@pytest.fixture
+def joint(pair, proxy_images, quick):
+    dense, small = pair
+
+    def run(**options):
+        return vitlr.refine(small, dense, proxy_images, rungs=["joint"], **{**quick, **options})
+
+    return run
+
+
+def test_the_seed_decides(joint):
+    first = joint()
+    assert same(first, joint()) and not same(first, joint(seed=1))
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [3, 8, 17])
+def test_an_interrupted_run_goes_on_to_the_same_bits(joint, tmp_path, at):
+    whole = joint()
+
+    def cut(done, total):
+        if done == at:
+            raise Cut
+
+    with pytest.raises(Cut):
+        joint(resume=tmp_path / "snapshots", progress=cut)
+    steps = []
+    resumed = joint(resume=tmp_path / "snapshots", progress=lambda done, total: steps.append(done))
+    assert steps[0] == at // 8 * 8 + 1 and steps[-1] == 24
+    assert same(resumed, whole)
+    assert resumed.vitlr_refinement.rungs[0].after == whole.vitlr_refinement.rungs[0].after
+    again = joint(resume=tmp_path / "snapshots", progress=lambda *_: pytest.fail("it had finished"))
+    assert same(again, whole)
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["after_joint.safetensors"]
+
+
+def test_snapshots_of_another_run_are_refused(joint, tmp_path):
+    joint(resume=tmp_path)
+    with pytest.raises(InputError, match="another run: its recipe"):
+        joint(resume=tmp_path, seed=1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot keep snapshots"):
+        joint(resume=tmp_path / "file")
+    (tmp_path / "after_joint.safetensors").write_text("cut short")
+    with pytest.raises(InputError, match="not a whole"):
+        joint(resume=tmp_path)
+
+
+def test_a_loss_that_is_no_number_ends_it_with_the_best_so_far(joint, monkeypatch):
+    real, calls = joint_rung.divergence, []
+
+    def sick(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) > 13 else 1)
+
+    monkeypatch.setattr(joint_rung, "divergence", sick)
+    rung = (refined := joint()).vitlr_refinement.rungs[0]
+    assert "nan at step 14" in rung.note and rung.steps == 14 and rung.kept and rung.after.kl < rung.before.kl
+    monkeypatch.setattr(joint_rung, "divergence", real)
+    assert all(torch.isfinite(p).all() for p in refined.parameters())
+    calls += [1] * 13
+    monkeypatch.setattr(joint_rung, "divergence", sick)
+    rung = joint().vitlr_refinement.rungs[0]
+    assert "nan at step 1" in rung.note and not (rung.after.kl > rung.before.kl + 1e-6)
+
+
+def test_a_diverging_run_gives_back_what_it_got(joint):
+    refined = joint(lr=10.0, ema=0.0, patience=2)
+    rung = refined.vitlr_refinement.rungs[0]
+    assert rung.after.kl <= rung.before.kl + 1e-6
+    assert rung.steps < 24 and ("no gain" in rung.note or "stopped" in rung.note)
+
+
+def test_frozen_parameters_stay_frozen(pair, proxy_images, quick):
+    dense, small = pair
+    names = [name for name, _ in small.named_parameters() if name.startswith(("blocks.0", "head"))]
+    for name in names:
+        small.get_parameter(name).requires_grad_(False)
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["joint"], **quick)
+    moved = {n for n, p in refined.named_parameters() if not torch.equal(p, small.get_parameter(n))}
+    assert moved and not moved & set(names)
+    assert not refined.head.weight.requires_grad and refined.norm.weight.requires_grad
+
+
+def test_a_parameter_that_no_gradient_reaches_is_left_alone(pair, proxy_images, quick, tmp_path):
+    dense, small = pair
+    small.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["joint"], resume=tmp_path, **quick)
+    assert refined.vitlr_refinement.rungs[0].kept and torch.equal(refined.unused, torch.ones(3))
+
+
+def test_minutes_become_steps(joint, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(joint_rung.time, "monotonic", lambda: next(clock) * 0.5)
+    # A judgement takes one tick (half a second) and is shared by 8 steps; six steps take one tick.
+    assert joint(minutes=0.1, steps=None, patience=99).vitlr_refinement.rungs[0].steps == int(6 / (0.5 / 6 + 0.5 / 8))
+
+
+def test_autocast_and_a_temperature_run(joint):
+    for options in ({"amp": True, "temperature": 2.0}, {"features": 0.0, "mixup": False, "weight_decay": 0.1}):
+        rung = joint(**options).vitlr_refinement.rungs[0]
+        assert rung.kept and rung.after.kl < rung.before.kl, options
+
+
+def test_balancing_changes_no_product():
+    A, B = torch.randn(12, 4, dtype=torch.float64) * 100, torch.randn(4, 9, dtype=torch.float64) / 100
+    layer = LowRankLinear.from_factors(A, B)
+    balance_factors(layer)
+    torch.testing.assert_close(layer.up.weight @ layer.down.weight, A @ B)
+    sizes = [torch.linalg.svdvals(f.detach()) for f in (layer.up.weight, layer.down.weight)]
+    torch.testing.assert_close(*sizes)
+
+
+def test_attention_is_given_back(joint, pair):
+    dense, _ = pair
+    before = [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]
+    after = [m.fused_attn for m in joint().modules() if hasattr(m, "fused_attn")]
+    assert before == after == [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]

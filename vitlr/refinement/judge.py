@@ -1,0 +1,67 @@
+"""How far a model is from the dense one on the held-out images: the judge of every rung."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlr.errors import NumericalError
+from vitlr.inputs import to_model
+from vitlr.losses import first_tensor, is_logits
+from vitlr.modes import evaluation_mode
+
+
+@dataclass(frozen=True)
+class Distance:
+    """`kl` in nats (half the squared distance of normalised features without logits), `agreement` in percent."""
+
+    kl: float
+    agreement: float | None
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.4f}" + ("" if self.agreement is None else f", agreement {self.agreement:.1f} %")
+
+
+class Judge:
+    """Compares models with the dense one on `images`, whose dense answers are computed once.
+
+    Raises `NumericalError` where the dense answers hold NaN or Inf; a model whose answers do is infinitely far.
+    """
+
+    def __init__(self, reference: nn.Module, images: Tensor, batch_size: int) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.logits = False
+        self.expected = self._answers(reference)
+        if not torch.isfinite(self.expected).all():
+            raise NumericalError("the dense model's answers hold NaN or Inf; check its weights, or use float32")
+
+    def __call__(self, model: nn.Module) -> Distance:
+        answers = self._answers(model)
+        if not torch.isfinite(answers).all():
+            return Distance(math.inf, None)
+        agreement = None
+        if self.logits:
+            agreement = 100 * float((answers.argmax(1) == self.expected.argmax(1)).double().mean())
+        return Distance(float(divergence(self.expected, answers, self.logits)), agreement)
+
+    @torch.no_grad()
+    def _answers(self, model: nn.Module) -> Tensor:
+        found = []
+        with evaluation_mode(model):
+            for images in self.images.split(self.batch_size):
+                answer = model(to_model(model, images))
+                self.logits = is_logits(model, answer)
+                found.append(first_tensor(answer).double().flatten(1).cpu())
+        return torch.cat(found)
+
+
+def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
+    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
+    if not logits:
+        return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
+    p, q = (expected / temperature).log_softmax(1), (answers / temperature).log_softmax(1)
+    return temperature**2 * (p.exp() * (p - q)).sum(1).mean()

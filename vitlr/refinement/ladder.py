@@ -1,0 +1,143 @@
+"""The ladder: rung after rung, each kept only if held-out images agree."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitlr import surgery
+from vitlr.errors import InputError
+from vitlr.refinement.blocks import lowrank_layers
+from vitlr.refinement.images import Proxy
+from vitlr.refinement.joint import joint
+from vitlr.refinement.judge import Judge
+from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
+from vitlr.refinement.refit import refit
+from vitlr.refinement.report import Refinement, Rung
+from vitlr.refinement.residual import residual
+from vitlr.refinement.snapshots import Snapshots, copied, restore
+from vitlr.statistics import fingerprint
+
+Progress = Callable[[int, "int | None"], None]
+
+
+def refine(
+    model: nn.Module,
+    reference: nn.Module,
+    loader: Iterable[Any],
+    *,
+    rungs: str | Sequence[str] = "joint",
+    resume: str | os.PathLike[str] | None = None,
+    inplace: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
+
+    `rungs` "refit", "residual" or "joint" runs all up to that one, a sequence exactly those; `options` are the fields
+    of `vitlr.refinement.Recipe` (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held out
+    and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
+    back worse on them. The same seed gives the same result, with any number of workers.
+    `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
+    The `Refinement` report is left in `model.vitlr_refinement` and, for the file, in `model.vitlr_info["recipe"]`.
+
+    Raises `InputError` for fewer than 32 images, images all alike, unknown options, models without low-rank layers,
+    fused, in half precision or frozen throughout, and snapshots of another run; `NumericalError` where the dense
+    model's answers are not finite.
+    """
+    recipe, wanted = make_recipe(options), parse_rungs(rungs)
+    _check(model, reference, wanted)
+    model = model if inplace else copy.deepcopy(model)
+    if not wanted:
+        return model
+    proxy = Proxy(loader)
+    judge = Judge(reference, proxy.held, recipe.batch_size)
+    run = {
+        "model": fingerprint(dict(model.named_parameters())),
+        "reference": fingerprint(dict(reference.named_parameters())),
+        "images": proxy.count + len(proxy.held),
+        "rungs": list(wanted),
+        "recipe": asdict(recipe),
+    }
+    _attach(model, _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), progress))
+    return model
+
+
+def _climb(
+    model: nn.Module,
+    reference: nn.Module,
+    proxy: Proxy,
+    judge: Judge,
+    recipe: Recipe,
+    wanted: tuple[str, ...],
+    snapshots: Snapshots,
+    progress: Progress | None,
+) -> Refinement:
+    rungs: list[Rung] = []
+    before = judge(model)
+    behind = reached = 0  # units of work of the rungs that are done, and of the one that runs
+
+    def advance(done: int, total: int | None) -> None:
+        nonlocal reached
+        reached = done
+        if progress is not None:
+            progress(behind + done, None if total is None else behind + total)
+
+    for name in wanted:
+        reached = 0
+        rung = snapshots.load_rung(name, model)
+        if rung is None:
+            saved, start = copied(model), time.monotonic()
+            if name == "refit":
+                steps, note = refit(model, reference, proxy, judge, recipe, advance)
+                images = min(recipe.proxy_images, proxy.count)
+            elif name == "residual":
+                steps, note = residual(model, reference, proxy, judge, recipe, advance)
+                images = min(recipe.proxy_images, proxy.count)
+            else:
+                steps, note = joint(model, reference, proxy, judge, recipe, snapshots, advance)
+                images = proxy.count
+            after = judge(model)
+            kept = after.kl < before.kl
+            if not kept:
+                restore(model, saved)
+            seconds = round(time.monotonic() - start, 3)
+            rung = Rung(name, kept, before, after, images, steps, seconds, note)
+            snapshots.save_rung(rung, model)
+        if rung.kept:
+            before = rung.after
+        rungs.append(rung)
+        behind += reached
+    return Refinement(proxy.count, len(proxy.held), recipe.seed, tuple(rungs))
+
+
+def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> None:
+    if not lowrank_layers(model):
+        raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
+    if surgery.fused_names(model):
+        raise InputError("the model is fused; refine first and fuse afterwards, or take it back with vitlr.unfuse")
+    if model is reference:
+        raise InputError("model and reference are the same object; pass the dense model as reference")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{name} is {parameter.dtype}; refine works in float32 and autocasts itself; cast afterwards"
+            )
+    if "joint" in wanted and not any(p.requires_grad for p in model.parameters()):
+        raise InputError("every parameter of the model is frozen; the joint rung needs some with requires_grad")
+    if torch.is_inference_mode_enabled():
+        raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")
+
+
+def _attach(model: nn.Module, report: Refinement) -> None:
+    info = dict(getattr(model, "vitlr_info", None) or {})
+    info["recipe"] = {**(info.get("recipe") or {}), "refinement": report.to_dict()}
+    model.vitlr_info = info  # type: ignore[assignment]
+    model.vitlr_refinement = report  # type: ignore[assignment]

@@ -1,0 +1,69 @@
+"""What refinement did, rung by rung: printed as a table, kept in the model's file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vitlr.refinement.judge import Distance
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung: the distance to the dense model on held-out images before and after, what it took, whether it stayed.
+
+    `after` is what the rung reached, also where it was not kept and the model is the one from `before`.
+    """
+
+    name: str
+    kept: bool
+    before: Distance
+    after: Distance
+    images: int
+    steps: int
+    seconds: float
+    note: str = ""
+
+    @classmethod
+    def from_dict(cls, body: dict[str, Any]) -> Rung:
+        ends = {key: _distance(body[key]) for key in ("before", "after")}
+        return cls(**{**body, **ends})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; a distance without end, of answers that were NaN, is null."""
+        body = asdict(self)
+        for key in ("before", "after"):
+            if not math.isfinite(body[key]["kl"]):
+                body[key]["kl"] = None
+        return body
+
+    def __str__(self) -> str:
+        verdict = "kept" if self.kept else "not kept"
+        note = f"; {self.note}" if self.note else ""
+        return (
+            f"{self.name}: {self.before} -> {self.after}, {verdict} "
+            f"({self.images} images, {self.steps} steps, {self.seconds:.1f} s{note})"
+        )
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """The whole ladder: images learnt from and held out, the seed, and every rung that ran."""
+
+    images: int
+    held_out: int
+    seed: int
+    rungs: tuple[Rung, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {**asdict(self), "rungs": [rung.to_dict() for rung in self.rungs]}
+
+    def __str__(self) -> str:
+        head = f"refined on {self.images} images, judged on {self.held_out} held-out ones"
+        return "\n".join([head, *(f"  {rung}" for rung in self.rungs)])
+
+
+def _distance(body: dict[str, Any]) -> Distance:
+    return Distance(math.inf if body["kl"] is None else body["kl"], body["agreement"])
