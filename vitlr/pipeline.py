@@ -1,8 +1,9 @@
-"""The stages on one page: measure, solve, spend the budget, swap the layers."""
+"""The stages on one page: measure, solve, spend the budget, swap the layers, repair the error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,8 @@ from vitlr.decomposition import DAMPING, decompose, layer_weights
 from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
 from vitlr.plans import Plan
+from vitlr.refinement import refine
+from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
 from vitlr.statistics import Statistics, fingerprint
 from vitlr.surgery import replace_layers
@@ -23,6 +26,7 @@ from vitlr.surgery import replace_layers
 Progress = Callable[[int, "int | None"], None]
 _CALIBRATE = {"extras", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
 _PLAN = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets", "centred", "damping"}
+_REFINE = choices() | {"resume"}
 
 
 def plan(
@@ -120,22 +124,34 @@ def compress(
     budget: str | Budget | None = None,
     *,
     objective: str = "loss",
+    rungs: str | Sequence[str] = "none",
     inplace: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Calibrate, plan and apply in one call; takes the keywords of `calibrate` and `plan`.
+    """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
 
+    `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A `seed` goes to calibration and refinement.
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
     if budget is not None:
         budget = parse_budget(budget)
-    unknown = set(options) - _CALIBRATE - _PLAN
+    known = _CALIBRATE | _PLAN | _REFINE
+    unknown = set(options) - known
     if unknown:
-        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(_CALIBRATE | _PLAN))}")
+        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(known))}")
     measured = {key: value for key, value in options.items() if key in _CALIBRATE}
     planned = {key: value for key, value in options.items() if key in _PLAN}
+    refined = {key: value for key, value in options.items() if key in _REFINE}
     check_allocation(budget, **{key: value for key, value in planned.items() if key not in ("centred", "damping")})
     check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
+    make_recipe({key: value for key, value in refined.items() if key != "resume"})
+    if parse_rungs(rungs) and isinstance(loader, Iterator):
+        raise InputError("calibration uses this loader up, and refinement needs it again; pass a list or a DataLoader")
     stats = calibrate(model, loader, objective=objective, progress=progress, **measured)
-    return apply(model, plan(model, stats, budget, **planned), inplace=inplace)
+    chosen = plan(model, stats, budget, **planned)
+    reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
+    small = apply(model, chosen, inplace=inplace)
+    if not parse_rungs(rungs) or not chosen.ranks:  # a budget that all layers fit into leaves no error to repair
+        return small
+    return refine(small, reference, loader, rungs=rungs, inplace=True, progress=progress, **refined)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,20 @@ def compress(
     centred: Annotated[bool, typer.Option("--centred", help="Project deviations from the mean only.")] = False,
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draws for each image. [default: 1]")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of these draws. [default: 0]")] = None,
+    refine: Annotated[
+        str, typer.Option(metavar="RUNG", help="Repair the error afterwards, up to: none, refit, residual or joint.")
+    ] = "none",
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep snapshots of the refinement there, and go on from them."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Steps of the joint rung. [default: 1000]")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(metavar="T", help="Time for the joint rung, instead of --steps.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Its peak learning rate. [default: 0.0001]")] = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -71,17 +86,20 @@ def compress(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> Result:
-    """Compress a trained model to a budget, without training, from a few hundred images."""
+    """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
     from vitlr import checkpoint as checkpoint_file
     from vitlr import pipeline, rebuild, surfaces
     from vitlr.budgets import parse_budget
     from vitlr.commands._models import Source, open_model, parse_device
+    from vitlr.commands._refinement import RefineRequest
     from vitlr.commands._statistics import Request, exactly, statistics_for
     from vitlr.progress import bar
 
     wanted = parse_budget(budget)
     _check_choices(objective, uniform, rank_buckets, centred)
+    refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
+    refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     _check_destinations(out, stats, plan_out, plan_only, {flag: path for flag, path in inputs.items() if path})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
@@ -120,8 +138,10 @@ def compress(
     text = str(plan)
     if not plan_only:
         assert out is not None
+        reference = copy.deepcopy(network) if refinement.rungs else network
         small = pipeline.apply(network, plan, inplace=True)
-        recipe = {
+        report = refinement.run(small, reference, request) if plan.ranks else None
+        recipe: dict[str, Any] = {
             "budget": plan.budget,
             "objective": plan.objective,
             "centred": plan.centred,
@@ -130,6 +150,10 @@ def compress(
             "seed": measured.seed,
             "data": measured.notes.get("data"),
         }
+        if report is not None:
+            recipe["refinement"] = report.to_dict()
+            values["rungs"] = recipe["refinement"]["rungs"]
+            text += f"\n{report}"
         checkpoint_file.save(small, out, plan=plan, recipe=recipe)
         values |= {"out": str(out), "bytes": out.stat().st_size}
         text += f"\nwrote {out}: {values['bytes'] / 1e6:.3f} MB"
