@@ -1,0 +1,102 @@
+"""Refinement of the real ViT-Ti: every rung alone and all together, before and after, on images nobody learnt from.
+
+    python bench/bench_refine.py [--data FOLDER] [--budgets 80 60] [--ladders joint refit residual all] [--minutes 60]
+
+One calibration serves every budget. The 1300 validation images are looked at once per model, for the table; what is
+kept and when to stop is decided on held-out calibration images. Statistics and snapshots are kept in bench/build, so
+that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import BUILD, CODE, data_folder, finish, parser
+
+from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
+from vitlr.data import open_data
+from vitlr.progress import bar
+
+MODEL = "vit_tiny_patch16_224"
+CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = data_folder(args.data)
+    model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
+    cache = BUILD / "refine" / CODE
+    cache.mkdir(parents=True, exist_ok=True)
+    images = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=50, workers=args.workers)
+    validation = open_data(
+        folder / "imagenet_validation_1300.tar",
+        model,
+        class_map=folder / "imagenet_synsets.txt",
+        batch_size=50,
+        need_labels=True,
+    )
+    path = args.stats or cache / f"statistics-{args.samples}.safetensors"
+    if path.is_file():
+        stats = Statistics.load(path)
+    else:
+        with bar("calibrating", images.images) as progress:
+            stats = calibrate(model, images, samples=args.samples, progress=progress)
+        stats.save(path)
+    rows: list[dict[str, Any]] = []
+    for budget in args.budgets:
+        chosen = plan(model, stats, f"params:{budget:g}%", rank_step=1)
+        small = apply(model, chosen)
+        before = evaluate(small, validation, model)
+        print(f"{chosen.budget}: {before}", flush=True)
+        for ladder in args.ladders:
+            options = {key: getattr(args, key) for key in ("minutes", "steps", "lr", "seed") if getattr(args, key)}
+            options |= dict(args.choice)
+            with bar(f"{chosen.budget} {ladder}", unit="steps") as progress:
+                refined = refine(
+                    small,
+                    model,
+                    images,
+                    rungs=LADDERS[ladder],
+                    resume=cache / f"{budget:g}-{ladder}-{args.seed}",
+                    progress=progress,
+                    **options,
+                )
+            after = evaluate(refined, validation, model)
+            print(f"{refined.vitlr_refinement}\n{ladder}: {after}", flush=True)
+            save(refined, cache / f"{budget:g}-{ladder}-{args.seed}.safetensors", plan=chosen)
+            found = {"budget": chosen.budget, "ladder": ladder, "before": before.to_dict(), "after": after.to_dict()}
+            rows.append({**found, "refinement": refined.vitlr_refinement.to_dict(), "options": options})
+    finish("refine", {"calibration_images": stats.images, "samples": stats.samples, "rows": rows}, args.json)
+
+
+def _choice(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError as cause:
+        raise InputError(f"--choice {text!r} cannot be read; expected KEY=JSON, such as crop=0.3") from cause
+
+
+def _arguments() -> argparse.Namespace:
+    args = parser(__doc__ or "")
+    args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
+    args.add_argument("--stats", type=Path, help="statistics of an earlier run")
+    args.add_argument("--budgets", type=float, nargs="+", default=[80, 60], help="percent of parameters kept")
+    args.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
+    args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
+    args.add_argument("--minutes", type=float, help="for the joint rung")
+    args.add_argument("--steps", type=int, help="of the joint rung")
+    args.add_argument("--lr", type=float)
+    args.add_argument("--seed", type=int, default=0)
+    args.add_argument("--workers", type=int, default=0, help="processes that decode images")
+    args.add_argument("--choice", nargs="*", default=[], type=_choice, metavar="KEY=JSON", help="more of the recipe")
+    return args.parse_args()
+
+
+if __name__ == "__main__":
+    main(_arguments())
