@@ -110,8 +110,9 @@ def test_a_parameter_that_no_gradient_reaches_is_left_alone(pair, proxy_images, 
 def test_minutes_become_steps(joint, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(joint_rung.time, "monotonic", lambda: next(clock) * 0.5)
-    # A judgement takes one tick (half a second) and is shared by 8 steps; six steps take one tick.
-    assert joint(minutes=0.1, steps=None, patience=99).vitlr_refinement.rungs[0].steps == int(6 / (0.5 / 6 + 0.5 / 8))
+    # A judgement takes one tick (half a second) and is shared by 8 steps; the five steps that are timed take one tick.
+    assert joint(minutes=0.1, steps=None, patience=99).vitlr_refinement.rungs[0].steps == int(6 / (0.5 / 5 + 0.5 / 8))
+    assert joint(minutes=0.1, steps=9, patience=99).vitlr_refinement.rungs[0].steps == 9
 
 
 def test_autocast_and_a_temperature_run(joint):

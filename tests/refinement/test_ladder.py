@@ -111,6 +111,8 @@ def test_rungs_are_cumulative_by_name_and_exact_by_list():
         {"epochs": 3},
         {"crop": 0},
         {"seed": -1},
+        {"mixup": 1},
+        {"amp": "no"},
         {"residual_share": 1.0},
     ],
 )

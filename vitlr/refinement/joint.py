@@ -23,6 +23,7 @@ from vitlr.refinement.snapshots import Snapshots
 from vitlr.spectra import balance
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
+_NO_END = 2**62
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -49,12 +50,11 @@ def joint(
     device = device_of(model)
 
     def loss_of(images: Tensor) -> Tensor:
-        inputs = to_model(model, images)
         with autocast(device, recipe.amp):
             with torch.no_grad():
-                expected = first_tensor(reference(inputs))
-            answers = first_tensor(model(inputs))
-        loss = divergence(expected.float(), answers.float(), judge.logits, recipe.temperature)
+                expected = first_tensor(reference(to_model(reference, images)))
+            answers = first_tensor(model(to_model(model, images)))
+        loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
         for name in names:
             loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])
         return loss
@@ -97,7 +97,6 @@ class _Run:
             self.best_kl = judge(model).kl
             self.curve.append([0, self.best_kl])
         self.look_seconds = time.monotonic() - self.start
-        self.start = time.monotonic()
 
     @property
     def over(self) -> bool:
@@ -120,8 +119,10 @@ class _Run:
 
     def look(self) -> None:
         """Every now and then: judge the running mean, keep it if it is the best, save a snapshot."""
-        if self.total is None and self.step >= _TIMED:
-            self.total = self._affordable()
+        if self.step == 1:
+            self.start = time.monotonic()  # the first step starts workers and fills caches
+        if self.step == _TIMED and self.recipe.minutes is not None:
+            self.total = min(self._affordable(self.recipe.minutes), self.total or self.recipe.most_steps or _NO_END)
         if self.note or not (self.over or self.step % self.recipe.every == 0):
             return
         raw = [p.detach().clone() for p in self.parameters]
@@ -152,10 +153,9 @@ class _Run:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (self.step - warm) / max(self.total - warm, 1)))
 
-    def _affordable(self) -> int:
-        assert self.recipe.minutes is not None
-        each = (time.monotonic() - self.start) / self.step + self.look_seconds / self.recipe.every
-        return max(self.step, int(60 * self.recipe.minutes / each))
+    def _affordable(self, minutes: float) -> int:
+        each = (time.monotonic() - self.start) / (_TIMED - 1) + self.look_seconds / self.recipe.every
+        return max(self.step, int(60 * minutes / each))
 
     @torch.no_grad()
     def _set(self, values: list[Tensor]) -> None:
@@ -197,7 +197,7 @@ _STATE = ("step", "total", "since_best", "best_kl", "curve", "note")
 
 def _relative(expected: Tensor, found: Tensor) -> Tensor:
     """`‖h − h̃‖² / ‖h − mean h‖²`, the mean over images and tokens."""
-    expected, found = expected.detach().float(), found.float()
+    expected, found = expected.detach().to(found.device).float(), found.float()
     centred = expected - expected.flatten(0, -2).mean(0)
     return (found - expected).square().sum() / centred.square().sum().clamp_min(1e-12)
 

@@ -18,7 +18,7 @@ class Recipe:
 
     seed            of the order of the images, their augmentation and all random starts
     batch_size      images in a step
-    steps           of the joint rung; `minutes` instead takes as many as fit into that time (timed on the first ones)
+    steps           of the joint rung, at most as many as `minutes` have room for, timed on the first ones
     lr              peak learning rate of AdamW, after `warmup` steps, then a cosine down to 0; `weight_decay`
     features        weight of the normalised squared error of the blocks' outputs beside the KL of the answers
     temperature     of the logits in that KL
@@ -66,6 +66,11 @@ class Recipe:
             if not low <= value <= high:
                 bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
                 raise InputError(f"{key}={value}, expected {bound}")
+
+        for key in ("mixup", "parallel", "amp"):
+            value = getattr(self, key)
+            if not isinstance(value, bool) and not (key == "amp" and value is None):
+                raise InputError(f"{key}={value!r}, expected True or False")
 
     @property
     def most_steps(self) -> int | None:

@@ -110,7 +110,7 @@ def _measure(model: nn.Module, reference: nn.Module, proxy: Proxy, recipe: Recip
         return lambda _, x, y: seen.__setitem__(key, y.double())
 
     def compare(_: str, x: Tensor, y: Tensor) -> None:
-        sums.add(seen["z"], seen["dense"] - y.double())
+        sums.add(seen["z"], seen["dense"].to(y.device) - y.double())
 
     with (
         evaluation_mode(model),
@@ -121,9 +121,8 @@ def _measure(model: nn.Module, reference: nn.Module, proxy: Proxy, recipe: Recip
     ):
         for images in proxy.plain(recipe.proxy_images):
             for part in images.split(recipe.batch_size):
-                inputs = to_model(model, part)
-                run_until(reference, inputs, name)
-                run_until(model, inputs, name)
+                run_until(reference, to_model(reference, part), name)
+                run_until(model, to_model(model, part), name)
     return sums
 
 

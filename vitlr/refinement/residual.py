@@ -20,6 +20,7 @@ from vitlr.nn import LowRankLinear
 from vitlr.refinement.blocks import by_block, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
+from vitlr.refinement.precision import device_of
 from vitlr.refinement.recipe import Recipe
 from vitlr.spectra import balance
 
@@ -138,15 +139,18 @@ def _collect(
 ) -> dict[str, _Tokens]:
     """Tokens of every layer of a block: outputs of the dense network, inputs of the one that the recipe names."""
     found = {name: _Tokens() for name in names}
+    device = device_of(model)
 
     def split(tensor: Tensor, images: int) -> list[Tensor]:
-        return [part.flatten(0, -2) for part in tensor.detach().float().reshape(images, -1, tensor.shape[-1]).split(1)]
+        return [
+            part.flatten(0, -2)
+            for part in tensor.detach().to(device).float().reshape(images, -1, tensor.shape[-1]).split(1)
+        ]
 
     with evaluation_mode(model), evaluation_mode(reference):
         for batch in proxy.plain(recipe.proxy_images):
             for part in batch.split(recipe.batch_size):
                 count = len(part)
-                inputs = to_model(model, part)
 
                 def outputs(name: str, x: Tensor, y: Tensor, count: int = count) -> None:
                     found[name].y += split(y, count)
@@ -158,9 +162,9 @@ def _collect(
                         found[name].x += split(x, count)
 
                 with watched(reference, names, outputs):
-                    run_until(reference, inputs, block)
+                    run_until(reference, to_model(reference, part), block)
                 with watched(model, names, compressed):
-                    run_until(model, inputs, block)
+                    run_until(model, to_model(model, part), block)
     return found
 
 
