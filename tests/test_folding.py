@@ -144,13 +144,16 @@ def gated(request, tiny_vit):
     return model.eval()
 
 
-def test_gated_mlps_are_folded_too(gated, x):
+def test_gated_mlps_are_folded_too(gated, x, tmp_path):
     fused = vitlr.fuse(gated)
     assert all(isinstance(block.mlp, LowRankGLU) for block in fused.blocks)
     torch.testing.assert_close(fused(x), gated(x), rtol=1e-12, atol=1e-12)
     for block in fused.blocks:
         assert torch.equal(block.norm2.weight, torch.ones_like(block.norm2.weight)) and not block.norm2.bias.any()
         assert isinstance(block.ls2, FoldedScale)
+    vitlr.save(fused, tmp_path / "m.safetensors", model_args=False)
+    loaded = vitlr.load(tmp_path / "m.safetensors", model=vitlr.to_dense(gated))
+    assert fused_names(loaded) == fused_names(fused) and torch.equal(loaded(x), fused(x))
     back = vitlr.unfuse(fused)
     assert [type(module) for module in back.modules()] == [type(module) for module in gated.modules()]
     torch.testing.assert_close(back(x), gated(x), rtol=1e-12, atol=1e-12)
