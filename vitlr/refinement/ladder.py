@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankMLP
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP
 from vitlr.refinement.blocks import lowrank_layers
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.joint import joint
@@ -121,7 +121,7 @@ def _climb(
 def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> None:
     if not lowrank_layers(model):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
-    if any(isinstance(module, (FoldedScale, LowRankMLP)) for module in model.modules()):
+    if any(isinstance(module, (FoldedScale, LowRankGLU, LowRankMLP)) for module in model.modules()):
         raise InputError("the model is fused; refine first and fuse afterwards, or take it back with vitlr.unfuse")
     if model is reference:
         raise InputError("model and reference are the same object; pass the dense model as reference")
