@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,42 +22,51 @@ Inputs = tuple[Any, ...]
 
 
 def input_sets(make: Callable[[int], Inputs], device: torch.device, most: int = 16) -> list[Inputs]:
-    """`make(seed)` as often as it takes for the inputs to exceed twice the L2 cache (2 to `most` sets, CPU: one)."""
+    """`make(seed)` as often as it takes for the inputs to exceed twice the L2 cache (8 to `most` sets, CPU: one).
+
+    At least eight, so that one replay of a graph is long beside the gap before it.
+    """
     first = make(0)
     if device.type != "cuda":
         return [first]
     size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [first, *(make(seed) for seed in range(1, max(2, min(most, math.ceil(2 * cache / max(size, 1))))))]
+    return [first, *(make(seed) for seed in range(1, max(8, min(most, math.ceil(2 * cache / max(size, 1))))))]
 
 
 def microseconds(
     functions: Mapping[str, Callable[..., Any]],
-    sets: Sequence[Inputs],
+    sets: Sequence[Inputs] | Mapping[str, Sequence[Inputs]],
     device: torch.device,
     rounds: int = 20,
     graphs: bool = True,
 ) -> dict[str, float]:
     """The median time of one call of each function, in µs, over rounds in which all of them take turns.
 
-    With `graphs=False` calls are launched one after the other, as in eager use.
+    `sets` are those of all functions, or of each by name. With `graphs=False` calls are launched one after the other,
+    as in eager use.
     """
+    of = dict(sets) if isinstance(sets, Mapping) else dict.fromkeys(functions, sets)
     if device.type != "cuda":
-        calls = {name: lambda f=f: [f(*inputs) for inputs in sets] for name, f in functions.items()}
+        calls = {name: _loop(f, of[name]) for name, f in functions.items()}
         found = compare(calls, repeats=3, warmup=1, min_seconds=0.0)
-        return {name: 1e6 * timing.median / len(sets) for name, timing in found.items()}
-    runs = {name: (_graph(f, sets).replay if graphs else _loop(f, sets)) for name, f in functions.items()}
+        return {name: 1e6 * timing.median / len(of[name]) for name, timing in found.items()}
+    runs = {name: (_graph(f, of[name]).replay if graphs else _loop(f, of[name])) for name, f in functions.items()}
+    warm = time.monotonic() + 0.1  # the card's clock idles between measurements
+    while time.monotonic() < warm:
+        for run in runs.values():
+            run()
+        torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    for index in range(rounds + 2):
+    for _ in range(rounds):
         for name in order:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             runs[name]()
             end.record()
             end.synchronize()
-            if index >= 2:  # two rounds to warm up
-                times[name].append(1e3 * start.elapsed_time(end) / len(sets))
+            times[name].append(1e3 * start.elapsed_time(end) / len(of[name]))
         order.append(order.pop(0))
     return {name: statistics.median(values) for name, values in times.items()}
 

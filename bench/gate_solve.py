@@ -43,7 +43,7 @@ def run(device: torch.device, count: int = 48, n: int = 768, rank: int = 128) ->
     bases = {name: _basis(name, function(), rank) for name, function in functions.items()}
     exact = bases["torch.linalg.eigh, batched"]
     best = _tail(M, exact)
-    us = microseconds(functions, [()], device, rounds=5, graphs=False)
+    us = microseconds(functions, [()], device, rounds=2, graphs=False)
     loop = us["loop of torch.linalg.eigh"]
     return [
         {

@@ -1,8 +1,8 @@
 """The gate's second question: how fast is every kernel, against dense cuBLAS and against two GEMMs?
 
-Every candidate of a call takes turns with the dense layer that it replaces; a few headline shapes also with what
-`torch.compile(mode="max-autotune-no-cudagraphs")` makes of both. The order is that of importance: when the time given
-is spent, the rest is left out and named.
+Every candidate of a call takes turns with the dense layer that it replaces; two shapes also with what
+`torch.compile(mode="max-autotune-no-cudagraphs")` makes of both. When the time given is spent, the rest is left out and
+named. A row that raises is named, too, and the others go on.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ class Timed:
     call: Call
     dense: Callable[..., Any] | None
     dense_inputs: Callable[[int], tuple] | None
-    headline: bool = False
+    compiled: bool = False
 
 
 def grid(device: torch.device) -> Iterator[Timed]:
-    """Headline shapes first, then the grid of models, ranks and batches."""
-    yield _mlp("vit_base_patch16_224", 64, 128, device, headline=True)
-    yield _mlp("vit_base_patch16_224", 256, 128, device, headline=True)
-    yield _linear("vit_base_patch16_224", "fc1", 256, 128, device, headline=True)
-    yield _linear("vit_base_patch16_224", "fc1", 1, 128, device, headline=True)
-    for batch in (1, 8, 64, 256):
+    """ViT-B first, then other operations and models; what torch.compile tunes for a minute comes last."""
+    for batch in (64, 256, 1, 8):
         for r in (64, 128, 256):
             yield _mlp("vit_base_patch16_224", batch, r, device)
             for layer in ("qkv", "proj", "fc1", "fc2"):
@@ -63,6 +59,8 @@ def grid(device: torch.device) -> Iterator[Timed]:
             yield Timed(call, lambda X: X.float().mT @ X.float(), lambda seed, c=call: (c.make(seed)[1],))
     yield Timed(calls.chain(48, 768, 768, torch.float32, device), None, None)
     yield Timed(calls.chain(48, 768, 768, torch.float64, device), None, None)
+    yield _mlp("vit_base_patch16_224", 64, 128, device, compiled=True)
+    yield _linear("vit_base_patch16_224", "fc1", 64, 128, device, compiled=True)
 
 
 def rehearsal(device: torch.device) -> Iterator[Timed]:
@@ -73,20 +71,20 @@ def rehearsal(device: torch.device) -> Iterator[Timed]:
     yield Timed(calls.gram(64, 32, f32, device), None, None)
 
 
-def _mlp(model: str, batch: int, r: int, device: torch.device, headline: bool = False) -> Timed:
+def _mlp(model: str, batch: int, r: int, device: torch.device, compiled: bool = False) -> Timed:
     g = geometry(model)
     M = batch * g.tokens
     call = calls.mlp(M, g.width, g.hidden, g.width, r, r, BF16, device)
-    return Timed(call, _dense_mlp, _dense_mlp_inputs(M, g.width, g.hidden, BF16, device), headline)
+    return Timed(call, _dense_mlp, _dense_mlp_inputs(M, g.width, g.hidden, BF16, device), compiled)
 
 
-def _linear(model: str, layer: str, batch: int, r: int, device: torch.device, headline: bool = False) -> Timed:
+def _linear(model: str, layer: str, batch: int, r: int, device: torch.device, compiled: bool = False) -> Timed:
     g = geometry(model)
     K, N = {"qkv": (g.width, 3 * g.width), "proj": (g.width, g.width), "fc1": (g.width, g.hidden)}.get(
         layer, (g.hidden, g.width)
     )
     M = batch * g.tokens
-    return Timed(calls.linear(M, K, N, r, BF16, device), F.linear, _dense_linear(M, K, N, BF16, device), headline)
+    return Timed(calls.linear(M, K, N, r, BF16, device), F.linear, _dense_linear(M, K, N, BF16, device), compiled)
 
 
 def _dense_linear(M: int, K: int, N: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], tuple]:
@@ -109,40 +107,58 @@ def _dense_mlp(x: Any, W1: Any, b1: Any, W2: Any, b2: Any) -> Any:
     return F.linear(F.gelu(F.linear(x, W1, b1)), W2, b2)
 
 
-def run(device: torch.device, seconds: float, every: Iterator[Timed]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows {op, call, key, us, floor_us, candidates} and the labels of what there was no time for."""
+def run(
+    device: torch.device, seconds: float, every: Iterator[Timed], wrong: frozenset[tuple[str, str]] = frozenset()
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows {op, call, key, us, floor_us, candidates}, and what there was no time for or raised.
+
+    `wrong`: (op, candidate) that are not right and so are not timed.
+    """
     end = time.monotonic() + seconds
-    rows, left = [], []
-    limits = _dispatch.ceilings_of(device)
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
     for timed in every:
+        label = f"{timed.call.op} {timed.call.label}"
         if time.monotonic() > end:
-            left.append(f"{timed.call.op} {timed.call.label}")
+            left.append(label)
             continue
-        sets = input_sets(timed.call.make, device)
-        key = timed.call.key(sets[0])
-        candidates = timed.call.candidates(sets[0])
-        functions = dict(candidates)
-        if timed.headline:
-            functions["torch compiled"] = _compiled(candidates["torch"], sets[0], device)
-        us = microseconds(functions, sets, device)
-        if timed.dense is not None and timed.dense_inputs is not None:
-            dense_sets = input_sets(timed.dense_inputs, device)
-            dense = {"dense": timed.dense}
-            if timed.headline:
-                dense["dense compiled"] = _compiled(timed.dense, dense_sets[0], device)
-            us |= microseconds(dense, dense_sets, device)
-        rows.append(
-            {
-                "op": timed.call.op,
-                "call": timed.call.label,
-                "key": _measured.describe(key),
-                "us": {name: round(value, 3) for name, value in us.items()},
-                "floor_us": _dispatch._ops[timed.call.op].roofline(key, limits).floor_us,
-                "candidates": list(candidates),
-            }
-        )
-        torch.compiler.reset()
+        try:
+            row = _row(timed, device, wrong)
+        except Exception as cause:  # out of memory, a failed launch: the other rows are still wanted
+            left.append(f"{label}: {type(cause).__name__}: {str(cause)[:200]}")
+            continue
+        # A shape that is timed once more, with compiled versions, replaces its first row.
+        rows = [old for old in rows if (old["op"], old["key"]) != (row["op"], row["key"])] + [row]
     return rows, left
+
+
+def _row(timed: Timed, device: torch.device, wrong: frozenset[tuple[str, str]]) -> dict[str, Any]:
+    call = timed.call
+    sets = input_sets(call.make, device)
+    key = call.key(sets[0])
+    candidates = {name: run for name, run in call.candidates(sets[0]).items() if (call.op, name) not in wrong}
+    functions = dict(candidates)
+    if timed.compiled:
+        functions["torch compiled"] = _compiled(candidates["torch"], sets[0], device)
+    inputs = dict.fromkeys(functions, sets)
+    if timed.dense is not None and timed.dense_inputs is not None:
+        dense_sets = input_sets(timed.dense_inputs, device)
+        dense = {"dense": timed.dense}
+        if timed.compiled:
+            dense["dense compiled"] = _compiled(timed.dense, dense_sets[0], device)
+        functions |= dense
+        inputs |= dict.fromkeys(dense, dense_sets)
+    us = microseconds(functions, inputs, device)
+    if timed.compiled:
+        torch.compiler.reset()
+    return {
+        "op": call.op,
+        "call": call.label,
+        "key": _measured.describe(key),
+        "us": {name: round(value, 3) for name, value in us.items()},
+        "floor_us": _dispatch._ops[call.op].roofline(key, _dispatch.ceilings_of(device)).floor_us,
+        "candidates": list(candidates),
+    }
 
 
 def _compiled(function: Callable[..., Any], inputs: tuple, device: torch.device) -> Callable[..., Any]:

@@ -5,13 +5,15 @@
     python bench/gpu_gate.py --rehearse                         steps 3 to 5 on a CPU, on tiny shapes
 
 1. every kernel compiled for sm_80, sm_90 (gfx942 reported): no spill, shared memory, tensor cores, registers
-2. every kernel and dtype against fp64; red stops here
+2. every kernel and dtype against fp64; red stops here, or with --keep-going leaves out what is wrong
 3. times of every kernel against dense cuBLAS, two GEMMs and what torch.compile makes of them
 4. a whole ViT-B: eager, as CUDA graph, compiled; throughput and peak memory
 5. the batched solve against torch.linalg.eigh
 6. JSON under bench/results/, Markdown on stdout. Exit status 0 only if all that has to hold does.
 
-`--write-table` keeps the times where dispatch finds them (vitlr/ops/measured/). Needs torch, Triton, timm, numpy.
+The JSON is written after every step, and a step that raises does not stop the others. `--only` takes some of compile,
+correct, kernels, models, solve, for several short runs. `--write-table` keeps the times where dispatch finds them
+(vitlr/ops/measured/). Needs torch, Triton, timm, numpy.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("compile", "correct", "kernels", "models", "solve")
 
 
 def main() -> int:
@@ -35,32 +39,131 @@ def main() -> int:
     parser.add_argument("--interpret", action="store_true", help="only correctness, in Triton's interpreter")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: bench/results/)")
     parser.add_argument("--write-table", action="store_true", help="keep the times for dispatch")
-    parser.add_argument("--seconds", type=float, default=520, help="time for all of it")
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
+    parser.add_argument("--keep-going", action="store_true", help="time what is right although something is not")
+    parser.add_argument("--seconds", type=float, default=500, help="time for all of it")
     given = parser.parse_args()
+    unknown = set(given.only.split(",")) - set(STEPS)
+    if unknown:
+        parser.error(f"--only {given.only}: expected some of {', '.join(STEPS)}")
     _install()
     if given.rehearse:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     if given.interpret:
-        return _interpret(given.json)
-    start = time.monotonic()
-    report: dict[str, Any] = {"benchmark": "gpu_gate", "machine": _machine(), "failures": []}
-    if not given.rehearse:
-        _compile(report)
-    if given.compile_only:
-        _interpreted(report)
-    else:
-        _on_device(report, given, start)
-    report["seconds"] = round(time.monotonic() - start, 1)
-    path = given.json or (None if given.compile_only or given.rehearse else _result_file(report))
-    if path is not None:
-        from _common import write_json
+        return _interpret()
+    return _Gate(given).run()
 
-        write_json(path, report)
-        print(f"\nfigures: {path}")
-    for failure in report["failures"]:
-        print(f"RED: {failure}")
-    print(f"{'red' if report['failures'] else 'green'} after {report['seconds']:.0f} s")
-    return 1 if report["failures"] else 0
+
+class _Gate:
+    """One run: the steps that are wanted, one report that is written after each."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.start = given, time.monotonic()
+        self.report: dict[str, Any] = {"benchmark": "gpu_gate", "machine": _machine(), "failures": [], "not_timed": []}
+        self.path = given.json
+        if self.path is None and not (given.compile_only or given.rehearse):
+            self.path = _result_file(self.report)
+
+    def run(self) -> int:
+        import torch
+
+        wanted = [step for step in STEPS if step in self.given.only.split(",")]
+        if self.given.rehearse:
+            wanted = ["kernels", "models", "solve"]
+        elif self.given.compile_only:
+            wanted = ["compile", "interpreted"]
+        elif not torch.cuda.is_available():
+            self.report["failures"].append("torch sees no GPU: use --compile-only, or --rehearse to try the script")
+            wanted = []
+        self.device = torch.device("cpu" if self.given.rehearse else "cuda")
+        for step in wanted:
+            wrong = [row for row in self.report.get("correct", ()) if row["problem"]]
+            if wrong and not self.given.keep_going:
+                break
+            try:
+                getattr(self, step)()
+            except Exception as cause:
+                traceback.print_exc()
+                self.report["failures"].append(f"{step}: {type(cause).__name__}: {str(cause)[:300]}")
+            self._save()
+        if self.report["not_timed"]:
+            print(f"\n{len(self.report['not_timed'])} rows were not timed, {self.report['not_timed'][0]} first")
+        for failure in self.report["failures"]:
+            print(f"RED: {failure}")
+        print(f"{'red' if self.report['failures'] else 'green'} after {self.report.get('seconds', 0):.0f} s")
+        return 1 if self.report["failures"] else 0
+
+    def compile(self) -> None:
+        import gate_compile
+
+        _title("Compiled: registers / KB of shared memory")
+        rows = self.report["compiled"] = gate_compile.compile_all()
+        self.report["failures"] += gate_compile.failures(rows)
+        print(gate_compile.table(rows))
+
+    def interpreted(self) -> None:
+        """Correctness in the interpreter, in a process of its own: one process cannot both interpret and compile."""
+        _title("Correct in Triton's interpreter")
+        command = [sys.executable, __file__, "--interpret"]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        print(done.stdout, end="")
+        if done.returncode:
+            red = [line.removeprefix("RED: ") for line in done.stdout.splitlines() if line.startswith("RED: ")]
+            self.report["failures"] += red or [f"the interpreter run failed: {done.stderr[-500:]}"]
+
+    def correct(self) -> None:
+        import gate_correctness
+
+        _title("Correct against fp64")
+        self.report["correct"] = gate_correctness.check(self.device)
+        self.report["failures"] += _told(self.report["correct"])
+
+    def kernels(self) -> None:
+        import gate_choice
+        import gate_timings
+
+        _title("Kernels")
+        every = gate_timings.rehearsal(self.device) if self.given.rehearse else gate_timings.grid(self.device)
+        wrong = frozenset((row["op"], row["candidate"]) for row in self.report.get("correct", ()) if row["problem"])
+        rows, left = gate_timings.run(self.device, 0.6 * self._left(), every, wrong)
+        self.report["timings"] = rows
+        self.report["not_timed"] += left
+        print(gate_timings.table(rows))
+        if self.given.write_table:
+            _write_table(self.report)
+        self.report["failures"] += gate_choice.check(self.device, rows)
+        worst, where = gate_choice.by_neighbours(rows)
+        print(f"\nshapes that were not measured: at worst {worst:.2f}x the best candidate {where}")
+        self.report["by_neighbours"] = {"ratio": worst, "where": where}
+
+    def models(self) -> None:
+        import gate_models
+
+        _title("ViT-B, bf16")
+        options: dict[str, Any] = {"batches": (2,), "shares": (0.4,), "make": _tiny} if self.given.rehearse else {}
+        rows, left = gate_models.run(self.device, self.report.get("timings", []), 0.8 * self._left(), **options)
+        self.report["models"] = rows
+        self.report["not_timed"] += left
+        print(gate_models.table(rows))
+
+    def solve(self) -> None:
+        import gate_solve
+
+        _title("Batched solve")
+        sizes = {"count": 3, "n": 48, "rank": 8} if self.given.rehearse else {}
+        self.report["solve"] = gate_solve.run(self.device, **sizes)
+        print(gate_solve.table(self.report["solve"]))
+
+    def _left(self) -> float:
+        return self.given.seconds - (time.monotonic() - self.start)
+
+    def _save(self) -> None:
+        self.report["seconds"] = round(time.monotonic() - self.start, 1)
+        if self.path is not None:
+            from _common import write_json
+
+            write_json(self.path, self.report)
+            print(f"\nfigures: {self.path}", flush=True)
 
 
 def _install() -> None:
@@ -70,7 +173,7 @@ def _install() -> None:
     if here and importlib.util.find_spec("vitlr.triton_kernels") is not None:
         return
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env={**os.environ, "VITLR_SKIP_NATIVE_BUILD": "1"})  # CPU kernels: not here
     os.execv(sys.executable, [sys.executable, *sys.argv])  # so that the fresh install is found
 
 
@@ -83,28 +186,7 @@ def _machine() -> dict[str, Any]:
     return {**machine(), "gpu": card, "cuda": torch.version.cuda, "triton": triton.__version__}
 
 
-def _compile(report: dict[str, Any]) -> None:
-    import gate_compile
-
-    _title("Compiled: registers / KB of shared memory")
-    rows = gate_compile.compile_all()
-    report["compiled"] = rows
-    report["failures"] += gate_compile.failures(rows)
-    print(gate_compile.table(rows))
-
-
-def _interpreted(report: dict[str, Any]) -> None:
-    """Correctness in the interpreter, in a process of its own: one process cannot both interpret and compile."""
-    _title("Correct in Triton's interpreter")
-    command = [sys.executable, __file__, "--interpret"]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    print(done.stdout, end="")
-    if done.returncode:
-        red = [line.removeprefix("RED: ") for line in done.stdout.splitlines() if line.startswith("RED: ")]
-        report["failures"] += red or [f"the interpreter run failed: {done.stderr[-500:]}"]
-
-
-def _interpret(path: Path | None) -> int:
+def _interpret() -> int:
     import gate_correctness
     import torch
 
@@ -122,50 +204,6 @@ def _told(rows: list[dict[str, Any]]) -> list[str]:
     for failure in failures:
         print(f"RED: {failure}")
     return failures
-
-
-def _on_device(report: dict[str, Any], given: argparse.Namespace, start: float) -> None:
-    import gate_choice
-    import gate_correctness
-    import gate_models
-    import gate_solve
-    import gate_timings
-    import torch
-
-    if not given.rehearse and not torch.cuda.is_available():
-        report["failures"].append("torch sees no GPU: use --compile-only, or --rehearse to try the script")
-        return
-    device = torch.device("cpu" if given.rehearse else "cuda")
-
-    def left() -> float:
-        return given.seconds - (time.monotonic() - start)
-
-    if not given.rehearse:
-        _title("Correct against fp64")
-        report["correct"] = gate_correctness.check(device)
-        report["failures"] += _told(report["correct"])
-    if report["failures"]:
-        return
-    _title("Kernels")
-    every = gate_timings.rehearsal(device) if given.rehearse else gate_timings.grid(device)
-    report["timings"], late = gate_timings.run(device, 0.5 * left(), every)
-    report["failures"] += gate_choice.check(device, report["timings"])
-    print(gate_timings.table(report["timings"]))
-    worst, where = gate_choice.by_neighbours(report["timings"])
-    print(f"\nshapes that were not measured: at worst {worst:.2f}x the best candidate {where}")
-    report["by_neighbours"] = {"ratio": worst, "where": where}
-    _title("ViT-B, bf16")
-    options: dict[str, Any] = {"batches": (2,), "shares": (0.4,), "make": _tiny} if given.rehearse else {}
-    report["models"], later = gate_models.run(device, report["timings"], 0.8 * left(), **options)
-    print(gate_models.table(report["models"]))
-    _title("Batched solve")
-    report["solve"] = gate_solve.run(device, **({"count": 3, "n": 48, "rank": 8} if given.rehearse else {}))
-    print(gate_solve.table(report["solve"]))
-    report["not_timed"] = [*late, *later]
-    if report["not_timed"]:
-        print(f"\nno time was left for {len(report['not_timed'])} rows, {report['not_timed'][0]} first")
-    if given.write_table:
-        _write_table(report)
 
 
 def _tiny() -> Any:

@@ -108,6 +108,12 @@ def test_the_fastest_measured_nearby_wins(measured_here):
         assert "3.0 µs" in str(told) and "old is preferred" in str(told)
 
 
+def test_a_measured_time_outweighs_an_estimate(measured_here):
+    with fake_kernel("lowrank_linear", name="old", worth=lambda key: "its floor is too high"):
+        assert chosen(LARGE) == "old"  # measured as faster than torch
+        assert chosen(LARGE._replace(M=2000)) == chosen(SMALL) == "torch"
+
+
 def test_without_measurements_the_lowest_floor_wins(monkeypatch):
     monkeypatch.setattr(_dispatch, "ceilings_of", lambda device: _dispatch.H200)
     floor = {"old": 10.0, "new": 20.0}

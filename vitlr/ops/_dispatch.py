@@ -165,14 +165,17 @@ def _op(op: str) -> _Op:
     return _ops[op]
 
 
-def _objection(candidate: Candidate, key: Any) -> str | None:
-    """Why a candidate that could run is not taken by itself."""
-    return (None if candidate.ran_on else "never ran on real hardware") or candidate.worth(key)
+def _objection(op: str, candidate: Candidate, key: Any) -> str | None:
+    """Why a candidate that could run is not taken by itself; where it was measured nearby, its time speaks for it."""
+    if not candidate.ran_on:
+        return "never ran on real hardware"
+    found = _measured.nearest(op, key)
+    return None if found and candidate.name in found.us else candidate.worth(key)
 
 
 def _preferred(op: str, key: Any) -> Candidate:
     reference, *kernels = _op(op).candidates
-    able = [c for c in reversed(kernels) if c.supports(key) is None and _objection(c, key) is None]
+    able = [c for c in reversed(kernels) if c.supports(key) is None and _objection(op, c, key) is None]
     return _fastest(op, key, [*able, reference])
 
 
@@ -277,7 +280,7 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
     rows = []
     for candidate in entry.candidates:
         refusal = candidate.supports(key)
-        why = refusal or _objection(candidate, key) or ""
+        why = refusal or _objection(op, candidate, key) or ""
         if candidate is chosen:
             why = f"chosen: {VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else "chosen"
         elif not why:
