@@ -91,10 +91,11 @@ def _check_part(kind: str, part: int, parts: int) -> list[dict[str, Any]]:
     every = [
         call for dtype in dtypes for call in (*small(device, dtype), *(large(device, dtype) if kind == "cuda" else ()))
     ]
-    return [row for call in every[part::parts] for row in _check_call(call, device)]
+    return [row for call in every[part::parts] for row in check_call(call, device)]
 
 
-def _check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
+def check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row a candidate of a call: op, call, candidate, problem (None: right)."""
     args = call.make(0)
     reference = call.reference()
     exact = _run(reference, _double(args))
