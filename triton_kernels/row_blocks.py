@@ -53,8 +53,15 @@ def row(b, b_s, J, BJ: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def within(t, r, R: tl.constexpr, EVEN: tl.constexpr):
-    """t [BM, R] with zeros from column r on."""
-    return t if EVEN else tl.where(tl.arange(0, R)[None, :] < r, t, 0.0)
+    """t [BM, R] in fp32 with zeros from column r on, NaN and Inf there included.
+
+    By a minimum of bits, not by `tl.where`: a choice made on an accumulator after a pipelined loop has the assembler of
+    Triton 3.6 wait for every wgmma of the kernel before it issues the next (ptxas C7514, "serialized").
+    """
+    if EVEN:
+        return t
+    live = ((tl.arange(0, R) - r) >> 31).to(tl.uint32, bitcast=True)  # all ones where the column exists, else 0
+    return tl.minimum(t.to(tl.uint32, bitcast=True), live[None, :]).to(tl.float32, bitcast=True)
 
 
 @triton.jit
