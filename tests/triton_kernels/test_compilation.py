@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vitlr.triton_kernels import compilation
 from vitlr.triton_kernels.compilation import Case, compile_case, targets, where_taken
 from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
@@ -54,3 +56,11 @@ def test_targets_by_name():
     assert [target.name for target in targets("sm_90,gfx942")] == ["sm_90", "gfx942"]
     with pytest.raises(ValueError, match="unknown targets sm_1: known are sm_80"):
         targets("sm_1,sm_90")
+
+
+def test_an_assembler_that_serialises_wgmma_is_heard(monkeypatch):
+    told = "ptxas info : (C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    for said, serialised in ((told, True), ("ptxas fatal : Unsupported .version 99.0", False)):
+        done = subprocess.CompletedProcess([], 0, stdout="", stderr=said)
+        monkeypatch.setattr(compilation, "subprocess", SimpleNamespace(run=lambda *args, done=done, **options: done))
+        assert compilation._serialised("") is serialised
