@@ -79,7 +79,9 @@ def cache_file(kernel: str) -> Path:
 
 
 def autotuning() -> bool:
-    """Whether the user asked for measured tiles."""
+    """Whether the user asked for measured tiles; never while a CUDA graph is captured: it would record the trials."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return False
     return os.environ.get(VARIABLE, "0") not in ("", "0")
 
 
@@ -96,7 +98,7 @@ def measure(
     None also where there is nothing to choose from, while a CUDA graph is captured, and once a shape has its row:
     `nearest` then finds it.
     """
-    if not autotuning() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if not autotuning():
         return None
     key = {"target": target.name, "bits": 8 * dtype.itemsize, **sizes}
     if any(key.items() <= row.items() for row in measured(kernel)):

@@ -117,6 +117,15 @@ def test_measuring_is_asked_for_and_happens_once(monkeypatch):
     assert nearest(r=64, M=197) == {"BM": 16}
 
 
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setenv("VITLR_AUTOTUNE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not tables.autotuning()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tables.autotuning()
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"rows": 1}', '[{"target": "sm_90"}]', ""])
 def test_a_damaged_cache_counts_as_none(content):
     tables.cache_file("toy").parent.mkdir(parents=True)
