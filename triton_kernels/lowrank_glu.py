@@ -76,8 +76,11 @@ def row_block(
     found = tables.nearest(KERNEL, target, dtype, M=M, K=K, D=D, N=N, **_class(BM, rg, rv, r2, shared))
     if found is not None:
         wanted = Config(**found)
-    if target.name != "sm_90" and _ragged(wanted, K, D, N, rg, rv, r2):
-        wanted = replace(wanted, BM=64, num_warps=8)  # masks take registers
+    if _ragged(wanted, K, D, N, rg, rv, r2):  # masks take registers
+        if target.name != "sm_90":
+            wanted = replace(wanted, BM=64, num_warps=8)
+        elif wanted.BM == 64 and max(rg or 0, rv or 0, r2) > 128:
+            wanted = replace(wanted, BD=32, num_warps=8)
     return fitting(wanted, SMALLER, lambda config: shared_memory(config, rg, rv, r2, shared, dtype), target)
 
 

@@ -57,8 +57,11 @@ def row_block(
     row = tables.nearest(KERNEL, target, dtype, M=M, K=K, D=D, N=N, **class_of(BM, r1, r2))
     if row is not None:
         wanted = Config(**row)
-    if wanted.BD > 64 and ragged(wanted, K, D, N, r1, r2):
-        wanted = replace(wanted, BD=64)  # masks take registers
+    if ragged(wanted, K, D, N, r1, r2):  # masks take registers
+        if wanted.BM == 64 and max(r1 or 0, r2) > 128:
+            wanted = replace(wanted, BD=32, num_warps=8)
+        elif wanted.BD > 64:
+            wanted = replace(wanted, BD=64)
     return fitting(wanted, SMALLER, lambda config: shared_memory(config, r1, r2, dtype), target)
 
 

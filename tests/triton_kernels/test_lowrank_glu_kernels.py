@@ -116,3 +116,8 @@ def test_tiles_come_from_the_table():
     found = tables.nearest("lowrank_glu", SM_90, BF16, BM=128, r=128, rg=128, rv=128)
     assert dataclasses.asdict(config) == dict(found)
     assert kernel.row_block(12608, 768, 2048, 768, None, None, 128, False, BF16, SM_90).BD == 32  # a row of its own
+
+
+def test_masks_beside_wide_sums_get_more_threads():
+    config = kernel.row_block(197, 1536, 4096, 1536, 208, 208, 208, True, torch.bfloat16, TARGETS["sm_90"])
+    assert (config.BM, config.BD, config.num_warps) == (64, 32, 8)

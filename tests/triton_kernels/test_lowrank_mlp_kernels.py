@@ -227,3 +227,8 @@ def test_autotune_measures_once(device, monkeypatch, tmp_path):
         check(kernel.run, args)
     assert len(seen) == 2 and len(tables.measured("lowrank_mlp")) == 1
     tables.measured.cache_clear()
+
+
+def test_masks_beside_wide_sums_get_more_threads():
+    config = kernel.row_block(197, 768, 3072, 768, 208, 208, torch.bfloat16, TARGETS["sm_90"])
+    assert (config.BM, config.BD, config.num_warps) == (64, 32, 8)
