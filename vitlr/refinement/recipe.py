@@ -37,7 +37,7 @@ class Recipe:
     batch_size: int = 32
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 1e-4
+    lr: float = 4e-5
     warmup: int = 20
     weight_decay: float = 0.0
     features: float = 1.0
