@@ -76,7 +76,7 @@ def compress(
     minutes: Annotated[
         float | None, typer.Option(metavar="T", help="Time for the joint rung, instead of --steps.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="Its peak learning rate. [default: 0.00004]")] = None,
+    lr: Annotated[float | None, typer.Option(metavar="X", help="Its peak learning rate. [default: 0.0001]")] = None,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,

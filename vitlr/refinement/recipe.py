@@ -37,10 +37,10 @@ class Recipe:
     batch_size: int = 32
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 4e-5
+    lr: float = 1e-4
     warmup: int = 20
     weight_decay: float = 0.0
-    features: float = 1.0
+    features: float = 50.0
     temperature: float = 1.0
     crop: float = 0.08
     color_jitter: float = 0.4
