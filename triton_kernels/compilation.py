@@ -15,7 +15,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from .targets import TARGETS, Target, Unsupported, interpreting
+from .targets import Target, Unsupported, interpreting
 
 _TENSOR_CORES = {  # the instruction by which each architecture multiplies matrices
     "sm_90": r"wgmma\.mma_async",
@@ -152,11 +152,3 @@ def _serialised(ptx: str) -> bool:
     # Triton 3.9 writes PTX of a version newer than this assembler takes, and makes its machine code by another one that
     # is no program: nothing to ask there, so only what an assembler did say counts.
     return "serializ" in done.stdout + done.stderr
-
-
-def targets(names: str = "sm_80,sm_90") -> list[Target]:
-    """Targets by their names, separated by commas. Raises ValueError for one that is not known."""
-    unknown = [name for name in names.split(",") if name not in TARGETS]
-    if unknown:
-        raise ValueError(f"unknown targets {', '.join(unknown)}: known are {', '.join(TARGETS)}")
-    return [TARGETS[name] for name in names.split(",")]

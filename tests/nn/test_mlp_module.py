@@ -117,12 +117,12 @@ def adapted():
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: mlp(()), "neither fc1 nor fc2 is low-rank"),
+        (lambda: mlp(()), "none of fc1, fc2 is low-rank"),
         (lambda: mlp(act_layer=QuickGELU), "activation QuickGELU is none of"),
         (lambda: mlp(act_layer=nn.PReLU), "activation PReLU"),
         (lambda: mlp(drop=0.1), "drop1 Dropout"),
         (lambda: mlp(norm_layer=nn.LayerNorm), "norm LayerNorm"),
-        (lambda: mlp((), cls=GluMlp, act_layer=nn.SiLU), "neither"),
+        (lambda: mlp((), cls=GluMlp, act_layer=nn.SiLU), "none of fc1, fc2 is low-rank"),
         (lambda: SwiGLU(K, D), "it has no fc1"),
         (lambda: nn.GELU(), "it has no fc1, act, fc2"),
         (lambda: mlp(cls=Residual), "more than fc1, act, fc2 in a row"),

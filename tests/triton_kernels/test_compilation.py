@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from vitlr.triton_kernels import compilation
-from vitlr.triton_kernels.compilation import Case, compile_case, targets, where_taken
+from vitlr.triton_kernels.compilation import Case, compile_case, where_taken
 from vitlr.triton_kernels.targets import TARGETS, Unsupported
 
 CASE = Case("nothing", None, {}, {}, 4, 1)
@@ -50,12 +50,6 @@ def test_cases_that_are_not_taken_are_left_out():
         return CASE
 
     assert [*case(True), *case(False)] == [CASE]
-
-
-def test_targets_by_name():
-    assert [target.name for target in targets("sm_90,gfx942")] == ["sm_90", "gfx942"]
-    with pytest.raises(ValueError, match="unknown targets sm_1: known are sm_80"):
-        targets("sm_1,sm_90")
 
 
 def test_an_assembler_that_serialises_wgmma_is_heard(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._fused import LeafTracer, activation_name, does_nothing, factors, objection, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
-from vitlr.nn.lowrank_linear import LowRankLinear
-from vitlr.nn.lowrank_mlp import LeafTracer, activation_name, does_nothing, factors, with_children
 from vitlr.ops import lowrank_glu as op
-from vitlr.ops._activations import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from vitlr.nn.lowrank_linear import LowRankLinear
 
 _SPLIT = ("fc1_g", "fc1_x", "act", "fc2")
 _PACKED = ("fc1", "act", "fc2")
@@ -61,25 +61,9 @@ class LowRankGLU(nn.Module):
         if isinstance(module, LowRankGLU):
             return "it is one already"
         kept = _kept(module)
-        missing = [name for name in kept if not isinstance(getattr(module, name, None), nn.Module)]
-        if missing:
-            return f"it has no {', '.join(missing)}"
-        act = module.get_submodule("act")
-        linears = {name: module.get_submodule(name) for name in kept if name != "act"}
-        for name, child in linears.items():
-            if type(child) not in (nn.Linear, LowRankLinear):
-                return f"{name} is a {type(child).__name__}, not a plain linear"
-        if not any(isinstance(child, LowRankLinear) for child in linears.values()):
-            return f"none of {', '.join(linears)} is low-rank"
-        if activation_name(act) is None:
-            return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
-        if module._parameters or module._buffers:
-            return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
-        for name, child in module.named_children():
-            if name not in kept and not does_nothing(child):
-                return f"its {name} {child} does something"
-        if has_hooks(module):
-            return "it has hooks"
+        reason = objection(module, kept)
+        if reason is not None:
+            return reason
         try:
             form = _form(module)
         except Exception as error:  # whatever its author wrote: control flow on values, missing arguments ...
@@ -131,13 +115,7 @@ class LowRankGLU(nn.Module):
 
     def to_mlp(self) -> nn.Module:
         """The original module, class and all, with the children as they are now."""
-        kept = _kept(self)
-        mlp = with_children(self.__dict__["_original"], {name: getattr(self, name) for name in kept})
-        mlp.training = self.training
-        for name, child in mlp._modules.items():
-            if name not in kept and child is not None:
-                mlp._modules[name] = copy.deepcopy(child).train(self.training)
-        return mlp
+        return restored(self.__dict__["_original"], self, _kept(self))
 
 
 def _kept(module: nn.Module) -> tuple[str, ...]:

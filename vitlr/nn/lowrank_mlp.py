@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from vitlr.errors import InputError
-from vitlr.nn._plain import has_hooks, is_plain, is_transformed
-from vitlr.nn.lowrank_linear import LowRankLinear
+from vitlr.nn._fused import LeafTracer, activation_name, does_nothing, factors, objection, restored, with_children
+from vitlr.nn._plain import has_hooks, is_transformed
 from vitlr.ops import lowrank_mlp as op
-from vitlr.ops._activations import ACTIVATIONS
 
-# timm's own classes by name: this package does not import timm.
-_ACTIVATIONS = {
-    "torch.nn.modules.linear.Identity": "none",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.Sigmoid": "sigmoid",
-    "timm.layers.activations.GELU": "gelu",
-    "timm.layers.activations.GELUTanh": "gelu_tanh",
-    "timm.layers.activations.Sigmoid": "sigmoid",
-    "timm.layers.activations.Swish": "silu",
-}
+if TYPE_CHECKING:
+    from vitlr.nn.lowrank_linear import LowRankLinear
+
 _KEPT = ("fc1", "act", "fc2")
-
-
-def activation_name(act: nn.Module) -> str | None:
-    """The op's name of an activation module, or None if the op has none for it (QuickGELU, GLU ...)."""
-    if type(act) is nn.GELU:
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    return _ACTIVATIONS.get(f"{type(act).__module__}.{type(act).__qualname__}")
 
 
 class LowRankMLP(nn.Module):
@@ -66,25 +48,7 @@ class LowRankMLP(nn.Module):
         """Why a module cannot become a LowRankMLP with the same outputs; None if it can."""
         if isinstance(module, LowRankMLP):
             return "it is one already"
-        missing = [name for name in _KEPT if not isinstance(getattr(module, name, None), nn.Module)]
-        if missing:
-            return f"it has no {', '.join(missing)}"
-        fc1, act, fc2 = (module.get_submodule(name) for name in _KEPT)
-        for name, child in (("fc1", fc1), ("fc2", fc2)):
-            if type(child) not in (nn.Linear, LowRankLinear):
-                return f"{name} is a {type(child).__name__}, not a plain linear"
-        if not any(isinstance(child, LowRankLinear) for child in (fc1, fc2)):
-            return "neither fc1 nor fc2 is low-rank"
-        if activation_name(act) is None:
-            return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
-        if module._parameters or module._buffers:
-            return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
-        for name, child in module.named_children():
-            if name not in _KEPT and not does_nothing(child):
-                return f"its {name} {child} does something"
-        if has_hooks(module):
-            return "it has hooks"
-        return _not_a_chain(module)
+        return objection(module, _KEPT) or _not_a_chain(module)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -104,48 +68,7 @@ class LowRankMLP(nn.Module):
 
     def to_mlp(self) -> nn.Module:
         """The original module, class and all, with the children as they are now."""
-        mlp = with_children(self.__dict__["_original"], {name: getattr(self, name) for name in _KEPT})
-        mlp.training = self.training
-        for name, child in mlp._modules.items():
-            if name not in _KEPT and child is not None:
-                mlp._modules[name] = copy.deepcopy(child).train(self.training)
-        return mlp
-
-
-def with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A shallow copy of a module with some of its children replaced, their order kept."""
-    twin = copy.copy(module)
-    # Children, hooks, parameters live in dicts: shared ones would make what is done to one appear on the other.
-    twin.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
-    twin._modules.update(children)
-    return twin
-
-
-def does_nothing(child: nn.Module) -> bool:
-    """Whether a module passes on what it gets, in training too."""
-    if has_hooks(child):
-        return False
-    return type(child) is nn.Identity or (type(child) is nn.Dropout and child.p == 0)
-
-
-def factors(linear: nn.Linear | LowRankLinear) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-    """(B, A, bias) of a low-rank linear, (W, None, bias) of a dense one, None unless everything inside is plain."""
-    if isinstance(linear, LowRankLinear):
-        if (
-            type(linear) is not LowRankLinear
-            or has_hooks(linear)
-            or not (is_plain(linear.down) and is_plain(linear.up))
-        ):
-            return None
-        return linear.down.weight, linear.up.weight, linear.up.bias
-    return (linear.weight, None, linear.bias) if is_plain(linear) else None
-
-
-class LeafTracer(fx.Tracer):
-    """Records calls of children without looking into them."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+        return restored(self.__dict__["_original"], self, _KEPT)
 
 
 def _not_a_chain(module: nn.Module) -> str | None:

@@ -89,8 +89,8 @@ class ResidualLowRankLinear(nn.Module):
 
         `statistics`, one layer of `vitlr.calibrate`'s, weighs errors by what the layer sees; without, all weights count
         alike. Same device, mode and, unless `dtype` says another, dtype as `linear`: from fp32 weights to a bf16 layer
-        rounds once. Raises InputError for a rank, form or group size that does not
-        fit, other statistics, or what is no linear; NumericalError for NaN or Inf.
+        rounds once. Raises InputError for a rank, form or group size that does not fit, other statistics, or what is no
+        linear; NumericalError for NaN or Inf.
         """
         from vitlr.quantization import solve_parts  # it brings the solver and the statistics, which few layers need
 
