@@ -1,20 +1,28 @@
-"""Builds the optional extension `vitlr._C` from csrc/; everything static is in pyproject.toml.
+"""Builds the optional extensions `vitlr._C` and `vitlr._cuda` from csrc/; everything static is in pyproject.toml.
 
-It needs a C++ compiler and pybind11, never torch. A build that fails is recorded in `vitlr/_build_failure.txt` (pip
-hides what is printed here; `vitlr doctor` shows the file) and the package installs without the extension.
-Environment: VITLR_SKIP_NATIVE_BUILD=1 skips the extension, CXX chooses the compiler.
+They need a C++ compiler and pybind11, the second one nvcc as well, never torch. A build that fails is recorded in
+`vitlr/_build_failure.txt` or `vitlr/_cuda_build_failure.txt` (pip hides what is printed here; `vitlr doctor` shows
+them) and the package installs without the extension.
+Environment: VITLR_SKIP_NATIVE_BUILD=1 skips both, VITLR_SKIP_CUDA_BUILD=1 the CUDA part, VITLR_FORCE_CUDA=1 makes its
+failure that of the install, CXX chooses the compiler; what steers nvcc is told in csrc/nvcc.py.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# Not on the path of an isolated build.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+import nvcc
+
+CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
 SOURCES = ["csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/gram.cpp", "csrc/cpu/chain.cpp"]
 # The same source, compiled once for each instruction set and chosen at run time.
@@ -32,17 +40,27 @@ class BuildNative(build_ext):
     """build_ext with flags per instruction set, whose failure does not fail the install."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name))
-        failure = target.with_name("_build_failure.txt")
-        failure.unlink(missing_ok=True)
+        target, cuda = Path(self.get_ext_fullpath(ext.name)), ext.name == CUDA
+        # What an editable install built before, and why not, lies beside the sources.
+        places = [target, *[Path("vitlr") / target.name] * self.editable_mode]
+        failures = [place.with_name("_cuda_build_failure.txt" if cuda else "_build_failure.txt") for place in places]
+        for failure in failures:
+            failure.unlink(missing_ok=True)
         try:
-            self._build(ext)
+            if cuda:
+                _build_cuda(target)
+            else:
+                self._build(ext)
         except Exception as cause:
             # Whatever went wrong (no compiler, no pybind11, an old assembler), plain torch still works.
-            target.unlink(missing_ok=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            failure.write_text(f"{type(cause).__name__}: {cause}".splitlines()[0] + "\n")
-            self.warn(f"vitlr is installed without its native part: {cause}")
+            for place in places:
+                place.unlink(missing_ok=True)
+            if cuda and _is_set("VITLR_FORCE_CUDA"):
+                raise
+            for failure in failures:
+                failure.parent.mkdir(parents=True, exist_ok=True)
+                failure.write_text(f"{type(cause).__name__}: {cause}".splitlines()[0] + "\n")
+            self.warn(f"vitlr is installed without its {'CUDA' if cuda else 'native'} part: {cause}")
 
     def _build(self, ext: Extension) -> None:
         import pybind11
@@ -80,13 +98,30 @@ class BuildNative(build_ext):
         return True
 
 
+def _build_cuda(target: Path) -> None:
+    """All of csrc/cuda as one module, by nvcc alone: setuptools knows no such compiler."""
+    if _is_set("VITLR_SKIP_CUDA_BUILD"):
+        raise nvcc.BuildError("VITLR_SKIP_CUDA_BUILD was set")
+    if sys.platform != "linux":
+        raise nvcc.BuildError(f"it is built on Linux, this is {sys.platform}")
+    archs = nvcc.architectures()
+    objects = nvcc.compile_all(nvcc.sources(archs), archs)
+    nvcc.link([compiled.object for compiled in objects], target)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "0") not in ("", "0")
+
+
 def extensions() -> list[Extension]:
-    """The CPU extension; a CUDA part would add its objects to the same module."""
-    if os.environ.get("VITLR_SKIP_NATIVE_BUILD", "0") not in ("", "0"):
+    """The CPU extension and the CUDA one."""
+    if _is_set("VITLR_SKIP_NATIVE_BUILD"):
         return []
     depends = [GRAM, CHAIN, *map(str, Path("csrc").glob("cpu/*.h"))]
     # optional: an editable install, which copies what was built, does not miss what was not.
-    return [Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)]
+    cpu = Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)
+    newer = [*map(str, Path("csrc").glob("cuda/*")), "csrc/nvcc.py"]
+    return [cpu, Extension(CUDA, [], depends=newer, optional=not _is_set("VITLR_FORCE_CUDA"))]
 
 
 KERNELS = ["vitlr.triton_kernels", *(f"vitlr.triton_kernels.{name}" for name in find_packages("triton_kernels"))]
@@ -95,7 +130,7 @@ setup(
     packages=[*find_packages(include=["vitlr", "vitlr.*"]), *KERNELS],
     package_dir={"vitlr.triton_kernels": "triton_kernels"},
     package_data={
-        "vitlr": ["py.typed", "_build_failure.txt", "ops/measured/*.json"],
+        "vitlr": ["py.typed", "_build_failure.txt", "_cuda_build_failure.txt", "ops/measured/*.json"],
         "vitlr.triton_kernels": ["tuned/*.json"],
     },
     ext_modules=extensions(),

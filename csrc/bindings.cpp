@@ -116,7 +116,6 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
-  info["cuda"] = "not built: this version has no CUDA sources";
   return info;
 }
 

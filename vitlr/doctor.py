@@ -29,6 +29,7 @@ def diagnose() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "devices": devices,
         "native": _native(),
+        "cuda": _cuda(),
         "ops": [_explained(op, device) for device in devices for op in _shapes(torch.device(device["name"]))],
     }
 
@@ -54,12 +55,18 @@ def render(found: dict[str, Any]) -> str:
     if native["available"]:
         lines.append(
             f"native       built with {native['compiler']}, {', '.join(native['isa_compiled'])}; "
-            f"uses {native['isa_used']}, {'with' if native['openmp'] else 'without'} OpenMP; cuda {native['cuda']}"
+            f"uses {native['isa_used']}, {'with' if native['openmp'] else 'without'} OpenMP"
         )
     else:
         lines.append("native       not used, torch takes its place")
     if native["why_not"]:
         lines.append(f"             {native['why_not']}")
+    cuda = found["cuda"]
+    if cuda["built"]:
+        lines.append(f"cuda         built with {cuda['compiler']} for {cuda['targets']}")
+        lines.append(f"             {cuda['state']}")
+    if cuda["why_not"]:
+        lines.append(f"{'' if cuda['built'] else 'cuda':<12} {cuda['why_not']}")
     for op in found["ops"]:
         lines += ["", op["table"] if op["problem"] is None else f"{op['op']} on {op['device']}: {op['problem']}"]
     return "\n".join(lines)
@@ -119,8 +126,21 @@ def _native() -> dict[str, Any]:
         info = _native.build_info()
     except InputError as cause:  # VITLR_CPU_ISA names what cannot run
         status["why_not"] = str(cause)
-        info = {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False, "cuda": "unknown"}
+        info = {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False}
     return {**status, **info, "isa_compiled": list(info["isa_compiled"])}
+
+
+def _cuda() -> dict[str, Any]:
+    """What of csrc/cuda was built and for what; why it cannot be used here; and whether it ever ran on a GPU."""
+    from vitlr.ops import _native, candidates
+
+    info = _native.cuda_build_info()
+    built = info["why_not"] is None
+    why_not = _native.cuda_why_not(torch.device("cuda", 0)) if built else info["why_not"]
+    every = [c for op in _shapes(torch.device("cpu")) for c in candidates(op) if c.backend == "cuda"]
+    untried = [candidate.name for candidate in every if not candidate.ran_on]
+    state = f"compiled, not run on a GPU: {', '.join(untried)}" if untried else "every kernel has run on a GPU"
+    return {"built": built, **info, "why_not": why_not, "state": state}
 
 
 def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:

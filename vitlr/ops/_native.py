@@ -1,12 +1,13 @@
-"""The only importer of the native extension `vitlr._C`: what was built, what runs, and why not.
+"""The only importer of the native extensions `vitlr._C` and `vitlr._cuda`: what was built, what runs, and why not.
 
-The extension takes raw pointers, so everything about a tensor is checked by the callers in this package.
+They take raw pointers, so everything about a tensor is checked by the callers in this package.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from vitlr.errors import InputError
 
 _FAILURE = Path(__file__).parent.parent / "_build_failure.txt"  # written by setup.py
+_CUDA_FAILURE = _FAILURE.with_name("_cuda_build_failure.txt")
 
 _C: Any = None
 _import_error: ImportError | None = None
@@ -42,13 +44,12 @@ def why_not() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled and what is used: `compiler`, `isa_compiled`, `isa_used`, `openmp`, `cuda`.
+    """What was compiled and what is used: `compiler`, `isa_compiled`, `isa_used`, `openmp`.
 
     Raises `InputError` if VITLR_CPU_ISA names an instruction set that was not built or does not run here.
     """
     if _C is None:
-        reason = why_not()
-        return {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False, "cuda": f"not built: {reason}"}
+        return {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False}
     return {**_C.build_info(), "isa_used": isa_used()}
 
 
@@ -120,3 +121,67 @@ def isa_used() -> str:
         return _C.select_isa(os.environ.get("VITLR_CPU_ISA", ""))
     except ValueError as cause:
         raise InputError(str(cause)) from cause
+
+
+def cuda() -> Any:
+    """The extension `vitlr._cuda`, imported when first asked for. Raises InputError where it is missing."""
+    found = _load_cuda()
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def cuda_why_not(device: torch.device | None = None) -> str | None:
+    """Why `vitlr._cuda` cannot be used, or not on a device, in one line; None where it can."""
+    found = _load_cuda()
+    if isinstance(found, str):
+        return found
+    if device is None:
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {device}, these kernels run on an NVIDIA GPU"
+    try:
+        capability(device)
+    except RuntimeError as cause:  # no driver, or one that is older than the runtime that was linked in
+        return str(cause)
+    return None
+
+
+def capability(device: torch.device) -> int:
+    """80 for compute capability 8.0, 90 for 9.0. Raises RuntimeError that says what to do where there is no driver."""
+    return cuda().capability(device_index(device))
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device; the current one where it has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def cuda_build_info() -> dict[str, Any]:
+    """What was compiled: `compiler`, `targets`, `runtime`; only `why_not` where nothing was."""
+    found = _load_cuda()
+    return {"why_not": found} if isinstance(found, str) else {**found.build_info(), "why_not": None}
+
+
+def cuda_call(name: str, *args: Any, device: torch.device) -> Any:
+    """A function of `vitlr._cuda` on the current stream of a device, which are its last two arguments.
+
+    Raises InputError where it refuses its arguments, RuntimeError naming the CUDA status where a call fails.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    try:
+        return getattr(cuda(), name)(*args, device_index(device), stream)
+    except ValueError as cause:
+        raise InputError(f"{name}: {cause}") from cause
+
+
+@cache
+def _load_cuda() -> Any:
+    """The module, or why there is none."""
+    try:
+        return importlib.import_module("vitlr._cuda")
+    except ModuleNotFoundError:
+        told = _CUDA_FAILURE.read_text().strip() if _CUDA_FAILURE.is_file() else None
+        return f"vitlr._cuda was not built: {told or 'VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree'}"
+    except ImportError as cause:
+        return f"vitlr._cuda was built but does not load: {' '.join(str(cause).split())}"
