@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, Residua
 from vitlr.nn._plain import has_hooks
 from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
+from vitlr.pruning import Mlp, narrow_mlp, narrowed_mlps, read_mlp
 from vitlr.spectra import Spectra
 
 FUSED = (LowRankMLP, LowRankGLU)
@@ -132,11 +133,12 @@ def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What was swapped, as plain values: `{name: {"rank", "in_features", "out_features", "bias"}}`.
+    """What was done to a dense model, as plain values.
 
-    Layers with a residual have its `"residual"` (the form) and `"group_size"` as well.
+    `{mlp: {"width"}}` for narrowed MLPs, `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank
+    layers; those with a residual have its `"residual"` (the form) and `"group_size"` as well.
     """
-    return {
+    layers = {
         name: {
             "rank": module.rank,
             "in_features": module.in_features,
@@ -151,19 +153,25 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
     }
+    return {**{name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}, **layers}
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Swap the named linears for low-rank ones of the same device and dtype, unfilled, in place.
+    """Narrow the named MLPs and swap the named linears for low-rank ones, unfilled, in place.
 
-    Raises `InputError` for names that are no plain linear, shapes that do not fit and ranks out of range.
+    Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
+    fit, and widths and ranks out of range; the model is then untouched.
     """
     modules = dict(model.named_modules())
-    for name, entry in layers.items():
+    widths = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "width" in entry}
+    linears = {name: entry for name, entry in layers.items() if name not in widths}
+    mlps = {name: _checked_mlp(modules, name, entry) for name, entry in widths.items()}
+    sizes = {id(module): new for mlp in mlps.values() for module, new in _narrowed_sizes(mlp, widths[mlp.name])}
+    for name, entry in linears.items():
         linear = modules.get(name)
         if type(linear) is not nn.Linear:
             raise InputError(f"layer {name!r} is no linear layer of this model")
-        expected = {"in_features": linear.in_features, "out_features": linear.out_features}
+        expected = {"in_features": linear.in_features, "out_features": linear.out_features, **sizes.get(id(linear), {})}
         if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
             raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
         rank, bias = entry.get("rank"), entry.get("bias")
@@ -175,18 +183,37 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
         _check_residual(name, entry)
     surfaces.make_visible(model)
     with torch.no_grad():
-        for name, entry in layers.items():
+        for name, mlp in mlps.items():
+            narrow_mlp(mlp, torch.arange(widths[name]["width"]))
+        for name, entry in linears.items():
             w = modules[name].weight
-            sizes = (entry["in_features"], entry["out_features"], entry["rank"])
+            shape = (entry["in_features"], entry["out_features"], entry["rank"])
             low: nn.Module
             if "residual" in entry:
                 low = ResidualLowRankLinear(
-                    *sizes, entry["residual"], entry["group_size"], entry["bias"], device=w.device, dtype=w.dtype
+                    *shape, entry["residual"], entry["group_size"], entry["bias"], device=w.device, dtype=w.dtype
                 )
             else:
-                low = LowRankLinear(*sizes, entry["bias"], device=w.device, dtype=w.dtype)
+                low = LowRankLinear(*shape, entry["bias"], device=w.device, dtype=w.dtype)
             _swap(model, name, low.train(modules[name].training))
     return model
+
+
+def _checked_mlp(modules: Mapping[str, nn.Module], name: str, entry: Mapping[str, Any]) -> Mlp:
+    """The MLP that a file calls narrowed, if there is one and its width fits."""
+    if name not in modules:
+        raise InputError(f"{name!r} is no MLP of this model")
+    mlp, width = read_mlp(modules[name], name), entry["width"]
+    if type(width) is not int or not 1 <= width <= mlp.width:
+        raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
+    return mlp
+
+
+def _narrowed_sizes(mlp: Mlp, entry: Mapping[str, Any]) -> Iterator[tuple[nn.Module, dict[str, int]]]:
+    """The sizes that narrowing will change, linear by linear."""
+    for linear in mlp.fc1:
+        yield linear, {"out_features": entry["width"] * (2 if mlp.packed else 1)}
+    yield mlp.fc2, {"in_features": entry["width"]}
 
 
 def _check_residual(name: str, entry: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def bench(
     networks = {"model": open_model(model, Source() if only_vs else source, device=where, weights=False).to(dtype)}
     if vs is not None:
         networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
-    elif surgery.structure(networks["model"]):
+    elif any("rank" in entry for entry in surgery.structure(networks["model"]).values()):
         networks["vs"] = surgery.to_dense(networks["model"])
     shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
     if len(set(shapes.values())) > 1:

@@ -23,6 +23,7 @@ def inspect(
 
     from vitlr import cost, rebuild, surfaces, surgery
     from vitlr.commands._models import Source, open_model
+    from vitlr.pruning import narrowed_mlps
 
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     with rebuild.unfilled():  # nothing here looks at a value
@@ -39,6 +40,10 @@ def inspect(
             "rank": s["rank"],
         }
         for name, s in surgery.structure(network).items()
+        if "rank" in s
+    ]
+    narrowed = [
+        {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
     ]
     kept = []
     for name, reason in survey.kept.items():
@@ -53,6 +58,7 @@ def inspect(
         "layers": len(targets),
         "targets": targets,
         "low_rank": low_rank,
+        "narrowed": narrowed,
         "kept": kept,
         "hidden": hidden,
     }
@@ -80,6 +86,9 @@ def _text(values: dict[str, Any]) -> str:
     for key, heading in headings.items():
         if values[key]:
             lines.append(f"  {heading:<13} {len(values[key]):>4}  {counts[key]:>14,}  {counts[key] / total:6.1%}")
+    widths = [f"{row['name']} {row['width']} of {row['full_width']}" for row in values["narrowed"]]
+    if widths:
+        lines.append(f"  hidden widths kept: {', '.join(widths)}")
     lines.append(f"  everything else     {rest:>14,}  {rest / total:6.1%}")
     if not values["targets"]:
         lines.append("nothing here can be compressed")
