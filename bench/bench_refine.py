@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _accuracy import CHECKPOINT, MODEL
 from _common import BUILD, CODE, data_folder, finish, parser
 
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
 from vitlr.data import open_data
 from vitlr.progress import bar
 
-MODEL = "vit_tiny_patch16_224"
-CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
 LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
 
 

@@ -12,20 +12,20 @@ two versions; a tree that changes during a run gives no table. --fresh starts ov
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from _accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
 from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from compare_tables import markdown
-from torch import Tensor, nn
+from torch import nn
 
 from vitlr.baselines import BASELINES
 from vitlr.calibration import calibrate
@@ -38,8 +38,6 @@ from vitlr.pipeline import apply, plan
 from vitlr.spectra import Spectra
 from vitlr.statistics import EXTRAS, OBJECTIVES, Statistics
 
-MODEL = "vit_tiny_patch16_224"
-CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
 METHODS: dict[str, Callable[[nn.Module, Statistics], Spectra]] = {
     **BASELINES,
     **{f"vitlr-{o}": lambda model, stats, o=o: decompose(model, stats, o) for o in OBJECTIVES},
@@ -50,60 +48,6 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     "allocated": {"rank_step": 1},
     "allocated-16": {"rank_step": 16},
 }
-
-
-class Kept:
-    """Decoded batches in memory as bytes; a pass gives the loader's floats bit for bit (checked on decoding)."""
-
-    def __init__(self, batches: list[tuple[Tensor, Tensor]], mean: Tensor, std: Tensor, skipped: int) -> None:
-        self.batches, self.mean, self.std, self.skipped = batches, mean, std, skipped
-        self.images = sum(len(labels) for _, labels in batches) + skipped
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, labels in self.batches:
-            yield self._floats(pixels), labels
-
-    def _floats(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() / 255 - self.mean) / self.std
-
-    @classmethod
-    def load(cls, path: Path, open_loader: Callable[[], Any], model: nn.Module) -> Kept:
-        """Read the cache, or decode once and write it."""
-        from vitlr.data import data_config
-
-        config = data_config(model)
-        mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        if path.is_file():
-            body = torch.load(path, weights_only=True)
-            return cls(body["batches"], mean, std, body["skipped"])
-        loader = open_loader()
-        kept = cls([], mean, std, 0)
-        for images, labels in loader:
-            pixels = ((images * std + mean) * 255).round().to(torch.uint8)
-            if not torch.equal(kept._floats(pixels), images):
-                sys.exit(
-                    "the transform of this model is more than bytes, scaled and shifted; its images cannot be kept so"
-                )
-            kept.batches.append((pixels, labels))
-        kept.skipped = loader.skipped
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"batches": kept.batches, "skipped": kept.skipped}, path)
-        return cls(kept.batches, mean, std, kept.skipped)
-
-
-class Recorded(nn.Module):
-    """Answers batch after batch with logits that were computed before: the dense model runs once, not once a row."""
-
-    def __init__(self, model: nn.Module, loader: Kept) -> None:
-        super().__init__()
-        with torch.inference_mode():
-            self.logits = [model(images) for images, _ in loader]
-        self.next = 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.logits[self.next % len(self.logits)]
-        self.next += 1
-        return logits
 
 
 def row(
@@ -143,7 +87,7 @@ def statistics(model: nn.Module, folder: Path, cache: Path) -> tuple[Statistics,
     took = path.with_suffix(".seconds.json")
     if path.is_file() and took.is_file():
         return Statistics.load(path), json.loads(took.read_text())
-    loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=ARGS.batch_size, limit=ARGS.images)
+    loader = open_data(calibration_tar(folder), model, batch_size=ARGS.batch_size, limit=ARGS.images)
     start = time.perf_counter()
     draws = {"samples": ARGS.samples, "seed": ARGS.seed}
     stats = calibrate(model, loader, objective=OBJECTIVES, extras=EXTRAS, progress=_say("calibrating"), **draws)
@@ -155,15 +99,6 @@ def statistics(model: nn.Module, folder: Path, cache: Path) -> tuple[Statistics,
 
 def _say(what: str) -> Callable[[int, int | None], None]:
     return lambda done, total: print(f"\r{what} {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
-
-
-def _weights(model: nn.Module) -> str:
-    """A name for the weights that the cached files belong to."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _arguments() -> argparse.Namespace:
@@ -190,18 +125,13 @@ def main() -> None:
     torch.set_num_threads(ARGS.threads)
     folder = data_folder(ARGS.data)
     model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
-    cache = BUILD / "compare_methods" / f"{_weights(model)}-{CODE}"
+    cache = BUILD / "compare_methods" / f"{weights_digest(model)}-{CODE}"
     if ARGS.fresh:
         shutil.rmtree(cache, ignore_errors=True)
     finished = cache / f"rows-{ARGS.images}-{ARGS.samples}-{ARGS.seed}-{ARGS.limit or 'all'}"
     finished.mkdir(parents=True, exist_ok=True)
     stats, calibration_seconds = statistics(model, folder, cache)
-    tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
-
-    def images() -> Any:
-        return open_data(tar, model, class_map=synsets, batch_size=ARGS.batch_size, limit=ARGS.limit, need_labels=True)
-
-    loader = Kept.load(cache / f"validation-{ARGS.limit or 'all'}.pt", images, model)
+    loader = validation(folder, model, cache / f"validation-{ARGS.limit or 'all'}.pt", ARGS.batch_size, ARGS.limit)
     dense = Recorded(model, loader)
     reference: Metrics = evaluate(dense, loader)
     print(f"dense: {reference}", file=sys.stderr)
