@@ -1,4 +1,4 @@
-"""The loss whose gradients weigh the layers: drawn from the model's own answer, so that no label is needed."""
+"""What a model's answers are worth: losses drawn from the answers themselves, and the divergence of two models'."""
 
 from __future__ import annotations
 
@@ -72,3 +72,11 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     features = F.normalize(output.float().flatten(1), dim=1)
     noise = draws(seeds, samples, features.shape[1:], torch.randn).to(features)
     return [(features * direction).sum() for direction in noise]
+
+
+def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
+    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
+    if not logits:
+        return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
+    p, q = (expected / temperature).log_softmax(1), (answers / temperature).log_softmax(1)
+    return temperature**2 * (p.exp() * (p - q)).sum(1).mean()

@@ -77,9 +77,9 @@ def test_random_states_are_left_alone(proxy_images):
 
 
 def test_every_image_is_seen_once_in_an_epoch(proxy_images):
-    from vitlr.refinement.images import _Schedule
+    from vitlr.schedule import Schedule
 
-    drawn = list(itertools.chain.from_iterable(itertools.islice(_Schedule(range(12), 5, 0, 0), 12)))
+    drawn = list(itertools.chain.from_iterable(itertools.islice(Schedule(range(12), 5, 0, 0), 12)))
     positions, seeds = zip(*drawn, strict=True)
     for epoch in range(5):
         assert sorted(positions[12 * epoch : 12 * epoch + 12]) == list(range(12))

@@ -10,7 +10,6 @@ import vitlr
 from vitlr import InputError
 from vitlr.nn import LowRankLinear
 from vitlr.refinement import joint as joint_rung
-from vitlr.refinement.joint import balance_factors
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_autocast_and_a_temperature_run(joint):
 def test_balancing_changes_no_product():
     A, B = torch.randn(12, 4, dtype=torch.float64) * 100, torch.randn(4, 9, dtype=torch.float64) / 100
     layer = LowRankLinear.from_factors(A, B)
-    balance_factors(layer)
+    layer.balance()
     torch.testing.assert_close(layer.up.weight @ layer.down.weight, A @ B)
     sizes = [torch.linalg.svdvals(f.detach()) for f in (layer.up.weight, layer.down.weight)]
     torch.testing.assert_close(*sizes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import is_plain, is_transformed
 from vitlr.ops import lowrank_linear as op
+from vitlr.spectra import balance
 
 
 class LowRankLinear(nn.Module):
@@ -136,6 +137,13 @@ class LowRankLinear(nn.Module):
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach().clone())
         return linear.train(self.training)
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Give both factors the same singular values, in place, with the same A B; unbalanced ones diverge in training."""
+        A, B = balance(self.up.weight.double(), self.down.weight.double())
+        self.up.weight.copy_(A)
+        self.down.weight.copy_(B)
 
     def extra_repr(self) -> str:
         bias = getattr(self.up, "bias", None) is not None

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitlr.data import Loader, spread
 from vitlr.errors import InputError
 from vitlr.modes import seeded
+from vitlr.schedule import Schedule, derived_seed
 
 MIN_IMAGES = 32
 _HELD_SHARE, _HELD_LEAST, _HELD_MOST = 0.15, 8, 512
@@ -90,34 +91,9 @@ class Proxy:
 
     def mixed(self, batch_size: int, seed: int, start: int, crop: float, jitter: float, mix: bool) -> Iterator[Tensor]:
         """Augmented batches without end, from step `start` on; step k gives the same batch however it is reached."""
-        batches = self.source.augmented(_Schedule(self.training, batch_size, seed, start), (crop, 1.0), jitter)
+        batches = self.source.augmented(Schedule(self.training, batch_size, seed, start), (crop, 1.0), jitter)
         for step, images in enumerate(batches, start):
-            yield _mix(images, _hash(seed, "mix", step)) if mix else images
-
-
-class _Schedule:
-    """Lists of (position, seed) without end: every epoch a new order, every draw a new seed, both from counting."""
-
-    def __init__(self, positions: Sequence[int], batch_size: int, seed: int, start: int) -> None:
-        self.positions, self.batch_size, self.seed, self.start = positions, batch_size, seed, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        n, drawn = len(self.positions), self.start * self.batch_size
-        epoch, order = -1, []
-        while True:
-            batch = []
-            for k in range(drawn, drawn + self.batch_size):
-                if k // n != epoch:
-                    epoch = k // n
-                    generator = torch.Generator().manual_seed(_hash(self.seed, "epoch", epoch))
-                    order = torch.randperm(n, generator=generator).tolist()
-                batch.append((self.positions[order[k % n]], _hash(self.seed, "draw", k)))
-            drawn += self.batch_size
-            yield batch
-
-
-def _hash(*parts: Any) -> int:
-    return zlib.crc32("/".join(map(str, parts)).encode())
+            yield _mix(images, derived_seed(seed, "mix", step)) if mix else images
 
 
 def _mix(images: Tensor, seed: int) -> Tensor:

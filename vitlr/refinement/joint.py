@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.inputs import to_model
-from vitlr.losses import first_tensor
+from vitlr.losses import divergence, first_tensor
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
+from vitlr.precision import autocast, device_of, plain_attention
 from vitlr.refinement.blocks import by_block, watched
 from vitlr.refinement.images import Proxy
-from vitlr.refinement.judge import Judge, divergence
-from vitlr.refinement.precision import autocast, device_of, plain_attention
+from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.snapshots import Snapshots
-from vitlr.spectra import balance
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
@@ -43,7 +42,7 @@ def joint(
     """
     for module in model.modules():
         if isinstance(module, LowRankLinear) and all(p.requires_grad for p in module.parameters()):
-            balance_factors(module)
+            module.balance()
     run = _Run(model, judge, recipe, snapshots)
     names = list(by_block(model)) if recipe.features else []
     blocks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
@@ -200,11 +199,3 @@ def _relative(expected: Tensor, found: Tensor) -> Tensor:
     expected, found = expected.detach().to(found.device).float(), found.float()
     centred = expected - expected.flatten(0, -2).mean(0)
     return (found - expected).square().sum() / centred.square().sum().clamp_min(1e-12)
-
-
-@torch.no_grad()
-def balance_factors(layer: LowRankLinear) -> None:
-    """Give both factors the same singular values, without changing their product; unbalanced ones diverged."""
-    A, B = balance(layer.up.weight.double(), layer.down.weight.double())
-    layer.up.weight.copy_(A)
-    layer.down.weight.copy_(B)

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import NumericalError
 from vitlr.inputs import to_model
-from vitlr.losses import first_tensor, is_logits
+from vitlr.losses import divergence, first_tensor, is_logits
 from vitlr.modes import evaluation_mode
 
 
@@ -57,11 +56,3 @@ class Judge:
                 self.logits = is_logits(model, answer)
                 found.append(first_tensor(answer).double().flatten(1).cpu())
         return torch.cat(found)
-
-
-def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
-    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
-    if not logits:
-        return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
-    p, q = (expected / temperature).log_softmax(1), (answers / temperature).log_softmax(1)
-    return temperature**2 * (p.exp() * (p - q)).sum(1).mean()

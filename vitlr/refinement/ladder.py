@@ -22,7 +22,8 @@ from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.report import Refinement, Rung
 from vitlr.refinement.residual import residual
-from vitlr.refinement.snapshots import Snapshots, copied, restore
+from vitlr.refinement.snapshots import Snapshots
+from vitlr.snapshots import copied, restore
 from vitlr.statistics import fingerprint
 
 Progress = Callable[[int, "int | None"], None]

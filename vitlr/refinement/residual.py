@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from vitlr.inputs import to_model
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
+from vitlr.precision import device_of
 from vitlr.refinement.blocks import by_block, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
-from vitlr.refinement.precision import device_of
 from vitlr.refinement.recipe import Recipe
 from vitlr.spectra import balance
 

@@ -1,65 +1,23 @@
-"""Refinement that can be cut short: finished rungs and the state of the joint one, as safetensors in a folder."""
+"""Refinement that can be cut short: finished rungs, and the state of the joint one."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from vitlr.errors import InputError
+from vitlr import snapshots
 from vitlr.refinement.report import Rung
-from vitlr.storage import check_writable, load_tensors, save_tensors
-
-SCHEMA = 1
+from vitlr.snapshots import restore, stored
 
 
-class Snapshots:
-    """What a run has reached, in `folder` (None keeps nothing).
+class Snapshots(snapshots.Snapshots):
+    """What a refinement has reached; see `vitlr.snapshots`."""
 
-    `run` describes the run: weights it starts from, images, choices. Raises `InputError` where the folder cannot be
-    written or holds another run.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None, run: Mapping[str, Any]) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.run = dict(run)
-        if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as cause:
-                raise InputError(f"cannot keep snapshots in {self.folder}: {cause.strerror or cause}") from cause
-            check_writable(self.folder / "joint.safetensors")
-
-    def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Keep tensors and plain values under `name`, in place of what was there, atomically."""
-        if self.folder is not None:
-            stored = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-            header = {"run": self.run, "state": dict(state)}
-            save_tensors(self._path(name), stored, header, kind="refinement", schema=SCHEMA)
-
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
-        if self.folder is None or not self._path(name).exists():
-            return None
-        tensors, header = load_tensors(self._path(name), kind="refinement", schema=SCHEMA)
-        kept = header.get("run")
-        if kept != self.run:
-            known = kept if isinstance(kept, dict) else {}
-            what = next((key for key in self.run if known.get(key) != self.run[key]), "run")
-            raise InputError(
-                f"{self._path(name)} is of another run: its {what} was {known.get(what)!r}, "
-                f"now it is {self.run.get(what)!r}; name another folder, or remove that file"
-            )
-        return tensors, header["state"]
+    kind = "refinement"
 
     def save_rung(self, rung: Rung, model: nn.Module) -> None:
         """Keep the model as it left a rung, and drop what that rung kept on the way."""
         if self.folder is not None:
-            self.save(f"after_{rung.name}", _stored(model), rung.to_dict())
+            self.save(f"after_{rung.name}", stored(model), rung.to_dict())
             self._path(rung.name).unlink(missing_ok=True)
 
     def load_rung(self, name: str, model: nn.Module) -> Rung | None:
@@ -70,24 +28,3 @@ class Snapshots:
         tensors, state = found
         restore(model, tensors)
         return Rung.from_dict(state)
-
-    def _path(self, name: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{name}.safetensors"
-
-
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def copied(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of parameters and buffers, to come back to."""
-    return {name: tensor.detach().clone() for name, tensor in _stored(model).items()}
-
-
-@torch.no_grad()
-def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `copied` gave, in place."""
-    for name, tensor in _stored(model).items():
-        tensor.copy_(tensors[name])

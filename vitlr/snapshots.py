@@ -1,0 +1,79 @@
+"""Training that can be cut short: its state as safetensors in a folder, and only ever read back by the same run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.errors import InputError
+from vitlr.storage import check_writable, load_tensors, save_tensors
+
+SCHEMA = 1
+
+
+class Snapshots:
+    """What a run has reached, in `folder` (None keeps nothing).
+
+    `run` describes the run: weights it starts from, images, choices; `kind` says what wrote the files. Raises
+    `InputError` where the folder cannot be written or holds another run.
+    """
+
+    kind = "training"
+
+    def __init__(self, folder: str | os.PathLike[str] | None, run: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.run = dict(run)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as cause:
+                raise InputError(f"cannot keep snapshots in {self.folder}: {cause.strerror or cause}") from cause
+            check_writable(self.folder / "state.safetensors")
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Keep tensors and plain values under `name`, in place of what was there, atomically."""
+        if self.folder is not None:
+            stored = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+            header = {"run": self.run, "state": dict(state)}
+            save_tensors(self._path(name), stored, header, kind=self.kind, schema=SCHEMA)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
+        if self.folder is None or not self._path(name).exists():
+            return None
+        tensors, header = load_tensors(self._path(name), kind=self.kind, schema=SCHEMA)
+        kept = header.get("run")
+        if kept != self.run:
+            known = kept if isinstance(kept, dict) else {}
+            what = next((key for key in self.run if known.get(key) != self.run[key]), "run")
+            raise InputError(
+                f"{self._path(name)} is of another run: its {what} was {known.get(what)!r}, "
+                f"now it is {self.run.get(what)!r}; name another folder, or remove that file"
+            )
+        return tensors, header["state"]
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of parameters and buffers, to come back to."""
+    return {name: tensor.detach().clone() for name, tensor in stored(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `copied` gave, in place."""
+    for name, tensor in stored(model).items():
+        tensor.copy_(tensors[name])
