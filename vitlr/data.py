@@ -71,25 +71,30 @@ class Loader:
             self.dataset.subset(positions), self.path, self.batch_size, self.workers, self._batches.pin_memory
         )
 
-    def augmented(
-        self, batches: Iterable[Sequence[tuple[int, int]]], *, scale: tuple[float, float], color_jitter: float
-    ) -> Iterator[Tensor]:
-        """For every list of (position, seed) a batch `[B, C, H, W]` under timm's training transform.
+    def augmented(self, batches: Iterable[Sequence[tuple[int, int]]], **transform: Any) -> Iterator[Tensor]:
+        """The images of `labelled`."""
+        yield from (images for images, _ in self.labelled(batches, **transform))
 
-        Random resized crop (`scale`: shares of the area), flip and colour jitter are drawn from the seeds alone, so
-        the same lists give the same pixels with any number of workers. Files that cannot be read are left out.
+    def labelled(
+        self, batches: Iterable[Sequence[tuple[int, int]]], **transform: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every list of (position, seed) a batch `[B, C, H, W]` under timm's training transform, and its labels.
+
+        `transform` are the choices of `timm.data.create_transform` (scale, color_jitter, ...). They are drawn from the
+        seeds alone, so the same lists give the same pixels with any number of workers. Files that cannot be read are
+        left out.
         """
         loader = DataLoader(
-            self.dataset.augmented(scale, color_jitter),
+            self.dataset.augmented(**transform),
             batch_sampler=batches,  # type: ignore[arg-type]
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=self._batches.pin_memory,
             generator=torch.Generator(),
         )
-        for images, _, corrupt in loader:
+        for images, labels, corrupt in loader:
             self._corrupt.update(corrupt)
-            yield images
+            yield images, labels
 
     def _examples(self) -> str:
         return some(list(self._corrupt.values()))
@@ -186,8 +191,8 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
     def subset(self, positions: Sequence[int]) -> _Images:
         return _Images(self.reader, [self.chosen[i] for i in positions], self.config)
 
-    def augmented(self, scale: tuple[float, float], color_jitter: float) -> _Augmented:
-        return _Augmented(self, scale, color_jitter)
+    def augmented(self, **transform: Any) -> _Augmented:
+        return _Augmented(self, **transform)
 
     def __getitem__(self, item: int) -> tuple[Any, Any, Any]:
         return self.read(item, self.transform)
@@ -217,14 +222,15 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
 class _Augmented(Dataset[tuple[Any, Any, Any]]):
     """The same images under timm's training transform, asked for by (position, seed)."""
 
-    def __init__(self, images: _Images, scale: tuple[float, float], color_jitter: float) -> None:
+    def __init__(self, images: _Images, **transform: Any) -> None:
         from timm.data import create_transform
 
         keys = ("input_size", "interpolation", "mean", "std")
         config = {key: images.config[key] for key in keys}
-        jitter = color_jitter if images.mode == "RGB" else 0.0
+        if images.mode != "RGB":
+            transform["color_jitter"] = 0.0
         self.images = images
-        self.transform = create_transform(**config, is_training=True, scale=scale, color_jitter=jitter)
+        self.transform = create_transform(**config, is_training=True, **transform)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, Any, Any]:
         position, seed = item

@@ -140,7 +140,7 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Give both factors the same singular values, in place, with the same A B; unbalanced ones diverge in training."""
+        """Give both factors the same singular values in place, A B unchanged; unbalanced ones diverge in training."""
         A, B = balance(self.up.weight.double(), self.down.weight.double())
         self.up.weight.copy_(A)
         self.down.weight.copy_(B)
