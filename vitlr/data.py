@@ -230,7 +230,11 @@ class _Augmented(Dataset[tuple[Any, Any, Any]]):
         if images.mode != "RGB":
             transform["color_jitter"] = 0.0
         self.images = images
-        self.transform = create_transform(**config, is_training=True, **transform)
+        try:
+            self.transform = create_transform(**config, is_training=True, **transform)
+        except (AssertionError, IndexError, KeyError, ValueError) as cause:
+            given = ", ".join(f"{key}={value!r}" for key, value in transform.items())
+            raise InputError(f"timm makes no training transform of {given}: {_reason(cause)}") from cause
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, Any, Any]:
         position, seed = item

@@ -45,6 +45,47 @@ def open_model(name: str, source: Source, *, device: torch.device, weights: bool
     return create_model(name, checkpoint=source.checkpoint, pretrained=pretrained, **source.args).to(device)
 
 
+def open_pair(
+    name: str,
+    source: Source,
+    reference: str | None,
+    reference_checkpoint: Path | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model `name` and the one it is compared with, both fed the same tensors.
+
+    One --checkpoint and one set of arguments are for the one model that needs them. Raises `InputError` as
+    `open_model` does, and for a reference that is fed otherwise.
+    """
+    if reference is None and reference_checkpoint is not None:
+        raise InputError("--reference-checkpoint goes with --reference")
+    by_name = not names_a_file(name)
+    reference_by_name = reference is not None and not names_a_file(reference)
+    theirs = Source(reference_checkpoint)
+    if reference_by_name:
+        theirs = Source(reference_checkpoint or (None if by_name else source.checkpoint), source.args)
+    network = open_model(name, source if by_name or not reference_by_name else Source(), device=device).to(dtype)
+    if reference is None:
+        return network, None
+    other = open_model(reference, theirs, device=device).to(dtype)
+    _check_same_input(network, other, reference)
+    return network, other
+
+
+def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None:
+    """Both models see the same tensors, so those must be made the same way."""
+    from vitlr.data import data_config
+
+    ours, theirs = data_config(model), data_config(reference)
+    for key in ("input_size", "mean", "std"):
+        if ours[key] != theirs[key]:
+            raise InputError(
+                f"the reference {name} wants {key} {theirs[key]}, the model {ours[key]}; they cannot be compared"
+            )
+
+
 def parse_device(name: str | None) -> torch.device:
     """cpu, cuda or cuda:N; None is the GPU where there is one. `InputError` for one that is unknown or not there."""
     if name is None:

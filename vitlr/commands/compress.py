@@ -91,6 +91,7 @@ def compress(
     from vitlr import checkpoint as checkpoint_file
     from vitlr import pipeline, rebuild, surfaces
     from vitlr.budgets import parse_budget
+    from vitlr.commands._destinations import check_destinations
     from vitlr.commands._models import Source, open_model, parse_device
     from vitlr.commands._refinement import RefineRequest
     from vitlr.commands._statistics import Request, exactly, statistics_for
@@ -101,7 +102,9 @@ def compress(
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
-    _check_destinations(out, stats, plan_out, plan_only, {flag: path for flag, path in inputs.items() if path})
+    if out is None and not plan_only:
+        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
+    check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, inputs)
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     network = open_model(model, source, device=parse_device(device))
     if out is not None:
@@ -171,34 +174,3 @@ def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | Non
         raise InputError("--uniform gives one rank a shape already; it does not go with --rank-buckets")
     if centred and objective == "normalized":
         raise InputError("--centred needs plain moments; it does not go with --objective normalized")
-
-
-def _check_destinations(
-    out: Path | None, stats: Path | None, plan_out: Path | None, plan_only: bool, inputs: dict[str, Path]
-) -> None:
-    """Refuse places that cannot be written, and those whose writing would destroy something else."""
-    from vitlr.storage import check_writable
-
-    if out is None and not plan_only:
-        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
-    named = {flag: path for flag, path in (("--out", out), ("--stats", stats), ("--plan-out", plan_out)) if path}
-    for flag, path in named.items():
-        check_writable(path)
-        others = {**inputs, **named}
-        twin = next((f for f, p in others.items() if f != flag and p.resolve() == path.resolve()), None)
-        if twin is not None:
-            raise InputError(f"{flag} and {twin} are both {path}; name two files")
-    if out is not None:
-        _check_replaceable(out)
-
-
-def _check_replaceable(out: Path) -> None:
-    """An earlier result may be replaced; a file that is none, such as somebody's only copy of weights, may not."""
-    from vitlr import checkpoint, storage
-
-    if not out.exists() or out.stat().st_size == 0:
-        return
-    try:
-        storage.load_header(out, kind="model", schema=checkpoint.SCHEMA)
-    except InputError as cause:
-        raise InputError(f"--out {out} is there and is no vitlr model; remove it or name another file") from cause

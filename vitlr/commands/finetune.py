@@ -1,0 +1,160 @@
+"""`vitlr finetune`: train a model on labelled images, with timm's recipe and the dense model's answers if wanted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitlr.commands._options import (
+    AsJson,
+    BatchSize,
+    Checkpoint,
+    ClassMap,
+    Data,
+    Device,
+    FileOrModel,
+    ImgSize,
+    Limit,
+    ModelKwargs,
+    NumClasses,
+    Workers,
+    model_arguments,
+)
+from vitlr.commands._result import Interrupted, Result
+from vitlr.errors import InputError
+
+
+def finetune(
+    model: FileOrModel,
+    data: Data = None,
+    class_map: ClassMap = None,
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="F", help="The trained model.")] = None,
+    val_data: Annotated[
+        str | None, typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL_OR_F", help="Learn this model's answers too (distillation).")
+    ] = None,
+    reference_checkpoint: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="Weights of the reference. [default: --checkpoint where F_OR_MODEL is a file]"),
+    ] = None,
+    distill_loss_weight: Annotated[
+        float | None, typer.Option(metavar="W", help="Its share of the loss. [default: 0.5]")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep snapshots there, and go on from them.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the images.")] = 10,
+    lr: Annotated[float, typer.Option(metavar="X", help="Peak learning rate.")] = 1e-4,
+    opt: Annotated[str, typer.Option(metavar="NAME", help="One of timm's optimizers.")] = "adamw",
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="Of weights, not of biases and norms.")] = 0.05,
+    sched: Annotated[str, typer.Option(metavar="NAME", help="One of timm's schedules.")] = "cosine",
+    warmup_epochs: Annotated[float, typer.Option(metavar="X", help="Epochs of rising rate.")] = 0.5,
+    min_lr: Annotated[float, typer.Option(metavar="X", help="Rate at the end.")] = 0.0,
+    smoothing: Annotated[float, typer.Option(metavar="X", help="Label smoothing.")] = 0.1,
+    mixup: Annotated[float, typer.Option(metavar="X", help="Mixup alpha, 0 for none.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(metavar="X", help="CutMix alpha, 0 for none.")] = 0.0,
+    aa: Annotated[str | None, typer.Option(metavar="POLICY", help="AutoAugment, such as rand-m9-mstd0.5.")] = None,
+    color_jitter: Annotated[float, typer.Option(metavar="X", help="Strength of colour jitter.")] = 0.4,
+    reprob: Annotated[float, typer.Option(metavar="P", help="Probability of random erasing.")] = 0.0,
+    clip_grad: Annotated[float | None, typer.Option(metavar="X", help="Largest norm of the gradient.")] = 1.0,
+    grad_accum_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in one update.")] = 1,
+    model_ema: Annotated[bool, typer.Option("--model-ema", help="Keep the running mean of the weights.")] = False,
+    model_ema_decay: Annotated[float, typer.Option(metavar="X", help="Its decay.")] = 0.9998,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of order, augmentation and dropout.")] = 0,
+    limit: Limit = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    device: Device = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Train a model, compressed or not, on labelled images; flags have the names of timm's train.py."""
+    start = time.perf_counter()
+    for flag, value in (("--data", data), ("--out", out)):
+        if value is None:
+            raise InputError(
+                f"{flag} is missing: give " + ("labelled images" if flag == "--data" else "a file to write")
+            )
+    assert data is not None and out is not None
+    if distill_loss_weight is not None and reference is None:
+        raise InputError("--distill-loss-weight goes with --reference")
+    if resume is not None and resume.exists() and not resume.is_dir():
+        raise InputError(f"--resume {resume} is a file, expected a folder")
+    args = model_arguments(img_size, num_classes, model_kwargs)
+    from vitlr import checkpoint as checkpoint_file
+    from vitlr import rebuild
+    from vitlr.commands._destinations import check_destinations
+    from vitlr.commands._models import Source, names_a_file, open_pair, parse_device
+    from vitlr.cost import count_params
+    from vitlr.data import open_data
+    from vitlr.evaluation import evaluate
+    from vitlr.progress import bar
+    from vitlr.training import TrainRecipe, train
+
+    recipe = TrainRecipe(
+        epochs=epochs,
+        lr=lr,
+        opt=opt,
+        weight_decay=weight_decay,
+        sched=sched,
+        warmup_epochs=warmup_epochs,
+        min_lr=min_lr,
+        smoothing=smoothing,
+        mixup=mixup,
+        cutmix=cutmix,
+        aa=aa,
+        color_jitter=color_jitter,
+        reprob=reprob,
+        clip_grad=clip_grad,
+        grad_accum_steps=grad_accum_steps,
+        model_ema=model_ema,
+        model_ema_decay=model_ema_decay,
+        distill_loss_weight=0.5 if distill_loss_weight is None else distill_loss_weight,
+        seed=seed,
+    )
+    models = {"F_OR_MODEL": model, "--reference": reference, "--data": data, "--val-data": val_data}
+    read: dict[str, Path | None] = {flag: Path(name) for flag, name in models.items() if name is not None}
+    check_destinations({"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map})
+    source = Source(checkpoint, args)
+    network, dense = open_pair(model, source, reference, reference_checkpoint, device=parse_device(device))
+    if not names_a_file(model):
+        rebuild.check_origin(rebuild.find_origin(network, args))  # arguments a file cannot hold
+    options: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
+    images = open_data(data, network, **options, limit=limit, need_labels=True)
+    held_out = None if val_data is None else open_data(val_data, network, **options, need_labels=True)
+    try:
+        with bar("training", unit="updates") as progress:
+            report = train(
+                network,
+                images,
+                recipe,
+                reference=dense,
+                validate=None if held_out is None else lambda judged: evaluate(judged, held_out).top1,
+                resume=resume,
+                progress=progress,
+            )
+    except KeyboardInterrupt as cause:
+        if resume is None:
+            raise Interrupted("with --resume DIR the next run would go on near where this one stopped") from cause
+        raise Interrupted(f"run the same command again to go on from the snapshots in {resume}") from cause
+    info = getattr(network, "vitlr_info", None) or {}
+    record = {**report.to_dict(), "data": data, "reference": reference}
+    checkpoint_file.save(network, out, recipe={**(info.get("recipe") or {}), "training": record})
+    found = report.to_dict()
+    values: dict[str, Any] = {
+        "out": str(out),
+        "params": count_params(network),
+        "bytes": out.stat().st_size,
+        **{key: found[key] for key in ("epochs", "kept", "updates", "images", "note")},
+        "skipped": images.skipped,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+    return Result(values, f"{report}\nwrote {out}: {values['bytes'] / 1e6:.3f} MB")
