@@ -3,11 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <vector>
 
+#include "cpu/scratch.h"
 #include "cpu/team.h"
 
 namespace vitlr {
@@ -16,22 +16,6 @@ namespace {
 constexpr int64_t kBlockBytes = 640 << 10;  // of all blocks of a chain; the rest of a 1 MiB L2 is for panels of weights
 constexpr int64_t kMostRows = 96;     // more make weights no cheaper, and every level of cache fuller
 constexpr int64_t kMostDecoded = 192;  // but codes cheaper, which are decoded for every block
-
-// The blocks of one thread. Kept between calls: fresh memory costs a page fault for every 4 KiB.
-struct Scratch {
-  char* data = nullptr;
-  int64_t size = 0;
-  ~Scratch() { std::free(data); }
-  char* reserve(int64_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      data = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64));
-      size = data ? bytes : 0;
-    }
-    return data;
-  }
-};
-thread_local Scratch scratch;
 
 int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
   const int64_t words = (width + kernel.elements - 1) / kernel.elements;

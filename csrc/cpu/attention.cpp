@@ -1,0 +1,61 @@
+// Driver of attention: heads share nothing, so each is one task, or a few where there are more threads than heads.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+
+#include "cpu/scratch.h"
+#include "cpu/team.h"
+
+namespace vitlr {
+
+const AttentionKernel& attention_kernel(Isa isa, bool bf16) {
+  switch (isa) {
+#ifdef VITLR_WITH_AVX512_BF16
+    case kAvx512Bf16: return bf16 ? attention_bf16_avx512_bf16() : attention_fp32_avx512_bf16();
+#endif
+#ifdef VITLR_WITH_AVX512
+    case kAvx512: return bf16 ? attention_bf16_avx512() : attention_fp32_avx512();
+#endif
+#ifdef VITLR_WITH_AVX2
+    case kAvx2: return bf16 ? attention_bf16_avx2() : attention_fp32_avx2();
+#endif
+    default: return bf16 ? attention_bf16_portable() : attention_fp32_portable();
+  }
+}
+
+void run_attention(const AttentionKernel& kernel, const Attention& call, int threads) {
+  const int64_t heads = call.images * call.heads;
+  if (heads <= 0 || call.queries <= 0 || call.keys <= 0 || call.width <= 0) return;
+  // Every share of a head packs its keys and values again, which costs as much as a tenth of all queries.
+  const int64_t tiles = (call.queries + kernel.rows - 1) / kernel.rows;
+  const int64_t shares = std::min(tiles, (threads + heads - 1) / heads);
+  const int team = team_of(threads, heads * shares);
+  const int64_t room = kernel.room(call.keys, call.width);
+  std::atomic<bool> failed{false};
+#pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
+  for (int64_t task = 0; task < heads * shares; ++task) {
+    const int64_t image = task / shares / call.heads, head = task / shares % call.heads, share = task % shares;
+    const int64_t first = call.queries * share / shares, end = call.queries * (share + 1) / shares;
+    const auto at = [&](const void* base, const Strides& strides, int64_t row) {
+      const int64_t offset = image * strides.image + head * strides.head + row * strides.row;
+      return static_cast<const char*>(base) + offset * kernel.bytes;
+    };
+    const Strides y{call.queries * call.heads * call.width, call.width, call.heads * call.width};
+    Head one{};
+    one.q = at(call.q, call.q_strides, first), one.q_stride = call.q_strides.row;
+    one.k = at(call.k, call.k_strides, 0), one.k_stride = call.k_strides.row;
+    one.v = at(call.v, call.v_strides, 0), one.v_stride = call.v_strides.row;
+    one.queries = end - first, one.keys = call.keys, one.width = call.width, one.scale = call.scale;
+    one.y = const_cast<char*>(at(call.y, y, first)), one.y_stride = y.row;
+    one.memory = scratch.reserve(room);
+    if (one.memory)
+      kernel.head(one);
+    else
+      failed = true;  // an exception must not leave the region
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+}  // namespace vitlr

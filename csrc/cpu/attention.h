@@ -1,0 +1,54 @@
+// Attention softmax(scale q kᵀ) v, head by head: the scores of a dozen queries at a time, which never leave the cache.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace vitlr {
+
+// One head of one image. Rows of q, k and v lie at strides in elements; the entries of a row are contiguous.
+struct Head {
+  const void *q, *k, *v;  // [queries, width], [keys, width], [keys, width]
+  int64_t q_stride, k_stride, v_stride;
+  int64_t queries, keys, width;
+  float scale;  // > 0
+  void* y;      // [queries, width], rows at `y_stride`
+  int64_t y_stride;
+  void* memory;  // room of `AttentionKernel::room` bytes
+};
+
+// What one instruction set brings for one dtype. Plain functions, no std types, for the reason given in chain.h.
+struct AttentionKernel {
+  int64_t rows;   // of a tile of queries
+  int64_t bytes;  // of an element
+  int64_t (*room)(int64_t keys, int64_t width);
+  void (*head)(const Head& head);
+};
+
+const AttentionKernel& attention_fp32_portable();
+const AttentionKernel& attention_bf16_portable();
+const AttentionKernel& attention_fp32_avx2();
+const AttentionKernel& attention_bf16_avx2();
+const AttentionKernel& attention_fp32_avx512();
+const AttentionKernel& attention_bf16_avx512();
+const AttentionKernel& attention_fp32_avx512_bf16();
+const AttentionKernel& attention_bf16_avx512_bf16();
+
+const AttentionKernel& attention_kernel(Isa isa, bool bf16);
+
+struct Strides {
+  int64_t image, head, row;  // in elements
+};
+
+struct Attention {
+  const void *q, *k, *v;  // [images, heads, queries or keys, width]
+  Strides q_strides, k_strides, v_strides;
+  int64_t images, heads, queries, keys, width;
+  float scale;
+  void* y;  // [images, queries, heads, width], contiguous: as the next linear reads it
+};
+
+// Throws std::bad_alloc without memory for packed keys and values of one head a thread.
+void run_attention(const AttentionKernel& kernel, const Attention& call, int threads);
+
+}  // namespace vitlr
