@@ -24,15 +24,15 @@ import nvcc
 
 CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/gram.cpp", "csrc/cpu/chain.cpp"]
+SOURCES = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "chain", "attention"))]
 # The same source, compiled once for each instruction set and chosen at run time.
-GRAM, CHAIN = "csrc/cpu/gram_kernel.cpp", "csrc/cpu/chain_kernel.cpp"
+GRAM, CHAIN, ATTENTION = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention"))
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 ISAS = {
-    "portable": ([], [GRAM, CHAIN]),
-    "avx2": (["-mavx2", "-mfma"], [GRAM, CHAIN]),
-    "avx512": (AVX512, [GRAM, CHAIN]),
-    "avx512_bf16": ([*AVX512, "-mavx512bf16"], [CHAIN]),
+    "portable": ([], [GRAM, CHAIN, ATTENTION]),
+    "avx2": (["-mavx2", "-mfma"], [GRAM, CHAIN, ATTENTION]),
+    "avx512": (AVX512, [GRAM, CHAIN, ATTENTION]),
+    "avx512_bf16": ([*AVX512, "-mavx512bf16"], [CHAIN, ATTENTION]),
 }
 
 
@@ -117,7 +117,7 @@ def extensions() -> list[Extension]:
     """The CPU extension and the CUDA one."""
     if _is_set("VITLR_SKIP_NATIVE_BUILD"):
         return []
-    depends = [GRAM, CHAIN, *map(str, Path("csrc").glob("cpu/*.h"))]
+    depends = [GRAM, CHAIN, ATTENTION, *map(str, Path("csrc").glob("cpu/*.h"))]
     # optional: an editable install, which copies what was built, does not miss what was not.
     cpu = Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)
     newer = [*map(str, Path("csrc").glob("cuda/*")), "csrc/nvcc.py"]
