@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/chain.h"
 #include "cpu/gram.h"
 
@@ -59,6 +60,23 @@ void chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int
   py::gil_scoped_release release;
   const vitlr::Rows rows{pointer(x), M, K, row_stride, column_stride, pointer(y), pointer(residual), residual_stride};
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
+}
+
+// q, k, v: (address, strides of image, head and row); y [images, queries, heads, width]
+void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr_t y, int64_t images,
+               int64_t heads, int64_t queries, int64_t keys, int64_t width, float scale, int threads,
+               const std::string& isa) {
+  vitlr::Attention call{};
+  const auto read = [](const py::tuple& from, const void*& to, vitlr::Strides& strides) {
+    to = pointer(from[0].cast<uintptr_t>());
+    strides = {from[1].cast<int64_t>(), from[2].cast<int64_t>(), from[3].cast<int64_t>()};
+  };
+  read(q, call.q, call.q_strides), read(k, call.k, call.k_strides), read(v, call.v, call.v_strides);
+  call.images = images, call.heads = heads, call.queries = queries, call.keys = keys, call.width = width;
+  call.scale = scale, call.y = pointer(y);
+  const vitlr::AttentionKernel& kernel = vitlr::attention_kernel(vitlr::select_isa(isa.c_str()), bf16);
+  py::gil_scoped_release release;
+  vitlr::run_attention(kernel, call, threads);
 }
 
 void pack(bool bf16, uintptr_t W, int64_t row_stride, int64_t column_stride, int64_t N, int64_t K, uintptr_t packed,
@@ -125,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vitlr; use them through vitlr.ops.";
   m.def("gram", &gram, py::arg("C"), py::arg("X"), py::arg("T"), py::arg("n"), py::arg("row_stride"),
         py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
+  m.def("attention", &attention);
   m.def("chain", &chain);
   m.def("pack", &pack);
   m.def("pack_codes", &pack_codes);

@@ -11,14 +11,14 @@ from torch import nn
 
 from vitlr import folding, surfaces
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
+from vitlr.nn import FoldedScale, FusedAttention, LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
 from vitlr.pruning import Mlp, narrow_mlp, narrowed_mlps, read_mlp
 from vitlr.spectra import Spectra
 
-FUSED = (LowRankMLP, LowRankGLU)
+FUSED = (LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def replace_layers(
@@ -76,8 +76,8 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return model
 
 
-def fused(module: nn.Module) -> LowRankMLP | LowRankGLU:
-    """The `LowRankMLP` or `LowRankGLU` of an MLP. Raises `InputError` with both reasons where it can be neither."""
+def fused(module: nn.Module) -> LowRankMLP | LowRankGLU | FusedAttention:
+    """The fused module that stands for an MLP or an attention. Raises `InputError` with all reasons where none can."""
     reasons = {kind: kind.why_not(module) for kind in FUSED}
     for kind, reason in reasons.items():
         if reason is None:
@@ -86,9 +86,10 @@ def fused(module: nn.Module) -> LowRankMLP | LowRankGLU:
 
 
 def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
-    """Gather every MLP with a low-rank layer into one module, where that is exact; `unfuse` takes it back.
+    """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
 
-    Plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`. With `fold`, norms and layer scales beside low-rank
+    Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
+    `FusedAttention`. With `fold`, norms and layer scales beside low-rank
     layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
     which stays so after `unfuse`.
     """
@@ -102,10 +103,12 @@ def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Mo
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Give every fused MLP and folded layer scale back its original module, with the weights it has now."""
+    """Give every fused module and folded layer scale back its original module, with the weights it has now."""
     model = model if inplace else copy.deepcopy(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, FUSED):
+        if isinstance(module, FusedAttention):
+            _swap(model, name, module.to_attention())
+        elif isinstance(module, (LowRankMLP, LowRankGLU)):
             _swap(model, name, module.to_mlp())
         elif isinstance(module, FoldedScale):
             _swap(model, name, module.to_scale())
@@ -113,7 +116,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def fused_names(model: nn.Module) -> list[str]:
-    """Names of the MLPs that are fused and of the layer scales that are folded."""
+    """Names of the MLPs and attentions that are fused and of the layer scales that are folded."""
     return [name for name, module in model.named_modules() if isinstance(module, (*FUSED, FoldedScale))]
 
 

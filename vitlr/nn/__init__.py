@@ -1,9 +1,10 @@
 """Modules that stand where dense ones stood."""
 
 from vitlr.nn.folded_scale import FoldedScale
+from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 
-__all__ = ["FoldedScale", "LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]
+__all__ = ["FoldedScale", "FusedAttention", "LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]

@@ -3,6 +3,7 @@
 from vitlr.ops import (
     _cpu,  # noqa: F401 (registers its candidates)
     _two_steps,  # noqa: F401 (registers its candidate)
+    attention,
     gram,
     lowrank_glu,
     lowrank_linear,
@@ -15,6 +16,7 @@ from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, reg
 __all__ = [
     "Candidate",
     "Explanation",
+    "attention",
     "candidates",
     "explain",
     "gram",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlr.ops import _dispatch, _native, _packed, lowrank_linear, lowrank_mlp, lowrank_residual_linear
+from vitlr.ops import _dispatch, _native, _packed, attention, lowrank_linear, lowrank_mlp, lowrank_residual_linear
 
 _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
 _ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
@@ -86,12 +86,17 @@ def _residual_linear(
     return chain.run(x)
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return _native.attention(q, k, v, _native.isa_used()).flatten(2)
+
+
 def _supports(key: Any) -> str | None:
     if key.device.type != "cpu":
         return f"x is on {key.device}, the kernel runs on the CPU"
     if key.dtype not in _DTYPES:
         return f"it takes fp32 and bf16, x is {key.dtype}"
-    if any(value == 0 for name, value in key._asdict().items() if name in ("K", "D", "N", "r", "r1", "r2")):
+    if any(value == 0 for name, value in key._asdict().items() if name in ("S", "d", "K", "D", "N", "r", "r1", "r2")):
         return "a size is 0"
     return _native.why_not()
 
@@ -139,7 +144,13 @@ def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
     return _too_little(key.M, key.K * key.N, key.dtype)
 
 
+def _attention_worth(key: attention.Key) -> str | None:
+    work = None if key.M is None or key.S is None else key.M * key.S
+    return _too_little(work, 2 * key.d, key.dtype)
+
+
 for _op, _candidate in (
+    (attention.OP, _dispatch.Candidate("cpu", _supports, _attention, _RAN_ON, _attention_worth)),
     (lowrank_linear.OP, _dispatch.Candidate("cpu", _supports, _linear, _RAN_ON, _linear_worth)),
     (lowrank_mlp.OP, _dispatch.Candidate("cpu", _supports, _mlp, _RAN_ON, _mlp_worth)),
     (

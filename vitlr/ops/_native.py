@@ -98,6 +98,18 @@ def chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor |
     return y
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, isa: str) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v: q [B, H, L, d], k and v [B, H, S, d], rows contiguous, fp32 or bf16 -> [B, L, H, d]."""
+    assert _C is not None, why_not()
+    B, H, L, d = q.shape
+    y = q.new_empty((B, L, H, d))
+    places = ((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v))
+    sizes = (B, H, L, k.shape[2], d)
+    bf16, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    _C.attention(bf16, *places, y.data_ptr(), *sizes, d**-0.5, threads, isa)
+    return y
+
+
 def fingerprint(W: torch.Tensor, samples: int) -> int:
     """A hash of `samples` entries of a CPU matrix W spread evenly, or of all of them."""
     assert _C is not None, why_not()

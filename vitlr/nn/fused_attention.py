@@ -1,0 +1,91 @@
+"""Self-attention of a timm block, with everything between its two linears as one operation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlr.errors import InputError
+from vitlr.nn._fused import does_nothing, restored, with_children
+from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.ops import attention as op
+
+# Classes whose forward is known, by name: this package does not import timm.
+CLASSES = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+_KEPT = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
+
+
+class FusedAttention(nn.Module):
+    """`y = proj(softmax(q kᵀ / √d) v)`, q, k, v from `qkv(x)`: timm's `Attention` with the op `attention` inside.
+
+    The children keep their names, so state_dict keys do not change, and are shared with `attention`; `to_attention`
+    gives the original module back. The op runs without mask and dropout where dispatch chooses a kernel, otherwise
+    `F.scaled_dot_product_attention`, as in the original. Raises InputError with the reason of `why_not`.
+    """
+
+    if TYPE_CHECKING:
+        qkv: nn.Module
+        q_norm: nn.Module
+        k_norm: nn.Module
+        norm: nn.Module
+        proj: nn.Module
+        proj_drop: nn.Module
+
+    def __init__(self, attention: nn.Module) -> None:
+        reason = self.why_not(attention)
+        if reason is not None:
+            raise InputError(f"{type(attention).__name__} cannot become a FusedAttention: {reason}")
+        super().__init__()
+        self.num_heads: int = attention.num_heads  # type: ignore[assignment]
+        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        for name in _KEPT:
+            self.add_module(name, getattr(attention, name))
+        # The original, emptied of what it shares with this module; past nn.Module, which would register it as a child.
+        self.__dict__["_original"] = with_children(attention, {name: None for name in _KEPT})
+        self.training = attention.training
+
+    @staticmethod
+    def why_not(module: nn.Module) -> str | None:
+        """Why a module cannot become a FusedAttention with the same outputs; None if it can."""
+        if isinstance(module, FusedAttention):
+            return "it is one already"
+        if f"{type(module).__module__}.{type(module).__qualname__}" not in CLASSES:
+            return f"it is no {CLASSES[0]}"
+        if getattr(module, "fused_attn", False) is not True:
+            return "it multiplies matrices itself (fused_attn is off)"
+        missing = [name for name in (*_KEPT, "num_heads", "head_dim") if not hasattr(module, name)]
+        if missing:
+            return f"it has no {', '.join(missing)}"
+        extra = [name for name, _ in module.named_children() if name not in _KEPT]
+        if extra or module._parameters or module._buffers:
+            return f"it has {', '.join([*extra, *module._parameters, *module._buffers])} besides"
+        if not does_nothing(module.get_submodule("attn_drop")):
+            return "it drops out attention"
+        return "it has hooks" if has_hooks(module) else None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        B, L, _ = x.shape
+        qkv = self.qkv(x).reshape(B, L, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if torch.jit.is_scripting():
+            y = self._plain(q, k, v, attn_mask, is_causal)
+        else:
+            y = self._dispatched(q, k, v, attn_mask, is_causal)
+        return self.proj_drop(self.proj(self.norm(y)))
+
+    def _plain(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal).transpose(1, 2).flatten(2)
+
+    @torch.jit.unused
+    def _dispatched(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if attn_mask is None and not is_causal and op.has_kernels() and not is_transformed() and op.kernel_chosen(q, k):
+            return op.attention(q, k, v)
+        return self._plain(q, k, v, attn_mask, is_causal)
+
+    def to_attention(self) -> nn.Module:
+        """The original module, class and all, with the children as they are now."""
+        return restored(self.__dict__["_original"], self, _KEPT)
