@@ -346,7 +346,7 @@ TAMPERED = {
     "a layer that is none": (put("structure", {"blocks.0": {"rank": 4}}), "blocks.0"),
     "an empty layer": (put("structure", {"blocks.0.mlp.fc2": None}), "blocks.0.mlp.fc2"),
     "no structure": (put("structure", []), "structure"),
-    "fuses what is no MLP": (put("fused", ["blocks.0.attn"]), "fuses 'blocks.0.attn'"),
+    "fuses what is no MLP": (put("fused", ["blocks.0.norm1"]), "fuses 'blocks.0.norm1'"),
     "fuses nothing": (put("fused", ["nowhere"]), "no such module"),
     "fuses itself": (put("fused", [""]), "no such module"),
     "names that are no text": (put("fused", [{}]), "header is damaged"),

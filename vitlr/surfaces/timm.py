@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from vitlr.nn import LowRankGLU, LowRankMLP
+from vitlr.nn import FusedAttention, LowRankGLU, LowRankMLP
+from vitlr.nn.fused_attention import CLASSES as _ATTENTION
 
 SWITCH = "qkv_bias_separate"
 """timm's attribute of BEiT, EVA and SwinV2 attention: True calls `qkv` and adds the bias after it."""
@@ -50,7 +51,6 @@ def constant_queries(model: nn.Module) -> Iterator[nn.Module]:
 
 SCALES = ("timm.models.vision_transformer.LayerScale", "timm.layers.layer_scale.LayerScale")
 _BLOCKS = ("timm.models.vision_transformer.Block",)
-_ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 
 
 def half_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str, str]]:
@@ -66,7 +66,8 @@ def half_blocks(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str, s
             continue
         prefix = f"{name}." if name else ""
         attention = block.get_submodule("attn")
-        if class_of(attention) in _ATTENTION and getattr(attention, "gate", None) is None:
+        known = isinstance(attention, FusedAttention) or class_of(attention) in _ATTENTION
+        if known and getattr(attention, "gate", None) is None:
             yield f"{prefix}norm1", (f"{prefix}attn.qkv",), f"{prefix}attn.proj", f"{prefix}ls1"
         mlp = block.get_submodule("mlp")
         if isinstance(mlp, (LowRankMLP, LowRankGLU)):
