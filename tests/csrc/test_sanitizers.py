@@ -31,7 +31,8 @@ def run(command: list[str], **env: str) -> str:
 
 
 @pytest.mark.slow
-def test_chains_stay_within_their_buffers(tmp_path):
+@pytest.mark.parametrize(("kernel", "rounds"), [("chain", 8), ("attention", 15)])
+def test_kernels_stay_within_their_buffers(tmp_path, kernel, rounds):
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     if compiler is None or not (ROOT / "csrc").is_dir():
         pytest.skip("no C++ compiler, or not run from a source tree")
@@ -44,11 +45,11 @@ def test_chains_stay_within_their_buffers(tmp_path):
     objects, running = [], []
     for isa in isas:
         objects.append(str(tmp_path / f"{isa}.o"))
-        flags = [*FLAGS, *ISAS[isa], f"-DVITLR_ISA={isa}", "-c", "csrc/cpu/chain_kernel.cpp", "-o", objects[-1]]
+        flags = [*FLAGS, *ISAS[isa], f"-DVITLR_ISA={isa}", "-c", f"csrc/cpu/{kernel}_kernel.cpp", "-o", objects[-1]]
         running.append(subprocess.Popen([compiler, *flags], cwd=ROOT))
     assert all(process.wait() == 0 for process in running)
     program = str(tmp_path / "check")
-    sources = ["tests/csrc/check_chain.cpp", "csrc/cpu/chain.cpp", "csrc/cpu/isa.cpp"]
+    sources = [f"tests/csrc/check_{kernel}.cpp", f"csrc/cpu/{kernel}.cpp", "csrc/cpu/isa.cpp"]
     built = [f"-DVITLR_WITH_{isa.upper()}" for isa in isas]
     run([compiler, *FLAGS, *built, "-fopenmp", *sources, *objects, "-o", program])
-    assert "checked up to" in run([program, "8"])
+    assert "checked up to" in run([program, str(rounds)])

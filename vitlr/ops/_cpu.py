@@ -145,6 +145,8 @@ def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
 
 
 def _attention_worth(key: attention.Key) -> str | None:
+    if key.dtype == torch.float32 and key.S is not None and key.S < 32:
+        return "below 32 keys torch is as fast in fp32"
     work = None if key.M is None or key.S is None else key.M * key.S
     return _too_little(work, 2 * key.d, key.dtype)
 
