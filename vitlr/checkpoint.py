@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlr import surfaces, surgery
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, ResidualLowRankLinear
+from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.plans import Plan
 from vitlr.rebuild import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.storage import check_writable, load_header, load_tensors, save_tensors
@@ -165,7 +165,8 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     with unfilled():
         surgery.restructure(model, header["structure"])
     for name, attention in surfaces.timm.switchable(model):
-        on = name in header["visible"] or isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear))
+        swapped = isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear, SelectedLinear))
+        on = name in header["visible"] or swapped
         setattr(attention, surfaces.timm.SWITCH, on)
     surgery.fuse_again(model, header["fused"])
     return model

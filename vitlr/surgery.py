@@ -11,7 +11,15 @@ from torch import nn
 
 from vitlr import folding, surfaces
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, FusedAttention, LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
+from vitlr.nn import (
+    FoldedScale,
+    FusedAttention,
+    LowRankGLU,
+    LowRankLinear,
+    LowRankMLP,
+    ResidualLowRankLinear,
+    SelectedLinear,
+)
 from vitlr.nn._plain import has_hooks
 from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
@@ -68,10 +76,13 @@ def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Multiply all factors out, `W = A B` or `A B + R`: the same function on plain `nn.Linear`s."""
+    """Multiply all factors out, `W = A B` or `A B + R`: the same function on plain `nn.Linear`s.
+
+    Channels that were taken out of a layer (`SelectedLinear`) come back as zeros.
+    """
     model = unfuse(model, inplace=inplace)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear)):
+    for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear)):
             _swap(model, name, module.to_linear().train(module.training))
     return model
 
@@ -138,8 +149,9 @@ def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What was done to a dense model, as plain values.
 
-    `{mlp: {"width"}}` for narrowed MLPs, `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank
-    layers; those with a residual have its `"residual"` (the form) and `"group_size"` as well.
+    `{mlp: {"width"}}` for narrowed MLPs, `{linear: {"inputs", "outputs", "in_features", "out_features", "bias"}}` for
+    linears with channels taken out (how many are left, or None), `{linear: {"rank", "in_features", "out_features",
+    "bias"}}` for low-rank layers; those with a residual have its `"residual"` (the form) and `"group_size"` as well.
     """
     layers = {
         name: {
@@ -156,25 +168,29 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
     }
-    return {**{name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}, **layers}
+    selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
+    return {**{name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}, **selected, **layers}
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
-    """Narrow the named MLPs and swap the named linears for low-rank ones, unfilled, in place.
+    """Narrow the named MLPs, take channels out of linears and swap them for low-rank ones, unfilled, in place.
 
     Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
-    fit, and widths and ranks out of range; the model is then untouched.
+    fit, and widths, channels and ranks out of range; the model is then untouched.
     """
     modules = dict(model.named_modules())
     widths = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "width" in entry}
-    linears = {name: entry for name, entry in layers.items() if name not in widths}
+    selections = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "inputs" in entry}
+    linears = {name: entry for name, entry in layers.items() if name not in widths and name not in selections}
     mlps = {name: _checked_mlp(modules, name, entry) for name, entry in widths.items()}
     sizes = {id(module): new for mlp in mlps.values() for module, new in _narrowed_sizes(mlp, widths[mlp.name])}
+    for name, entry in selections.items():
+        linear = modules[name] = _checked_linear(modules, name)
+        _check_selection(name, {**_sizes(linear), **sizes.get(id(linear), {})}, entry)
+        modules[f"{name}.linear"] = _left(linear, entry)
     for name, entry in linears.items():
-        linear = modules.get(name)
-        if type(linear) is not nn.Linear:
-            raise InputError(f"layer {name!r} is no linear layer of this model")
-        expected = {"in_features": linear.in_features, "out_features": linear.out_features, **sizes.get(id(linear), {})}
+        linear = _checked_linear(modules, name)
+        expected = {**_sizes(linear), **sizes.get(id(linear), {})}
         if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
             raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
         rank, bias = entry.get("rank"), entry.get("bias")
@@ -188,6 +204,8 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
     with torch.no_grad():
         for name, mlp in mlps.items():
             narrow_mlp(mlp, torch.arange(widths[name]["width"]))
+        for name, entry in selections.items():
+            _swap(model, name, _selected(modules[f"{name}.linear"], entry))
         for name, entry in linears.items():
             w = modules[name].weight
             shape = (entry["in_features"], entry["out_features"], entry["rank"])
@@ -200,6 +218,41 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
                 low = LowRankLinear(*shape, entry["bias"], device=w.device, dtype=w.dtype)
             _swap(model, name, low.train(modules[name].training))
     return model
+
+
+def _checked_linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
+    """The plain linear of that name, if there is one."""
+    linear = modules.get(name)
+    if type(linear) is not nn.Linear:
+        raise InputError(f"layer {name!r} is no linear layer of this model")
+    return linear
+
+
+def _sizes(linear: nn.Linear) -> dict[str, int]:
+    return {"in_features": linear.in_features, "out_features": linear.out_features}
+
+
+def _check_selection(name: str, sizes: Mapping[str, int], entry: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless what a file says of the channels of a linear fits it."""
+    if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
+        raise InputError(f"layer {name}: expected {dict(sizes)} and a bias or none, the file says {entry!r}")
+    for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
+        left = entry.get(key)
+        if left is not None and (type(left) is not int or not 1 <= left <= size):
+            raise InputError(f"layer {name}: {key} {left!r:.80}, expected 1 to {size} channels or none taken out")
+
+
+def _left(linear: nn.Linear, entry: Mapping[str, Any]) -> nn.Linear:
+    """What is left of a linear, unfilled."""
+    K, N = entry["inputs"] or entry["in_features"], entry["outputs"] or entry["out_features"]
+    w = linear.weight
+    return nn.Linear(K, N, entry["bias"], device=w.device, dtype=w.dtype).train(linear.training)
+
+
+def _selected(linear: nn.Module, entry: Mapping[str, Any]) -> SelectedLinear:
+    """A linear with channels taken out, which ones the state will say."""
+    channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
+    return SelectedLinear(linear, entry["in_features"], entry["out_features"], *channels)
 
 
 def _checked_mlp(modules: Mapping[str, nn.Module], name: str, entry: Mapping[str, Any]) -> Mlp:

@@ -6,5 +6,14 @@ from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
+from vitlr.nn.selected_linear import SelectedLinear
 
-__all__ = ["FoldedScale", "FusedAttention", "LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"]
+__all__ = [
+    "FoldedScale",
+    "FusedAttention",
+    "LowRankGLU",
+    "LowRankLinear",
+    "LowRankMLP",
+    "ResidualLowRankLinear",
+    "SelectedLinear",
+]

@@ -16,14 +16,14 @@ from torch import Tensor, fx, nn
 
 from vitlr import surfaces
 from vitlr.errors import InputError
-from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
+from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
 from vitlr.nn._fused import LeafTracer
 
 SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
 )
 _MARK = "vitlr_full_width"  # on an MLP that was narrowed: the width it had before anything was removed
-_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear)
+_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear)
 _LOOKS_LIKE_ONE = re.compile(r"mlp|ffn|feed_?forward|swiglu", re.IGNORECASE)
 _FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
