@@ -1,0 +1,102 @@
+"""Self-attention whose value channels can be told apart: which linears make q, k and v, which one reads the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitlr.surfaces.generic import join
+from vitlr.surfaces.timm import class_of
+
+SUPPORTED = "timm's ViT, EVA, BEiT and Swin attention and that of transformers' ViT, DeiT and DINOv2"
+
+# Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
+_KNOWN = {
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.vision_transformer.Attention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.beit.Attention",
+    "timm.models.swin_transformer.WindowAttention",
+    "timm.models.swin_transformer_v2.WindowAttention",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+    "transformers.models.vit.modeling_vit.ViTAttention",
+    "transformers.models.deit.modeling_deit.DeiTAttention",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+}
+_PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
+_OUT = ("proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention by the names of its linears: `inputs` read the tokens, `output` reads the heads side by side.
+
+    Row `first + j` of the linear `value` makes channel j of the heads, `width` channels in all.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    value: str
+    first: int
+    output: str
+    width: int
+    heads: int
+
+
+def attentions(model: nn.Module) -> tuple[dict[str, Attention], dict[str, str]]:
+    """The attentions of a model by name, and what looks like one but is left alone, each with the reason."""
+    found: dict[str, Attention] = {}
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _looks_like_one(module):
+            continue
+        if class_of(module) not in _KNOWN:
+            refused[name] = f"{type(module).__qualname__} is not one that vitlr knows. Supported: {SUPPORTED}"
+            continue
+        answer = _read(name, module)
+        if isinstance(answer, str):
+            refused[name] = answer
+        else:
+            found[name] = answer
+    return found, refused
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention) or class_of(module) in _KNOWN:
+        return True
+    children = dict(module.named_children())
+    return any(out in children for out in _OUT) and any(part in children for part in ("qkv", "q_proj", "q", "kv"))
+
+
+def _read(name: str, module: nn.Module) -> Attention | str:
+    """The linears of a known attention, or why its channels are not one by one those of v."""
+    children = dict(module.named_children())
+    parts = next((parts for parts in _PARTS if all(part in children for part in parts)), None)
+    out = next((part for part in _OUT if part in children), None)
+    if parts is None or out is None:
+        return f"it has no {' or '.join('/'.join(parts) for parts in _PARTS)} beside a {' or '.join(_OUT)}"
+    if getattr(module, "gate", None) is not None:
+        return "a gate of its own multiplies what its projection reads"
+    if type(children.get("norm", nn.Identity())) is not nn.Identity:
+        return "a norm over its heads makes every channel depend on all"
+    sizes = {part: _size(children[part], "out_features") for part in parts}
+    width = _size(children[out], "in_features")
+    heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", 0))
+    if set(sizes.values()) != {3 * width // len(parts)} or type(heads) is not int or heads < 1 or width % heads:
+        return f"its heads share keys and values ({sizes} rows for {width} channels in {heads} heads)"
+    inputs = tuple(join(name, part) for part in parts)
+    return Attention(name, inputs, inputs[-1], 2 * width if len(parts) == 1 else 0, join(name, out), width, heads)
+
+
+def attention_names(model: nn.Module) -> Iterator[str]:
+    """Names of the linears of every attention that vitlr knows, in module order."""
+    for attention in attentions(model)[0].values():
+        yield from (*attention.inputs, attention.output)
+
+
+def _size(module: nn.Module, key: str) -> int:
+    size = getattr(module, key, 0)
+    return size if isinstance(size, int) else 0
