@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
     from vitlr.evaluation import evaluate
     from vitlr.models import create_model
-    from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear
+    from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
     from vitlr.pipeline import apply, compress, plan
     from vitlr.plans import Plan
+    from vitlr.pruning.hybrid import hybrid
+    from vitlr.pruning.vtp import prune
     from vitlr.refinement import refine
     from vitlr.spectra import Spectra
     from vitlr.statistics import Statistics
@@ -32,9 +34,11 @@ _HOMES = {
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "evaluation": ("evaluate",),
     "models": ("create_model",),
-    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear"),
+    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
     "pipeline": ("apply", "compress", "plan"),
     "plans": ("Plan",),
+    "pruning.hybrid": ("hybrid",),
+    "pruning.vtp": ("prune",),
     "refinement": ("refine",),
     "spectra": ("Spectra",),
     "statistics": ("Statistics",),
@@ -52,6 +56,7 @@ __all__ = [
     "Plan",
     "ResidualLowRankLinear",
     "RunError",
+    "SelectedLinear",
     "Spectra",
     "Statistics",
     "VitlrError",
@@ -62,9 +67,11 @@ __all__ = [
     "decompose",
     "evaluate",
     "fuse",
+    "hybrid",
     "load",
     "parse_budget",
     "plan",
+    "prune",
     "refine",
     "save",
     "to_dense",
