@@ -1,4 +1,4 @@
-"""The command line: `vitlr inspect | compress | finetune | validate | bench | doctor | demo`.
+"""The command line: `vitlr inspect | compress | prune | finetune | validate | bench | doctor | demo`.
 
 Exit status: 0 done, 1 a run that failed, 2 bad usage or bad input, 130 interrupted. The result goes to stdout, all else
 to stderr. Nothing heavy is imported before a command runs.
@@ -19,6 +19,7 @@ from vitlr.commands.bench import bench
 from vitlr.commands.compress import compress
 from vitlr.commands.finetune import finetune
 from vitlr.commands.inspect import inspect
+from vitlr.commands.prune import prune
 from vitlr.commands.validate import validate
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ def _root(
     pass
 
 
-for _command in (inspect, compress, finetune, validate, bench, doctor, demo):
+for _command in (inspect, compress, prune, finetune, validate, bench, doctor, demo):
     app.command(_command.__name__, cls=Command)(guarded(_command))
 
 
