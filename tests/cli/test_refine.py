@@ -63,6 +63,7 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         ({"refine": "all"}, "unknown rung 'all'"),
         ({"refine": "none"}, "--steps goes with --refine"),
         ({"refine": "none", "steps": None}, "--lr goes with --refine"),
+        ({"refine": "residual"}, "--steps goes with --refine joint"),
         ({"data": None}, "--refine needs images"),
         ({"minutes": -1}, "minutes=-1"),
         ({"lr": -1}, "lr=-1"),
