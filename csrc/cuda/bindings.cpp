@@ -22,7 +22,9 @@
 
 namespace py = pybind11;
 
-#define VITLR_KERNELS(KERNEL)
+#define VITLR_KERNELS(KERNEL) \
+  KERNEL(cholesky)            \
+  KERNEL(weighted_chain)
 
 #ifdef VITLR_WITH_SM90
 #define VITLR_KERNELS_SM90(KERNEL)

@@ -1,6 +1,7 @@
 // What a header of kernel logic needs so that nvcc compiles it for the device and g++ for the tests on the host.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -14,6 +15,14 @@ namespace vitlr::cuda {
 template <class T>
 VITLR_HD constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
+}
+
+VITLR_HD double square_root(double x) {
+#ifdef __CUDA_ARCH__
+  return ::sqrt(x);
+#else
+  return std::sqrt(x);
+#endif
 }
 
 }  // namespace vitlr::cuda
