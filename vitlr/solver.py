@@ -7,15 +7,16 @@ the first r columns of P and rows of Q are the answer for rank r, at a loss of `
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitlr.errors import InputError
-from vitlr.ops.eigh import BatchError, eigh
+from vitlr.ops.batched_solve import back_transform, batched_solve, check, damped_cholesky
+from vitlr.ops.eigh import eigh
 from vitlr.ops.weighted_gram_chain import weighted_gram_chain
 
-JITTERS = [10.0**k for k in range(-12, -2)]  # relative to the mean eigenvalue; the first that suffices is taken
 SWEEPS = (1e-3, 1e-6)  # fp32: what lies below this part of the largest eigenvalue is solved again on its own
 
 Eigensolver = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -31,7 +32,7 @@ def solve(M: Tensor, F: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         energies, U = torch.linalg.eigh(M)
         U = U.flip(-1)
         return energies.flip(-1).clamp_min(0), U, U.mT
-    L = _cholesky(F[None])[0]  # R = Lᵀ
+    L = damped_cholesky(F[None])[0]  # R = Lᵀ
     K = L.mT @ M @ L
     energies, U = torch.linalg.eigh((K + K.mT) / 2)
     U = U.flip(-1)
@@ -40,30 +41,60 @@ def solve(M: Tensor, F: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def solve_batch(
-    M: Tensor, F: Tensor | None = None, *, precision: str = "fp64", eigensolver: Eigensolver = eigh
+    M: Tensor, F: Tensor | None = None, *, precision: str = "fp64", eigensolver: Eigensolver | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`solve` for a batch of one size: M, F `[b, n, n]` fp64 -> energies `[b, n]`, `P, Q [b, n, n]`.
 
-    `precision="fp32"` is for cards with slow fp64: Cholesky factor and `R M Rᵀ` stay in fp64, the eigenproblems are
-    solved in fp32, the tail of the spectrum twice more on its own (see `SWEEPS`). The excess loss of a rank is then
-    typically below 1e-6 of its optimal loss. `eigensolver` maps `[b, n, n]` to eigenvalues, ascending, and vectors.
+    By the candidate of `batched_solve` that dispatch prefers. `precision="fp32"` is for cards with slow fp64: Cholesky
+    factor and `R M Rᵀ` stay in fp64, the eigenproblems are solved in fp32, the tail of the spectrum twice more on its
+    own (see `SWEEPS`). The excess loss of a rank is then typically below 1e-6 of its optimal loss. `eigensolver` maps
+    `[b, n, n]` to eigenvalues, ascending, and vectors; with one, plain torch does the rest.
 
     Raises `BatchError`, whose `index` says which matrix, where one is not semidefinite or does not converge.
     """
     if precision not in ("fp64", "fp32"):
         raise InputError(f"precision={precision!r}, expected 'fp64' or 'fp32'")
-    if M.dim() != 3 or M.shape[1] != M.shape[2] or (F is not None and F.shape != M.shape):
-        shape = None if F is None else list(F.shape)
-        raise InputError(f"M is {list(M.shape)} and F {shape}, expected [b, n, n] for both")
+    if precision == "fp64" and eigensolver is None:
+        return batched_solve(M, F)
+    check(M, F)
     if not len(M):
         return M.new_empty(M.shape[:2]), M.clone(), M.clone()
-    L = None if F is None else _cholesky(F)
+    L = None if F is None else damped_cholesky(F)
     K = M if L is None else weighted_gram_chain(L.mT, M)
-    energies, U = eigensolver(K) if precision == "fp64" else _in_sweeps(K, eigensolver)
-    energies, U = energies.flip(-1).clamp_min(0), U.flip(-1)
-    if L is None:
-        return energies, U, U.mT
-    return energies, torch.linalg.solve_triangular(L.mT, U, upper=True), U.mT @ L.mT
+    one = eigensolver or eigh
+    return back_transform(L, *(one(K) if precision == "fp64" else _in_sweeps(K, one)))
+
+
+class Factored(NamedTuple):
+    """All ranks of a batch of layers: rank r is `A[:, :, :r] @ B[:, :r]`, and costs `errors[:, r]`."""
+
+    energies: Tensor
+    errors: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def weighted_svd(W: Tensor, M: Tensor, F: Tensor | None = None, *, side: str) -> Factored:
+    """The activation-weighted SVD of a batch of layers: W `[b, N, K]` and moments to factors and errors of every rank.
+
+    `side="output"`: M is the moment of the outputs `[b, N, N]`, F that of their gradients (None: the identity).
+    `side="input"`: M is the moment of the inputs `[b, K, K]`, F that of `Wᵀ g` (None: `Wᵀ W`, the squared error of the
+    outputs). With n the size of M: energies `[b, n]`, errors `[b, n + 1]`, A `[b, N, n]`, B `[b, n, K]`, on W's device,
+    in fp64. Raises what `solve_batch` raises, and InputError for a W that does not fit.
+    """
+    if side not in ("output", "input"):
+        raise InputError(f"side={side!r}, expected 'output' or 'input'")
+    if W.dim() != 3 or M.shape != (len(W), *[W.shape[1 if side == "output" else 2]] * 2):
+        raise InputError(
+            f"W is {list(W.shape)} and M {list(M.shape)}, expected [b, N, K] and the square of its {side}s"
+        )
+    W, M = W.detach().double(), M.double()
+    if F is None and side == "input":
+        F = W.mT @ W
+    energies, P, Q = solve_batch(M, None if F is None else F.double())
+    tail = energies.flip(-1).cumsum(-1).flip(-1)
+    errors = torch.cat([tail, tail.new_zeros(len(W), 1)], -1)
+    return Factored(energies, errors, *((P, Q @ W) if side == "output" else (W @ P, Q)))
 
 
 def _in_sweeps(K: Tensor, eigensolver: Eigensolver) -> tuple[Tensor, Tensor]:
@@ -96,23 +127,3 @@ def _scaled(K: Tensor, eigensolver: Eigensolver) -> tuple[Tensor, Tensor]:
     scale = K.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(K.dtype).tiny)
     energies, U = eigensolver((K / scale).float())
     return energies.to(K.dtype) * scale[..., 0], U.to(K.dtype)
-
-
-def _cholesky(F: Tensor) -> Tensor:
-    """Factors `F = L Lᵀ` of matrices `[b, n, n]` semidefinite up to rounding, each with the least jitter that helps.
-
-    Moments of float32 products carry noise of either sign, 1e-7 of the largest eigenvalue, in the directions that a
-    rank-deficient weight leaves empty. Raises `BatchError` where a matrix is further from semidefinite.
-    """
-    one = torch.eye(F.shape[-1], dtype=F.dtype, device=F.device)
-    level = F.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    L, info = torch.linalg.cholesky_ex(F + JITTERS[0] * level * one)
-    for jitter in JITTERS[1:]:
-        failed = info.nonzero()[:, 0]  # waits for the device: a batch that fails nowhere is asked once
-        if not len(failed):
-            return L
-        L[failed], info[failed] = torch.linalg.cholesky_ex(F[failed] + jitter * level[failed] * one)
-    failed = info.nonzero()[:, 0]
-    if len(failed):
-        raise BatchError("its gradient moment is not positive semidefinite", int(failed[0]))
-    return L

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ class FakeLibrary:
         matrix(info, ctypes.c_int, (batch,)).copy_(torch.tensor(self.info or [0] * batch, dtype=torch.int32))
 
 
+class Passed:
+    """An event of a stream that the device has not reached, until it has."""
+
+    reached = False
+
+    def query(self):
+        return self.reached
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A function that puts a fake library in the place of the real one, on the CPU."""
@@ -131,7 +141,8 @@ def fake(monkeypatch):
         monkeypatch.setattr(_cusolver, "why_not", lambda device: None)
         monkeypatch.setattr(_cusolver, "_on", lambda device: torch.no_grad())
         monkeypatch.setattr(_cusolver, "_stream", lambda device: 0x57)
-        monkeypatch.setattr(_cusolver, "_synchronize", lambda device: library.log.append(("synchronize", ())))
+        monkeypatch.setattr(_cusolver, "_kept", deque())
+        monkeypatch.setattr(_cusolver, "_passed", lambda device: Passed())
         return library
 
     return install
@@ -150,7 +161,6 @@ def test_cusolver_is_called_as_its_header_says(fake, dtype):
         "cusolverDnSetStream",
         "cusolverDnXsyevBatched_bufferSize",
         "cusolverDnXsyevBatched",
-        "synchronize",
     ]
     stream = next(args for name, args in library.log if name == "cusolverDnSetStream")
     assert [value(argument) for argument in stream] == [0xA, 0x57]
@@ -164,6 +174,32 @@ def test_cusolver_reads_the_lower_triangle_as_torch_does(fake):
     spoilt = K.tril() + torch.randn_like(K).triu(1)
     torch.testing.assert_close(eigh(spoilt, "cusolver")[0], eigh(K)[0])
     torch.testing.assert_close(eigh(spoilt.mT.contiguous().mT, "cusolver")[0], eigh(spoilt)[0])
+
+
+def test_cusolver_overwrites_only_what_it_may(fake):
+    fake()
+    K = symmetric()
+    expected = eigh(K)[0]
+    for given in (K.clone(), K.mT.clone(memory_format=torch.preserve_format)[::1]):
+        energies, U, _ = _cusolver.syev_batched(given, overwrite=True)
+        torch.testing.assert_close(energies, expected)
+        torch.testing.assert_close((U * energies[:, None]) @ U.mT, K)
+        assert (U.data_ptr() == given.data_ptr()) == given.is_contiguous()
+
+
+def test_the_hosts_workspace_lives_until_the_stream_is_past(fake, monkeypatch):
+    fake()
+    eigh(symmetric(), "cusolver")
+    eigh(symmetric(), "cusolver")
+    first = _cusolver._kept[0]
+    assert len(_cusolver._kept) == 2, "nothing waits, so both calls may still run"
+    first[0].reached = True
+    eigh(symmetric(), "cusolver")
+    assert len(_cusolver._kept) == 2 and first not in _cusolver._kept
+    monkeypatch.setattr(_cusolver, "_captured", [])
+    monkeypatch.setattr(_cusolver, "_passed", lambda device: None)  # a graph is captured, and replayed at any time
+    eigh(symmetric(), "cusolver")
+    assert len(_cusolver._captured) == 1 and len(_cusolver._kept) == 2
 
 
 def test_cusolver_of_nothing_calls_nothing(fake):

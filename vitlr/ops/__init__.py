@@ -2,8 +2,10 @@
 
 from vitlr.ops import (
     _cpu,  # noqa: F401 (registers its candidates)
+    _cuda_solve,  # noqa: F401 (registers its candidates)
     _two_steps,  # noqa: F401 (registers its candidate)
     attention,
+    batched_solve,
     gram,
     lowrank_glu,
     lowrank_linear,
@@ -17,6 +19,7 @@ __all__ = [
     "Candidate",
     "Explanation",
     "attention",
+    "batched_solve",
     "candidates",
     "explain",
     "gram",

@@ -11,6 +11,7 @@ import ctypes
 import glob
 import os
 import threading
+from collections import deque
 from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
 from pathlib import Path
@@ -66,11 +67,12 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-def syev_batched(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def syev_batched(K: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues [b, n] ascending, vectors [b, n, n] and cuSOLVER's info [b] int32 of K [b, n, n], on K's stream.
 
+    `overwrite`: K, if contiguous, becomes the memory of the vectors. Never waits for the device: info is not looked at.
     Raises InputError where `n · n · batch` is over the limit of the call, RuntimeError naming a status that is not
-    success. Info is not looked at here: that waits for the device.
+    success.
     """
     batch, n, _ = K.shape
     if n * n * batch > LIMIT:
@@ -78,7 +80,7 @@ def syev_batched(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"cusolverDnXsyevBatched takes n · n · batch up to 2^31, not {n} · {n} · {batch}; solve smaller batches"
         )
     # Overwritten with the vectors, column by column. Its upper triangle by columns is the lower one by rows.
-    A = K.clone(memory_format=torch.contiguous_format)
+    A = K.contiguous() if overwrite else K.clone(memory_format=torch.contiguous_format)
     W = torch.empty(batch, n, dtype=K.dtype, device=K.device)
     info = torch.zeros(batch, dtype=torch.int32, device=K.device)
     if batch == 0 or n == 0:
@@ -109,8 +111,26 @@ def syev_batched(K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             ),
         )  # fmt: skip
         if on_host.value:
-            _synchronize(K.device)  # the header does not say that the host's workspace is done with on return
+            _keep(scratch, K.device)
     return W, A.mT, info
+
+
+_kept: deque[tuple[Any, Any]] = deque()  # (event, workspace of the host), oldest first
+_captured: list[Any] = []
+
+
+def _keep(scratch: Any, device: torch.device) -> None:
+    """Hold the host's workspace until the stream is past the call: the header does not say when it is done with.
+
+    Without waiting; and what a graph captured may be replayed at any time, so that is held for ever.
+    """
+    passed = _passed(device)
+    if passed is None:
+        _captured.append(scratch)
+        return
+    while _kept and _kept[0][0].query():
+        _kept.popleft()
+    _kept.append((passed, scratch))
 
 
 _lock = threading.Lock()  # a handle serves one caller at a time
@@ -141,8 +161,11 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def _synchronize(device: torch.device) -> None:
-    torch.cuda.current_stream(device).synchronize()
+def _passed(device: torch.device) -> Any:
+    """An event at this point of the stream; None while a graph is captured, where it could not be asked."""
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).record_event()
 
 
 @cache

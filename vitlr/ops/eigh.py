@@ -44,11 +44,19 @@ def eigh(K: Tensor, solver: str | None = None) -> tuple[Tensor, Tensor]:
     if refusal is not None:
         raise InputError(f"{VARIABLE}=cusolver cannot run here: {refusal}")
     energies, U, info = _cusolver.syev_batched(K)
-    failed = info.nonzero()[:, 0]
-    if len(failed):
-        index = int(failed[0])
-        raise BatchError(_reason(K[index], int(info[index])), index)
+    error = failure(K, info)
+    if error is not None:
+        raise error
     return energies, U
+
+
+def failure(K: Tensor, info: Tensor) -> BatchError | None:
+    """What cuSOLVER's info [b] says of K [b, n, n]: the error of the first one, or None. Waits for it."""
+    failed = info.nonzero()[:, 0]
+    if not len(failed):
+        return None
+    index = int(failed[0])
+    return BatchError(_reason(K[index], int(info[index])), index)
 
 
 def _torch(K: Tensor) -> tuple[Tensor, Tensor]:
