@@ -11,7 +11,7 @@ from vitlr.cost import count_params
 from vitlr.nn import LowRankLinear
 from vitlr.training import state as training_state
 
-QUICK = {"epochs": 2, "lr": 0.005, "batch-size": 8, "warmup-epochs": 0}
+QUICK = {"tile": 1, "epochs": 2, "lr": 0.005, "batch-size": 8, "warmup-epochs": 0}
 KEYS = ["out", "params", "params_kept", "macs", "macs_kept", "bytes", "cut", "ranks", "kept_epoch", "notes"]
 KEYS += ["images", "skipped", "seconds"]
 

@@ -16,6 +16,7 @@ from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates, scores
 from vitlr.pruning.sites import KINDS, layers, params, sites
+from vitlr.surfaces.attention import attentions
 from vitlr.surgery import to_dense
 
 
@@ -200,3 +201,33 @@ def test_channels_that_do_not_fit_are_refused(tiny_vit):
         remove_channels(model, found, {"nowhere": torch.tensor([1])})
     with pytest.raises(InputError, match="take them off first"):
         remove_channels(add_gates(model), found, {})
+
+
+@pytest.mark.parametrize("family", ["ViT", "DeiT", "Dinov2"])
+def test_attention_of_transformers(family):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{family}Config")(**sizes, image_size=32, patch_size=8)
+    model = getattr(transformers, f"{family}Model")(config).double().eval()
+    if not attentions(model)[0]:
+        pytest.skip(f"this version of transformers writes {family}'s attention in another way")
+    gated, images = add_gates(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    found = {key: gate.site for key, gate in gates(gated).items()}
+    assert {site.kind for site in found.values()} == set(KINDS)
+    scatter(gated)
+    keep = lose(gated)
+    with torch.no_grad():
+        masked = gated(images)[0]
+        small = remove_channels(remove_gates(gated), found, keep)
+        assert (small(images)[0] - masked).abs().max() < 1e-10 * masked.abs().max()
+
+
+def test_attention_of_torchvision_is_named():
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5)
+    with pytest.raises(
+        InputError, match=r"no attention block to prune; .*self_attention: MultiheadAttention is not one"
+    ):
+        add_gates(model)
+    gated = add_gates(model, ("fc1", "fc2"))
+    assert {gate.site.kind for gate in gates(gated).values()} == {"fc1", "fc2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from vitlr.cost import count_params
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.gates import gates
-from vitlr.pruning.hybrid import hybrid
+
+hybrid = functools.partial(vitlr.hybrid, tile=1)
 
 
 class Stop(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear
 from vitlr.pruning import vtp
 from vitlr.pruning.gates import add_gates, gates
-from vitlr.pruning.vtp import cut_off, prune
+from vitlr.pruning.vtp import cut_off
+
+prune = functools.partial(vitlr.prune, tile=1)
 
 
 class Stop(Exception):
@@ -231,3 +234,8 @@ def test_bad_wishes_are_refused_before_anything_is_read(tiny_vit, quick):
         prune(model, unread(), 0.4, recipe=quick)
     with pytest.raises(InputError, match="has no attention block to prune"):
         prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), unread(), 0.4, recipe=quick)
+
+
+def test_widths_are_multiples_of_sixteen_unless_asked(tiny_vit, labelled, quick):
+    cut = vitlr.prune(tiny_vit(), labelled, 0.3, recipe=quick, finetune=False).vitlr_pruning.cut
+    assert all(len(kept) % 16 == 0 for kept in cut.keep.values()) and cut.rate >= 0.3

@@ -46,7 +46,7 @@ def prune(
         str | None, typer.Option("--gates", metavar="KINDS", help="Some of qkv,proj,fc1,fc2. [default: all]")
     ] = None,
     l1: Annotated[float, typer.Option(metavar="X", help="Weight of the gates' l1 norm in the loss.")] = 1e-4,
-    tile: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N.")] = 1,
+    tile: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N, 1 as published.")] = 16,
     hybrid: Annotated[
         bool, typer.Option("--hybrid", help="Make attention low rank first, and prune fc1 and fc2 only.")
     ] = False,

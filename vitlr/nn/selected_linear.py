@@ -54,7 +54,7 @@ class SelectedLinear(nn.Module):
         if self.outputs is None:
             return y
         full = y.new_zeros((*y.shape[:-1], self.out_features))
-        return full.index_copy(-1, self.outputs, y)
+        return full.index_copy_(-1, self.outputs, y)  # in place: the zeros are nobody else's
 
     @classmethod
     @torch.no_grad()

@@ -22,7 +22,7 @@ from vitlr.errors import InputError
 from vitlr.plans import Plan
 from vitlr.pruning.sites import FEED_FORWARD, parse_kinds
 from vitlr.pruning.thresholds import check_wanted
-from vitlr.pruning.vtp import L1, Progress, Pruning, prune
+from vitlr.pruning.vtp import L1, TILE, Progress, Pruning, prune
 from vitlr.statistics import Statistics
 from vitlr.surfaces.attention import SUPPORTED, attention_names
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
@@ -63,7 +63,7 @@ def hybrid(
     objective: str = "loss",
     thresholds: str = "global",
     l1: float = L1,
-    tile: int = 1,
+    tile: int = TILE,
     floor: int = 1,
     fold: bool = True,
     recipe: TrainRecipe | None = None,
