@@ -45,9 +45,13 @@ Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int coun
   return plan;
 }
 
-// Rows first .. first + count through all layers.
+struct Share {
+  int64_t index, count;
+};
+
+// Rows first .. first + count through all layers; of the last one a share of the columns.
 void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int layer_count, const Plan& plan,
-               int64_t first, int64_t count, char* memory) {
+               int64_t first, int64_t count, Share share, char* memory) {
   const auto at = [&](const void* base, int64_t offset) {
     return base ? static_cast<const char*>(base) + offset * kernel.bytes : nullptr;
   };
@@ -70,9 +74,22 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
     } else {
       call.next = next;
     }
-    for (; call.index * kernel.columns < N; ++call.index) kernel.panel(call);
+    const int64_t panels = (N + kernel.columns - 1) / kernel.columns;
+    call.index = last ? panels * share.index / share.count : 0;
+    const int64_t end = last ? panels * (share.index + 1) / share.count : panels;
+    for (; call.index < end; ++call.index) kernel.panel(call);
     block = next;
   }
+}
+
+// Whether nearly all multiplications are in the last layer, so that several threads may each do the others for themselves.
+bool ends_widest(const Layer* layers, int count) {
+  int64_t all = 0, last = 0;
+  for (int i = 0; i < count; ++i) {
+    last = layers[i].weight.N * (layers[i].weight.K + (layers[i].residual ? layers[i].residual->K : 0));
+    all += last;
+  }
+  return 8 * last > 7 * all;
 }
 
 }  // namespace
@@ -99,17 +116,19 @@ void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
   const int64_t tiles = (rows.M + kernel.rows - 1) / kernel.rows;
   const int64_t fit = std::min(plan.most_rows, kBlockBytes / (plan.row_words * 4)) / kernel.rows;
   int64_t blocks = (tiles + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1);
-  const int team = team_of(threads, tiles);
+  const int64_t shares = tiles < threads && ends_widest(layers, count) ? (threads + tiles - 1) / tiles : 1;
+  const int team = team_of(threads, tiles * shares);
   blocks = std::min(tiles, (blocks + team - 1) / team * team);
   const int64_t most = (rows.M + blocks - 1) / blocks;
   const int64_t bytes = (plan.panel_words + most * plan.row_words) * 4;
   std::atomic<bool> failed{false};
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
-  for (int64_t b = 0; b < blocks; ++b) {
+  for (int64_t task = 0; task < blocks * shares; ++task) {
     char* const memory = scratch.reserve(bytes);
+    const int64_t b = task / shares;
     const int64_t first = rows.M * b / blocks, end = rows.M * (b + 1) / blocks;
     if (memory)
-      run_block(kernel, rows, layers, count, plan, first, end - first, memory);
+      run_block(kernel, rows, layers, count, plan, first, end - first, {task % shares, shares}, memory);
     else
       failed = true;  // an exception must not leave the region
   }

@@ -152,15 +152,10 @@ void pack_codes(const void* source, const void* scale, int64_t N, int64_t K, int
   }
 }
 
-inline Vector from_codes(const char* p) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const AnyBytes*>(p), Integers), Vector);
-}
-
 // Columns c.. of row k in units of the scale.
 inline Vector decode(const char* codes, int64_t k, int64_t c, int64_t width, Form form) {
-  if (form == kInt8) return from_codes(codes + k * width + c);
-  const Integers pair =
-      __builtin_convertvector(*reinterpret_cast<const AnyBytes*>(codes + k / 2 * width + c), Integers);
+  if (form == kInt8) return __builtin_convertvector(widened(reinterpret_cast<const AnyBytes*>(codes + k * width + c)), Vector);
+  const Integers pair = widened(reinterpret_cast<const AnyBytes*>(codes + k / 2 * width + c));
   return __builtin_convertvector(k % 2 ? pair >> 4 : pair << 28 >> 28, Vector);
 }
 
@@ -172,7 +167,7 @@ inline Vector paired(Vector even, Vector odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   return (Vector)_mm512_permutexvar_epi16(_mm512_load_si512(order), halves);
 #else
-  return (Vector)(__builtin_convertvector(to_bf16(even), Words) | __builtin_convertvector(to_bf16(odd), Words) << 16);
+  return (Vector)(widened(to_bf16(even)) | widened(to_bf16(odd)) << 16);
 #endif
 }
 

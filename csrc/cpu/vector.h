@@ -26,7 +26,6 @@ typedef float Vector __attribute__((vector_size(VITLR_BYTES)));
 typedef int32_t Integers __attribute__((vector_size(VITLR_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(VITLR_BYTES)));
 typedef uint16_t Halves __attribute__((vector_size(VITLR_BYTES / 2)));
-typedef int8_t Bytes __attribute__((vector_size(VITLR_BYTES / 4)));
 
 // Memory may hold anything at any address.
 typedef float AnyVector __attribute__((vector_size(VITLR_BYTES), aligned(1), may_alias));
@@ -39,8 +38,28 @@ inline Vector load(const void* p) { return *static_cast<const AnyVector*>(p); }
 inline void store(void* p, Vector v) { *static_cast<AnyVector*>(p) = v; }
 inline Vector splat(float value) { return Vector{} + value; }
 
+// GCC converts vectors of short integers entry by entry, or in several steps, where one instruction does it.
+inline Words widened(Halves h) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+inline Integers widened(const AnyBytes* p) {
+#if defined(__AVX512F__)
+  return (Integers)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (Integers)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(*p, Integers);
+#endif
+}
+
 // bf16 is the upper half of fp32.
-inline Vector from_bf16(Halves h) { return (Vector)(__builtin_convertvector(h, Words) << 16); }
+inline Vector from_bf16(Halves h) { return (Vector)(widened(h) << 16); }
 inline Vector load_bf16(const void* p) { return from_bf16(*static_cast<const AnyHalves*>(p)); }
 inline float from_bf16(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;

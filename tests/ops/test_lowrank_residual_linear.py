@@ -121,7 +121,7 @@ def test_roofline_counts_the_codes_as_they_are_stored():
     )
     shape = {"M": 12608, "K": 768, "N": 768, "r": 32, "form": "int4", "group_size": 64, "dtype": torch.bfloat16}
     told = explain(OP, ceilings=_dispatch.H200, **shape)
-    assert told.chosen == "torch" and told.rows[0].floor_us > told.roofline.floor_us
+    assert told.rows[0].candidate == "torch" and told.rows[0].floor_us > told.roofline.floor_us
 
 
 @pytest.mark.parametrize(

@@ -107,11 +107,11 @@ def _residual_supports(key: Any) -> str | None:
     return _supports(key)
 
 
-def _too_little(M: int | None, weights: int, dtype: torch.dtype) -> str | None:
+def _too_little(M: int | None, weights: int, dtype: torch.dtype, least: int | None = None) -> str | None:
     """Calls of the op take tens of µs; torch's own fp32 linear starts quickly, its bf16 linear does not."""
     if _native.best_isa() == "portable":
         return "without AVX2 torch's own GEMM is faster"
-    least = 4_000_000 if dtype == torch.float32 else 100_000
+    least = least or (4_000_000 if dtype == torch.float32 else 100_000)
     if M is not None and M * weights < least:
         return f"it is {M * weights:,} multiplications, below {least:,} a call costs more than the kernel gains"
     return None
@@ -136,12 +136,8 @@ def _mlp_worth(key: lowrank_mlp.Key) -> str | None:
 
 
 def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
-    # Decoded panels of a long K crowd the blocks out of L2, and torch dequantises once a call, not once a block.
-    if key.K > 1024:
-        return "beyond K = 1024 torch, which dequantises first, is as fast"
-    if key.dtype == torch.bfloat16 and (key.form == "int8" or (key.M is not None and key.M >= 1024)):
-        return "in bf16 torch, which dequantises first, is as fast with int8, and with int4 from 1024 rows on"
-    return _too_little(key.M, key.K * key.N, key.dtype)
+    # Torch dequantises R [N, K] in every call; the kernel reads a quarter or an eighth of the bytes of W in fp32.
+    return _too_little(key.M, key.K * key.N, key.dtype, least=100_000)
 
 
 def _attention_worth(key: attention.Key) -> str | None:
