@@ -87,10 +87,15 @@ def test_bench_compares_with_the_dense_model_and_with_another(run, squeeze, tmp_
     for row in values["results"]:
         assert row["speedup"] == pytest.approx(row["batch_ms_vs"] / row["batch_ms"])
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["batch_ms"])
+        assert row["kernel_speedup"] == pytest.approx(row["batch_ms_plain"] / row["batch_ms_fused"])
+    text = run("bench", out, "-b", "1", "--repeats", "1").out
+    assert "kernels for " in text and "plain torch ms" in text
+    text = run("bench", out, "-b", "1", "--repeats", "1", "--no-kernels").out
+    assert "kernels" not in text
     text = run("bench", out, "-b", "2", "--repeats", "1", "--vs", NAME, "--precision", "bfloat16", *TINY).out
     assert "bfloat16" in text and f"{NAME} images/s" in text
     alone = run("bench", NAME, "-b", "1", "--repeats", "1", *TINY, "--json").json
-    assert alone["vs"] is None and "speedup" not in alone["results"][0]
+    assert alone["vs"] is None and not alone["results"][0].keys() & {"speedup", "kernel_speedup"}
 
 
 def test_plan_only_writes_nothing_but_the_plan_asked_for(run, squeeze, tmp_path):

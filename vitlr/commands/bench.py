@@ -31,6 +31,13 @@ def bench(
     vs: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare with this model. [default: the same one, dense]")
     ] = None,
+    kernels: Annotated[
+        bool | None,
+        typer.Option(
+            "--kernels/--no-kernels",
+            help="Time it on plain torch and fused (vitlr.fuse), too. [default: if it has low-rank layers]",
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each; the fastest counts.")] = 10,
     device: Device = None,
     checkpoint: Checkpoint = None,
@@ -39,14 +46,21 @@ def bench(
     model_kwargs: ModelKwargs = None,
     as_json: AsJson = False,
 ) -> Result:
-    """Measure throughput, and the speed-up over the dense model in one interleaved run."""
+    """Measure throughput, and the speed-up over the dense model in one interleaved run.
+
+    What the kernels bring is shown too: the model on plain torch against the fused one.
+    """
     sizes = _sizes(batch_size)
+    if torchcompile and kernels:
+        raise InputError("--kernels switches kernels off and on between calls, a compiled graph keeps them; drop one")
     args = model_arguments(img_size, num_classes, model_kwargs)
     import torch
 
     from vitlr import cost, surgery, timing
     from vitlr.commands._models import Source, names_a_file, open_model, parse_device, parse_precision
+    from vitlr.commands._plain_torch import PlainTorch
     from vitlr.data import data_config
+    from vitlr.ops import _native
     from vitlr.progress import bar
 
     where, dtype = parse_device(device), parse_precision(precision)
@@ -62,6 +76,8 @@ def bench(
         raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
     costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
     runners: Any = {n: torch.compile(net, dynamic=False) for n, net in networks.items()} if torchcompile else networks
+    if kernels or (kernels is None and not torchcompile and surgery.structure(networks["model"])):
+        runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": surgery.fuse(networks["model"])}
     rows: list[dict[str, Any]] = []
     with bar("measuring", len(sizes), "batch sizes") as progress:
         for size in sizes:
@@ -82,6 +98,7 @@ def bench(
         "precision": precision,
         "torchcompile": torchcompile,
         "threads": torch.get_num_threads(),
+        "isa": _native.build_info()["isa_used"],
     }
     for name, c in costs.items():
         ending = "" if name == "model" else f"_{name}"
@@ -99,9 +116,12 @@ def _sizes(text: str) -> list[int]:
 
 def _flat(times: dict[str, dict[str, float]]) -> dict[str, float]:
     row = dict(times["model"])
+    for name in times.keys() - {"model"}:
+        row |= {f"{key}_{name}": value for key, value in times[name].items()}
     if "vs" in times:
-        row |= {f"{key}_vs": value for key, value in times["vs"].items()}
         row["speedup"] = times["vs"]["batch_ms"] / times["model"]["batch_ms"]
+    if "fused" in times:
+        row["kernel_speedup"] = times["plain"]["batch_ms"] / times["fused"]["batch_ms"]
     return row
 
 
@@ -122,10 +142,16 @@ def _text(values: dict[str, Any]) -> str:
             line += f", {values[key] / max(other, 1):.1%} of {values['vs']}'s {other / scale:.3f} {unit}"
         lines.append(line)
     header = ["batch", "images/s", "ms"] + [f"{values['vs']} images/s", "ms", "speed-up"] * compared
+    kernels = "kernel_speedup" in values["results"][0]
+    header += ["plain torch ms", "fused ms", "kernels"] * kernels
+    if kernels:
+        lines.append(f"  kernels for {values['isa'] or 'no CPU: not built'}; vitlr doctor says which run and why")
     rows = []
     for row in values["results"]:
         cells = [str(row["batch_size"]), f"{row['images_per_second']:.1f}", f"{row['batch_ms']:.2f}"]
         if compared:
             cells += [f"{row['images_per_second_vs']:.1f}", f"{row['batch_ms_vs']:.2f}", f"{row['speedup']:.2f}x"]
+        if kernels:
+            cells += [f"{row['batch_ms_plain']:.2f}", f"{row['batch_ms_fused']:.2f}", f"{row['kernel_speedup']:.2f}x"]
         rows.append(cells)
     return "\n".join([*lines, table(header, rows)])
