@@ -61,7 +61,8 @@ def large(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     for n in (192, 768):
         yield calls.gram(5000, n, dtype, device, weighted=True)
     yield calls.chain(8, 768, 768, torch.float32, device)
-    yield calls.chain(8, 768, 768, torch.float64, device)
+    for b, m, k in ((8, 768, 768), (3, 197, 130), (50, 64, 100)):
+        yield calls.chain(b, m, k, torch.float64, device)
     for r, packed in ((64, True), (64, False), (128, True), (None, False)):
         yield calls.glu(1000, 1536, 4096, 1536, r, 128, dtype, device, packed)
 

@@ -3,8 +3,10 @@
     python bench/gpu_gate.py [--json FILE] [--write-table]      on a GPU: all of it
     python bench/gpu_gate.py --compile-only                     anywhere: what needs no GPU
     python bench/gpu_gate.py --rehearse                         steps 3 to 5 on a CPU, on tiny shapes
+    python bench/gpu_gate.py --sanitize                         on a GPU: the CUDA kernels under compute-sanitizer
 
-1. every kernel compiled for sm_80, sm_90 (gfx942 reported): no spill, shared memory, tensor cores, registers
+1. every kernel compiled for sm_80, sm_90 (gfx942 reported): no spill, shared memory, tensor cores, registers; csrc/cuda
+   where there is nvcc
 2. every kernel and dtype against fp64; red stops here, or with --keep-going leaves out what is wrong
 3. times of every kernel against dense cuBLAS, two GEMMs and what torch.compile makes of them
 4. a whole ViT-B: eager, as CUDA graph, compiled; throughput and peak memory
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +40,7 @@ def main() -> int:
     parser.add_argument("--compile-only", action="store_true", help="only what needs no GPU")
     parser.add_argument("--rehearse", action="store_true", help="steps 3 to 5 on a CPU, on tiny shapes")
     parser.add_argument("--interpret", action="store_true", help="only correctness, in Triton's interpreter")
+    parser.add_argument("--sanitize", action="store_true", help="only memcheck and racecheck of the CUDA kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (default: bench/results/)")
     parser.add_argument("--write-table", action="store_true", help="keep the times for dispatch")
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
@@ -51,6 +55,8 @@ def main() -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
     if given.interpret:
         return _interpret()
+    if given.sanitize:
+        return _sanitize()
     return _Gate(given).run()
 
 
@@ -100,6 +106,19 @@ class _Gate:
         rows = self.report["compiled"] = gate_compile.compile_all()
         self.report["failures"] += gate_compile.failures(rows)
         print(gate_compile.table(rows))
+        self._compile_cuda()
+
+    def _compile_cuda(self) -> None:
+        import gate_cuda
+
+        _title("csrc/cuda, compiled")
+        try:
+            rows = self.report["cuda"] = gate_cuda.compiled()
+        except Exception as cause:  # no nvcc: then nothing of it runs either
+            print(f"not compiled: {cause}")
+            return
+        self.report["failures"] += gate_cuda.failures(rows)
+        print(gate_cuda.table(rows))
 
     def interpreted(self) -> None:
         """Correctness in the interpreter, in a process of its own: one process cannot both interpret and compile."""
@@ -153,6 +172,12 @@ class _Gate:
         sizes = {"count": 3, "n": 48, "rank": 8} if self.given.rehearse else {}
         self.report["solve"] = gate_solve.run(self.device, **sizes)
         print(gate_solve.table(self.report["solve"]))
+        self.report["failures"] += gate_solve.failures(self.report["solve"])
+        self.report["captured"] = gate_solve.captured(self.device)
+        for row in self.report["captured"]:
+            print(f"in a CUDA graph, {row['part']}: {row['problem'] or 'the same'}")
+            if row["problem"] and "cuSOLVER" not in row["part"]:  # whose calls are not ours
+                self.report["failures"].append(f"in a CUDA graph, {row['part']}: {row['problem']}")
 
     def _left(self) -> float:
         return self.given.seconds - (time.monotonic() - self.start)
@@ -173,7 +198,9 @@ def _install() -> None:
     if here and importlib.util.find_spec("vitlr.triton_kernels") is not None:
         return
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    subprocess.run(command, check=True, env={**os.environ, "VITLR_SKIP_NATIVE_BUILD": "1"})  # CPU kernels: not here
+    # CPU kernels are not for here; CUDA kernels are built where there is nvcc, unless somebody brought them along.
+    built = list((ROOT / "vitlr").glob("_cuda.*.so")) or shutil.which("nvcc") is None
+    subprocess.run(command, check=True, env={**os.environ, **({"VITLR_SKIP_NATIVE_BUILD": "1"} if built else {})})
     os.execv(sys.executable, [sys.executable, *sys.argv])  # so that the fresh install is found
 
 
@@ -192,6 +219,15 @@ def _interpret() -> int:
 
     rows = gate_correctness.check(torch.device("cpu"))
     return 1 if _told(rows) else 0
+
+
+def _sanitize() -> int:
+    import gate_cuda
+
+    found = gate_cuda.sanitize()
+    for failure in found:
+        print(f"RED: {failure}")
+    return 1 if found else 0
 
 
 def _told(rows: list[dict[str, Any]]) -> list[str]:

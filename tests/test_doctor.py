@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -52,6 +53,24 @@ def test_works_without_the_extension(monkeypatch):
     assert not found["native"]["available"] and "vitlr._C was" in found["native"]["why_not"]
     gram = next(op for op in found["ops"] if op["op"] == "gram_update_")
     assert gram["chosen"] == "torch" and "vitlr._C was" in doctor.render(found)
+
+
+def test_tells_what_of_cuda_was_built_and_that_it_never_ran(monkeypatch):
+    built = {"compiler": "nvcc 13.0.88, g++", "targets": "sm_80, PTX 80; sm_90a", "runtime": 13000, "why_not": None}
+    monkeypatch.setattr(_native, "cuda_build_info", lambda: built)
+    monkeypatch.setattr(_native, "cuda_why_not", lambda device=None: "no usable CUDA driver")
+    found = doctor.diagnose()
+    assert found["cuda"]["built"] and found["cuda"]["why_not"] == "no usable CUDA driver"
+    text = doctor.render(found)
+    assert "cuda         built with nvcc 13.0.88, g++ for sm_80, PTX 80; sm_90a" in text
+    assert re.search(r"compiled, not run on a GPU: .*cuda\.tensor_cores", text) and "no usable CUDA driver" in text
+
+
+def test_tells_why_there_is_no_cuda_part(monkeypatch):
+    monkeypatch.setattr(_native, "_load_cuda", lambda: "vitlr._cuda was not built: BuildError: no nvcc")
+    found = doctor.diagnose()
+    assert not found["cuda"]["built"]
+    assert "cuda         vitlr._cuda was not built: BuildError: no nvcc" in doctor.render(found)
 
 
 def test_works_without_triton(monkeypatch):

@@ -81,7 +81,7 @@ def unpacked(wheel: Path) -> Path:
 def source(tmp_path_factory) -> Path:
     """A clean copy of the source tree: nothing built before leaks in, nothing built here leaks out."""
     copy = tmp_path_factory.mktemp("source") / "vitlr"
-    junk = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "_build_failure.txt")
+    junk = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "*_build_failure.txt")
     shutil.copytree(ROOT, copy, ignore=junk)
     return copy
 
@@ -134,12 +134,14 @@ def test_wheel_is_native_and_works(native_wheel, from_sdist, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"vitlr/_C\..*\.so", name)]
     assert "vitlr/_build_failure.txt" not in names
+    built = [name for name in names if re.fullmatch(r"vitlr/_cuda\..*\.so", name)]
+    assert len(built) + ("vitlr/_cuda_build_failure.txt" in names) == 1, "the module, or why there is none"
     # Two packages of these names exist elsewhere: nothing of ours may land beside vitlr.
     assert {name.partition("/")[0] for name in names} == {"vitlr", f"vitlr-{vitlr.__version__}.dist-info"}
     for folder, package in (("vitlr", "vitlr"), ("triton_kernels", "vitlr/triton_kernels")):
         for file in (from_sdist / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(from_sdist / folder)}" in names
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".o")) or "libgomp" in name]
+    assert not [name for name in names if name.endswith((".cpp", ".cu", ".h", ".o")) or "/lib" in name]
     metadata = f"vitlr-{vitlr.__version__}.dist-info"
     with zipfile.ZipFile(wheel) as file:
         assert "vitlr = vitlr.cli:main" in file.read(f"{metadata}/entry_points.txt").decode()
@@ -179,6 +181,7 @@ def test_without_a_compiler_the_install_works_and_says_why(from_sdist, tmp_path)
     found = probe(folder)
     assert not found["available"] and found["error"] < 1e-3
     assert re.search(r"not built: CompileError.*false", found["why_not"]), found["why_not"]
+    assert not list(folder.glob("vitlr/_cuda.*")) and (folder / "vitlr" / "_cuda_build_failure.txt").read_text()
 
 
 @slow
@@ -186,7 +189,11 @@ def test_without_a_compiler_the_install_works_and_says_why(from_sdist, tmp_path)
 def test_skipping_the_native_build_gives_a_pure_wheel(from_sdist, tmp_path):
     wheel = build("build_wheel", from_sdist, tmp_path / "wheel", VITLR_SKIP_NATIVE_BUILD="1")
     assert wheel.name == f"vitlr-{vitlr.__version__}-py3-none-any.whl"
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C." in name or "_build_failure" in name]
+    assert not [
+        name
+        for name in zipfile.ZipFile(wheel).namelist()
+        if "_C." in name or "_cuda." in name or "_build_failure" in name
+    ]
 
 
 @slow
@@ -215,7 +222,8 @@ def test_nothing_but_native_imports_the_extension():
     importers = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "vitlr").rglob("*.py")
-        if re.search(r"vitlr\._C\b|from vitlr import .*\b_C\b", path.read_text()) and "import" in path.read_text()
+        if re.search(r"vitlr\._(C|cuda)\b|from vitlr import .*\b_(C|cuda)\b", path.read_text())
+        and "import" in path.read_text()
     }
     assert importers == {"vitlr/ops/_native.py"}
 
