@@ -15,9 +15,11 @@ from vitlr.inputs import call, count_images, image_shape, one_image, tensors, to
 from vitlr.losses import image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
 from vitlr.probe import Probe, probe
-from vitlr.statistics import EXTRAS, OBJECTIVES, LayerStatistics, Statistics, fingerprint
+from vitlr.pruning.mlps import SUPPORTED, find_mlps, refused_mlps
+from vitlr.statistics import EXTRAS, HIDDEN, OBJECTIVES, LayerStatistics, Statistics, fingerprint
 from vitlr.taps import Tap
 
+HIDDEN_MEMORY = 4e9  # bytes: ViT-B's twelve hidden moments take 0.9e9, ViT-L's 3.2e9
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -27,6 +29,8 @@ def calibrate(
     *,
     objective: str | Sequence[str] = "loss",
     extras: Sequence[str] = (),
+    hidden: bool = False,
+    hidden_memory: float = HIDDEN_MEMORY,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
     samples: int = 1,
@@ -41,8 +45,10 @@ def calibrate(
 
     The loader yields tensors, tuples (the first item is used) or dicts (keyword arguments). `objective` names one or
     more of "loss" (gradient moments too, see `vitlr.losses`), "output" and "normalized" (arXiv 2402.06004);
-    `extras` what the baselines need. `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the
-    images, `output_fn(output)` picks the tensor to sample from; `samples` targets are drawn per image.
+    `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
+    neurons in float64: `8 D²` bytes an MLP, refused where all would take more than `hidden_memory` bytes.
+    `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
+    tensor to sample from; `samples` targets are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. The model comes
     back as it was.
 
@@ -54,6 +60,7 @@ def calibrate(
         raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
     objectives = (objective,) if isinstance(objective, str) else tuple(objective)
     _check_choice("objective", objectives, OBJECTIVES)
+    extras = tuple(dict.fromkeys((*extras, HIDDEN) if hidden else extras))
     _check_choice("extra", extras, EXTRAS)
     if samples < 1:
         raise InputError(f"samples={samples}, expected at least one draw per image")
@@ -69,6 +76,7 @@ def calibrate(
         stack.enter_context(surfaces.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         targets = surfaces.targets(model, include=include, exclude=exclude)
+        widths = _hidden_layers(model, targets, hidden_memory) if HIDDEN in extras else frozenset()
         run: Statistics | None = None
         taps: list[Tap] = []
         stack.callback(_remove, taps)
@@ -80,13 +88,13 @@ def calibrate(
             if run is None:
                 found = probe(model, targets, one_image(inputs))
                 fresh = _empty(targets, found, image_shape(inputs))
-                fresh.objectives, fresh.extras = objectives, tuple(extras)
+                fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = samples, seed
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
-                collect = {*objectives, *extras}
-                taps += [Tap(run.layers[name], targets[name], collect, found.leading[name]) for name in targets]
+                collect = {name: {*objectives, *extras, *(["input_moment"] * (name in widths))} for name in targets}
+                taps += [Tap(run.layers[name], targets[name], collect[name], found.leading[name]) for name in targets]
             elif image_shape(inputs) != run.input_shape:
                 raise InputError(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
@@ -145,6 +153,23 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     }
     weights = fingerprint({name: linear.weight for name, linear in targets.items()})
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
+
+
+def _hidden_layers(model: nn.Module, targets: Mapping[str, nn.Linear], limit: float) -> frozenset[str]:
+    """The second linears of the MLPs that are measured; `InputError` where there are none or they take too much."""
+    mlps = find_mlps(model).values()
+    widths = {mlp.linears[-1]: mlp.width for mlp in mlps if set(mlp.linears) <= set(targets)}
+    if not widths:
+        reasons = [f"{name}: {reason}" for name, reason in refused_mlps(model).items()]
+        what = reasons[0] if reasons else f"none is of a form that is known ({SUPPORTED})"
+        raise InputError(f"hidden=True finds no MLP whose width could change among the measured layers; {what}")
+    taken = sum(8 * width**2 for width in widths.values())
+    if taken > limit:
+        raise InputError(
+            f"the hidden moments of {len(widths)} MLPs take {taken:,} bytes, more than hidden_memory={limit:,.0f}; "
+            "raise it, or measure fewer MLPs (include=, exclude=)"
+        )
+    return frozenset(widths)
 
 
 def _remove(taps: list[Tap]) -> None:

@@ -16,8 +16,10 @@ from vitlr.errors import InputError, NumericalError
 
 SCHEMA = 1
 OBJECTIVES = ("loss", "output", "normalized")
-EXTRAS = ("input_moment", "input_abs", "row_gradient")
-_SUMS = ("moment", "gradient", "normalized", "input_sum", *EXTRAS)
+HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
+_EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
+EXTRAS = (*_EXTRA_SUMS, HIDDEN)
+_SUMS = ("moment", "gradient", "normalized", "input_sum", *_EXTRA_SUMS)
 
 
 @dataclass(eq=False)  # tensors have no single truth
@@ -28,7 +30,9 @@ class LayerStatistics:
     `gradient [n, n]` is `Σ g gᵀ` or `Σ (Wᵀg)(Wᵀg)ᵀ` with `g` the gradient of the loss at the output;
     `normalized [n, n]` is `moment` with image i weighted by `1 / ‖W x_i‖²_F` (arXiv 2402.06004);
     `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
-    `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. Layers fed by one tensor share one `moment`, kept by `owner`.
+    `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
+    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`. Layers fed by one tensor share one `moment`,
+    kept by `owner`.
     """
 
     name: str
@@ -59,7 +63,7 @@ class LayerStatistics:
         tensor = getattr(self, key)
         if tensor is None:
             raise InputError(
-                f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective= or extras=)"
+                f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective=, extras=, hidden=)"
             )
         return tensor
 
