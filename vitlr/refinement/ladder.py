@@ -14,6 +14,7 @@ from torch import nn
 
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP
+from vitlr.pruning import narrowed_mlps
 from vitlr.refinement.blocks import lowrank_layers
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.joint import joint
@@ -54,6 +55,7 @@ def refine(
     model's answers are not finite.
     """
     recipe, wanted = make_recipe(options), parse_rungs(rungs)
+    wanted = _with_work(model, wanted)
     _check(model, reference, wanted)
     model = model if inplace else copy.deepcopy(model)
     if not wanted:
@@ -119,9 +121,17 @@ def _climb(
     return Refinement(proxy.count, len(proxy.held), recipe.seed, tuple(rungs))
 
 
-def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> None:
-    if not lowrank_layers(model):
+def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has the joint one only."""
+    if lowrank_layers(model):
+        return wanted
+    joint = tuple(rung for rung in wanted if rung == "joint")
+    if not narrowed_mlps(model) or (wanted and not joint):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
+    return joint
+
+
+def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> None:
     if any(isinstance(module, (FoldedScale, LowRankGLU, LowRankMLP)) for module in model.modules()):
         raise InputError("the model is fused; refine first and fuse afterwards, or take it back with vitlr.unfuse")
     if model is reference:
