@@ -86,7 +86,7 @@ def allocate(
     if not spectra.layers:
         raise InputError("there is no layer to compress")
     quantity = budget.quantity if budget else "params"
-    chosen_names = _match(list(spectra.layers), include, exclude)
+    chosen_names = match_layers(list(spectra.layers), include, exclude)
     layers: dict[str, _Layer] = {}
     for name, spectrum in spectra.layers.items():
         unit = {"params": 1.0, "macs": sizes.tokens[name], "bytes": float(sizes.itemsize[name])}[quantity]
@@ -151,7 +151,9 @@ def _whole(value: object) -> int | None:
     return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else None
 
 
-def _match(names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None) -> set[str]:
+def match_layers(
+    names: Sequence[str], include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> set[str]:
     """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""
     wanted = set(names)
     for patterns, keep in ((include, True), (exclude, False)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +17,10 @@ from vitlr.calibration import calibrate
 from vitlr.decomposition import DAMPING, decompose, layer_weights
 from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
+from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
+from vitlr.joint_allocation import check_options as check_joint_allocation
 from vitlr.plans import Plan
+from vitlr.pruning.widths import RIDGE, solve_widths
 from vitlr.refinement import refine
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
@@ -24,8 +28,10 @@ from vitlr.statistics import Statistics, fingerprint
 from vitlr.surgery import replace_layers
 
 Progress = Callable[[int, "int | None"], None]
-_CALIBRATE = {"extras", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
-_PLAN = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets", "centred", "damping"}
+_CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
+_RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
+_WIDTHS = {"method", "prune_rate", "width_step", "uniform", "ranks", "rank_buckets", "centred"}
+_PLAN = {*_RANKS, *_WIDTHS, "damping", "width_scale", "compensate", "ridge"}
 _REFINE = choices() | {"resume"}
 
 
@@ -44,15 +50,35 @@ def plan(
     exclude: str | Sequence[str] | None = None,
     centred: bool | None = None,
     damping: float | None = None,
+    method: str = "lowrank",
+    prune_rate: float | None = None,
+    width_step: int = 16,
+    width_scale: float = WIDTH_SCALE,
+    compensate: bool = True,
+    ridge: float = RIDGE,
     spectra: Spectra | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """Decide, without changing anything, which layer keeps which rank under a budget of what is KEPT.
+    """Decide, without changing anything, which layer keeps which rank and width under a budget of what is KEPT.
 
-    See `vitlr.allocation.allocate` for the choices. `spectra` of an earlier plan (`plan.spectra`) save solving again.
+    `method`: "lowrank" chooses ranks, "prune" the hidden widths of MLPs, "hybrid" widths of MLPs and ranks of all else
+    (arXiv 2203.13444), "joint" both for all. See `vitlr.allocation.allocate` and
+    `vitlr.joint_allocation.allocate_jointly` for the choices. Widths need statistics with hidden moments; `compensate`
+    folds removed neurons into those that stay, by regression with `ridge`, which is relative to their mean variance.
+    `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
     wanted = None if budget is None else parse_budget(budget)
+    check_joint_allocation(
+        wanted,
+        method=method,
+        prune_rate=prune_rate,
+        width_step=width_step,
+        uniform=uniform,
+        ranks=ranks,
+        rank_buckets=rank_buckets,
+        centred=centred,
+    )
     if spectra is None:
         damping = DAMPING if damping is None else damping
         spectra = decompose(model, stats, objective, centred=bool(centred), damping=damping, progress=progress)
@@ -65,6 +91,25 @@ def plan(
         raise InputError(
             f"these spectra ({spectra.objective}, centred={spectra.centred}, damping={spectra.damping}) are of other "
             "statistics or other options; leave spectra= out"
+        )
+    if method != "lowrank":
+        known = next(iter(spectra.widths.values()), None)
+        if known is None or (known.compensated, known.ridge) != (compensate, ridge):
+            options: dict[str, Any] = {"compensate": compensate, "ridge": ridge, "damping": spectra.damping}
+            widths = solve_widths(model, stats, spectra.objective, **options, progress=progress)
+            spectra = replace(spectra, widths=widths)
+        return allocate_jointly(
+            spectra,
+            sizes(model, stats),
+            wanted,
+            method=method,
+            prune_rate=prune_rate,
+            rank_step=rank_step,
+            min_rank=min_rank,
+            width_step=width_step,
+            width_scale=width_scale,
+            include=include,
+            exclude=exclude,
         )
     return allocate(
         spectra,
@@ -99,7 +144,7 @@ def apply(
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Carry a plan out: a new model with `LowRankLinear`s in place of the planned layers (the same one if `inplace`).
+    """Carry a plan out: a new model with narrowed MLPs and `LowRankLinear`s as planned (the same one if `inplace`).
 
     A plan read from JSON has no spectra and needs the statistics it was made from. Raises `InputError` where plan,
     statistics and model do not belong together.
@@ -115,6 +160,9 @@ def apply(
                 "this plan was read from a file and carries no factors; pass the statistics it was made from"
             )
         spectra = decompose(model, stats, plan.objective, centred=plan.centred, damping=plan.damping)
+        if plan.narrowed:
+            options: dict[str, Any] = {"compensate": plan.compensated, "ridge": plan.ridge, "damping": plan.damping}
+            spectra = replace(spectra, widths=solve_widths(model, stats, plan.objective, **options))
     return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
 
 
@@ -143,15 +191,19 @@ def compress(
     measured = {key: value for key, value in options.items() if key in _CALIBRATE}
     planned = {key: value for key, value in options.items() if key in _PLAN}
     refined = {key: value for key, value in options.items() if key in _REFINE}
-    check_allocation(budget, **{key: value for key, value in planned.items() if key not in ("centred", "damping")})
+    method = planned.get("method", "lowrank")
+    if method == "lowrank":
+        check_allocation(budget, **{key: value for key, value in planned.items() if key in _RANKS})
+    check_joint_allocation(budget, **{"method": method} | {k: v for k, v in planned.items() if k in _WIDTHS})
     check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
     make_recipe({key: value for key, value in refined.items() if key != "resume"})
     if parse_rungs(rungs) and isinstance(loader, Iterator):
         raise InputError("calibration uses this loader up, and refinement needs it again; pass a list or a DataLoader")
-    stats = calibrate(model, loader, objective=objective, progress=progress, **measured)
+    hidden = method != "lowrank"
+    stats = calibrate(model, loader, objective=objective, hidden=hidden, progress=progress, **measured)
     chosen = plan(model, stats, budget, **planned)
     reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
     small = apply(model, chosen, inplace=inplace)
-    if not parse_rungs(rungs) or not chosen.ranks:  # a budget that all layers fit into leaves no error to repair
+    if not parse_rungs(rungs) or not chosen.changes:  # a budget that all layers fit into leaves no error to repair
         return small
     return refine(small, reference, loader, rungs=rungs, inplace=True, progress=progress, **refined)

@@ -12,13 +12,21 @@ from vitlr.errors import InputError
 from vitlr.spectra import Spectra
 from vitlr.storage import atomic_path
 
-SCHEMA = 1
+SCHEMA = 2  # 2 knows widths; plans without them are written as 1, as they always were
+METHODS = ("lowrank", "prune", "hybrid", "joint")
 _MAX_BYTES = 16 * 2**20
+
+
+_ROWS = ("layers", "widths")
+_NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its rank (None stays dense), the predicted error in the objective's unit, and the reason."""
+    """One layer: its rank (None stays dense), the predicted error in the objective's unit, and the reason.
+
+    `kept_in` and `kept_out` are its sizes where its MLP is narrowed, else None.
+    """
 
     name: str
     in_features: int
@@ -27,13 +35,19 @@ class LayerPlan:
     tokens: float  # per image
     error: float
     reason: str
+    kept_in: int | None = None
+    kept_out: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) as they will be."""
+        return self.kept_out or self.out_features, self.kept_in or self.in_features
 
     @property
     def params(self) -> int:
         """Weights kept: r (N + K), or N K where the layer stays dense (biases are not counted)."""
-        if self.rank is None:
-            return self.in_features * self.out_features
-        return self.rank * (self.in_features + self.out_features)
+        N, K = self.shape
+        return N * K if self.rank is None else self.rank * (N + K)
 
     @property
     def macs(self) -> int:
@@ -42,8 +56,19 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class WidthPlan:
+    """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason."""
+
+    name: str
+    full_width: int
+    width: int
+    error: float
+    reason: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Ranks for all layers under one budget, with the whole model's totals before and after.
+    """Ranks for all layers, and widths for MLPs, under one budget, with the whole model's totals before and after.
 
     `spectra` travel with a plan that was just made; one read from JSON is applied with the statistics instead.
     """
@@ -60,6 +85,10 @@ class Plan:
     macs_kept: int
     bytes: int
     bytes_kept: int
+    method: str = "lowrank"
+    widths: tuple[WidthPlan, ...] = ()
+    compensated: bool = True  # the second linears make up for the neurons that are gone
+    ridge: float = 0.0
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -69,13 +98,27 @@ class Plan:
 
     @property
     def error(self) -> float:
-        """Predicted error of the whole model: the sum over the layers."""
-        return sum(layer.error for layer in self.layers)
+        """Predicted error of the whole model: the sum over layers and widths."""
+        return sum(layer.error for layer in self.layers) + sum(mlp.error for mlp in self.widths)
+
+    @property
+    def narrowed(self) -> dict[str, int]:
+        """Width of every MLP that loses neurons."""
+        return {mlp.name: mlp.width for mlp in self.widths if mlp.width < mlp.full_width}
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything at all is to be done."""
+        return bool(self.ranks or self.narrowed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
-        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("spectra", "layers")}
-        return {"schema": SCHEMA, **body, "layers": [asdict(layer) for layer in self.layers]}
+        new = _NEW if self.method == "lowrank" else ()
+        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, "spectra", *new)}
+        layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
+        if new:
+            return {"schema": 1, **body, "layers": layers}
+        return {"schema": SCHEMA, **body, "layers": layers, "widths": [asdict(row) for row in self.widths]}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -86,22 +129,31 @@ class Plan:
         """Read what `to_dict` gave; raises `InputError` where something is missing, of the wrong kind or newer."""
         try:
             schema = body["schema"]
-            if schema != SCHEMA:
-                raise InputError(f"this plan has schema {schema}, this vitlr reads {SCHEMA}; make the plan again")
+            if schema not in (1, SCHEMA):
+                raise InputError(f"this plan has schema {schema}, this vitlr reads up to {SCHEMA}; make the plan again")
             layers = tuple(LayerPlan(**layer) for layer in body["layers"])
-            names = {f.name for f in fields(cls)} - {"spectra", "layers"}
-            plan = cls(layers=layers, **{name: body[name] for name in names})
+            names = {f.name for f in fields(cls)} - {"spectra", *_ROWS} - (set(_NEW) if schema == 1 else set())
+            widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema == SCHEMA else ()
+            plan = cls(layers=layers, widths=widths, **{name: body[name] for name in names})
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
-        for layer in plan.layers:
-            ok = layer.rank is None or (
-                type(layer.rank) is int and 1 <= layer.rank <= min(layer.in_features, layer.out_features)
-            )
-            if not ok:
-                raise InputError(
-                    f"layer {layer.name}: rank {layer.rank!r} does not fit {layer.out_features}x{layer.in_features}"
-                )
+        plan._check()
         return plan
+
+    def _check(self) -> None:
+        """Raise `InputError` for values that no plan has: they may come from anywhere."""
+        if self.method not in METHODS:
+            raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
+        for mlp in self.widths:
+            if any(type(w) is not int for w in (mlp.width, mlp.full_width)) or not 1 <= mlp.width <= mlp.full_width:
+                raise InputError(f"MLP {mlp.name}: width {mlp.width!r:.80} does not fit {mlp.full_width!r:.80}")
+        for layer in self.layers:
+            for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
+                if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
+                    raise InputError(f"layer {layer.name}: {kept!r:.80} of {full} features cannot be kept")
+            if layer.rank is not None and (type(layer.rank) is not int or not 1 <= layer.rank <= min(layer.shape)):
+                N, K = layer.shape
+                raise InputError(f"layer {layer.name}: rank {layer.rank!r} does not fit {N}x{K}")
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -132,15 +184,21 @@ class Plan:
         width = max((len(layer.name) for layer in self.layers), default=5)
         lines = [f"{'layer':<{width}}  {'W':>11}  {'rank':>5}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
         for layer in self.layers:
-            shape = f"{layer.out_features}x{layer.in_features}"
+            shape = "x".join(map(str, layer.shape))
             rank = "dense" if layer.rank is None else str(layer.rank)
             lines.append(
                 f"{layer.name:<{width}}  {shape:>11}  {rank:>5}  {layer.error:>9.3g}  {layer.params:>10,}  "
                 f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
             )
+        for mlp in self.widths:
+            kept = f"{mlp.width}/{mlp.full_width}"
+            lines.append(
+                f"{mlp.name:<{width}}  {kept:>11}  {'width':>5}  {mlp.error:>9.3g}  {'':>10}  {'':>8}  {mlp.reason}"
+            )
+        narrowed = f"{len(self.narrowed)} of {len(self.widths)} MLPs narrowed, " if self.widths else ""
         lines.append(
             f"{self.budget}, objective {self.objective}: {len(self.ranks)} of {len(self.layers)} layers factorised, "
-            f"predicted error {self.error:.4g}"
+            f"{narrowed}predicted error {self.error:.4g}"
         )
         for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
             before, after = getattr(self, what), getattr(self, f"{what}_kept")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vitlr.errors import InputError
+
+if TYPE_CHECKING:
+    from vitlr.pruning.widths import WidthSpectrum
 
 
 @dataclass(eq=False)
@@ -68,13 +72,17 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(eq=False)
 class Spectra:
-    """The spectra of all layers under one objective, how they were made, and of which weights they speak."""
+    """The spectra of all layers under one objective, how they were made, and of which weights they speak.
+
+    `widths` are those of the MLPs' hidden widths, where a plan asked for them.
+    """
 
     layers: dict[str, LayerSpectrum]
     objective: str
     fingerprint: str
     centred: bool = False
     damping: float = 0.0
+    widths: dict[str, WidthSpectrum] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"Spectra of {len(self.layers)} layers, objective {self.objective}, weights {self.fingerprint}"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlr import folding, surfaces
 from vitlr.errors import InputError
@@ -23,7 +23,7 @@ from vitlr.nn import (
 from vitlr.nn._plain import has_hooks
 from vitlr.ops.lowrank_residual_linear import check_form
 from vitlr.plans import Plan
-from vitlr.pruning import Mlp, narrow_mlp, narrowed_mlps, read_mlp
+from vitlr.pruning import Mlp, find_mlps, narrow_mlp, narrowed_mlps, read_mlp
 from vitlr.spectra import Spectra
 
 FUSED = (LowRankMLP, LowRankGLU, FusedAttention)
@@ -37,7 +37,10 @@ def replace_layers(
     inplace: bool = False,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> nn.Module:
-    """Replace every planned layer `W` by its factors `A [N, r]`, `B [r, K]`; a new model unless `inplace`.
+    """Narrow every planned MLP, replace every planned layer `W` by factors `A [N, r]`, `B [r, K]`.
+
+    A new model unless `inplace`. Where an MLP is both narrowed and factorised, its first linears keep rows of the dense
+    one's A, and the second one's factors are those of its weights after compensation.
 
     Raises `InputError` where plan, spectra and model do not belong together; the model is then untouched.
     """
@@ -52,18 +55,43 @@ def replace_layers(
             raise InputError(f"the plan is of another model: no linear {shape[0]}x{shape[1]} at {row.name!r}")
         if row.rank is not None and has_hooks(linear):
             raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
+    known = find_mlps(model) if plan.narrowed else {}
+    for mlp in plan.widths:
+        if mlp.name in plan.narrowed and (mlp.name not in known or known[mlp.name].width != mlp.full_width):
+            raise InputError(f"the plan is of another model: no MLP of width {mlp.full_width} at {mlp.name!r}")
     if not inplace:
         model = copy.deepcopy(model)
     surfaces.make_visible(model)
+    factors = _narrow(model, plan, spectra)
     for done, (name, rank) in enumerate(plan.ranks.items(), 1):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        A, B, bias = spectra.layers[name].factors(linear.weight, rank, linear.bias)
+        spectrum = spectra.layers[name]
+        A, B, bias = factors[name] if name in factors else spectrum.factors(linear.weight, rank, linear.bias)
         low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
         _swap(model, name, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
         if progress is not None:
             progress(done, len(plan.ranks))
     return model
+
+
+def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    """Narrow the planned MLPs; return the factors of those of their linears that have a rank as well."""
+    factors = {}
+    for name, width in plan.narrowed.items():
+        spectrum = spectra.widths[name]
+        mlp, keep = read_mlp(model.get_submodule(name), name), spectrum.keep(width)
+        weight, bias = spectrum.weights(width)
+        for first in spectrum.first:
+            if first in plan.ranks:
+                linear, rows = model.get_submodule(first), mlp.rows(keep)
+                A, B, b = spectra.layers[first].factors(linear.weight, plan.ranks[first], linear.bias)  # type: ignore[arg-type]
+                factors[first] = A[rows], B, None if b is None else b[rows]
+        if spectrum.second in plan.ranks:
+            solved = spectrum.second_spectrum(width)
+            factors[spectrum.second] = solved.factors(weight, plan.ranks[spectrum.second], bias)
+        narrow_mlp(mlp, keep, weight=weight, bias=bias)
+    return factors
 
 
 def _swap(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -1,0 +1,204 @@
+"""What every width of every MLP costs, and the weights that go with it: the analogue of a spectrum over ranks.
+
+The second linear of an MLP reads h = the hidden neurons. With `M = Σ h hᵀ` per image, `Σ = M − its mean part + ridge`,
+and F the gradient moment of its output (half, per token, damped; as in `vitlr.decomposition`), removing all neurons
+but k costs `½ E[(gᵀδ)²] = tr(F (W − V E_k) Σ (W − V E_k)ᵀ)` in the unit of the low-rank energies: nats per image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.errors import InputError, NumericalError
+from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone
+from vitlr.pruning.mlps import SUPPORTED, Mlp, find_mlps
+from vitlr.solver import solve
+from vitlr.spectra import LayerSpectrum
+from vitlr.statistics import LayerStatistics, Statistics
+
+RIDGE = 1e-3  # relative to the mean variance of a hidden neuron; chosen on held-out calibration images (docs/method.md)
+
+
+@dataclass(eq=False)
+class WidthSpectrum:
+    """All widths of one MLP at once: neurons in `order [D]`, the most important first, and `errors [D + 1]` by width.
+
+    Sets of neurons are nested: `order[:h]` is kept at width h, at a loss of `errors[h]`. `compensated` says whether the
+    second linear makes up for what is gone. Holds what it was made from, so that it gives weights for every width.
+    """
+
+    name: str
+    first: tuple[str, ...]
+    second: str
+    packed: bool
+    order: Tensor
+    errors: Tensor
+    compensated: bool
+    ridge: float
+    layer: LayerStatistics = field(repr=False)
+    images: int = field(repr=False)
+    weight: Tensor = field(repr=False)  # W₂ [N, D]
+    bias: Tensor | None = field(repr=False)
+    metric: Tensor = field(repr=False)  # F [N, N]
+    free: bool = False
+    _second: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def full_width(self) -> int:
+        """D, the number of hidden neurons."""
+        return len(self.order)
+
+    def keep(self, width: int) -> Tensor:
+        """The neurons kept at a width, in ascending order. Raises `InputError` for a width outside 1 … D."""
+        if not 1 <= width <= self.full_width:
+            raise InputError(f"MLP {self.name}: width {width}, expected 1 to {self.full_width}")
+        return self.order[:width].sort().values
+
+    def weights(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """W₂ `[N, h]` and b₂ on the kept neurons, in float64: what was removed is folded in by ridge regression.
+
+        `h_r ≈ A h_k + c`: `W₂ ← W₂,k + W₂,r A`, `b₂ ← b₂ + W₂,r c`; without a bias c is 0.
+        """
+        keep, W = self.keep(width), self.weight.double()
+        bias = None if self.bias is None else self.bias.double()
+        if not self.compensated or width == self.full_width:
+            return W[:, keep], bias
+        V = compensate(W, self.covariance(), keep)
+        if bias is not None:
+            mean = self._mean()
+            bias = bias + W @ mean - V @ mean[keep]
+        return V, bias
+
+    def second_spectrum(self, width: int) -> LayerSpectrum:
+        """The low-rank spectrum of the second linear as it is at this width (see `vitlr.decomposition`)."""
+        V, _ = self.weights(width)
+        keep = self.keep(width)
+        energies, P, Q = solve(V @ self._moment()[keep][:, keep] @ V.mT, self.metric)
+        if self.free:
+            energies = torch.zeros_like(energies)
+        return LayerSpectrum(self.second, width, len(V), "output", energies, P, Q)
+
+    def second_errors(self, width: int) -> Tensor:
+        """`second_spectrum(width).errors()`, solved once."""
+        if width not in self._second:
+            self._second[width] = self.second_spectrum(width).errors()
+        return self._second[width]
+
+    def covariance(self) -> Tensor:
+        """Σ `[D, D]`: sums over the tokens of an image, about the mean where a bias can carry it, with its ridge."""
+        covariance = self._moment()
+        if self.bias is not None:
+            mean = self._mean()
+            covariance -= torch.outer(mean, mean) * (self.layer.tokens / max(self.images, 1))
+        level = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+        covariance.diagonal().add_(self.ridge * level)
+        return covariance
+
+    def _moment(self) -> Tensor:
+        return self.layer.sum("input_moment").to(self.order.device, torch.float64) / max(self.images, 1)
+
+    def _mean(self) -> Tensor:
+        return self.layer.sum("input_sum").to(self.order.device, torch.float64) / max(self.layer.tokens, 1)
+
+
+def solve_widths(
+    model: nn.Module,
+    stats: Statistics,
+    objective: str | None = None,
+    *,
+    compensate: bool = True,
+    ridge: float = RIDGE,
+    damping: float = 0.1,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, WidthSpectrum]:
+    """The width spectra of all MLPs that the statistics cover, by name, in float64.
+
+    Needs the hidden moments of `calibrate(..., hidden=True)`, and `objective` "loss" or "output". `ridge` is relative
+    to the mean variance of a hidden neuron, `damping` to the mean eigenvalue of the output gradients' moment. Raises
+    `InputError` where the statistics hold no hidden moments or no MLP is recognised, `NumericalError` naming the MLP.
+    """
+    objective = objective or stats.default_objective
+    check_options(objective, ridge)
+    measured = _measured(model, stats)
+    found: dict[str, WidthSpectrum] = {}
+    for name, mlp in measured.items():
+        spectrum = _prepared(mlp, stats, objective, compensate, ridge, damping)
+        try:
+            found[name] = _solved(spectrum)
+        except (NumericalError, torch.linalg.LinAlgError) as cause:
+            raise NumericalError(f"MLP {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        if progress is not None:
+            progress(len(found), len(measured))
+    return found
+
+
+def check_options(objective: str, ridge: float) -> None:
+    """Raise `InputError` for options that no statistics could serve."""
+    if objective == "normalized":
+        raise InputError("objective='normalized' weighs every image differently, hidden moments do not; use 'loss'")
+    if not 0 < ridge < float("inf"):
+        raise InputError(f"ridge={ridge}, expected a number above 0: hidden neurons may be copies of each other")
+
+
+def _measured(model: nn.Module, stats: Statistics) -> Mapping[str, Mlp]:
+    """The MLPs whose linears are all dense and measured."""
+    found = find_mlps(model)
+    measured = {name: mlp for name, mlp in found.items() if all(linear in stats.layers for linear in mlp.linears)}
+    if not measured:
+        raise InputError(f"none of the {len(found)} MLPs recognised was measured; supported: {SUPPORTED}")
+    for name, mlp in measured.items():
+        if stats.layers[mlp.linears[-1]].input_moment is None:
+            raise InputError(
+                f"these statistics hold no hidden moments ({name}); calibrate with hidden=True, which pruning needs"
+            )
+    return measured
+
+
+def _prepared(
+    mlp: Mlp, stats: Statistics, objective: str, compensated: bool, ridge: float, damping: float
+) -> WidthSpectrum:
+    """The spectrum before it is solved."""
+    layer, fc2 = stats.layers[mlp.linears[-1]], mlp.fc2
+    assert isinstance(fc2, nn.Linear)
+    N, D = fc2.weight.shape
+    F, free = torch.eye(N, dtype=torch.float64), False
+    if objective == "loss":
+        S = _output_gradient(layer, fc2.weight).to(torch.float64) / (2 * max(layer.tokens, 1) * stats.samples)
+        free = not bool(S.any())
+        F = F if free else S + damping * S.trace() / N * F
+    nothing = torch.arange(D), torch.zeros(D + 1, dtype=torch.float64)
+    weight = fc2.weight.detach().cpu()
+    bias = None if fc2.bias is None else fc2.bias.detach().cpu()
+    first, second = mlp.linears[:-1], mlp.linears[-1]
+    return WidthSpectrum(
+        mlp.name, first, second, mlp.packed, *nothing, compensated, ridge, layer, stats.images, weight, bias, F, free
+    )
+
+
+def _output_gradient(layer: LayerStatistics, weight: Tensor) -> Tensor:
+    """S `[N, N]`. A second linear that widens (N > D) was measured on its input side: `H = Wᵀ S W` and no S."""
+    if layer.side == "input":
+        raise InputError(f"layer {layer.name} has more outputs than inputs: its widths need objective='output'")
+    return layer.sum("gradient")
+
+
+def _solved(spectrum: WidthSpectrum) -> WidthSpectrum:
+    """Order and errors of an MLP."""
+    W = spectrum.weight.double()
+    L, info = torch.linalg.cholesky_ex(spectrum.metric + 1e-12 * spectrum.metric.diagonal().mean() * torch.eye(len(W)))
+    if int(info):
+        raise NumericalError("the gradient moment of its output is not positive semidefinite")
+    G = L.mT @ W
+    if spectrum.compensated:
+        spectrum.order, spectrum.errors = eliminate(spectrum.covariance(), G)
+    else:
+        spectrum.order, spectrum.errors = eliminate_alone(spectrum._moment(), G)
+    if not torch.isfinite(spectrum.errors).all():
+        raise NumericalError("its losses hold NaN or Inf")
+    if spectrum.free:
+        spectrum.errors = torch.zeros_like(spectrum.errors)
+    return spectrum
