@@ -48,6 +48,18 @@ def compress(
     objective: Annotated[
         str | None, typer.Option(metavar="NAME", help="loss, output or normalized. [default: that of --stats, or loss]")
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="lowrank: ranks. prune: hidden widths of MLPs. hybrid: widths for MLPs, ranks for all else. "
+            "joint: both for all.",
+        ),
+    ] = "lowrank",
+    prune_rate: Annotated[
+        float | None, typer.Option(metavar="X", help="With hybrid: the share of hidden neurons to remove.")
+    ] = None,
+    width_step: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N.")] = 16,
     uniform: Annotated[bool, typer.Option("--uniform", help="Give every layer the same share.")] = False,
     rank_step: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks are multiples of N.")] = 16,
     min_rank: Annotated[int, typer.Option(metavar="N", min=1, help="The smallest rank.")] = 1,
@@ -95,10 +107,13 @@ def compress(
     from vitlr.commands._models import Source, open_model, parse_device
     from vitlr.commands._refinement import RefineRequest
     from vitlr.commands._statistics import Request, exactly, statistics_for
+    from vitlr.joint_allocation import check_options
     from vitlr.progress import bar
 
     wanted = parse_budget(budget)
     _check_choices(objective, uniform, rank_buckets, centred)
+    widths: dict[str, Any] = {"method": method, "prune_rate": prune_rate, "width_step": width_step}
+    check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
@@ -110,7 +125,8 @@ def compress(
     if out is not None:
         rebuild.check_origin(rebuild.find_origin(network, source.args))  # arguments a file cannot hold
     layers = tuple(surfaces.targets(network, include or None, exclude or None))
-    request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats)
+    hidden = method != "lowrank"
+    request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats, hidden)
     measured = statistics_for(network, request)
 
     with bar("solving", len(measured.layers), "layers") as progress:
@@ -125,6 +141,7 @@ def compress(
             rank_buckets=rank_buckets,
             centred=centred,
             progress=progress,
+            **widths,
             include=exactly(layers) if len(layers) < len(measured.layers) else None,
         )
     if plan_out is not None:
@@ -143,10 +160,11 @@ def compress(
         assert out is not None
         reference = copy.deepcopy(network) if refinement.rungs else network
         small = pipeline.apply(network, plan, inplace=True)
-        report = refinement.run(small, reference, request) if plan.ranks else None
+        report = refinement.run(small, reference, request) if plan.changes else None
         recipe: dict[str, Any] = {
             "budget": plan.budget,
             "objective": plan.objective,
+            "method": plan.method,
             "centred": plan.centred,
             "images": measured.images,
             "samples": measured.samples,

@@ -1,0 +1,206 @@
+"""Widths, ranks and both on the real ViT-Ti, without any training: one table, Markdown and JSON.
+
+    python bench/compare_pruning.py [--data FOLDER] [--budgets 90 80 70 60 50] [--out docs/results]
+
+One calibration with hidden moments serves every row. Validation images are for these figures only: ridge and scale of
+the widths' losses were chosen on held-out calibration images (docs/method.md). Statistics, decoded images and finished
+rows are kept in bench/build under a digest of the code, as `compare_methods` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from compare_methods import CHECKPOINT, MODEL, Kept, Recorded
+from torch import nn
+
+from vitlr.calibration import calibrate
+from vitlr.cost import count_params
+from vitlr.data import open_data
+from vitlr.decomposition import decompose
+from vitlr.errors import InputError
+from vitlr.evaluation import evaluate
+from vitlr.models import create_model
+from vitlr.pipeline import apply, plan
+from vitlr.spectra import Spectra
+from vitlr.statistics import Statistics
+
+RANK_STEP, WIDTH_STEP = 1, 16
+RATE = 0.3  # of the hidden neurons, for the hybrid as published: a lower rate for MLPs than the budget asks of the rest
+METHODS: dict[str, dict[str, Any]] = {
+    "prune-alone": {"method": "prune", "compensate": False},
+    "prune": {"method": "prune"},
+    "lowrank": {"method": "lowrank"},
+    "hybrid-rate": {"method": "hybrid", "prune_rate": RATE},
+    "hybrid": {"method": "hybrid"},
+    "joint": {"method": "joint"},
+}
+LABELS = {
+    "prune-alone": "widths, nothing made up for",
+    "prune": "widths, compensated",
+    "lowrank": "ranks",
+    "hybrid-rate": f"hybrid: {RATE:.0%} of the neurons, ranks for attention (2203.13444)",
+    "hybrid": "hybrid: widths for MLPs, ranks for attention, one knapsack",
+    "joint": "**joint: widths and ranks for all, one knapsack**",
+}
+
+
+def row(
+    name: str, budget: str, model: nn.Module, stats: Statistics, spectra: Spectra, loader: Kept, dense: Recorded
+) -> tuple[dict[str, Any], Spectra]:
+    """Plan, apply and evaluate one method under one budget; the spectra come back with the widths that were solved."""
+    start = time.process_time()
+    options = dict(METHODS[name])
+    steps = {"rank_step": RANK_STEP} | ({"width_step": WIDTH_STEP} if name != "lowrank" else {})
+    try:
+        chosen = plan(model, stats, budget, spectra=spectra, **steps, **options)
+    except InputError as cause:
+        return {"method": name, "budget": budget, "refused": str(cause)}, spectra
+    small = apply(model, chosen)
+    seconds = time.process_time() - start
+    dense.next = 0
+    found = {
+        "method": name,
+        "budget": budget,
+        **evaluate(small, loader, dense).to_dict(),
+        "params": count_params(small),
+        "params_kept": count_params(small) / chosen.params,
+        "macs_kept": chosen.macs_kept / chosen.macs,
+        "predicted_error": chosen.error,
+        "ranks": chosen.ranks,
+        "widths": chosen.narrowed,
+        "cpu_seconds": seconds,
+    }
+    return found, chosen.spectra or spectra
+
+
+def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
+    """Everything that any row needs, in one pass over the calibration images."""
+    path = cache / f"statistics-{args.images}-{args.samples}-{args.seed}.safetensors"
+    if path.is_file():
+        return Statistics.load(path)
+    loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=args.batch_size, limit=args.images)
+    stats = calibrate(model, loader, hidden=True, samples=args.samples, seed=args.seed)
+    stats.save(path)
+    return stats
+
+
+def markdown(body: dict[str, Any]) -> str:
+    """All rows, as they stand in the docs."""
+    dense, facts = body["dense"], body["machine"]
+    lines = [
+        "# Widths, ranks and both, without any training",
+        "",
+        f"`{body['model']}` ({body['weights']}), {body['calibration_images']} calibration images, {body['samples']} "
+        f"drawn targets each; accuracy on the {body['validation_images']}-image subset of the ILSVRC2012 validation "
+        "set (easier than the full set: do not read it as ImageNet accuracy). "
+        f"Dense: top-1 {_interval(dense)}, {dense['params']:,} parameters. Intervals are 95 % (Wilson); all rows see "
+        "the same images. Agreement: same first class as the dense model. KL(dense, small) in nats. Widths in steps of "
+        f"{WIDTH_STEP}, ranks in steps of {RANK_STEP}.",
+        "",
+        f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
+        f"{body['code']}. Made by `python bench/compare_pruning.py`; figures, ranks, widths in `compare_pruning.json`.",
+    ]
+    for budget in dict.fromkeys(r["budget"] for r in body["rows"]):
+        lines += ["", f"## {budget}", ""]
+        lines += [
+            "| method | top-1 (95 %) | top-5 | agreement | KL | kept | MACs kept | neurons kept | layers of low rank |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += [_line(r, body) for r in body["rows"] if r["budget"] == budget]
+    return "\n".join(lines) + "\n"
+
+
+def _interval(r: dict[str, Any]) -> str:
+    return f"{r['top1']:.2f} ({r['top1_low']:.1f} to {r['top1_high']:.1f})"
+
+
+def _line(r: dict[str, Any], body: dict[str, Any]) -> str:
+    if "refused" in r:
+        return f"| {LABELS[r['method']]} | out of reach |" + " |" * 7
+    full = body["full_widths"]
+    kept = sum(r["widths"].get(name, width) for name, width in full.items()) / sum(full.values())
+    cells = [
+        LABELS[r["method"]],
+        _interval(r),
+        f"{r['top5']:.2f}",
+        f"{r['agreement']:.2f}",
+        f"{r['kl']:.3f}",
+        f"{r['params_kept']:.1%}",
+        f"{r['macs_kept']:.1%}",
+        f"{kept:.1%}",
+        f"{len(r['ranks'])}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _arguments() -> argparse.Namespace:
+    args = parser(__doc__ or "")
+    args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
+    args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
+    args.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="percent kept")
+    args.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    args.add_argument("--images", type=int, default=1000, help="calibration images")
+    args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
+    args.add_argument("--batch-size", type=int, default=50)
+    args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
+    args.add_argument("--seed", type=int, default=0, help="of the targets drawn for the gradient moments")
+    return args.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = data_folder(args.data)
+    model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
+    cache = BUILD / "compare_pruning" / CODE
+    finished = cache / f"rows-{args.images}-{args.samples}-{args.seed}-{args.limit or 'all'}"
+    finished.mkdir(parents=True, exist_ok=True)
+    stats = statistics(model, folder, cache, args)
+    tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
+
+    def images() -> Any:
+        return open_data(tar, model, class_map=synsets, batch_size=args.batch_size, limit=args.limit, need_labels=True)
+
+    loader = Kept.load(cache / f"validation-{args.limit or 'all'}.pt", images, model)
+    dense = Recorded(model, loader)
+    reference = evaluate(dense, loader)
+    print(f"dense: {reference}", file=sys.stderr)
+    spectra, rows = decompose(model, stats), []
+    for budget in (f"params:{b:g}%" for b in args.budgets):
+        for name in args.methods:
+            path = finished / f"{name}-{budget.replace(':', '_')}.json"
+            if not path.is_file():
+                found, spectra = row(name, budget, model, stats, spectra, loader, dense)
+                write_json(path, found)
+            rows.append(r := json.loads(path.read_text()))
+            said = r.get("refused") or f"top-1 {r['top1']:6.2f}  agreement {r['agreement']:6.2f}  KL {r['kl']:7.4f}"
+            print(f"{name:<12} {budget:<11} {said}", file=sys.stderr)
+    if sources() != CODE:
+        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
+    body = {
+        "model": MODEL,
+        "weights": CHECKPOINT,
+        "calibration_images": stats.images,
+        "validation_images": reference.images,
+        "code": CODE,
+        "samples": args.samples,
+        "seed": args.seed,
+        "machine": machine(),
+        "full_widths": {name: mlp.full_width for name, mlp in spectra.widths.items()},
+        "dense": {**reference.to_dict(), "params": count_params(model)},
+        "rows": rows,
+    }
+    write_json(args.json or args.out / "compare_pruning.json", body)
+    (args.out / "compare_pruning.md").write_text(markdown(body))
+    print(markdown(body))
+
+
+if __name__ == "__main__":
+    main(_arguments())

@@ -1,0 +1,51 @@
+"""`vitlr compress --method`: what it measures, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import vitlr
+from vitlr import surgery
+from vitlr.statistics import Statistics
+
+STEPS = ("--width-step", "8", "--rank-step", "4")
+
+
+@pytest.mark.parametrize("method", ["prune", "hybrid", "joint"])
+def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
+    answer = run(*squeeze("--method", method, *STEPS, "--json"))
+    small = vitlr.load(tmp_path / "small.safetensors")
+    assert sum(p.numel() for p in small.parameters()) == answer.json["params_kept"]
+    assert any("width" in entry for entry in surgery.structure(small).values())
+    assert small.vitlr_info["plan"]["method"] == small.vitlr_info["recipe"]["method"] == method
+    rows = run("inspect", tmp_path / "small.safetensors", "--json").json["narrowed"]
+    assert rows and all(row["width"] <= row["full_width"] == 128 for row in rows)
+    assert "hidden widths kept: blocks." in run("inspect", tmp_path / "small.safetensors").out
+
+
+def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(run, refused, squeeze, tmp_path):
+    stats, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
+    run(*squeeze("--stats", stats, "--plan-only"))
+    assert Statistics.load(stats).extras == ()
+    assert "hold no moments of hidden neurons" in refused(*squeeze("--stats", stats, "--method", "joint"))
+    stats.unlink()
+    run(*squeeze("--stats", stats, "--method", "hybrid", "--prune-rate", "0.4", *STEPS, "--plan-out", plan))
+    body = json.loads(plan.read_text())
+    assert body["method"] == "hybrid" and sum(row["width"] for row in body["widths"]) <= 0.6 * 256
+    assert run(*squeeze("--stats", stats)).status == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--method", "magic"), "unknown method 'magic'"),
+        (("--method", "hybrid", "--prune-rate", "1.5"), "between 0 and 1"),
+        (("--method", "joint", "--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
+        (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
+        (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),
+    ],
+)
+def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
+    assert said in refused(*squeeze(*flags))
