@@ -1,6 +1,7 @@
 """Pruning by learnt gates, low rank, their hybrid and the joint budget on CIFAR-10, before and after fine-tuning.
 
     python bench/prune_cifar.py [--data FOLDER] [--arms ...] [--fewer 50 44 60] [--seeds 0 1 2]
+    python bench/prune_cifar.py --speed 50 --threads 1
     python bench/prune_cifar.py --report
 
 A ViT is trained for ten epochs, and everything then made of it gets two more, the dense model too: `low_rank` and
@@ -22,12 +23,13 @@ from typing import Any
 
 import torch
 from _common import BUILD, ROOT, machine, parser, write_json
-from cifar import AFTERWARDS, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
+from cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
 from prune_cifar_table import markdown
 from torch import nn
 
-from vitlr import apply, calibrate, cost, load, plan, save
+from vitlr import apply, calibrate, cost, fuse, load, plan, save
 from vitlr.precision import amp_pays
+from vitlr.timing import throughput
 from vitlr.training import TrainReport, train
 
 CACHE = BUILD / "prune_cifar"
@@ -37,6 +39,7 @@ TABLE = ROOT / "docs" / "results" / "prune_cifar.md"
 NARROW = 96  # its ViT has 44 % fewer parameters
 CALIBRATION_IMAGES = 1000
 L1 = 1e-4
+REPEATS = 30  # of every timing
 
 
 class Run:
@@ -120,7 +123,9 @@ WHOLE: dict[str, int] = {"dense": 128, "narrow": NARROW}
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    if not args.report:
+    if args.speed is not None:
+        write_json(CACHE / "speed" / "speed.json", _speed(args.speed))
+    elif not args.report:
         archive = find_archive(args.data)
         for fewer in args.fewer:
             for seed in args.seeds:
@@ -138,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
         "rows": rows,
     }
     text = markdown(body)
-    print(text)
+    print(text, flush=True)
     if args.report:
         write_json(RESULTS, body)
         TABLE.write_text(text)
@@ -175,11 +180,30 @@ def _row(archive: Path, arm: str, seed: int, fewer: float | None) -> None:
     print(json.dumps(row), flush=True)
 
 
+def _speed(fewer: float) -> dict[str, Any]:
+    """Images a second of what seed 0 left with so much fewer parameters, over the dense model's: all in turns."""
+    folder = CACHE / "seed0"
+    models = {("dense", "plain"): load(folder / "dense-0.safetensors")}
+    for arm in ARMS:
+        path = folder / f"{arm}-{fewer:g}-0.safetensors"
+        if path.exists():
+            models[arm, "plain"] = load(path)
+            models[arm, "fused"] = fuse(models[arm, "plain"])
+    found = throughput({"/".join(key): model for key, model in models.items()}, BATCH_SIZE, repeats=REPEATS)
+    dense = found["dense/plain"]["images_per_second"]
+    ratios: dict[str, dict[str, float]] = {}
+    for arm, form in models:
+        ratios.setdefault(arm, {})[form] = round(found[f"{arm}/{form}"]["images_per_second"] / dense, 3)
+    del ratios["dense"]
+    return {"fewer": fewer, "batch_size": BATCH_SIZE, "machine": machine(), "dense": round(dense, 1), "ratios": ratios}
+
+
 if __name__ == "__main__":
     args = parser(__doc__.splitlines()[0])
     args.add_argument("--data", type=Path, help="folder of cifar10_jpeg.tar.xz")
     args.add_argument("--arms", nargs="+", choices=[*WHOLE, *ARMS], default=["dense", *ARMS])
     args.add_argument("--fewer", nargs="+", type=float, default=[50, 44, 60], help="percent of the parameters that go")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args.add_argument("--speed", type=float, metavar="FEWER", help="time the models of seed 0 at that budget in turns")
     args.add_argument("--report", action="store_true", help="write table and JSON of what is there")
     main(args.parse_args())
