@@ -39,6 +39,7 @@ TABLE = ROOT / "docs" / "results" / "prune_cifar.md"
 NARROW = 96  # its ViT has 44 % fewer parameters
 CALIBRATION_IMAGES = 1000
 L1 = 1e-4
+STEP = 4  # of ranks and widths
 REPEATS = 30  # of every timing
 
 
@@ -69,17 +70,18 @@ class Run:
 
     def calibrated(self, model: nn.Module) -> Any:
         """Moments over a thousand training images, as they are in use."""
-        return calibrate(model, Cifar(self.archive, "train", limit=CALIBRATION_IMAGES))
+        return calibrate(model, Cifar(self.archive, "train", limit=CALIBRATION_IMAGES), hidden=True)
 
 
 def low_rank(run: Run, kept: str) -> tuple[nn.Module, int]:
     model = run.trained()
-    return apply(model, plan(model, run.calibrated(model), kept, rank_step=4)), 0
+    return apply(model, plan(model, run.calibrated(model), kept, rank_step=STEP)), 0
 
 
 def joint(run: Run, kept: str) -> tuple[nn.Module, int]:
     model = run.trained()
-    return apply(model, plan(model, run.calibrated(model), kept, rank_step=4, method="joint")), 0
+    chosen = plan(model, run.calibrated(model), kept, rank_step=STEP, width_step=STEP, method="joint")
+    return apply(model, chosen), 0
 
 
 def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
@@ -102,7 +104,7 @@ def hybrid(run: Run, kept: str) -> tuple[nn.Module, int]:
         run.images,
         budget=kept,
         stats=run.calibrated(model),
-        rank_step=4,
+        rank_step=STEP,
         l1=L1,
         recipe=recipe,
         finetune=False,

@@ -78,7 +78,7 @@ def test_every_arm_makes_a_row_once(experiment, capsys):
     assert len(json.loads((folder / "results").read_text())["rows"]) == len(rows)
 
 
-ARMS = ("vtp", "low_rank", "hybrid")
+ARMS = ("vtp", "low_rank", "hybrid", "joint")
 
 
 def test_relative_errors_and_their_interval(experiment):
