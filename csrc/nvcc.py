@@ -134,7 +134,7 @@ def compile_all(names: Sequence[str], archs: Sequence[Architecture], nvcc: str |
 def link(objects: Sequence[Path], target: Path, nvcc: str | None = None) -> None:
     """A module of the objects with the static CUDA runtime inside, whose symbols stay its own: torch brings another."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    hidden = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-undefined-version"]
+    hidden = ["-Xlinker", "--exclude-libs=ALL"]
     _run([nvcc or find(), "-shared", "-cudart", "static", *_host(), *map(str, objects), "-o", str(target), *hidden])
 
 

@@ -10,12 +10,16 @@ import pytest
 import solve_emulation as emulation
 import spectra_cases
 import torch
+from torch import nn
 
+from vitlr import decomposition
+from vitlr.decomposition import decompose
 from vitlr.errors import InputError
 from vitlr.ops import _cuda_solve, _cusolver, _dispatch, _native, batched_solve, explain, weighted_gram_chain
 from vitlr.ops.batched_solve import JITTERS, Key
 from vitlr.ops.eigh import BatchError
 from vitlr.solver import solve_batch, weighted_svd
+from vitlr.statistics import LayerStatistics, Statistics, fingerprint
 
 F64 = torch.float64
 CUDA = torch.device("cuda", 0)
@@ -157,6 +161,35 @@ def test_it_is_a_candidate_that_runs_when_asked_for(asked_for):
     energies, _, _ = solve_batch(M, F)
     torch.testing.assert_close(energies, batched_solve.reference(M, F)[0], rtol=1e-9, atol=1e-12)
     assert "back_substitution" in asked_for
+
+
+def test_decompose_takes_it_for_its_batches(asked_for, monkeypatch):
+    model, layers = nn.ModuleDict(), {}
+    for name, K, N in (("a", 12, 20), ("b", 20, 12), ("c", 12, 12)):
+        model[name] = nn.Linear(K, N, dtype=F64)
+        X, D = torch.randn(60, K, dtype=F64), torch.randn(60, N, dtype=F64)
+        seen, back = (X @ model[name].weight.detach().mT, D) if N <= K else (X, D @ model[name].weight.detach())
+        layers[name] = LayerStatistics(name, K, N, name, 60, moment=seen.mT @ seen, gradient=back.mT @ back)
+    weights = {name: layer.weight.detach() for name, layer in model.items()}
+    stats = Statistics(layers, fingerprint(weights), ("loss",), images=1)
+    one_by_one = decompose(model, stats)
+    monkeypatch.setattr(decomposition, "_one_by_one", decomposition._in_batches)
+    assert not asked_for, "on a CPU LAPACK does it, whatever back-end is asked for"
+    batched = decompose(model, stats)
+    assert asked_for.count("cholesky") == 1, "one batch of three"
+    for name, layer in one_by_one.layers.items():
+        torch.testing.assert_close(batched.layers[name].energies, layer.energies, rtol=1e-9, atol=1e-12)
+
+
+def test_triton_takes_the_part_it_has(monkeypatch):
+    monkeypatch.setenv("VITLR_BACKEND", "triton")
+    M, F = moments(8, ("mild",))
+    candidate = next(c for c in _dispatch.candidates("weighted_gram_chain") if c.name == "triton.chain")
+    if candidate.supports(weighted_gram_chain.Key(1, 8, 8)) is not None:
+        pytest.skip("Triton does not run here")
+    taken = _dispatch.select("batched_solve", Key(1, 8))
+    assert taken.name == "triton.chain"
+    torch.testing.assert_close(taken.run(M, F)[0], batched_solve.reference(M, F)[0])
 
 
 @pytest.mark.parametrize("side", ["output", "input"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.ops import _dispatch
 from vitlr.ops.eigh import BatchError, eigh
+from vitlr.ops.weighted_gram_chain import Key as ChainKey
 from vitlr.ops.weighted_gram_chain import weighted_gram_chain
 
 OP = "batched_solve"
@@ -112,9 +113,16 @@ def roofline(
     return _dispatch.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
 
 
+def _with_triton(key: Key) -> str | None:
+    """Why the Triton kernel cannot take the reference's `Lᵀ M L`, which is what `VITLR_BACKEND=triton` means here."""
+    known = {candidate.name: candidate for candidate in _dispatch.candidates("weighted_gram_chain")}
+    return known["triton.chain"].supports(ChainKey(key.b, key.n, key.n, key.dtype, key.device))
+
+
 _dispatch.register_op(
     OP,
     Key,
     lambda key, ceilings: roofline(key.b, key.n, key.weighted, key.dtype, ceilings),
     _dispatch.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)),  # type: ignore[arg-type]
 )
+_dispatch.register(OP, _dispatch.Candidate("triton.chain", _with_triton, reference))  # type: ignore[arg-type]
