@@ -27,7 +27,7 @@ namespace py = pybind11;
   KERNEL(weighted_chain)
 
 #ifdef VITLR_WITH_SM90
-#define VITLR_KERNELS_SM90(KERNEL)
+#define VITLR_KERNELS_SM90(KERNEL) KERNEL(lowrank_sm90)
 #else
 #define VITLR_KERNELS_SM90(KERNEL)
 #endif

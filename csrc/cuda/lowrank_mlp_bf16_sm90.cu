@@ -1,0 +1,10 @@
+// The low-rank MLP for Hopper in bf16: lowrank_body.h.
+#include "cuda/lowrank_kernel.h"
+
+namespace vitlr::cuda::lowrank {
+
+void launch_mlp_bf16(const LowrankParams& p, const Plan& plan, void* stream) {
+  launch<true, Bf16>(p, plan, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace vitlr::cuda::lowrank
