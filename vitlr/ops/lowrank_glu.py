@@ -155,7 +155,7 @@ def _check(
         raise InputError(f"{OP}: gate and value do not fit, they are {D} and {width} wide")
     if B2.dim() != 2 or B2.shape[1] != D:
         raise InputError(f"{OP}: B2 {list(B2.shape)} does not fit the hidden width {D}, expected [r2, {D}]")
-    N = check_pair(OP, x.new_empty((0, D)), ("B2", "A2", "b2"), B2, A2, b2)
+    N = check_pair(OP, x, ("B2", "A2", "b2"), B2, A2, b2, D)
     check_residual(OP, x, N, residual)
     return D, N
 

@@ -145,26 +145,38 @@ def kernel_chosen(x: Tensor, K: int, N: int, r: int, bias: bool) -> bool:
     return _dispatch.kernel_chosen(OP, rows, K, N, r, bias, "none", False, compute_dtype(x), x.device)
 
 
-def check_pair(op: str, x: Tensor, names: tuple[str, str, str], B: Tensor, A: Tensor | None, b: Tensor | None) -> int:
-    """N, if x [..., K], B [r, K], A [N, r] (or B [N, K] and no A) and b [N] or None fit together; else InputError."""
+def check_pair(
+    op: str,
+    x: Tensor,
+    names: tuple[str, str, str],
+    B: Tensor,
+    A: Tensor | None,
+    b: Tensor | None,
+    K: int | None = None,
+) -> int:
+    """N, if an input [..., K], B [r, K], A [N, r] (or B [N, K] and no A) and b [N] or None fit; else InputError.
+
+    The input is x, or something of x's dtype and device with K features.
+    """
     B_name, A_name, b_name = names
-    if x.dim() == 0 or B.dim() != 2 or x.shape[-1] != B.shape[1]:
+    shape, dtype, device = B.shape, x.dtype, x.device
+    if x.dim() == 0 or len(shape) != 2 or (x.shape[-1] if K is None else K) != shape[1]:
         raise InputError(
-            f"{op}: x {list(x.shape)} and {B_name} {list(B.shape)} do not fit, expected x [..., K] and {B_name} [r, K]"
+            f"{op}: x {list(x.shape)} and {B_name} {list(shape)} do not fit, expected x [..., K] and {B_name} [r, K]"
         )
-    N = B.shape[0]
+    N = shape[0]
     if A is not None:
-        if A.dim() != 2 or A.shape[1] != B.shape[0]:
+        if A.dim() != 2 or A.shape[1] != N:
             raise InputError(
-                f"{op}: {A_name} {list(A.shape)} and {B_name} {list(B.shape)} do not fit, "
+                f"{op}: {A_name} {list(A.shape)} and {B_name} {list(shape)} do not fit, "
                 f"expected {A_name} [N, r] and {B_name} [r, K]"
             )
         N = A.shape[0]
     if b is not None and (b.dim() != 1 or b.shape[0] != N):
         raise InputError(f"{op}: {b_name} {list(b.shape)} does not fit, expected [{N}]")
     for name, tensor in ((B_name, B), (A_name, A), (b_name, b)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise InputError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}")
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            raise InputError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, x is {dtype} on {device}")
     return N
 
 
