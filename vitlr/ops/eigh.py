@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops import _cusolver
+from vitlr.ops._threads import in_threads
 
 VARIABLE = "VITLR_EIGH"
 SOLVERS = ("torch", "cusolver")
@@ -61,6 +62,9 @@ def failure(K: Tensor, info: Tensor) -> BatchError | None:
 
 def _torch(K: Tensor) -> tuple[Tensor, Tensor]:
     try:
+        if K.device.type == "cpu" and K.shape[1] >= 128:
+            pairs = in_threads(torch.linalg.eigh, K.unbind())
+            return torch.stack([values for values, _ in pairs]), torch.stack([vectors for _, vectors in pairs])
         energies, U = torch.linalg.eigh(K)
         return energies, U
     except torch.linalg.LinAlgError:
