@@ -12,7 +12,7 @@ from vitlr.errors import InputError
 from vitlr.losses import image_seeds, is_logits, sampled_losses
 from vitlr.statistics import Statistics
 
-ALL = {"objective": ("loss", "output", "normalized"), "extras": ("input_moment", "input_abs", "row_gradient")}
+ALL = {"objective": ("loss", "output", "normalized", "fisher"), "extras": ("input_moment", "input_abs", "row_gradient")}
 
 
 def close(a, b, rtol=2e-5):
@@ -48,8 +48,9 @@ def recorded(model, images, seed=0):
     return {name: (x.detach(), y.detach(), y.grad) for name, (x, y) in seen.items()}
 
 
-def test_every_sum_matches_its_definition(tiny_vit, images):
-    model = tiny_vit()
+@pytest.mark.parametrize("width", [32, 64])  # with more and with fewer tokens than half the width
+def test_every_sum_matches_its_definition(tiny_vit, images, width):
+    model = tiny_vit(embed_dim=width)
     stats = calibrate(model, [images], **ALL)
     by_hand = recorded(model, images)
     assert set(stats.layers) == set(by_hand)
@@ -66,6 +67,11 @@ def test_every_sum_matches_its_definition(tiny_vit, images):
         weight = (1 / y.reshape(len(images), -1).square().sum(1)).repeat_interleave(X.shape[0] // len(images))
         small = Y if out else X
         close(layer.normalized, (small * weight[:, None]).T @ small)
+        P = torch.einsum(
+            "itm,itn->imn", *(t.reshape(len(images), -1, layer.size) for t in ((y, g) if out else (x, g @ W)))
+        )
+        close(layer.image_moment, (P @ P.mT).sum(0))
+        close(layer.image_gradient, (P.mT @ P).sum(0))
         close(layer.input_sum, X.sum(0))
         close(layer.input_moment, X.T @ X)
         close(layer.input_abs, X.abs().sum(0))

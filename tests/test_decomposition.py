@@ -32,6 +32,9 @@ def statistics_of(W, X, D, objective, images=1):
     layer.moment = Y.T @ Y if output else X.T @ X
     layer.gradient = D.T @ D if output else back.T @ back
     layer.normalized = layer.moment / Y.square().sum()
+    if len(D) == len(X):  # all tokens are of one image
+        P = Y.T @ D if output else X.T @ back
+        layer.image_moment, layer.image_gradient = P @ P.T, P.T @ P
     layer.input_sum = X.sum(0)
     model = nn.ModuleDict({"layer": nn.Linear(k, n, bias=False, dtype=torch.float64)})
     model["layer"].weight.data = W
@@ -101,7 +104,7 @@ def test_white_inputs_give_eckart_young(n, k):
     torch.testing.assert_close(A @ B, (U[:, :3] * s[:3]) @ Vh[:3], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("objective", ["loss", "output", "normalized"])
+@pytest.mark.parametrize("objective", ["loss", "output", "normalized", "fisher"])
 @pytest.mark.parametrize("n, k", [(6, 9), (9, 6)])
 def test_full_rank_gives_the_weight_back_and_ranks_are_nested(objective, n, k):
     W, X, D = random_layer(n, k, 40, 1)
@@ -149,13 +152,27 @@ def test_degenerate_layers_are_solved(n, k, what):
         X = torch.zeros_like(X)
     model, stats = statistics_of(W, X, D, "loss")
     stats.layers["layer"].normalized = None
-    for objective in ("loss", "output"):
+    for objective in ("loss", "output", "fisher"):
+        stats.objectives = (objective,)
         spectrum = decompose(model, stats, objective).layers["layer"]
         assert torch.isfinite(spectrum.energies).all() and (spectrum.energies >= 0).all()
         A, B, _ = spectrum.factors(W, 2)
         assert torch.isfinite(A).all() and torch.isfinite(B).all()
         if what in ("one token", "constant inputs"):  # rank one is exact
             torch.testing.assert_close(X @ (A @ B).T, X @ W.T, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n, k", [(6, 9), (9, 6)])
+def test_fisher_takes_the_tokens_of_an_image_together(n, k):
+    """Tokens that agree count with the square of their number; tokens that cancel do not count at all."""
+    W, X, D = random_layer(n, k, 1, 6)
+
+    def total(*signs):
+        model, stats = statistics_of(W, X.repeat(len(signs), 1), torch.cat([sign * D for sign in signs]), "fisher")
+        return float(decompose(model, stats).layers["layer"].energies.sum())
+
+    assert total(1.0, 1.0, 1.0) == pytest.approx(9 * total(1.0))
+    assert total(1.0, -1.0) <= 1e-20 * total(1.0)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -193,8 +210,9 @@ def test_bad_options_are_refused():
     for bad in ({"objective": "best"}, {"damping": -1.0}, {"damping": float("nan")}):
         with pytest.raises(InputError):
             decompose(model, stats, **bad)
-    with pytest.raises(InputError, match="centred"):
-        decompose(model, stats, "normalized", centred=True)
+    for objective in ("normalized", "fisher"):
+        with pytest.raises(InputError, match="centred"):
+            decompose(model, stats, objective, centred=True)
 
 
 def test_wrong_objective_and_other_weights_are_refused():

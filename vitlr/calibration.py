@@ -16,7 +16,15 @@ from vitlr.losses import image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
 from vitlr.probe import Probe, probe
 from vitlr.pruning.mlps import SUPPORTED, find_mlps, refused_mlps
-from vitlr.statistics import EXTRAS, HIDDEN, OBJECTIVES, LayerStatistics, Statistics, fingerprint
+from vitlr.statistics import (
+    EXTRAS,
+    GRADIENT_OBJECTIVES,
+    HIDDEN,
+    OBJECTIVES,
+    LayerStatistics,
+    Statistics,
+    fingerprint,
+)
 from vitlr.taps import Tap
 
 HIDDEN_MEMORY = 4e9  # bytes: ViT-B's twelve hidden moments take 0.9e9, ViT-L's 3.2e9
@@ -44,7 +52,8 @@ def calibrate(
     """Add up the moments of every compressible linear layer over the loader's images, in one pass.
 
     The loader yields tensors, tuples (the first item is used) or dicts (keyword arguments). `objective` names one or
-    more of "loss" (gradient moments too, see `vitlr.losses`), "output" and "normalized" (arXiv 2402.06004);
+    more of "loss" (gradient moments too, see `vitlr.losses`), "fisher" (the same, with the tokens of an image taken
+    together), "output" and "normalized" (arXiv 2402.06004);
     `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
     neurons in float64: `8 D²` bytes an MLP, refused where all would take more than `hidden_memory` bytes.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
@@ -68,7 +77,8 @@ def calibrate(
         raise InputError(f"loss_fn= is one loss; it does not go with samples={samples}")
     if torch.is_inference_mode_enabled():
         raise InputError("calibrate needs gradients and cannot run under torch.inference_mode(); call it outside")
-    needs_gradient = "loss" in objectives or "row_gradient" in extras
+    by_gradient = set(objectives) & set(GRADIENT_OBJECTIVES)
+    needs_gradient = bool(by_gradient) or "row_gradient" in extras
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
@@ -121,7 +131,7 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
-    if "loss" in objectives and not any(layer.sum("gradient").any() for layer in run.layers.values()):
+    if by_gradient and not any(layer.any_gradient for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
             "load trained weights, or calibrate with objective='output'"

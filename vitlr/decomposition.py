@@ -7,6 +7,10 @@ smaller side: M says how large the directions are, F how much each of them matte
     output   Π W      G = Σ y yᵀ      S = Σ g gᵀ               1
     input    (W Π)    C = Σ x xᵀ      H = Σ (Wᵀg)(Wᵀg)ᵀ        Wᵀ W
 
+"loss" takes the tokens of an image as independent. "fisher" does not: the loss of an image moves by `tr((1 − Π) P)`,
+`P = Σ_tokens y gᵀ`, and `M = Σ_images P Pᵀ`, `F = Σ_images Pᵀ P` are, after one power iteration from the identity, the
+Kronecker factors nearest to the second moment of P (as Shampoo's are: Morwani et al., arXiv 2406.17748).
+
 With `F = Rᵀ R` and `R M Rᵀ = U Λ Uᵀ` the answer for all r is `Π_r = (R⁻¹ U_r)(U_rᵀ R)`, at a loss of `Σ_{i≥r} λ_i`.
 M may be singular; F is damped first. On a CPU one thread solves one layer, on a GPU layers of one size are a batch.
 """
@@ -24,7 +28,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.ops.eigh import BatchError
 from vitlr.solver import solve, solve_batch
 from vitlr.spectra import LayerSpectrum, Spectra
-from vitlr.statistics import OBJECTIVES, LayerStatistics, Statistics
+from vitlr.statistics import GRADIENT_OBJECTIVES, OBJECTIVES, LayerStatistics, Statistics
 
 DAMPING = 0.1  # best on held-out calibration images where images are few, level with 0.01 where they are many
 BATCH = 2**26  # entries of the matrices that a GPU solves at once: 113 of 768 x 768, half a GiB in fp64
@@ -42,9 +46,10 @@ def decompose(
 ) -> Spectra:
     """Solve all layers for all ranks in float64.
 
-    `objective`: "loss" (estimated increase of the loss in nats, comparable across layers), "output" (squared output
-    error per image) or "normalized" (relative output error, arXiv 2402.06004: energies sum to 1). `centred` measures
-    deviations from the mean and moves the mean into the bias. `damping` is added to F relative to its mean eigenvalue.
+    `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
+    an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
+    output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
+    into the bias. `damping` is added to F relative to its mean eigenvalue.
 
     Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
     solve meets NaN or Inf or does not converge.
@@ -82,8 +87,8 @@ def check_options(objective: str | None, centred: bool, damping: float) -> None:
     """Raise `InputError` for options that no statistics could serve."""
     if objective not in (None, *OBJECTIVES):
         raise InputError(f"unknown objective {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if centred and objective == "normalized":
-        raise InputError("centred=True needs plain moments; the normalized ones weigh every image differently")
+    if centred and objective in ("normalized", "fisher"):
+        raise InputError(f"centred=True needs plain moments; objective {objective!r} has one per image")
     if not 0 <= damping < float("inf"):
         raise InputError(f"damping={damping}, expected a number from 0 on")
 
@@ -163,6 +168,9 @@ def _pair(
     layer: LayerStatistics, W: Tensor, stats: Statistics, objective: str, centred: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The moments M and F of one layer (F None stands for the identity), scaled to the objective's unit."""
+    if objective == "fisher":
+        M, F = layer.sum("image_moment").to(W), layer.sum("image_gradient").to(W)
+        return M / M.trace().clamp_min(torch.finfo(M.dtype).tiny), F / (2 * max(stats.images, 1) * stats.samples)
     output_side = layer.side == "output"
     M = layer.sum("normalized" if objective == "normalized" else "moment").to(W)
     if centred:
@@ -179,7 +187,7 @@ def _pair(
 
 def _damped(F: Tensor, W: Tensor, side: str, damping: float, objective: str) -> Tensor:
     """F with a floor under the output gradients: `S + δ · 1`, which on the input side reads `H + δ WᵀW`."""
-    if objective != "loss":
+    if objective not in GRADIENT_OBJECTIVES:
         return F
     floor = torch.eye(len(F), dtype=F.dtype, device=F.device) if side == "output" else W.mT @ W
     return F + damping * F.trace() / floor.trace().clamp_min(torch.finfo(F.dtype).tiny) * floor

@@ -15,11 +15,12 @@ from vitlr import storage
 from vitlr.errors import InputError, NumericalError
 
 SCHEMA = 1
-OBJECTIVES = ("loss", "output", "normalized")
+OBJECTIVES = ("loss", "output", "normalized", "fisher")
+GRADIENT_OBJECTIVES = ("loss", "fisher")
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
 EXTRAS = (*_EXTRA_SUMS, HIDDEN)
-_SUMS = ("moment", "gradient", "normalized", "input_sum", *_EXTRA_SUMS)
+_SUMS = ("moment", "gradient", "normalized", "image_moment", "image_gradient", "input_sum", *_EXTRA_SUMS)
 
 
 @dataclass(eq=False)  # tensors have no single truth
@@ -29,6 +30,8 @@ class LayerStatistics:
     `moment [n, n]` is `Σ y yᵀ` (before the bias) where N ≤ K ("output" side), else `Σ x xᵀ` ("input" side);
     `gradient [n, n]` is `Σ g gᵀ` or `Σ (Wᵀg)(Wᵀg)ᵀ` with `g` the gradient of the loss at the output;
     `normalized [n, n]` is `moment` with image i weighted by `1 / ‖W x_i‖²_F` (arXiv 2402.06004);
+    `image_moment [n, n]` is `Σ_images P Pᵀ` and `image_gradient [n, n]` is `Σ_images Pᵀ P` for `P = Σ_tokens y gᵀ`
+    (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side;
     `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
     `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
     `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`. Layers fed by one tensor share one `moment`,
@@ -43,6 +46,8 @@ class LayerStatistics:
     moment: Tensor | None = None
     gradient: Tensor | None = None
     normalized: Tensor | None = None
+    image_moment: Tensor | None = None
+    image_gradient: Tensor | None = None
     input_sum: Tensor | None = None
     input_moment: Tensor | None = None
     input_abs: Tensor | None = None
@@ -67,11 +72,16 @@ class LayerStatistics:
             )
         return tensor
 
+    @property
+    def any_gradient(self) -> bool:
+        """Whether any gradient other than zero was seen."""
+        return any(bool(s.any()) for s in (self.gradient, self.image_gradient) if s is not None)
+
     def check_shapes(self) -> None:
         """Raise `InputError` where a sum has another shape than the layer's sizes give it."""
         n, K, N = self.size, self.in_features, self.out_features
-        square = {"moment": (n, n), "gradient": (n, n), "normalized": (n, n), "input_moment": (K, K)}
-        expected = {**square, "input_sum": (K,), "input_abs": (K,), "row_gradient": (N,)}
+        square = dict.fromkeys(("moment", "gradient", "normalized", "image_moment", "image_gradient"), (n, n))
+        expected = {**square, "input_moment": (K, K), "input_sum": (K,), "input_abs": (K,), "row_gradient": (N,)}
         for key, tensor in self.sums():
             if tensor.shape != expected[key]:
                 raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected {list(expected[key])}")

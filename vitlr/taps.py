@@ -29,6 +29,7 @@ class Tap:
         self.in_backward = False
         self.gradient_seen = False
         self.weighted = "loss" in collect
+        self.by_image = "fisher" in collect
         self._allocate()
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
@@ -44,6 +45,8 @@ class Tap:
             "input_sum": (s.in_features,),
             "gradient": (s.size, s.size) if self.weighted else None,
             "normalized": (s.size, s.size) if "normalized" in self.collect else None,
+            "image_moment": (s.size, s.size) if self.by_image else None,
+            "image_gradient": (s.size, s.size) if self.by_image else None,
             "input_moment": (s.in_features, s.in_features) if "input_moment" in self.collect else None,
             "input_abs": (s.in_features,) if "input_abs" in self.collect else None,
             "row_gradient": (s.out_features,) if "row_gradient" in self.collect else None,
@@ -56,7 +59,7 @@ class Tap:
 
     @property
     def _needs_gradient(self) -> bool:
-        return self.weighted or "row_gradient" in self.collect
+        return self.weighted or self.by_image or "row_gradient" in self.collect
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (self._needs_gradient and torch.is_grad_enabled()):
@@ -67,6 +70,9 @@ class Tap:
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         if self.weighted and self.stats.side == "input":
             x.register_hook(self._add_gradient)
+        if self.by_image and self.stats.side == "input":
+            seen = x.detach()
+            x.register_hook(lambda g: self._add_products(seen, g))
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -74,6 +80,9 @@ class Tap:
         if output.requires_grad:
             if self.weighted and self.stats.side == "output":
                 output.register_hook(self._add_gradient)
+            if self.by_image and self.stats.side == "output":
+                y = self._without_bias(output.detach()).reshape(output.shape)
+                output.register_hook(lambda g: self._add_products(y, g))
             if "row_gradient" in self.collect:
                 output.register_hook(lambda g: self._add_row_gradient(g, x))
         if not self.in_backward:
@@ -120,6 +129,19 @@ class Tap:
     def _add_gradient(self, g: Tensor) -> None:
         self.gradient_seen = True
         gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
+
+    def _add_products(self, y: Tensor, g: Tensor) -> None:
+        """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`; where tokens are few, as `Yᵀ (G Gᵀ) Y`, which costs less."""
+        self.gradient_seen = True
+        n = self.stats.size
+        y, g = (self._per_image(t.detach().reshape(-1, n), len(t)).float() for t in (y, g))
+        if 2 * y.shape[1] < n:
+            for key, a, b in (("image_moment", y, g), ("image_gradient", g, y)):
+                self.stats.sum(key).add_(a.reshape(-1, n).mT @ ((b @ b.mT) @ a).reshape(-1, n))
+            return
+        P = y.mT @ g
+        gram_update_(self.stats.sum("image_moment"), P.mT.reshape(-1, n))
+        gram_update_(self.stats.sum("image_gradient"), P.reshape(-1, n))
 
     def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
         """Row k of one image's `∂L/∂W = gᵀ x` has the squared norm `Σ_t g_tk (x xᵀ g)_tk`; take the cheaper form."""

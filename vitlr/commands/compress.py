@@ -46,7 +46,8 @@ def compress(
     plan_only: Annotated[bool, typer.Option("--plan-only", help="Show the plan, write no model.")] = False,
     plan_out: Annotated[Path | None, typer.Option(metavar="F", help="Write the plan as JSON.")] = None,
     objective: Annotated[
-        str | None, typer.Option(metavar="NAME", help="loss, output or normalized. [default: that of --stats, or loss]")
+        str | None,
+        typer.Option(metavar="NAME", help="loss, fisher, output or normalized. [default: that of --stats, or loss]"),
     ] = None,
     method: Annotated[
         str,
@@ -190,5 +191,5 @@ def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | Non
         raise InputError(f"--objective {objective!r} is unknown, expected one of {', '.join(OBJECTIVES)}")
     if uniform and rank_buckets is not None:
         raise InputError("--uniform gives one rank a shape already; it does not go with --rank-buckets")
-    if centred and objective == "normalized":
-        raise InputError("--centred needs plain moments; it does not go with --objective normalized")
+    if centred and objective in ("normalized", "fisher"):
+        raise InputError(f"--centred needs plain moments; it does not go with --objective {objective}")

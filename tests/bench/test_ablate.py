@@ -1,0 +1,29 @@
+"""The ablation moves one choice at a time, and its intervals are Student's."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+ablate = importlib.import_module("ablate")
+
+
+def test_every_variant_is_one_step_from_the_default():
+    first, *others = ablate.variants(["refit", "all"], [64, 250])
+    assert first == ablate.DEFAULT and len({v.name for v in others}) == len(others) == 8
+    for variant in others:
+        moved = [key for key, value in asdict(variant).items() if value != asdict(first)[key]]
+        assert len(moved) == 2 and "name" in moved, variant
+
+
+def test_intervals():
+    mean, half = ablate.interval([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(ablate.interval([1.0])[1])
+    assert ablate.STUDENT[8] == pytest.approx(2.262)  # nine degrees of freedom, ten seeds
