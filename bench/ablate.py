@@ -4,10 +4,10 @@
 
 The default is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
 moves one choice: the objective, the allocation, the number of images (64, 250), the rung. That is 7 models a budget and
-seed, and one for each rung, where the full product would be 120. A seed chooses which 150 of the 1000 calibration images
-judge, which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds) hold for
-all of that. The validation images have no part in it; `--judge validation` takes them instead. Finished rows are kept
-in bench/build, so that an interrupted run goes on where it stopped.
+seed, and one more for each rung, where the full product would be 120. A seed chooses which 150 of the 1000 calibration
+images judge, which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds)
+hold for all of that. The validation images have no part in it; `--judge validation` takes them instead. Finished rows
+are kept in bench/build, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -47,15 +47,12 @@ def torch_pruning(importance: str, **choices: Any) -> Make:
 
         limit = share * count_params(model)
         kind = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
-        if importance == "taylor":
-            model.requires_grad_(True)
-            for batch, labels in images:
-                F.cross_entropy(model(batch), labels, reduction="sum").div(images.images).backward()
+        gradients = _gradients(model, images) if importance == "taylor" else []
 
         def pruned(ratio: float) -> nn.Module:
-            small = copy.deepcopy(model)
-            for p, q in zip(small.parameters(), model.parameters(), strict=True):
-                p.grad = q.grad  # deepcopy leaves gradients out
+            small = copy.deepcopy(model).requires_grad_(True)
+            for p, gradient in zip(small.parameters(), gradients, strict=False):
+                p.grad = gradient.clone()
             _prune(small, tp, kind[importance](), ratio, next(iter(images))[0][:1], **choices)
             return small
 
@@ -72,6 +69,19 @@ def torch_pruning(importance: str, **choices: Any) -> Make:
         return best.requires_grad_(False)
 
     return make
+
+
+_GRADIENTS: dict[int, list[Tensor]] = {}  # of the dense model, by the images: all budgets and criteria need the same
+
+
+def _gradients(model: nn.Module, images: Kept) -> list[Tensor]:
+    """The gradient of the mean cross entropy with the true labels over all calibration images."""
+    if id(images) not in _GRADIENTS:
+        model = copy.deepcopy(model).requires_grad_(True)
+        for batch, labels in images:
+            F.cross_entropy(model(batch), labels, reduction="sum").div(images.images).backward()
+        _GRADIENTS[id(images)] = [p.grad for p in model.parameters() if p.grad is not None]
+    return _GRADIENTS[id(images)]
 
 
 def _prune(
