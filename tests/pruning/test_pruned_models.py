@@ -148,3 +148,11 @@ def test_it_exports(tiny_vit, images, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     assert torch.allclose(torch.from_numpy(out), expected, atol=1e-4)
+
+
+def test_what_was_pruned_is_not_pruned_again(tiny_vit):
+    small = pruned(tiny_vit())
+    with pytest.raises(InputError, match=r"blocks\.0\.attn: channels were taken out of blocks\.0\.attn\.qkv already"):
+        add_gates(small)
+    with pytest.raises(InputError, match=r"channels were taken out of blocks\.0\.mlp\.fc1 already"):
+        add_gates(small, "fc2")

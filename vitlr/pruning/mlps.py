@@ -131,7 +131,12 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
             if _named_like_one(name, module):
                 refused[name] = str(reason)
             continue
-        dense = [child for child in mlp.linears if isinstance(model.get_submodule(child), nn.Linear)]
+        linears = {child: model.get_submodule(child) for child in mlp.linears}
+        selected = [child for child, linear in linears.items() if isinstance(linear, SelectedLinear)]
+        if selected:
+            refused[name] = f"channels were taken out of {selected[0]} already"
+            continue
+        dense = [child for child, linear in linears.items() if isinstance(linear, nn.Linear)]
         outside = [child for child in dense if child not in surface.targets]
         if not outside:
             found[name] = mlp

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitlr.nn import SelectedLinear
 from vitlr.surfaces.generic import join
 from vitlr.surfaces.timm import class_of
 
@@ -82,6 +83,9 @@ def _read(name: str, module: nn.Module) -> Attention | str:
         return "a gate of its own multiplies what its projection reads"
     if type(children.get("norm", nn.Identity())) is not nn.Identity:
         return "a norm over its heads makes every channel depend on all"
+    taken = [part for part in (*parts, out) if isinstance(children[part], SelectedLinear)]
+    if taken:
+        return f"channels were taken out of {join(name, taken[0])} already"
     sizes = {part: _size(children[part], "out_features") for part in parts}
     width = _size(children[out], "in_features")
     heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", 0))
