@@ -41,7 +41,9 @@ def test_it_writes_a_smaller_model_and_says_what_went(run, prune, tmp_path):
     recipe = small.vitlr_info["recipe"]["pruning"]
     assert recipe["cut"] == values["cut"] and recipe["gates"]["epochs"][0]["penalty"] > 0
     assert run("validate", tmp_path / "pruned.safetensors", "--data", tmp_path / "labelled").status == 0
-    assert run("inspect", tmp_path / "pruned.safetensors").status == 0
+    seen = run("inspect", tmp_path / "pruned.safetensors")
+    kept = values["cut"]["widths"]["blocks.0.attn.qkv"]
+    assert seen.status == 0 and f"channels kept: blocks.0.attn.qkv {kept} of 32 in, " in seen.out
 
 
 def test_people_read_a_table(run, prune):

@@ -45,6 +45,11 @@ def inspect(
     narrowed = [
         {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
     ]
+    selected = [
+        {"name": name, **{key: s[key] for key in ("inputs", "in_features", "outputs", "out_features")}}
+        for name, s in surgery.structure(network).items()
+        if "inputs" in s
+    ]
     kept = []
     for name, reason in survey.kept.items():
         linear: Any = network.get_submodule(name)
@@ -59,6 +64,7 @@ def inspect(
         "targets": targets,
         "low_rank": low_rank,
         "narrowed": narrowed,
+        "selected": selected,
         "kept": kept,
         "hidden": hidden,
     }
@@ -89,6 +95,13 @@ def _text(values: dict[str, Any]) -> str:
     widths = [f"{row['name']} {row['width']} of {row['full_width']}" for row in values["narrowed"]]
     if widths:
         lines.append(f"  hidden widths kept: {', '.join(widths)}")
+    channels = [
+        f"{row['name']} {row['inputs'] or row['in_features']} of {row['in_features']} in, "
+        f"{row['outputs'] or row['out_features']} of {row['out_features']} out"
+        for row in values["selected"]
+    ]
+    if channels:
+        lines.append(f"  channels kept: {'; '.join(channels)}")
     lines.append(f"  everything else     {rest:>14,}  {rest / total:6.1%}")
     if not values["targets"]:
         lines.append("nothing here can be compressed")
