@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from test_train import same, state
+from torch.utils.data import DataLoader, Dataset
 
 from vitlr import InputError
 from vitlr.training import TrainRecipe, train
@@ -62,6 +64,36 @@ def test_data_of_files_goes_on_too(vit, image_folder, quick, tmp_path):
     again = model_and_data(1)
     train(*again, recipe, resume=tmp_path / "kept")
     assert same(state(whole[0]), state(again[0]))
+
+
+class Noisy(Dataset):
+    """Images whose noise is drawn wherever they are read."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, item):
+        image, label = self.dataset[item]
+        return image + torch.rand(()), label
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 1}, {"generator": torch.Generator()}])
+def test_a_loader_that_draws_goes_on_too(vit, dataset, quick, tmp_path, options):
+    def stop(step):
+        if step.updates == 8:
+            raise Stop
+
+    recipe = TrainRecipe(**{**quick, "epochs": 2}, recovery_interval=4)
+    loader = DataLoader(Noisy(dataset), batch_size=8, shuffle=True, **options)
+    whole, cut, again = vit(), vit(), vit()
+    train(whole, loader, recipe)
+    with pytest.raises(Stop):
+        train(cut, loader, recipe, resume=tmp_path, callbacks=[stop])
+    train(again, loader, recipe, resume=tmp_path)
+    assert same(state(whole), state(again))
 
 
 def test_snapshots_of_another_run_are_refused(vit, loader, quick, tmp_path):

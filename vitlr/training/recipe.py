@@ -82,6 +82,10 @@ class TrainRecipe:
         for key, known in {**_CHOICES, "sched": SCHEDULES}.items():
             if getattr(self, key) not in known:
                 raise InputError(f"{key}={getattr(self, key)!r} is unknown, expected {', '.join(known)}")
+        for key in ("amp", "model_ema", "model_ema_warmup"):
+            value = getattr(self, key)
+            if not isinstance(value, bool) and not (key == "amp" and value is None):
+                raise InputError(f"{key}={value!r}, expected True or False")
         if self.opt not in list_optimizers():
             raise InputError(f"opt={self.opt!r} is unknown to timm; see timm.optim.list_optimizers(), such as adamw")
         if self.warmup_epochs >= self.epochs and self.sched != "constant":
