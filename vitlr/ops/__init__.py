@@ -2,8 +2,8 @@
 
 from vitlr.ops import (
     _cpu,  # noqa: F401 (registers its candidates)
-    _cuda_solve,  # noqa: F401 (registers its candidates)
     _cuda,  # noqa: F401 (registers its candidates)
+    _cuda_solve,  # noqa: F401 (registers its candidates)
     _two_steps,  # noqa: F401 (registers its candidate)
     attention,
     batched_solve,
