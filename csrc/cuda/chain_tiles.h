@@ -83,15 +83,23 @@ VITLR_HD Staged staged(double* at, bool depth_first) {
   return depth_first ? Staged{at, BK + PAD, 1} : Staged{at, 1, ROWS + PAD};
 }
 
-// Start the copies of rows x BK of an operand from depth k on; what lies beyond `last` is zero.
+// Start the copies of ROWS x BK of an operand from depth k on; what lies beyond `last` is zero. A thread keeps to one row or
+// one depth and walks by constant strides, so an element costs a handful of instructions.
 template <int ROWS, int BK, int THREADS, class Block>
 VITLR_HD void fetch(Block& block, int thread, const Operand& from, const Staged& to, int64_t k, int64_t last, bool deep) {
-#pragma unroll 4
-  for (int e = thread; e < ROWS * BK; e += THREADS) {
-    const int row = deep ? e / BK : e % ROWS, depth = deep ? e % BK : e / ROWS;
-    const bool inside = row < from.rows && k + depth < last;
-    const int64_t offset = inside ? row * from.row_stride + (k + depth) * from.depth_stride : 0;
-    block.copy(thread, to.at + row * to.row_stride + depth * to.depth_stride, from.at + offset, inside);
+  static_assert(THREADS % BK == 0 && THREADS % ROWS == 0 && ROWS * BK % THREADS == 0, "whole walks");
+  int row = deep ? thread / BK : thread % ROWS, depth = deep ? thread % BK : thread / ROWS;
+  const int rows = deep ? THREADS / BK : 0, depths = deep ? 0 : THREADS / ROWS;
+  const int64_t there = last - k;
+  const double* source = from.at + row * from.row_stride + (k + depth) * from.depth_stride;
+  const int64_t stride = rows * from.row_stride + depths * from.depth_stride;
+  double* target = to.at + row * to.row_stride + depth * to.depth_stride;
+  const int target_stride = rows * to.row_stride + depths * to.depth_stride;
+#pragma unroll
+  for (int e = 0; e < ROWS * BK / THREADS; ++e) {
+    const bool inside = row < from.rows && depth < there;
+    block.copy(thread, target, inside ? source : from.at, inside);
+    row += rows, depth += depths, source += stride, target += target_stride;
   }
 }
 
