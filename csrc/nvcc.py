@@ -126,9 +126,9 @@ def sources(archs: Sequence[Architecture]) -> list[str]:
 def compile_all(names: Sequence[str], archs: Sequence[Architecture], nvcc: str | None = None) -> list[Compiled]:
     """Objects of sources, from the cache where nothing changed. Raises BuildError with the first error."""
     nvcc = nvcc or find()
-    compiler = f"{version(nvcc)}, {_host_version()}"
+    compiler, kept = f"{version(nvcc)}, {_host_version()}", cache()
     with ThreadPoolExecutor(jobs()) as pool:
-        return list(pool.map(lambda name: _compile(nvcc, compiler, name, archs), names))
+        return list(pool.map(lambda name: _compile(nvcc, compiler, name, archs, kept), names))
 
 
 def link(objects: Sequence[Path], target: Path, nvcc: str | None = None) -> None:
@@ -145,9 +145,15 @@ def jobs() -> int:
 
 
 def cache() -> Path:
-    """Where objects are kept."""
+    """Where objects are kept; a folder for this build alone where that one cannot be written."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VITLR_BUILD_CACHE") or Path(base) / "vitlr" / "cuda")
+    folder = Path(os.environ.get("VITLR_BUILD_CACHE") or Path(base) / "vitlr" / "cuda")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="vitlr_cuda_"))
+    return folder
 
 
 def resources(log: str) -> list[Resources]:
@@ -164,7 +170,7 @@ def resources(log: str) -> list[Resources]:
     return found
 
 
-def _compile(nvcc: str, compiler: str, name: str, archs: Sequence[Architecture]) -> Compiled:
+def _compile(nvcc: str, compiler: str, name: str, archs: Sequence[Architecture], folder: Path) -> Compiled:
     flags = [flag for arch in taken(name, archs) for flag in arch.gencode] if name.endswith(".cu") else []
     flags += FLAGS
     includes, python = [], ""
@@ -181,12 +187,11 @@ def _compile(nvcc: str, compiler: str, name: str, archs: Sequence[Architecture])
     key = hashlib.sha256("\0".join([compiler, python, *flags]).encode())
     for file in _with_headers(name):
         key.update(f"\0{file}\0".encode() + (ROOT / file).read_bytes())
-    kept = cache() / key.hexdigest()[:32]
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept = folder / key.hexdigest()[:32]
     object_, log = kept.with_suffix(".o"), kept.with_suffix(".log")
     if not (object_.is_file() and log.is_file()):
-        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:  # renamed when whole: builds may run side by side
-            fresh = Path(folder, "fresh.o")
+        with tempfile.TemporaryDirectory(dir=folder) as own:  # renamed when whole: builds may run side by side
+            fresh = Path(own, "fresh.o")
             told = _run([nvcc, *_host(), *includes, *flags, "-c", name, "-o", str(fresh)])
             fresh.with_suffix(".log").write_text(told)
             fresh.with_suffix(".log").replace(log)

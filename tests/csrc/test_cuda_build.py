@@ -141,6 +141,14 @@ def test_a_failure_is_one_line_and_nothing_of_it_is_kept(tree):
     assert list((tree / "cache").iterdir()) == []
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(tree, monkeypatch):
+    (tree / "file").write_text("")
+    monkeypatch.setenv("VITLR_BUILD_CACHE", str(tree / "file" / "below"))
+    archs = nvcc.architectures()
+    (made,) = nvcc.compile_all(["csrc/cuda/two.cu"], archs)
+    assert made.object.read_text() == "made\n" and tree not in made.object.parents
+
+
 def test_as_many_processes_as_asked_for(monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "3")
     assert nvcc.jobs() == 3

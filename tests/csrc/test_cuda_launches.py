@@ -1,0 +1,189 @@
+"""What vitlr._cuda launches, refuses and reports, seen through a CUDA runtime that is none (fake_cuda_runtime.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+if not (ROOT / "csrc" / "nvcc.py").is_file():
+    pytest.skip("not run from a source tree", allow_module_level=True)
+sys.path.insert(0, str(ROOT / "csrc"))
+nvcc = importlib.import_module("nvcc")
+pytest.importorskip("pybind11", reason="the bindings are built with pybind11")
+
+STREAM = 7
+NO_KERNEL_IMAGE, ILLEGAL_ADDRESS, INVALID_VALUE = 209, 700, 1  # of driver_types.h
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int
+    stream: int
+    device: int
+
+
+class Fake(NamedTuple):
+    """The module, and the runtime that it was linked with."""
+
+    module: Any
+    runtime: Any
+
+    def launches(self) -> list[Launch]:
+        lines = [line.split()[1:] for line in self.log().splitlines() if line.startswith("launch")]
+        return [Launch(kernel, *map(int, numbers)) for kernel, *numbers in lines]
+
+    def log(self) -> str:
+        return self.runtime.fake_log().decode()
+
+
+@pytest.fixture(scope="module")
+def linked(tmp_path_factory) -> Fake:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    try:
+        tool = nvcc.find()
+        archs = nvcc.architectures("8.0+PTX;9.0a")
+        objects = [made.object for made in nvcc.compile_all(nvcc.sources(archs), archs)]
+    except nvcc.BuildError as reason:
+        pytest.skip(str(reason))
+    home = subprocess.run([tool, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, cwd=ROOT).stderr
+    includes = [word.strip('"') for line in home.splitlines() if "INCLUDES=" in line for word in line.split()[1:]]
+    includes = [word.removeprefix("INCLUDES=").strip('"') for word in includes if "-I" in word]
+    target = tmp_path_factory.mktemp("fake") / "_cuda.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic"]
+    command = [compiler, *flags, *includes, "tests/csrc/fake_cuda_runtime.cpp", *map(str, objects), "-o", str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
+    spec = importlib.util.spec_from_file_location("_cuda", target, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    runtime = ctypes.CDLL(str(target))
+    runtime.fake_log.restype = ctypes.c_char_p
+    return Fake(module, runtime)
+
+
+@pytest.fixture
+def fake(linked) -> Fake:
+    linked.runtime.fake_reset(90)
+    return linked
+
+
+def at(offset: int, device: int = 1) -> int:
+    """An address on a device of the fake runtime."""
+    return 1 << 44 | device << 40 | offset << 24
+
+
+def matrix(offset: int, n: int, device: int = 1) -> tuple[int, int, int, int]:
+    return at(offset, device), n * n, n, 1
+
+
+def chain(fake, X=None, Y=None, out=None, n=768, batch=48, flags=(False,) * 4, M=None):
+    matrices = [given or matrix(i, n) for i, given in enumerate((X, Y, out), 1)]
+    fake.module.weighted_chain(*matrices, batch, M or n, n, n, *flags, 1, STREAM)
+
+
+def cholesky(fake, n=200, batch=3, **given):
+    pointers = {"F": matrix(1, n), "L": matrix(2, n), "inverse": at(3), "shift": at(4), "info": at(5), **given}
+    fake.module.cholesky(*pointers.values(), batch, n, 1, STREAM)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch", "symmetric", "blocks", "threads", "shared"),
+    [
+        (768, 48, False, 48 * 36, 256, 120 * 1024),
+        (768, 48, True, 48 * 21, 256, 120 * 1024),
+        (65, 2, False, 2 * 4, 128, 60 * 1024),
+        (65, 2, True, 2 * 3, 128, 60 * 1024),
+    ],
+)
+def test_products(fake, n, batch, symmetric, blocks, threads, shared):
+    chain(fake, n=n, batch=batch, flags=(symmetric, False, False, False))
+    (launch,) = fake.launches()
+    assert "product_kernel" in launch.kernel and launch[1:] == (blocks, threads, shared, STREAM, 1)
+    assert fake.runtime.fake_current() == 0, "the caller's device is the current one again"
+
+
+def test_the_factorisation_goes_from_panel_to_panel(fake):
+    cholesky(fake, n=200, batch=3)
+    launches = fake.launches()
+    names = ["factor" if "factor_kernel" in launch.kernel else "below" for launch in launches]
+    assert names == ["factor", "below", "factor", "below", "factor", "below", "factor"]
+    assert [launch.blocks for launch in launches] == [3, 9, 3, 6, 3, 3, 3]
+    assert {launch[2:] for launch in launches} == {(128, 68 * 1024, STREAM, 1)}
+
+
+def test_substitution_goes_from_the_last_panel_up(fake):
+    n = 200
+    fake.module.back_substitution(matrix(1, n), matrix(2, n), matrix(3, n), at(4), 3, n, 70, 1, STREAM)
+    assert [launch.blocks for launch in fake.launches()] == [3 * 2] * 4
+
+
+def test_nothing_is_launched_for_nothing(fake):
+    chain(fake, batch=0)
+    cholesky(fake, batch=0)
+    cholesky(fake, n=0)
+    fake.module.back_substitution(matrix(1, 8), matrix(2, 8), matrix(3, 8), at(4), 3, 8, 0, 1, STREAM)
+    assert fake.launches() == []
+
+
+@pytest.mark.parametrize(
+    ("call", "given", "message"),
+    [
+        (chain, {"X": (0, 1, 1, 1)}, "X is a null pointer"),
+        (chain, {"Y": (at(2) + 4, 1, 1, 1)}, "Y is not aligned to 8 bytes"),
+        (chain, {"out": matrix(3, 8, device=0)}, "out does not lie on CUDA device 1"),
+        (chain, {"X": (4096, 1, 1, 1)}, "X does not lie on CUDA device 1"),
+        (chain, {"M": 5, "flags": (True, False, False, False)}, "as many rows as columns"),
+        (chain, {"batch": 2**31}, "more tiles than a launch has blocks; solve smaller batches"),
+        (cholesky, {"info": at(5) + 2}, "info is not aligned to 4 bytes"),
+        (cholesky, {"shift": 0}, "shift is a null pointer"),
+        (cholesky, {"inverse": at(3, device=0)}, "inverse does not lie on CUDA device 1"),
+        (cholesky, {"batch": 2**31}, "the batch is too large"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_a_launch(fake, call, given, message):
+    with pytest.raises(ValueError, match=message):
+        call(fake, **given)
+    assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
+def test_an_older_gpu_is_refused(fake):
+    fake.runtime.fake_reset(75)
+    for call in (chain, cholesky):
+        with pytest.raises(ValueError, match=r"needs compute capability 8\.0 or later, device 1 has 7\.5"):
+            call(fake)
+    assert fake.launches() == []
+
+
+@pytest.mark.parametrize("call", [chain, cholesky])
+@pytest.mark.parametrize(
+    ("where", "status", "message"),
+    [
+        ("launch", NO_KERNEL_IMAGE, "cudaErrorNoKernelImageForDevice .*rebuild with TORCH_CUDA_ARCH_LIST"),
+        ("launch", ILLEGAL_ADDRESS, "an earlier kernel of this process may be the cause.*compute-sanitizer"),
+        ("cudaFuncSetAttribute", INVALID_VALUE, "shared memory: .*VITLR_BACKEND=torch does without"),
+        ("cudaPointerGetAttributes", ILLEGAL_ADDRESS, "cudaPointerGetAttributes: .*restart it"),
+        ("cudaDeviceGetAttribute", INVALID_VALUE, "cudaDeviceGetAttribute: "),
+        ("cudaGetDevice", INVALID_VALUE, "cudaGetDevice: "),
+        ("cudaSetDevice", INVALID_VALUE, "cudaSetDevice: "),
+    ],
+)
+def test_every_status_becomes_an_error_that_says_what_to_do(fake, call, where, status, message):
+    fake.runtime.fake_fail(where.encode(), status)
+    with pytest.raises(RuntimeError, match=message):
+        call(fake)
+    assert "cleared" in fake.log(), "else the next call would report it once more"
+    assert len(fake.launches()) <= 1, "nothing follows a launch that failed"
