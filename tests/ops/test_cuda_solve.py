@@ -228,7 +228,7 @@ def test_it_is_never_taken_by_default(monkeypatch):
     for op, shape in (("batched_solve", {"b": 48, "n": 768}), ("weighted_gram_chain", {"b": 48, "m": 768, "k": 768})):
         found = explain(op, **shape, device="cuda")
         row = next(row for row in found.rows if row.candidate.startswith("cuda."))
-        assert found.chosen == "torch" and row.runs and row.why == "never ran on real hardware" and not row.ran_on
+        assert found.chosen == "torch" and row.runs and row.why.startswith("compiled, not run") and not row.ran_on
 
 
 @pytest.mark.parametrize(

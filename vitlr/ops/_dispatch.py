@@ -168,7 +168,7 @@ def _op(op: str) -> _Op:
 def _objection(op: str, candidate: Candidate, key: Any) -> str | None:
     """Why a candidate that could run is not taken by itself; where it was measured nearby, its time speaks for it."""
     if not candidate.ran_on:
-        return "never ran on real hardware"
+        return "compiled, not run: it never ran on real hardware"
     found = _measured.nearest(op, key)
     return None if found and candidate.name in found.us else candidate.worth(key)
 
