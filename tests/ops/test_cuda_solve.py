@@ -251,6 +251,14 @@ def test_it_says_why_not(monkeypatch, key, built, capability, reason):
     assert reason.replace("\\", "") in (candidate.supports(key) or "")
 
 
+@pytest.mark.parametrize(("capability", "pays"), [(80, True), (89, False), (90, True), (120, False)])
+def test_it_does_not_pay_where_fp64_is_slow(monkeypatch, capability, pays):
+    monkeypatch.setattr(_native, "capability", lambda device: capability)
+    for op, key in (("batched_solve", Key(2, 8)), ("weighted_gram_chain", weighted_gram_chain.Key(2, 8, 8))):
+        candidate = next(c for c in _dispatch.candidates(op) if c.backend == "cuda")
+        assert (candidate.worth(key) is None) == pays
+
+
 def test_wrong_input_is_told():
     M = torch.ones(2, 3, 3, dtype=F64)
     with pytest.raises(InputError, match=r"M is \[2, 3, 4\]"):

@@ -16,6 +16,7 @@ from vitlr.ops._dispatch import Candidate, register
 from vitlr.ops.eigh import failure
 
 PANEL = 64  # columns of a panel of the factorisation: `_cuda.panel`
+FULL_RATE = (80, 90, 100)  # compute capabilities whose fp64 is no afterthought
 
 
 def why_not(key: Any) -> str | None:
@@ -26,6 +27,12 @@ def why_not(key: Any) -> str | None:
     if refusal is None and _native.capability(key.device) < 80:
         refusal = "fp64 tensor cores need compute capability 8.0 or later"
     return refusal
+
+
+def slow(key: Any) -> str | None:
+    """Why it does not pay on a GPU whose fp64 is a few percent of its fp32; None on the others."""
+    found = _native.capability(key.device)
+    return None if found in FULL_RATE else f"fp64 is slow on compute capability {found / 10:.1f}: use precision='fp32'"
 
 
 def chain(W: Tensor, C: Tensor) -> Tensor:
@@ -161,5 +168,5 @@ def _limit(key: batched_solve.Key) -> str | None:
     return None
 
 
-register(weighted_gram_chain.OP, Candidate("cuda.tensor_cores", why_not, chain))
-register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve))  # type: ignore[arg-type]
+register(weighted_gram_chain.OP, Candidate("cuda.tensor_cores", why_not, chain, worth=slow))
+register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve, worth=slow))  # type: ignore[arg-type]
