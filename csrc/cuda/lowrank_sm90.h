@@ -86,7 +86,7 @@ inline Plan plan(const LowrankParams& p, int processors) {
       // Every CTA needs something to add up, and a cluster of more than two leaves processors of its group idle.
       if (ranks > (p.mlp() ? ceil_div(p.D, T::hidden) : ceil_div(p.K, kPanelColumns))) continue;
       const int room = std::max(1, (ranks <= 2 ? processors : processors * 9 / 10) / ranks);
-      const int blocks = ceil_div(p.M, T::rows);
+      const int blocks = std::max(1, ceil_div(p.M, T::rows));
       for (int groups = 1; groups == 1 || (!p.mlp() && groups * ranks <= ceil_div(p.N, kColumns)); groups *= 2) {
         const int clusters = std::min(room, blocks * groups);
         const double time = modelled<T>(p, ranks, clusters, groups);

@@ -35,8 +35,8 @@ void require(const LowrankParams& p, int device) {
   for (const auto& [vector, name] : {std::pair<const void*, const char*>{p.b1, "b1"}, {p.b2, "b2"}})
     if (vector != nullptr) require_on_device(vector, device, 4, name);
   if (p.mlp() != (p.A1.data != nullptr) || p.mlp() != (p.B2.data != nullptr)) refuse("A1 and B2 come with D, all or none");
-  if (p.M <= 0 || p.K <= 0 || p.N <= 0 || p.K % 8 || p.D % 8 || p.N % 8 || p.r1 % 8 || p.r2 % 8)
-    refuse("widths and ranks have to be multiples of 8, and there must be rows");
+  if (p.M <= 0 || p.M > 1 << 30 || p.K <= 0 || p.N <= 0 || p.K % 8 || p.D % 8 || p.N % 8 || p.r1 % 8 || p.r2 % 8)
+    refuse("widths and ranks have to be multiples of 8, rows 1 to 2^30");
 }
 
 int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }

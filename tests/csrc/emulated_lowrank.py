@@ -80,7 +80,7 @@ def params(x, B1, A1, b1, B2, A2, b2, residual, act, y) -> Params:
 
 
 def emulate(args, plan, seed=0):
-    """y of (x, B1, A1, b1, B2, A2, b2, residual, act), NaN where nothing was written; `plan`: see emulated_lowrank.cpp."""
+    """y of (x, B1, A1, b1, B2, A2, b2, residual, act) by a plan (R, warpgroups, CTAs a cluster, clusters, groups)."""
     y = torch.full((len(args[0]), len(args[5])), torch.nan, dtype=args[0].dtype)
     told = ctypes.create_string_buffer(500)
     given = params(*args, y)

@@ -19,6 +19,7 @@ from vitlr.ops import _dispatch, _floors, _native, _triton, lowrank_linear, lowr
 DTYPES = (torch.bfloat16, torch.float16)
 ACTS = ("none", "gelu", "gelu_tanh", "silu", "sigmoid", "relu")  # the order of csrc/cuda/activations.h
 LARGEST_RANK = 256
+MOST_ROWS = 2**30  # coordinates of TMA and row blocks are counted in 32 bits
 PROCESSORS = 132  # of an H100 or H200
 
 
@@ -46,8 +47,8 @@ def shape_objection(key: Any) -> str | None:
             return f"{name}={value}, TMA moves rows of a multiple of 16 bytes: expected a multiple of 8"
         if name.startswith("r") and value > LARGEST_RANK:
             return f"{name}={value}, sums are held in registers: expected at most {LARGEST_RANK}"
-    if (key.M or 0) >= 2**31:
-        return f"M={key.M}, expected fewer than 2^31 rows"
+    if (key.M or 0) > MOST_ROWS:
+        return f"M={key.M}, expected at most 2^30 rows"
     return None
 
 
