@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tolerance import assert_close_to
@@ -122,8 +125,10 @@ def test_chosen_for_a_vit_and_not_for_a_handful_of_tokens(monkeypatch):
     monkeypatch.delenv("VITLR_BACKEND", raising=False)
     for dtype in (torch.float32, torch.bfloat16):
         assert ops.explain("attention", M=12 * 197, S=197, d=64, dtype=dtype).chosen == "cpu"
-    told = ops.explain("attention", M=10, S=5, d=16)
+    told = ops.explain("attention", M=3 * 50, S=50, d=16)
     assert told.chosen == "torch" and "a call costs more" in str(told)
+    told = ops.explain("attention", M=100_000, S=5, d=64)
+    assert told.chosen == "torch" and "below 32 keys" in str(told)
     assert "it takes fp32 and bf16" in str(ops.explain("attention", M=10, S=5, d=16, dtype=torch.float64))
 
 
@@ -145,3 +150,23 @@ def test_what_does_not_fit_is_refused(shapes, message):
 
 def test_roofline_counts_both_products():
     assert roofline(12 * 197, 197, 64, torch.float32).flops == 4 * 12 * 197 * 197 * 64
+
+
+@native
+def test_from_many_threads_and_in_a_fork(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("VITLR_BACKEND", "cpu")
+    inputs = [qkv(1 + i % 3, 2, 20 + i, 20 + i, 16) for i in range(12)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = [attention(*args) for args in inputs]
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(lambda args: attention(*args), inputs))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        child = os.fork()
+        if child == 0:  # a parallel region of two would wait for ever for a thread that only the parent has
+            os._exit(0 if torch.equal(attention(*inputs[3]), expected[3]) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
