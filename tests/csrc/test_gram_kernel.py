@@ -149,3 +149,15 @@ def test_shares_the_thread_pool_of_torch():
         pytest.skip("no /proc/self/maps here")
     loaded = {Path(line.split()[-1]) for line in maps.read_text().splitlines() if "libgomp.so" in line}
     assert len(loaded) <= 1, loaded
+
+
+def test_says_why_an_instruction_set_is_used(monkeypatch):
+    monkeypatch.delenv("VITLR_CPU_ISA", raising=False)
+    built, best = _native.build_info()["isa_compiled"], _native.best_isa()
+    why = _native.build_info()["isa_why"]
+    assert (why == "the best that was built, and this CPU runs it") == (best == built[-1])
+    assert all(isa in why for isa in built[built.index(best) + 1 :])
+    monkeypatch.setattr(_native, "best_isa", lambda: "portable")
+    assert _native.build_info()["isa_why"] == f"this CPU does not run {', '.join(built[1:])}" or len(built) == 1
+    monkeypatch.setenv("VITLR_CPU_ISA", "portable")
+    assert _native.build_info()["isa_why"] == "VITLR_CPU_ISA asks for it"

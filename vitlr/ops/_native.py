@@ -44,13 +44,13 @@ def why_not() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What was compiled and what is used: `compiler`, `isa_compiled`, `isa_used`, `openmp`.
+    """What was compiled and what is used: `compiler`, `isa_compiled`, `isa_used`, `isa_why`, `openmp`.
 
     Raises `InputError` if VITLR_CPU_ISA names an instruction set that was not built or does not run here.
     """
     if _C is None:
         return {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False}
-    return {**_C.build_info(), "isa_used": isa_used()}
+    return {**_C.build_info(), "isa_used": isa_used(), "isa_why": why_isa()}
 
 
 def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
@@ -120,6 +120,16 @@ def peak(dtype: torch.dtype, repeats: int = 30) -> float:
     """FLOP/s of one core with nothing but multiply-adds between registers: the best of `repeats` runs of some ms."""
     assert _C is not None, why_not()
     return _C.peak(dtype == torch.bfloat16, repeats, isa_used())
+
+
+def why_isa() -> str:
+    """Why `isa_used` is in use and no better one, in one line."""
+    assert _C is not None, why_not()
+    if os.environ.get("VITLR_CPU_ISA"):
+        return "VITLR_CPU_ISA asks for it"
+    built = list(_C.build_info()["isa_compiled"])  # each runs wherever the next one does
+    better = built[built.index(best_isa()) + 1 :]
+    return f"this CPU does not run {', '.join(better)}" if better else "the best that was built, and this CPU runs it"
 
 
 def best_isa() -> str | None:
