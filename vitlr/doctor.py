@@ -53,6 +53,8 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"device       {device['name']}: {device['description']}")
     native = found["native"]
     if native["available"]:
+        if native["isa_used"]:
+            lines.append(f"isa          {native['isa_used']}: {native['isa_why']}")
         lines.append(
             f"native       built with {native['compiler']}, {', '.join(native['isa_compiled'])}; "
             f"uses {native['isa_used']}, {'with' if native['openmp'] else 'without'} OpenMP"
