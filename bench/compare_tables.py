@@ -12,6 +12,7 @@ LABELS = {
     "svd_llm": "SVD-LLM (whitening)",
     "afm": "AFM (output PCA)",
     "vitlr-loss": "**vitlr, loss**",
+    "vitlr-fisher": "vitlr, fisher",
     "vitlr-output": "vitlr, output",
     "vitlr-normalized": "vitlr, normalized (objective of 2402.06004)",
 }

@@ -164,7 +164,7 @@ def test_degenerate_layers_are_solved(n, k, what):
 
 @pytest.mark.parametrize("n, k", [(6, 9), (9, 6)])
 def test_fisher_takes_the_tokens_of_an_image_together(n, k):
-    """Tokens that agree count with the square of their number; tokens that cancel do not count at all."""
+    """Tokens that agree count with the square of their number; where they cancel, nothing is lost."""
     W, X, D = random_layer(n, k, 1, 6)
 
     def total(*signs):

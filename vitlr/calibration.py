@@ -131,7 +131,7 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
-    if by_gradient and not any(layer.any_gradient for layer in run.layers.values()):
+    if by_gradient and not any(layer.sum("gradient").any() for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
             "load trained weights, or calibrate with objective='output'"

@@ -16,7 +16,7 @@ from vitlr.errors import InputError, NumericalError
 
 SCHEMA = 1
 OBJECTIVES = ("loss", "output", "normalized", "fisher")
-GRADIENT_OBJECTIVES = ("loss", "fisher")
+GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
 EXTRAS = (*_EXTRA_SUMS, HIDDEN)
@@ -71,11 +71,6 @@ class LayerStatistics:
                 f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective=, extras=, hidden=)"
             )
         return tensor
-
-    @property
-    def any_gradient(self) -> bool:
-        """Whether any gradient other than zero was seen."""
-        return any(bool(s.any()) for s in (self.gradient, self.image_gradient) if s is not None)
 
     def check_shapes(self) -> None:
         """Raise `InputError` where a sum has another shape than the layer's sizes give it."""

@@ -28,8 +28,8 @@ class Tap:
         self.images = 0
         self.in_backward = False
         self.gradient_seen = False
-        self.weighted = "loss" in collect
         self.by_image = "fisher" in collect
+        self.weighted = "loss" in collect or self.by_image
         self._allocate()
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
@@ -59,7 +59,7 @@ class Tap:
 
     @property
     def _needs_gradient(self) -> bool:
-        return self.weighted or self.by_image or "row_gradient" in self.collect
+        return self.weighted or "row_gradient" in self.collect
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not (self._needs_gradient and torch.is_grad_enabled()):
