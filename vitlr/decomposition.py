@@ -8,9 +8,9 @@ smaller side: M says how large the directions are, F how much each of them matte
     input    (W Π)    C = Σ x xᵀ      H = Σ (Wᵀg)(Wᵀg)ᵀ        Wᵀ W
 
 "loss" takes the tokens of an image as independent. "fisher" does not: the loss of an image moves by `tr((1 − Π) P)`,
-`P = Σ_tokens y gᵀ`. `Σ_images P Pᵀ` and `Σ_images Pᵀ P` are the Kronecker factors nearest to the second moment of P, after
-one power iteration from the identity (as Shampoo's are: Morwani et al., arXiv 2406.17748). Its M and F are the means of
-these and of the ones above, all scaled to one trace.
+`P = Σ_tokens y gᵀ`. `Σ_images P Pᵀ` and `Σ_images Pᵀ P` are the Kronecker factors nearest to the second moment of P
+after one power iteration from the identity (as Shampoo's are: Morwani et al., arXiv 2406.17748). Its M and F are the
+means of these and of the ones above, all scaled to one trace.
 
 With `F = Rᵀ R` and `R M Rᵀ = U Λ Uᵀ` the answer for all r is `Π_r = (R⁻¹ U_r)(U_rᵀ R)`, at a loss of `Σ_{i≥r} λ_i`.
 M may be singular; F is damped first. On a CPU one thread solves one layer, on a GPU layers of one size are a batch.
