@@ -87,9 +87,10 @@ def test_a_layer_that_would_vanish_keeps_its_floor_and_is_named(gated):
     gates(gated)["blocks.1.mlp.fc2"].a.data *= 1e-6
     cut = choose(gated, 0.5)
     assert cut.floors == ("blocks.1.mlp.fc2",) and len(cut.keep["blocks.1.mlp.fc2"]) == 1
-    assert "kept 1 of all that was to go: blocks.1.mlp.fc2" in str(cut) and cut.rate >= 0.5
+    assert "all of these were to go: blocks.1.mlp.fc2 (1 kept)" in str(cut) and cut.rate >= 0.5
     tiled = choose(gated, 0.5, tile=16)
     assert len(tiled.keep["blocks.1.mlp.fc2"]) == 16 and tiled.rate >= 0.5
+    assert tiled.floors == ("blocks.1.mlp.fc2",)
     best = gates(gated)["blocks.1.mlp.fc2"].a.detach().abs().topk(16).indices.sort().values
     assert torch.equal(tiled.keep["blocks.1.mlp.fc2"], best)
     assert len(choose(gated, 0.5, floor=5).keep["blocks.1.mlp.fc2"]) == 5

@@ -160,6 +160,7 @@ def test_it_distils_from_the_dense_model(tiny_vit, labelled, quick):
     shuffled = [(images, labels.flip(0)) for images, labels in labelled]
     first, second = (prune(model, batches, 0.2, recipe=recipe, reference=model) for batches in (labelled, shuffled))
     assert same(first, second)  # with all the weight on the dense model, labels do not matter
+    assert same(first, prune(model, labelled, 0.2, recipe=recipe, reference=model, inplace=True))
     distances = [epoch.distillation for epoch in first.vitlr_pruning.finetuning.epochs]
     assert distances[-1] < distances[0]
 

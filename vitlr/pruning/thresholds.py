@@ -41,15 +41,14 @@ class Cut:
     """What stays of every gated tensor, and what that comes to.
 
     `keep` holds the channels of every site that stay, `at` the largest `|a|` that goes, by kind; `floors` the sites
-    that were to vanish and keep `floor` channels; `params` are those of the whole model without gates, `params_kept`
-    what is left of them.
+    that were to vanish and keep their floor; `params` are those of the whole model without gates, `params_kept` what
+    is left of them.
     """
 
     thresholds: str
     wanted: str
     keep: dict[str, Tensor]
     at: dict[str, float]
-    floor: int
     floors: tuple[str, ...]
     rows: tuple[Row, ...]
     params: int
@@ -67,7 +66,6 @@ class Cut:
             "wanted": self.wanted,
             "rate": self.rate,
             "at": self.at,
-            "floor": self.floor,
             "floors": list(self.floors),
             "widths": {name: len(kept) for name, kept in self.keep.items()},
             "kinds": {row.kind: {k: v for k, v in vars(row).items() if k != "kind"} for row in self.rows},
@@ -94,7 +92,8 @@ class Cut:
             f"({self.params_kept / self.params:.1%} kept)"
         )
         if self.floors:
-            lines.append(f"kept {self.floor} of all that was to go: {', '.join(self.floors)}")
+            left = ", ".join(f"{name} ({len(self.keep[name])} kept)" for name in self.floors)
+            lines.append(f"all of these were to go: {left}")
         return "\n".join(lines)
 
 
@@ -125,7 +124,7 @@ def choose(
     total = count_params(model) - sum(site.width for site in found.values())
     full = {name: site.width for name, site in found.items()}
     outside = total - sum(params(around, found, full).values())
-    floors = {name: _whole(min(max(floor, 1), site.width), tile, site.width) for name, site in found.items()}
+    floors = {name: _whole(floor, tile, site.width) for name, site in found.items()}
     names, order = list(found), _order(found, around, score, thresholds)
 
     def kept(count: int) -> dict[str, int]:
@@ -151,8 +150,7 @@ def choose(
         str(wanted) if isinstance(wanted, Budget) else f"{wanted:.10g} of the gates",
         keep,
         _at(found, score, keep),
-        max(floor, tile, 1),
-        tuple(name for name, n in zip(names, gone, strict=True) if full[name] - n < floors[name]),
+        tuple(name for name, n in zip(names, gone, strict=True) if full[name] - n < min(floor, full[name])),
         tuple(_row(kind, found, around, widths) for kind in KINDS if any(s.kind == kind for s in found.values())),
         total,
         outside + sum(params(around, found, widths).values()),

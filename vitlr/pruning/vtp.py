@@ -5,6 +5,7 @@ Source: arXiv 2104.08500. Like `vitlr.pipeline`, this joins stages: gates, remov
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -101,6 +102,8 @@ def prune(
     asked = parse_kinds(kinds)
     recipe = TrainRecipe() if recipe is None else recipe
     second = recipe if finetune is True else finetune or None
+    if reference is model and inplace:
+        reference = copy.deepcopy(model)  # it answers as it was
     shared: dict[str, Any] = {"loss": loss, "reference": reference, "callbacks": callbacks}
     model = unfuse(model, inplace=inplace)
     folder = _Folder(resume, model, asked, l1)
