@@ -31,6 +31,7 @@ from vitlr.models import create_model
 from vitlr.pipeline import apply, plan
 from vitlr.spectra import Spectra
 from vitlr.statistics import Statistics
+from vitlr.storage import atomic_path
 
 RANK_STEP, WIDTH_STEP = 1, 16
 RATE = 0.3  # of the hidden neurons, for the hybrid as published: a lower rate for MLPs than the budget asks of the rest
@@ -90,6 +91,18 @@ def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Names
     stats = calibrate(model, loader, hidden=True, samples=args.samples, seed=args.seed)
     stats.save(path)
     return stats
+
+
+def recorded(model: nn.Module, loader: Kept, path: Path) -> Recorded:
+    """The dense model's answers, which one process computes for all that share the cache."""
+    if path.is_file():
+        dense = Recorded(model, [])  # type: ignore[arg-type]
+        dense.logits = torch.load(path, weights_only=True)
+        return dense
+    dense = Recorded(model, loader)
+    with atomic_path(path) as temporary:
+        torch.save(dense.logits, temporary)
+    return dense
 
 
 def markdown(body: dict[str, Any]) -> str:
@@ -169,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
         return open_data(tar, model, class_map=synsets, batch_size=args.batch_size, limit=args.limit, need_labels=True)
 
     loader = Kept.load(cache / f"validation-{args.limit or 'all'}.pt", images, model)
-    dense = Recorded(model, loader)
+    dense = recorded(model, loader, cache / f"dense-{args.limit or 'all'}.pt")
     reference = evaluate(dense, loader)
     print(f"dense: {reference}", file=sys.stderr)
     spectra, rows = decompose(model, stats), []

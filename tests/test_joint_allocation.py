@@ -137,6 +137,9 @@ def test_floors_and_full_widths_are_reported(calibrated):
         *[({"method": "hybrid", "prune_rate": rate}, "between 0 and 1") for rate in (0, 1, -0.5, 40, float("nan"))],
         ({"method": "joint", "width_step": 0}, "width_step=0"),
         ({"method": "joint", "width_step": 2.5}, "width_step=2.5"),
+        ({"method": "joint", "rank_step": 0}, "rank_step=0"),
+        ({"method": "joint", "min_rank": -1}, "min_rank=-1"),
+        ({"method": "joint", "width_scale": 0.0}, "width_scale=0.0"),
         ({"method": "joint", "uniform": True}, "uniform=True goes with method='lowrank'"),
         ({"method": "prune", "ranks": {"x": 3}}, "ranks= goes with"),
         ({"method": "hybrid", "rank_buckets": 2}, "rank_buckets= goes with"),
@@ -162,6 +165,21 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     assert [rung.name for rung in better.vitlr_refinement.rungs] == ["joint"]
     pruned = vitlr.compress(model, batches, method="prune", prune_rate=0.5, **STEPS)
     assert {entry.keys() == {"width"} for entry in surgery.structure(pruned).values()} == {True}
+
+
+def test_compress_refuses_bad_options_before_any_image(tiny_vit):
+    def unread():
+        raise AssertionError("too late")
+        yield
+
+    for options, said in (
+        ({"method": "joint", "ridge": -1.0}, "ridge"),
+        ({"method": "joint", "objective": "normalized"}, "normalized"),
+        ({"method": "hybrid", "prune_rate": 2.0}, "prune_rate"),
+        ({"prune_rate": 0.5}, "goes with"),
+    ):
+        with pytest.raises(InputError, match=said):
+            vitlr.compress(tiny_vit(), unread(), "params:60%", **options)
 
 
 def test_plans_of_ranks_are_written_as_before(calibrated):

@@ -135,15 +135,20 @@ def check_options(
     rank_buckets: int | None = None,
 ) -> None:
     """Raise `InputError` for options that no spectra could serve."""
-    for label, value in (("rank_step", rank_step), ("min_rank", min_rank), ("rank_buckets", rank_buckets)):
-        if value is not None and (_whole(value) or 0) < 1:
-            raise InputError(f"{label}={value!r}, expected a whole number from 1 on")
+    check_counts(rank_step=rank_step, min_rank=min_rank, rank_buckets=rank_buckets)
     if ranks is not None and (uniform or rank_buckets):
         raise InputError("ranks= names the ranks itself; it does not go with uniform= or rank_buckets=")
     if uniform and rank_buckets:
         raise InputError("uniform=True gives one rank a shape already; it does not go with rank_buckets=")
     if ranks is None and budget is None:
         raise InputError("give a budget such as 'params:40%', or ranks={layer: rank}")
+
+
+def check_counts(**values: object) -> None:
+    """Raise `InputError` for steps and the like that are no whole numbers from 1 on; None is none."""
+    for label, value in values.items():
+        if value is not None and (_whole(value) or 0) < 1:
+            raise InputError(f"{label}={value!r}, expected a whole number from 1 on")
 
 
 def _whole(value: object) -> int | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from vitlr.allocation import Sizes, match_layers
+from vitlr.allocation import Sizes, check_counts, match_layers
 from vitlr.budgets import Budget
 from vitlr.errors import InputError
 from vitlr.knapsack import Array, Options, choose
@@ -67,7 +67,15 @@ def allocate_jointly(
 
     Raises `InputError` where the budget cannot be reached, saying what can be, and for bad arguments.
     """
-    check_options(budget, method=method, prune_rate=prune_rate, width_step=width_step)
+    check_options(
+        budget,
+        method=method,
+        prune_rate=prune_rate,
+        rank_step=rank_step,
+        min_rank=min_rank,
+        width_step=width_step,
+        width_scale=width_scale,
+    )
     wanted = match_layers(list(spectra.layers), include, exclude)
     maker = _Maker(
         spectra, sizes, budget.quantity if budget else "params", rank_step, min_rank, width_step, width_scale
@@ -120,7 +128,10 @@ def check_options(
     *,
     method: str,
     prune_rate: float | None = None,
+    rank_step: int = 16,
+    min_rank: int = 1,
     width_step: int = 16,
+    width_scale: float = WIDTH_SCALE,
     uniform: bool = False,
     ranks: object = None,
     rank_buckets: int | None = None,
@@ -136,8 +147,9 @@ def check_options(
             raise InputError(f"prune_rate={prune_rate}, expected a share of the hidden neurons between 0 and 1")
         if method == "prune" and budget is not None:
             raise InputError("method='prune' takes a budget or a prune_rate, not both")
-    if type(width_step) is not int or width_step < 1:
-        raise InputError(f"width_step={width_step!r}, expected a whole number from 1 on")
+    check_counts(rank_step=rank_step, min_rank=min_rank, width_step=width_step)
+    if not 0 < width_scale < float("inf"):
+        raise InputError(f"width_scale={width_scale}, expected a number above 0")
     if method == "lowrank":
         return
     given = {"uniform=True": uniform, "ranks=": ranks, "rank_buckets=": rank_buckets, "centred=True": centred}

@@ -21,6 +21,7 @@ from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.joint_allocation import check_options as check_joint_allocation
 from vitlr.plans import Plan
 from vitlr.pruning.widths import RIDGE, solve_widths
+from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
@@ -30,8 +31,8 @@ from vitlr.surgery import replace_layers
 Progress = Callable[[int, "int | None"], None]
 _CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
 _RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
-_WIDTHS = {"method", "prune_rate", "width_step", "uniform", "ranks", "rank_buckets", "centred"}
-_PLAN = {*_RANKS, *_WIDTHS, "damping", "width_scale", "compensate", "ridge"}
+_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred"}
+_PLAN = {*_WIDTHS, "damping", "compensate", "ridge"}
 _REFINE = choices() | {"resume"}
 
 
@@ -73,7 +74,10 @@ def plan(
         wanted,
         method=method,
         prune_rate=prune_rate,
+        rank_step=rank_step,
+        min_rank=min_rank,
         width_step=width_step,
+        width_scale=width_scale,
         uniform=uniform,
         ranks=ranks,
         rank_buckets=rank_buckets,
@@ -195,6 +199,8 @@ def compress(
     if method == "lowrank":
         check_allocation(budget, **{key: value for key, value in planned.items() if key in _RANKS})
     check_joint_allocation(budget, **{"method": method} | {k: v for k, v in planned.items() if k in _WIDTHS})
+    if method != "lowrank":
+        check_widths(objective, planned.get("ridge", RIDGE))
     check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
     make_recipe({key: value for key, value in refined.items() if key != "resume"})
     if parse_rungs(rungs) and isinstance(loader, Iterator):

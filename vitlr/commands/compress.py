@@ -110,11 +110,15 @@ def compress(
     from vitlr.commands._statistics import Request, exactly, statistics_for
     from vitlr.joint_allocation import check_options
     from vitlr.progress import bar
+    from vitlr.pruning.widths import RIDGE
+    from vitlr.pruning.widths import check_options as check_widths
 
     wanted = parse_budget(budget)
     _check_choices(objective, uniform, rank_buckets, centred)
     widths: dict[str, Any] = {"method": method, "prune_rate": prune_rate, "width_step": width_step}
     check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
+    if method != "lowrank":
+        check_widths(objective or "loss", RIDGE)
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
