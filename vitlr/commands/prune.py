@@ -6,10 +6,9 @@ import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import nn
 
 from vitlr.commands._options import (
     AsJson,
@@ -28,6 +27,9 @@ from vitlr.commands._options import (
 )
 from vitlr.commands._result import Interrupted, Result
 from vitlr.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def prune(
