@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
-from vitlr.ops.gram import gram_update_
+from vitlr.ops.gram import exact_products, gram_update_
 from vitlr.statistics import LayerStatistics
 
 
@@ -134,12 +134,14 @@ class Tap:
         """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`; where tokens are few, as `Yᵀ (G Gᵀ) Y`, which costs less."""
         self.gradient_seen = True
         n = self.stats.size
-        y, g = (self._per_image(t.detach().reshape(-1, n), len(t)).float() for t in (y, g))
-        if 2 * y.shape[1] < n:
-            for key, a, b in (("image_moment", y, g), ("image_gradient", g, y)):
-                self.stats.sum(key).add_(a.reshape(-1, n).mT @ ((b @ b.mT) @ a).reshape(-1, n))
-            return
-        P = y.mT @ g
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        y, g = (self._per_image(t.detach().reshape(-1, n), len(t)).to(dtype) for t in (y, g))
+        with exact_products(y.device):
+            if 2 * y.shape[1] < n:
+                for key, a, b in (("image_moment", y, g), ("image_gradient", g, y)):
+                    self.stats.sum(key).add_(a.reshape(-1, n).mT @ ((b @ b.mT) @ a).reshape(-1, n))
+                return
+            P = y.mT @ g
         gram_update_(self.stats.sum("image_moment"), P.mT.reshape(-1, n))
         gram_update_(self.stats.sum("image_gradient"), P.reshape(-1, n))
 
