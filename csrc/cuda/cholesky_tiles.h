@@ -19,7 +19,7 @@ struct Cholesky {
   Matrix F, L;          // [batch, n, n]; the lower triangle of F is read, all of L is written
   double* inverse;      // [batch, panels, 64, 64]
   const double* shift;  // [batch]
-  int32_t* info;        // [batch], zero before: 1 + the column of a pivot that is not positive, or 0
+  int32_t* info;        // [batch], zero before: 1 + the column of a pivot that is not positive and finite, or 0
   int64_t batch, n;
 };
 
@@ -53,7 +53,7 @@ VITLR_HD void factor_block(Block& block, const Cholesky& p, int64_t panel, int64
     typename Block::template PerThread<double> scale;
     block.each([&](int thread) {
       const double pivot = S[c * kLeading + c];
-      const bool fails = !(pivot > 0);  // NaN, too
+      const bool fails = !(pivot > 0 && pivot - pivot == 0);  // NaN and Inf, too
       scale[thread] = fails ? 1 : 1 / square_root(pivot);
       if (fails && thread == 0 && p.info[b] == 0) p.info[b] = static_cast<int32_t>(origin + c + 1);
     });

@@ -34,7 +34,8 @@ void launch_weighted_chain(const Product& p, int device, cudaStream_t stream) {
     require_on_device(p.X.at, device, sizeof(double), "X");
     require_on_device(p.Y.at, device, sizeof(double), "Y");
   }
-  if (prefers_wide(p, attribute(cudaDevAttrMultiProcessorCount, device)))
+  const bool fits = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) >= int(Wide::SHARED * sizeof(double));
+  if (fits && prefers_wide(p, attribute(cudaDevAttrMultiProcessorCount, device)))
     launch<Wide>(p, stream);
   else
     launch<Narrow>(p, stream);

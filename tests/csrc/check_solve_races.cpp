@@ -1,7 +1,7 @@
 // The blocks of csrc/cuda's solve with a thread of the host for each thread of the GPU and real barriers, for
 // ThreadSanitizer: a missing barrier is a race that it reports. Arguments: all, product or factor, and the barrier to leave
 // out, to see that it does.
-// Built and run by test_cuda_races.py.
+// Built and run by test_solve_races.py.
 #include <pthread.h>
 
 #include <algorithm>

@@ -82,9 +82,11 @@ cudaError_t cudaSetDevice(int device) {
   return current = device, answer("cudaSetDevice");
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrComputeCapabilityMajor   ? capability / 10
-           : which == cudaDevAttrComputeCapabilityMinor ? capability % 10
-                                                        : 132;
+  const int most = capability == 80 ? 163 : capability == 90 ? 227 : 99;  // KiB of shared memory a block
+  *value = which == cudaDevAttrComputeCapabilityMajor           ? capability / 10
+           : which == cudaDevAttrComputeCapabilityMinor         ? capability % 10
+           : which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? most * 1024
+                                                                : 132;
   return answer("cudaDeviceGetAttribute");
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -319,5 +320,6 @@ def test_what_the_module_refuses_is_an_input_error(monkeypatch):
 
     monkeypatch.setattr(_native, "_load_cuda", lambda: Module())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(InputError, match="chain: X does not lie on CUDA device 3"):
         _native.cuda_call("chain", "x", device=torch.device("cuda", 3))

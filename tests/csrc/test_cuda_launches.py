@@ -116,6 +116,13 @@ def test_products(fake, n, batch, symmetric, blocks, threads, shared):
     assert fake.runtime.fake_current() == 0, "the caller's device is the current one again"
 
 
+@pytest.mark.parametrize(("capability", "threads"), [(80, 256), (86, 128), (89, 128), (90, 256)])
+def test_tiles_fit_the_shared_memory(fake, capability, threads):
+    fake.runtime.fake_reset(capability)
+    chain(fake)
+    assert [launch.threads for launch in fake.launches()] == [threads]
+
+
 def test_the_factorisation_goes_from_panel_to_panel(fake):
     cholesky(fake, n=200, batch=3)
     launches = fake.launches()

@@ -99,7 +99,9 @@ class Enqueued(NamedTuple):
 def enqueue(M: Tensor, F: Tensor, shift: Tensor) -> Enqueued:
     """The solve with `F + shift 1`, launched and not waited for."""
     factor = cholesky(F, shift)
-    energies, U, info = _cusolver.syev_batched(congruence(factor.L, M), overwrite=True)
+    # A matrix without a factor is solved again later: what the eigensolver gets in its place must only be finite.
+    K = congruence(factor.L, M).masked_fill_((factor.info != 0)[:, None, None], 0)
+    energies, U, info = _cusolver.syev_batched(K, overwrite=True)
     return Enqueued(energies.flip(-1).clamp_min_(0), *projectors(factor, U), factor.info, info)
 
 

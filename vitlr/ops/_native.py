@@ -192,7 +192,8 @@ def cuda_call(name: str, *args: Any, device: torch.device) -> Any:
     """
     stream = torch.cuda.current_stream(device).cuda_stream
     try:
-        return getattr(cuda(), name)(*args, device_index(device), stream)
+        with torch.cuda.device(device):  # both runtimes, torch's and ours, then agree on the current device
+            return getattr(cuda(), name)(*args, device_index(device), stream)
     except ValueError as cause:
         raise InputError(f"{name}: {cause}") from cause
 

@@ -197,12 +197,13 @@ def test_factors_and_solutions_show_no_race(mode):
 
 
 def test_what_is_not_definite_is_told_with_its_column():
-    F = definite(150, 2, b=4)
+    F = definite(150, 2, b=5)
+    F[4, 130, 130] = float("inf")
     F[1, 100, 100] = -1.0
     F[2] = -F[2]
     F[3, 70, 3] = F[3, 3, 70] = float("nan")
     L, _, info = factor(F)
-    assert info.tolist() == [0, 101, 1, 71]
+    assert info.tolist() == [0, 101, 1, 71, 131]
     assert torch.isfinite(L[0]).all() and torch.isfinite(L[2]).all()
 
 
