@@ -13,8 +13,10 @@
 //     (`keep`, `expand`). The same where ordinary reads are followed by TMA's writes (`exchange`, residual).
 //   - Bulk stores: one thread stores, commits and waits (groups belong to a thread); wait_group.read before the memory is
 //     written again and before the CTA ends.
-//   - setmaxnreg: multiples of 8 within 24..256, the sum of all warpgroups within what the CTA was given; it is the first
-//     thing of either side of one branch on the warpgroup; all warps of a warpgroup execute it.
+//   - setmaxnreg: multiples of 8 within 24..256; the sum of all warpgroups is at most what the CTA was launched with, which
+//     is not all of the processor's registers (Tile: an assertion), else consumers wait for ever; it is the first thing of
+//     either side of one branch on the warpgroup; all warps of a warpgroup execute it.
+//   - Lanes of a warp may see try_wait differently: the branches of its loop are not .uni.
 //   - TMA: maps are __grid_constant__ parameters (64-byte aligned), boxes of 64 x 16 bits = 128 bytes (the swizzle's width)
 //     by at most 256 rows, destinations multiples of 1024, bases multiples of 16 bytes, strides too.
 //   - Distributed shared memory: what peers sent is read after an acquire at cluster scope; no CTA ends before its peers
@@ -85,7 +87,9 @@ class Hopper : public Numbers<T> {
 
   template <class F>
   __device__ __forceinline__ void lanes(F f) {
-    f(static_cast<int>(threadIdx.x % kWarpgroup));
+    int thread;  // read anew, so that addresses made of it are not kept in registers for the whole kernel
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    f(thread % kWarpgroup);
   }
   template <class F>
   __device__ __forceinline__ void once(F f) {
@@ -123,7 +127,7 @@ class Hopper : public Numbers<T> {
     asm volatile(
         "{\n.reg .pred p;\nWAIT:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra.uni DONE;\nbra.uni WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
+        "@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
         "r"(parity)
         : "memory");
   }
@@ -131,7 +135,7 @@ class Hopper : public Numbers<T> {
     asm volatile(
         "{\n.reg .pred p;\nWAIT:\n"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra.uni DONE;\nbra.uni WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
+        "@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
         "r"(parity)
         : "memory");
   }

@@ -36,8 +36,8 @@ struct Tile {
   static constexpr int rows = WARPGROUPS * kWarpgroupRows;
   static constexpr int panels = R / kPanelColumns;
   // Hidden columns a tile. The fewer, the more of shared memory's bandwidth the products take; but with three warpgroups
-  // a thread has 160 registers, and 64 of S beside 64 of P are too many.
-  static constexpr int hidden = WARPGROUPS == 3 && R == 128 ? 96 : 128;
+  // a thread has 160 registers, and 64 of S beside 64 of P are too many, as are 128 beside 64 with two (232 registers).
+  static constexpr int hidden = (WARPGROUPS == 3 && R == 128) || (WARPGROUPS == 2 && R == 256) ? 96 : 128;
   static constexpr int threads = (WARPGROUPS + 1) * kWarpgroup;
   static constexpr int largest(int a, int b) { return a > b ? a : b; }
   // How many of `count` boxes share a slot: the most that fit and divide them.
@@ -65,9 +65,10 @@ struct Tile {
   static constexpr int values_a_slot = a_slot(values, value_bytes);
   static_assert(key_bytes % 1024 == 0 && value_bytes % 1024 == 0);
 
-  // Registers a thread by setmaxnreg: all of a warpgroup's come from 65536 a CTA; 0: as many as the compiler gave.
-  static constexpr int producer_registers = WARPGROUPS == 3 ? 32 : WARPGROUPS == 2 ? 32 : 0;
-  static constexpr int consumer_registers = WARPGROUPS == 3 ? 160 : WARPGROUPS == 2 ? 240 : 0;
+  // Registers a thread by setmaxnreg; 0: as many as it was launched with, which are no more than what the warpgroups share.
+  static constexpr int launch_registers = 65536 / threads / 8 * 8;
+  static constexpr int producer_registers = WARPGROUPS == 3 ? 32 : WARPGROUPS == 2 ? 40 : 0;
+  static constexpr int consumer_registers = WARPGROUPS == 3 ? 160 : WARPGROUPS == 2 ? 232 : 0;
 
   // Offsets in shared memory.
   static constexpr int operand = barrier_bytes;
@@ -89,9 +90,9 @@ struct Tile {
   VITLR_HD static constexpr int exchange(int w) { return ring + w * kWarpgroupRows * R * 4; }
 
   static_assert(R % kPanelColumns == 0 && R <= 256 && rows <= 256, "boxes of TMA have at most 256 rows");
-  static_assert(slots >= 2 && shared_bytes + 1024 <= kSharedMemory);
+  static_assert(slots >= 4 && slots >= panels && shared_bytes + 1024 <= kSharedMemory);
   static_assert(slots * slot_bytes >= rows * R * 4, "sums that are exchanged fit the ring");
-  static_assert(kWarpgroup * (producer_registers + WARPGROUPS * consumer_registers) <= 65536);
+  static_assert(producer_registers + WARPGROUPS * consumer_registers <= (1 + WARPGROUPS) * launch_registers);
 };
 
 // A contiguous part of `count` things for each of `parts`, in order; sizes differ by one at most.

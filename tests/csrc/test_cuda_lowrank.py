@@ -170,7 +170,7 @@ def test_a_plan_covers_its_shape(M, r, D):
     (R, warpgroups, ranks, clusters, groups), time = emulated.planned(M, 768, D, 776, r, r)
     assert R - 64 < r <= R and ranks in (1, 2, 4, 8) and math.isfinite(time)
     assert clusters * ranks <= 132 and clusters <= max(1, math.ceil(M / (64 * warpgroups))) * groups
-    assert ranks <= (math.ceil(D / (96 if (R, warpgroups) == (128, 3) else 128)) if D else 12)
+    assert ranks <= (math.ceil(D / (96 if (R, warpgroups) in ((128, 3), (256, 2)) else 128)) if D else 12)
     assert groups == 1 or D == 0
 
 

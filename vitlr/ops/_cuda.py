@@ -78,17 +78,18 @@ def planned_floor(key: Any, plan: tuple, ceilings: _dispatch.Ceilings) -> float 
     """`floor` of a plan (R, warpgroups, ranks, clusters, groups, modelled µs)."""
     mlp = isinstance(key, lowrank_mlp.Key)
     _, warpgroups, ranks, _, groups, _ = plan
-    rows = 64 * warpgroups
+    rows, M = 64 * warpgroups, key.M or 0
     r1, r2, D = (key.r1, key.r2, key.D) if mlp else (key.r, key.r, 0)
     products = 2 * rows * (r1 * key.K / (1 if mlp else ranks) + (r1 + r2) * D / ranks + r2 * key.N / (ranks * groups))
     activated = D / ranks if mlp else key.N / (ranks * groups)
     issued = _triton.kernels("activations").issue_flops(1, key.act, _triton.kernels("targets").TARGETS["sm_90"])
-    size = lowrank_mlp.roofline if mlp else lowrank_linear.roofline
-    sizes = (key.K, key.D, key.N, r1, r2) if mlp else (key.K, key.N, r1)
-    moved = size(key.M or 0, *sizes, key.dtype, residual=key.residual).bytes  # type: ignore[operator]
+    if mlp:
+        whole = lowrank_mlp.roofline(M, key.K, D, key.N, r1, r2, key.dtype, residual=key.residual)
+    else:
+        whole = lowrank_linear.roofline(M, key.K, key.N, r1, key.dtype, residual=key.residual)
     each = max(products, rows * activated * issued)
-    programs = math.ceil((key.M or 0) / rows) * groups * ranks
-    return _floors.in_waves(each, programs, PROCESSORS, moved, key.dtype, ceilings)
+    programs = math.ceil(M / rows) * groups * ranks
+    return _floors.in_waves(each, programs, PROCESSORS, whole.bytes, key.dtype, ceilings)
 
 
 def run_mlp(
