@@ -54,7 +54,8 @@ VITLR_HD float gelu(float p, Fp16) {
 
 VITLR_HD float logistic(float p) { return quotient(1.0f, 1.0f + exp2_of(-1.4426950408889634f * p)); }
 
-// The activation of a kernel's run-time argument; the compiler takes the switch out of unrolled loops (`with_activation`).
+// The activation of a kernel's run-time argument; the compiler takes the switch out of unrolled loops
+// (`with_activation`).
 template <Act ACT, class T>
 VITLR_HD float activate(float p, T dtype) {
   if constexpr (ACT == Act::gelu) return gelu(p, dtype);

@@ -1,26 +1,27 @@
 // The policy of lowrank_body.h on the GPU: Hopper's barriers, copies and products as they are in PTX, and nothing else.
-// Numbers of sections are those of the PTX ISA 8.x. What each rule asks for and where it is met:
+// What each rule of the PTX ISA asks for, and where it is met:
 //
-//   - mbarriers are initialised by one thread, then fence.mbarrier_init, then a barrier of the CTA, and of the cluster
-//     where there is one, before anybody arrives (`start`).
-//   - A phase completes when no arrival and no byte is outstanding. Full: one arrival with the bytes of the whole box, also
-//     where TMA fills a part of it with zeros. st.async may complete bytes before they are expected: the arrival that
-//     comes with `expect` still keeps the phase open.
-//   - wgmma.fence before the first product of a batch, and after registers that it uses were written (`fence_registers`);
-//     commit_group after it; accumulators and register operands are not touched until wait_group says so.
+//   - mbarriers are initialised by one thread, then fence.mbarrier_init, then a barrier of the CTA, and of the
+//     cluster where there is one, before anybody arrives (`start`).
+//   - A phase completes when no arrival and no byte is outstanding. Full: one arrival with the bytes of the whole
+//     box, also where TMA fills a part of it with zeros. st.async may complete bytes before they are expected: the
+//     arrival that comes with `expect` still keeps the phase open.
+//   - wgmma.fence before the first product of a batch, and after registers that it uses were written
+//     (`fence_registers`); commit_group after it; accumulators and register operands are not touched until
+//     wait_group says so.
 //   - Every warp waits for its own groups, and arrives for itself: a slot has four arrivals a warpgroup.
 //   - Shared memory written by st.shared and read by wgmma or TMA: fence.proxy.async by every writer, then a barrier
 //     (`keep`, `expand`). The same where ordinary reads are followed by TMA's writes (`exchange`, residual).
-//   - Bulk stores: one thread stores, commits and waits (groups belong to a thread); wait_group.read before the memory is
-//     written again and before the CTA ends.
-//   - setmaxnreg: multiples of 8 within 24..256; the sum of all warpgroups is at most what the CTA was launched with, which
-//     is not all of the processor's registers (Tile: an assertion), else consumers wait for ever; it is the first thing of
-//     either side of one branch on the warpgroup; all warps of a warpgroup execute it.
+//   - Bulk stores: one thread stores, commits and waits (groups belong to a thread); wait_group.read before the
+//     memory is written again and before the CTA ends.
+//   - setmaxnreg: multiples of 8 within 24..256; the sum of all warpgroups is at most what the CTA was launched
+//     with, which is not all of the processor's registers (Tile: an assertion), else consumers wait for ever; it is
+//     the first thing of either side of one branch on the warpgroup; all warps of a warpgroup execute it.
 //   - Lanes of a warp may see try_wait differently: the branches of its loop are not .uni.
-//   - TMA: maps are __grid_constant__ parameters (64-byte aligned), boxes of 64 x 16 bits = 128 bytes (the swizzle's width)
-//     by at most 256 rows, destinations multiples of 1024, bases multiples of 16 bytes, strides too.
-//   - Distributed shared memory: what peers sent is read after an acquire at cluster scope; no CTA ends before its peers
-//     have stopped writing to it (`finish`).
+//   - TMA: maps are __grid_constant__ parameters (64-byte aligned), boxes of 64 x 16 bits = 128 bytes (the swizzle's
+//     width) by at most 256 rows, destinations multiples of 1024, bases multiples of 16 bytes, strides too.
+//   - Distributed shared memory: what peers sent is read after an acquire at cluster scope; no CTA ends before its
+//     peers have stopped writing to it (`finish`).
 //   - Named barriers 1..3 belong to warpgroups, 4..6 to their turns; 0 is __syncthreads.
 #pragma once
 #include <cuda.h>
@@ -121,7 +122,8 @@ class Hopper : public Numbers<T> {
       asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
   }
   __device__ __forceinline__ void arrive_at(int rank, int barrier) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(rank, barrier)) : "memory");
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(rank, barrier))
+                 : "memory");
   }
   __device__ __forceinline__ void wait(int barrier, uint32_t parity) {
     asm volatile(
@@ -255,7 +257,8 @@ class Hopper : public Numbers<T> {
  private:
   __device__ __forceinline__ uint32_t remote(int rank, int offset) const {
     uint32_t found;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address(offset)), "r"(rank));  // not hoisted
+    // Volatile, so that it is not hoisted: many addresses at once would spill.
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address(offset)), "r"(rank));
     return found;
   }
   __device__ __forceinline__ void synchronise_cluster() {

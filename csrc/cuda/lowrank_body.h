@@ -3,8 +3,9 @@
 //   MLP:    y = A₂ (B₂ act(A₁ (B₁ x) + b₁)) + b₂ + residual     FlashAttention with an activation in place of softmax
 //   linear: y = act(A₂ (B₁ x) + b₂) + residual                  for few rows
 //
-// A CTA takes row blocks ("items"), a cluster of CTAs one row block at a time. One thread (`produce`) asks TMA for panels
-// in the order in which they are used, into a ring of slots; each warpgroup (`consume`) owns 64 rows and multiplies:
+// A CTA takes row blocks ("items"), a cluster of CTAs one row block at a time. One thread (`produce`,
+// lowrank_producer.h) asks TMA for panels in the order in which they are used, into a ring of slots; each warpgroup
+// (`Consumer`) owns 64 rows and multiplies:
 //
 //   1. T = x B₁ᵀ [64, R] in registers; MLP: rounded, to shared memory, as operand of
 //   2. for each hidden tile: P = T A₁ᵀ, H = act(P + b₁) in registers, S += H B₂ᵀ. Warpgroups take turns to multiply, so
@@ -16,93 +17,14 @@
 // Ragged sizes cost nothing but the last tile: TMA fills with zeros what lies outside of a tensor, and does not write
 // there. Zeros times Inf would be NaN, so T, H and S are zeroed beyond their widths.
 //
-// Policy is what differs between GPU and emulation: hopper.h, tests/csrc/emulation.h.
+// Policy is what differs between GPU and emulation: hopper.h, tests/csrc/emulated_hopper.h.
 #pragma once
 #include "cuda/activations.h"
+#include "cuda/lowrank_producer.h"
 #include "cuda/lowrank_tile.h"
 #include "cuda/tiles.h"
 
 namespace vitlr::cuda::lowrank {
-
-// Where in the ring a role is. The n-th pass over a slot has phase n mod 2.
-template <int SLOTS>
-struct Cursor {
-  int slot = 0;
-  uint32_t phase = 0;
-  VITLR_HD void advance() {
-    if (++slot == SLOTS) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// Who arrives at which barrier, once before everything starts: full by the producer (and the bytes of TMA), empty by every
-// consumer warp, as each finishes its own quarter of a product.
-template <class T, class Policy>
-VITLR_HD void initialise(Policy& p) {
-  for (int i = 0; i < T::slots; ++i) {
-    p.initialise(T::full(i), 1);
-    p.initialise(T::empty(i), 4 * T::WARPGROUPS);
-  }
-  p.initialise(T::ready, p.ranks());
-  p.initialise(T::taken, 4 * T::WARPGROUPS);
-  for (int w = 0; w < T::WARPGROUPS; ++w) {
-    p.initialise(T::incoming(w), 1);
-    p.initialise(T::gathered(w), 1);
-  }
-}
-
-// The producer: one thread.
-template <class T, bool MLP, class Policy>
-VITLR_HD void produce(Policy& p, const Sizes& sizes, const Maps<typename Policy::Map>& maps) {
-  Cursor<T::slots> at;
-  uint32_t exchanged = 0;
-  // One slot: `boxes` boxes of `bytes`, `step` columns from one to the next.
-  const auto load = [&](const typename Policy::Map& map, int column, int row, int bytes, int boxes = 1, int step = 0) {
-    p.wait(T::empty(at.slot), at.phase ^ 1);  // passes at once in the first round
-    p.expect(T::full(at.slot), boxes * bytes);
-#pragma unroll 1
-    for (int i = 0; i < boxes; ++i)
-      p.load(map, T::slot(at.slot) + i * bytes, T::full(at.slot), column + i * step, row);
-    at.advance();
-  };
-#pragma unroll 1
-  for (int item = p.cluster(); item < sizes.items; item += p.clusters()) {
-    const Part part = part_of<T, MLP>(sizes, item, p.rank(), p.ranks());
-#pragma unroll 1
-    for (int k = part.depth.begin; k < part.depth.end; ++k) {
-      load(maps.x, k * kPanelColumns, part.row, panel_bytes(T::rows));
-      load(maps.B1, k * kPanelColumns, 0, panel_bytes(T::R));
-    }
-#pragma unroll 1
-    for (int d = part.hidden.begin; d < part.hidden.end; ++d) {
-#pragma unroll 1
-      for (int q = 0; q < T::panels; q += T::keys_a_slot)
-        load(maps.A1, q * kPanelColumns, d * T::hidden, T::key_bytes, T::keys_a_slot, kPanelColumns);
-#pragma unroll 1
-      for (int q = 0; q < T::values; q += T::values_a_slot)
-        load(maps.B2, d * T::hidden + q * T::value_columns, 0, T::value_bytes, T::values_a_slot, T::value_columns);
-    }
-    if (p.ranks() > 1) {
-      Cursor<T::slots> drained = at;
-#pragma unroll 1
-      for (int i = 0; i < T::slots; ++i, drained.advance()) p.wait(T::empty(drained.slot), drained.phase ^ 1);
-#pragma unroll 1
-      for (int rank = 0; rank < p.ranks(); ++rank) p.arrive_at(rank, T::ready);
-      p.wait(T::taken, exchanged++ & 1);
-    }
-#pragma unroll 1
-    for (int n = part.columns.begin; n < part.columns.end; ++n) {
-#pragma unroll 1
-      for (int q = 0; q < T::panels; ++q) load(maps.A2, q * kPanelColumns, n * kColumns, panel_bytes(kColumns));
-      if (sizes.residual)
-#pragma unroll 1
-        for (int q = 0; q < panels(kColumns); ++q)
-          load(maps.residual, n * kColumns + q * kPanelColumns, part.row, panel_bytes(T::rows));
-    }
-  }
-}
 
 // A consumer: a warpgroup.
 template <class T, bool MLP, class Policy>
@@ -284,8 +206,8 @@ class Consumer {
     return accumulator_column(lane, 2 * i) < sizes.r2 ? pair : 0;
   }
 
-  // 3. Adds up the sums of all CTAs of the cluster: of R / 8 blocks of eight columns each rank owns as many. What a lane
-  // sends is read by the same lane of the other CTA, so it lies as it is held: 16 bytes a lane and block.
+  // 3. Adds up the sums of all CTAs of the cluster: of R / 8 blocks of eight columns each rank owns as many. What a
+  // lane sends is read by the same lane of the other CTA, so it lies as it is held: 16 bytes a lane and block.
   VITLR_HD void exchange(Sums& sums, Operand& s) {
     constexpr int blocks = T::R / 8, block_bytes = kWarpgroup * 16, rounded_bytes = kWarpgroup * 8;
     const int mine = p.rank(), ranks = p.ranks(), more = ranks - 1, unit = block_bytes / ranks;

@@ -59,16 +59,18 @@ void launch(const Maps<CUtensorMap>& maps, const Sizes& sizes, const Plan& plan,
   check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of a low-rank kernel");
 }
 
-// A tensor map: rows of 16-bit values, a box whose width is that of its swizzle. Host work alone: a graph keeps the map.
+// A tensor map: rows of 16-bit values, a box whose width is that of its swizzle. Host work alone: a graph keeps the
+// map.
 inline CUtensorMap encoded(const Matrix& matrix, int rows, int columns, int box_rows, int box_columns, bool fp16) {
   static auto* const encode = driver_call<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   CUtensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(matrix.stride) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, every[2] = {1, 1};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t every[2] = {1, 1};
   const CUresult answer = encode(
-      &map, fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix.data),
-      sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+      const_cast<void*>(matrix.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
       box_columns == kPanelColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (answer != CUDA_SUCCESS)
@@ -85,12 +87,13 @@ void launch(const LowrankParams& p, const Plan& plan, cudaStream_t stream) {
     using T = decltype(tile);
     if (T::R != plan.R || T::WARPGROUPS != plan.warpgroups) return;
     found = true;
-    const auto maps = maps_of<T, CUtensorMap>(p, [&](const Matrix& matrix, int rows, int columns, int box_rows, int box_columns) {
+    const auto encode = [&](const Matrix& matrix, int rows, int columns, int box_rows, int box_columns) {
       return encoded(matrix, rows, columns, box_rows, box_columns, p.fp16);
-    });
+    };
+    const auto maps = maps_of<T, CUtensorMap>(p, encode);
     launch<T, MLP, Type>(maps, sizes_of(p, plan), plan, stream);
   });
-  if (!found) refuse("no such tile: rank " + std::to_string(plan.R) + ", " + std::to_string(plan.warpgroups) + " warpgroups");
+  if (!found) refuse("no tile of rank " + std::to_string(plan.R) + ", warpgroups " + std::to_string(plan.warpgroups));
 }
 
 }  // namespace vitlr::cuda::lowrank

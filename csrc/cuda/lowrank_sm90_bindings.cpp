@@ -1,6 +1,7 @@
 // lowrank_sm90(x, B1, A1, B2, A2, residual, b1, b2, y, M, K, D, N, r1, r2, act, fp16, device, stream): the MLP, or with
-// D = 0 lowrank_linear of B1 and A2. Matrices are (address, elements from row to row) or None; vectors addresses, 0: none.
-// lowrank_sm90_plan(M, K, D, N, r1, r2, residual, device) -> (R, warpgroups, ranks, clusters, groups, modelled µs).
+// D = 0 lowrank_linear of B1 and A2. Matrices are (address, elements from row to row) or None; vectors addresses, 0:
+// none. lowrank_sm90_plan(M, K, D, N, r1, r2, residual, device) -> (R, warpgroups, ranks, clusters, groups, modelled
+// µs).
 #include <pybind11/pybind11.h>
 
 #include "cuda/lowrank_sm90.h"
@@ -20,8 +21,8 @@ Matrix matrix_of(const py::object& given) {
   return {reinterpret_cast<const void*>(fields[0].cast<uintptr_t>()), fields[1].cast<int64_t>()};
 }
 
-// What TMA asks for: bases and rows at multiples of 16 bytes. The last column of a matrix is in its last row, so sizes that
-// are inner ones are multiples of 8.
+// What TMA asks for: bases and rows at multiples of 16 bytes. The last column of a matrix is in its last row, so sizes
+// that are inner ones are multiples of 8.
 void require(const LowrankParams& p, int device) {
   require_capability(device, 90, true, kName);
   const Matrix matrices[] = {p.x, p.B1, p.A1, p.B2, p.A2, p.residual, {p.y, p.N}};
@@ -30,11 +31,14 @@ void require(const LowrankParams& p, int device) {
     if (matrices[i].data == nullptr && (i == 2 || i == 3 || i == 5)) continue;
     require_on_device(matrices[i].data, device, 16, names[i]);
     if (matrices[i].stride <= 0 || matrices[i].stride % 8)
-      refuse(std::string(names[i]) + " has rows " + std::to_string(matrices[i].stride) + " elements apart, expected a multiple of 8");
+      refuse(std::string(names[i]) + " has rows " + std::to_string(matrices[i].stride) +
+             " elements apart, expected a multiple of 8");
   }
   for (const auto& [vector, name] : {std::pair<const void*, const char*>{p.b1, "b1"}, {p.b2, "b2"}})
     if (vector != nullptr) require_on_device(vector, device, 4, name);
-  if (p.mlp() != (p.A1.data != nullptr) || p.mlp() != (p.B2.data != nullptr)) refuse("A1 and B2 come with D, all or none");
+  if (p.mlp() != (p.A1.data != nullptr) || p.mlp() != (p.B2.data != nullptr))
+    refuse("A1 and B2 come with D, all or none");
+  if (p.act < Act::none || p.act > Act::relu) refuse("no such activation");
   if (p.M <= 0 || p.M > 1 << 30 || p.K <= 0 || p.N <= 0 || p.K % 8 || p.D % 8 || p.N % 8 || p.r1 % 8 || p.r2 % 8)
     refuse("widths and ranks have to be multiples of 8, rows 1 to 2^30");
 }
@@ -52,12 +56,13 @@ void register_lowrank_sm90(py::module_& m) {
     return py::make_tuple(found.R, found.warpgroups, found.ranks, found.clusters, found.groups, found.microseconds);
   });
   m.def("lowrank_sm90", [](const py::object& x, const py::object& B1, const py::object& A1, const py::object& B2,
-                           const py::object& A2, const py::object& residual, uintptr_t b1, uintptr_t b2, uintptr_t y, int M,
-                           int K, int D, int N, int r1, int r2, int act, bool fp16, int device, uintptr_t stream) {
+                           const py::object& A2, const py::object& residual, uintptr_t b1, uintptr_t b2, uintptr_t y,
+                           int M, int K, int D, int N, int r1, int r2, int act, bool fp16, int device,
+                           uintptr_t stream) {
     const DeviceGuard guard(device);
     const LowrankParams p{matrix_of(x), matrix_of(B1), matrix_of(A1), matrix_of(B2), matrix_of(A2), matrix_of(residual),
-                          reinterpret_cast<const void*>(b1), reinterpret_cast<const void*>(b2), reinterpret_cast<void*>(y),
-                          M, K, D, N, r1, r2, static_cast<Act>(act), fp16};
+                          reinterpret_cast<const void*>(b1), reinterpret_cast<const void*>(b2),
+                          reinterpret_cast<void*>(y), M, K, D, N, r1, r2, static_cast<Act>(act), fp16};
     require(p, device);
     const Plan found = plan(p, processors(device));
     if (found.R == 0) refuse("ranks " + std::to_string(r1) + " and " + std::to_string(r2) + " are beyond 256");

@@ -11,8 +11,9 @@ constexpr int kMostSlots = 8;
 constexpr int kMostRanks = 8;  // CTAs of a cluster: what every Hopper card allows
 constexpr int kSharedMemory = 227 * 1024;  // that a CTA may ask for on sm_90
 
-// What a kernel is told besides its tensor maps. K is the depth of the first product, D the hidden width (lowrank_linear:
-// 0), r1 and r2 the ranks (lowrank_linear: the same), act the activation of the hidden tile or of the output.
+// What a kernel is told besides its tensor maps. K is the depth of the first product, D the hidden width
+// (lowrank_linear: 0), r1 and r2 the ranks (lowrank_linear: the same), act the activation of the hidden tile or of the
+// output.
 struct Sizes {
   int M, K, D, N, r1, r2;
   Act act;
@@ -35,8 +36,9 @@ struct Tile {
   static constexpr int R = R_, WARPGROUPS = WARPGROUPS_;
   static constexpr int rows = WARPGROUPS * kWarpgroupRows;
   static constexpr int panels = R / kPanelColumns;
-  // Hidden columns a tile. The fewer, the more of shared memory's bandwidth the products take; but with three warpgroups
-  // a thread has 160 registers, and 64 of S beside 64 of P are too many, as are 128 beside 64 with two (232 registers).
+  // Hidden columns a tile. The fewer, the more of shared memory's bandwidth the products take; but with three
+  // warpgroups a thread has 160 registers, and 64 of S beside 64 of P are too many, as are 128 beside 64 with two (232
+  // registers).
   static constexpr int hidden = (WARPGROUPS == 3 && R == 128) || (WARPGROUPS == 2 && R == 256) ? 96 : 128;
   static constexpr int threads = (WARPGROUPS + 1) * kWarpgroup;
   static constexpr int largest(int a, int b) { return a > b ? a : b; }
@@ -55,8 +57,8 @@ struct Tile {
   static constexpr int slots = room / slot_bytes < kMostSlots ? room / slot_bytes : kMostSlots;
   static constexpr int shared_bytes = barrier_bytes + operand_bytes + slots * slot_bytes;
 
-  // A tile of A₁ is `panels` panels [hidden, 64], as many in a slot as fit; a tile of B₂ is `values` boxes [R, value_columns]:
-  // 96 columns are three boxes of 32 (64 bytes a row).
+  // A tile of A₁ is `panels` panels [hidden, 64], as many in a slot as fit; a tile of B₂ is `values` boxes [R,
+  // value_columns]: 96 columns are three boxes of 32 (64 bytes a row).
   static constexpr int key_bytes = panel_bytes(hidden);
   static constexpr int keys_a_slot = a_slot(panels, key_bytes);
   static constexpr int value_columns = hidden % kPanelColumns == 0 ? kPanelColumns : 32;
@@ -65,7 +67,8 @@ struct Tile {
   static constexpr int values_a_slot = a_slot(values, value_bytes);
   static_assert(key_bytes % 1024 == 0 && value_bytes % 1024 == 0);
 
-  // Registers a thread by setmaxnreg; 0: as many as it was launched with, which are no more than what the warpgroups share.
+  // Registers a thread by setmaxnreg; 0: as many as it was launched with, which are no more than what the warpgroups
+  // share.
   static constexpr int launch_registers = 65536 / threads / 8 * 8;
   static constexpr int producer_registers = WARPGROUPS == 3 ? 32 : WARPGROUPS == 2 ? 40 : 0;
   static constexpr int consumer_registers = WARPGROUPS == 3 ? 160 : WARPGROUPS == 2 ? 232 : 0;
@@ -105,8 +108,8 @@ VITLR_HD constexpr Range share(int count, int part, int parts) {
           static_cast<int>(static_cast<int64_t>(count) * (part + 1) / parts)};
 }
 
-// What a CTA does of an item. Of the MLP: all of K (T is computed by every CTA of the cluster, it is a tenth of the work),
-// its share of the hidden tiles. Of lowrank_linear: its share of K. Of both: its share of the output tiles.
+// What a CTA does of an item. Of the MLP: all of K (T is computed by every CTA of the cluster, it is a tenth of the
+// work), its share of the hidden tiles. Of lowrank_linear: its share of K. Of both: its share of the output tiles.
 struct Part {
   int row;
   Range depth, hidden, columns;

@@ -1,8 +1,8 @@
 // Where every element of a tile lies on Hopper: panels in shared memory, accumulators and operands in registers.
 //
-// All products here are `C = A Bᵀ` of row-major A and B ("K-major" for wgmma), so one layout serves all operands: a panel
-// is `rows` rows of 64 16-bit values, 128 bytes a row, in the 128-byte swizzle that TMA writes and wgmma reads. The host
-// tests compare the functions with CuTe's own.
+// All products here are `C = A Bᵀ` of row-major A and B ("K-major" for wgmma), so one layout serves all operands: a
+// panel is `rows` rows of 64 16-bit values, 128 bytes a row, in the 128-byte swizzle that TMA writes and wgmma reads.
+// The host tests compare the functions with CuTe's own.
 #pragma once
 #include "cuda/host_device.h"
 
@@ -18,8 +18,8 @@ VITLR_HD constexpr int panels(int columns) { return (columns + kPanelColumns - 1
 
 VITLR_HD constexpr int panel_bytes(int rows) { return rows * kPanelRowBytes; }
 
-// The swizzle of rows of 128 bytes: bits 4..6 of an address (which 16 bytes of a row) are xor-ed with bits 7..9 (which row
-// of eight). Of rows of 64 bytes: bits 4..5 with bits 7..8. Tiles start at multiples of 1024, so offsets will do.
+// The swizzle of rows of 128 bytes: bits 4..6 of an address (which 16 bytes of a row) are xor-ed with bits 7..9 (which
+// row of eight). Of rows of 64 bytes: bits 4..5 with bits 7..8. Tiles start at multiples of 1024, so offsets will do.
 template <int ROW_BYTES = kPanelRowBytes>
 VITLR_HD constexpr uint32_t swizzled(uint32_t address) {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64);
@@ -31,17 +31,17 @@ VITLR_HD constexpr uint32_t panel_address(uint32_t base, int row, int column) {
   return swizzled(base + row * kPanelRowBytes + column * 2);
 }
 
-// The matrix descriptor of wgmma for rows of a panel from `address` on, swizzled, K-major: bits 0..13 address / 16; 16..29
-// leading byte offset / 16 (not used by swizzled layouts: 1); 32..45 bytes from eight rows to the next eight / 16; 62..63
-// the swizzle, 1 for 128 bytes, 2 for 64. Base offset (49..51) is 0: panels start at multiples of 1024.
+// The matrix descriptor of wgmma for rows of a panel from `address` on, swizzled, K-major: bits 0..13 address / 16;
+// 16..29 leading byte offset / 16 (not used by swizzled layouts: 1); 32..45 bytes from eight rows to the next eight /
+// 16; 62..63 the swizzle, 1 for 128 bytes, 2 for 64. Base offset (49..51) is 0: panels start at multiples of 1024.
 template <int ROW_BYTES = kPanelRowBytes>
 VITLR_HD constexpr uint64_t descriptor(uint32_t address) {
   return (uint64_t{ROW_BYTES == 128 ? 1 : 2} << 62) | (uint64_t{8 * ROW_BYTES / 16} << 32) | (uint64_t{1} << 16) |
          ((address & 0x3FFFF) >> 4);
 }
 
-// The descriptor of what lies `bytes` further on. So come the next 16 columns of a panel, too: the hardware swizzles the
-// address after it has added them.
+// The descriptor of what lies `bytes` further on. So come the next 16 columns of a panel, too: the hardware swizzles
+// the address after it has added them.
 VITLR_HD constexpr uint64_t advanced(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes / 16);
 }

@@ -1,4 +1,5 @@
-// wgmma of 16-bit values into fp32: [64, N] += [64, 16] x [N, 16]ᵀ, A from shared memory or registers. PTX ISA, "wgmma".
+// wgmma of 16-bit values into fp32: [64, N] += [64, 16] x [N, 16]ᵀ, A from shared memory or registers. PTX ISA,
+// "wgmma".
 #pragma once
 #include <cstdint>
 

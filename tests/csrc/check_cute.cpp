@@ -1,5 +1,5 @@
-// Our layouts against CuTe's own functions: swizzles, panels, matrix descriptors, registers of products. Built and run by
-// test_cuda_layouts.py where CUTLASS' headers are.
+// Our layouts against CuTe's own functions: swizzles, panels, matrix descriptors, registers of products. Built and run
+// by test_cuda_layouts.py where CUTLASS' headers are.
 #include <cstdio>
 
 #include <cute/tensor.hpp>
@@ -22,7 +22,10 @@ void expect(bool right, const char* what, long long a, long long b) {
 
 template <int ROW_BYTES, class Atom, class Swizzle>
 void check_panel() {
-  for (uint32_t at = 0; at < 1 << 16; ++at) expect(swizzled<ROW_BYTES>(at) == Swizzle::apply(at), "swizzle", swizzled<ROW_BYTES>(at), Swizzle::apply(at));
+  for (uint32_t at = 0; at < 1 << 16; ++at) {
+    const uint32_t ours = swizzled<ROW_BYTES>(at), theirs = Swizzle::apply(at);
+    expect(ours == theirs, "swizzle", ours, theirs);
+  }
   constexpr int columns = ROW_BYTES / 2;
   // CuTe swizzles the address of a pointer into shared memory; any aligned buffer will do.
   alignas(1024) static Value buffer[192 * columns];

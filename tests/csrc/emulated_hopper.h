@@ -1,148 +1,21 @@
-// The policy of csrc/cuda/lowrank_body.h on the host: a cluster of Hopper processors, one thread a role (a producer and a
-// few warpgroups for each CTA), that follows the PTX ISA's rules and notes every breach of them:
+// The policy of csrc/cuda/lowrank_body.h on the host: a cluster of Hopper processors, one thread a role (a producer and
+// a few warpgroups for each CTA), that follows the PTX ISA's rules and notes every breach of them:
 //   - barriers with arrivals, bytes and phases; more arrivals than expected, bytes or arrivals left over, a deadlock
 //   - TMA with boxes, zeros outside of the tensor, and the swizzle on absolute addresses, written out here once more
-//   - products read shared memory through the bits of their descriptor, and as late as the protocol lets them: when they
-//     are waited for. Until then their sums are NaN. A slot that was given back is NaN at once.
+//   - products read shared memory through the bits of their descriptor, and as late as the protocol lets them: when
+//     they are waited for. Until then their sums are NaN. A slot that was given back is NaN at once.
 //   - bulk stores read as late as they are waited for
 //   - what ordinary stores wrote must be fenced before products or bulk stores read it
 // Lanes of a warpgroup run one after the other: races among them are not seen.
 #pragma once
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
 #include <functional>
-#include <limits>
-#include <map>
-#include <mutex>
 #include <random>
-#include <stdexcept>
-#include <string>
 #include <thread>
-#include <vector>
 
 #include "cuda/lowrank_body.h"
+#include "emulated_cluster.h"
 
 namespace emulated {
-
-using vitlr::cuda::lowrank::Bf16;
-using vitlr::cuda::lowrank::Fp16;
-
-constexpr uint32_t kBase = 1024;  // where shared memory that a kernel is given starts
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-struct Pair {
-  float x, y;
-};
-
-inline uint16_t encode(float value, Bf16) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return 0x7FFF;
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
-inline float decode(uint16_t half, Bf16) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-inline uint16_t encode(float value, Fp16) {
-  const _Float16 half = static_cast<_Float16>(value);
-  uint16_t bits;
-  std::memcpy(&bits, &half, 2);
-  return bits;
-}
-inline float decode(uint16_t bits, Fp16) {
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
-
-// What cuTensorMapEncodeTiled is told: a row-major matrix of 16-bit values, a box, a swizzle of so many bytes.
-struct Map {
-  uint16_t* data;
-  int64_t rows, columns, stride;
-  int box_rows, box_columns, swizzle;
-};
-
-struct Barrier {
-  int expected = 0, pending = 0;
-  int64_t bytes = 0;
-  uint64_t phase = 0;
-};
-
-struct Turn {
-  int waiting = 0, passed = 0;
-  uint64_t rounds = 0;
-};
-
-struct Cta {
-  std::vector<uint8_t> shared = std::vector<uint8_t>(kBase + vitlr::cuda::lowrank::kSharedMemory, 0xFF);
-  std::vector<uint8_t> unfenced = std::vector<uint8_t>(shared.size(), 0);  // by which warpgroup
-  std::map<int, Barrier> barriers;
-  std::map<int, std::pair<int, int>> poisoned;  // barrier: what is NaN once it completes
-  Turn turns[3];
-};
-
-struct Deadlock : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// A cluster: its memory, and threads that block until something changes. All blocked is a deadlock.
-class Cluster {
- public:
-  Cluster(int ranks, int threads) : ctas(ranks), active_(threads) {}
-
-  void breach(const std::string& what) {
-    const std::lock_guard<std::mutex> hold(notes_);
-    if (breaches.size() < 20) breaches.push_back(what);
-  }
-  template <class Change>
-  void change(Change f) {
-    const std::lock_guard<std::mutex> hold(mutex_);
-    f();
-    wake();
-  }
-  template <class Until>
-  void block(Until until, const std::string& what) {
-    std::unique_lock<std::mutex> hold(mutex_);
-    while (!until()) {
-      if (--active_ == 0) stuck_ = true;
-      ++blocked_;
-      if (stuck_) {
-        condition_.notify_all();
-        throw Deadlock("deadlock at " + what);
-      }
-      const uint64_t seen = changes_;
-      condition_.wait(hold, [&] { return changes_ != seen || stuck_; });
-      if (stuck_) throw Deadlock("deadlock at " + what);
-    }
-  }
-  void leave() {
-    const std::lock_guard<std::mutex> hold(mutex_);
-    if (--active_ == 0 && blocked_ > 0) {
-      stuck_ = true;
-      condition_.notify_all();
-    }
-  }
-
-  std::vector<Cta> ctas;
-  std::vector<std::string> breaches;
-
- private:
-  void wake() {
-    active_ += blocked_;
-    blocked_ = 0;
-    ++changes_;
-    condition_.notify_all();
-  }
-  std::mutex mutex_, notes_;
-  std::condition_variable condition_;
-  int active_, blocked_ = 0;
-  uint64_t changes_ = 0;
-  bool stuck_ = false;
-};
 
 template <class T>
 class Hopper {
@@ -163,7 +36,13 @@ class Hopper {
   };
 
   Hopper(Cluster& cluster, int rank, int warpgroup, int number, int count, unsigned seed)
-      : all_(cluster), cta_(cluster.ctas[rank]), rank_(rank), w_(warpgroup), number_(number), count_(count), chance_(seed) {}
+      : all_(cluster),
+        cta_(cluster.ctas[rank]),
+        rank_(rank),
+        w_(warpgroup),
+        number_(number),
+        count_(count),
+        chance_(seed) {}
 
   int rank() const { return rank_; }
   int ranks() const { return static_cast<int>(all_.ctas.size()); }
@@ -425,7 +304,8 @@ class Hopper {
 
 // Runs `clusters` clusters of `ranks` CTAs one after the other; what was breached, empty where nothing was.
 template <class Tile, bool MLP, class T>
-std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::lowrank::Maps<Map>& maps, int clusters, int ranks, unsigned seed) {
+std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::lowrank::Maps<Map>& maps, int clusters,
+                int ranks, unsigned seed) {
   for (int number = 0; number < clusters; ++number) {
     Cluster cluster(ranks, ranks * (1 + Tile::WARPGROUPS));
     for (int rank = 0; rank < ranks; ++rank) {
@@ -458,7 +338,8 @@ std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::low
       for (Turn& turn : cta.turns)
         if (turn.waiting || turn.passed) cluster.breach("a turn is left over");
     }
-    if (!cluster.breaches.empty()) return cluster.breaches.front() + " (" + std::to_string(cluster.breaches.size()) + " breaches)";
+    if (!cluster.breaches.empty())
+      return cluster.breaches.front() + " (" + std::to_string(cluster.breaches.size()) + " breaches)";
   }
   return "";
 }

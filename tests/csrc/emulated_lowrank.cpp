@@ -1,4 +1,5 @@
-// The low-rank kernels for Hopper, emulated: a library that test_cuda_lowrank.py builds and calls with tensors of torch.
+// The low-rank kernels for Hopper, emulated: a library that test_cuda_lowrank.py builds and calls with tensors of
+// torch.
 #include <cstdio>
 
 #include "cuda/lowrank_sm90.h"
@@ -10,10 +11,11 @@ namespace {
 
 template <class T, bool MLP, class Type>
 std::string run(const LowrankParams& p, const Plan& plan, unsigned seed) {
-  const auto maps = maps_of<T, emulated::Map>(p, [](const Matrix& m, int rows, int columns, int box_rows, int box_columns) {
-    return emulated::Map{static_cast<uint16_t*>(const_cast<void*>(m.data)), rows, columns, m.stride, box_rows, box_columns,
-                         box_columns * 2};
-  });
+  const auto encode = [](const Matrix& m, int rows, int columns, int box_rows, int box_columns) {
+    uint16_t* data = static_cast<uint16_t*>(const_cast<void*>(m.data));
+    return emulated::Map{data, rows, columns, m.stride, box_rows, box_columns, box_columns * 2};
+  };
+  const auto maps = maps_of<T, emulated::Map>(p, encode);
   return emulated::run<T, MLP, Type>(sizes_of(p, plan), maps, plan.clusters, plan.ranks, seed);
 }
 
@@ -34,7 +36,8 @@ std::string find(const LowrankParams& p, const Plan& plan, unsigned seed) {
 
 }  // namespace
 
-// `plan`: R, warpgroups, ranks, clusters, groups; R = 0 asks for the plan of so many processors (warpgroups), and tells it.
+// `plan`: R, warpgroups, ranks, clusters, groups; R = 0 asks for the plan of so many processors (warpgroups), and tells
+// it.
 extern "C" void emulate(const LowrankParams* p, int* plan, double* microseconds, unsigned seed, char* told, int size) {
   if (plan[0] == 0) {
     const Plan found = vitlr::cuda::lowrank::plan(*p, plan[1]);
@@ -52,6 +55,7 @@ extern "C" void emulate(const LowrankParams* p, int* plan, double* microseconds,
 // y[i] = the activation of x[i] as the kernels compute it.
 extern "C" void activations(int act, bool fp16, const float* x, float* y, int64_t count) {
   with_activation(static_cast<Act>(act), [&](auto choice) {
-    for (int64_t i = 0; i < count; ++i) y[i] = fp16 ? activate<choice.act>(x[i], Fp16{}) : activate<choice.act>(x[i], Bf16{});
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = fp16 ? activate<choice.act>(x[i], Fp16{}) : activate<choice.act>(x[i], Bf16{});
   });
 }

@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL:
     """The library, kept between runs while nothing that it is made of changes."""
     found = compiler()
     assert found is not None
-    files = [SOURCE, SOURCE.with_name("emulated_hopper.h"), *sorted((ROOT / "csrc" / "cuda").glob("*.h"))]
+    files = [SOURCE, *sorted(SOURCE.parent.glob("emulated_*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.h"))]
     key = hashlib.sha256("\0".join([found, *FLAGS]).encode())
     for file in files:
         key.update(file.read_bytes())

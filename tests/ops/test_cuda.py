@@ -102,7 +102,7 @@ def test_never_chosen_by_default(hopper, op, name):
     shape |= {"r": 64} if op == "lowrank_linear" else {"D": 128, "r1": 64, "r2": 64}
     told = ops.explain(op, ceilings=_dispatch.H200, **shape)
     row = next(row for row in told.rows if row.candidate == name)
-    assert told.chosen != name and row.runs and row.why == "never ran on real hardware" and row.ran_on == ()
+    assert told.chosen != name and row.runs and row.why.endswith("never ran on real hardware") and row.ran_on == ()
     assert row.floor_us > 0
 
 
