@@ -1,5 +1,6 @@
 // A CUDA runtime that is none: the whole of vitlr._cuda is linked against it to see, without a driver, what it launches, what
 // it refuses, and how it tells of what fails. Two GPUs; an address with bit 44 is on the device that bits 40 to 43 say.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -99,13 +100,23 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* p
   found->device = address >> 44 == 1 ? static_cast<int>(address >> 40 & 15) : -1;
   return answer("cudaPointerGetAttributes");
 }
+// The only driver call that kernels use; the map itself is not looked at.
+CUresult encode_tiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t* sizes, const cuuint64_t*,
+                      const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                      CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  told << "map " << sizes[1] << ' ' << sizes[0] << ' ' << box[1] << ' ' << box[0] << '\n';
+  return static_cast<CUresult>(answer("cuTensorMapEncodeTiled"));
+}
 #if CUDART_VERSION >= 12050
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, unsigned, unsigned long long,
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult* result) {
 #else
-cudaError_t cudaGetDriverEntryPoint(const char*, void** found, unsigned long long, cudaDriverEntryPointQueryResult* result) {
+cudaError_t cudaGetDriverEntryPoint(const char* name, void** found, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
 #endif
-  *found = nullptr, *result = cudaDriverEntryPointSymbolNotFound;
+  const bool known = std::string(name) == "cuTensorMapEncodeTiled";
+  *found = known ? reinterpret_cast<void*>(&encode_tiled) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return answer("cudaGetDriverEntryPoint");
 }
 }
