@@ -89,7 +89,7 @@ def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
 
     recipe = replace(AFTERWARDS, epochs=1, seed=run.seed)
     small = prune(
-        run.trained(), run.images, budget=kept, l1=L1, recipe=recipe, finetune=False, resume=run.folder / "vtp"
+        run.trained(), run.images, budget=kept, l1=L1, tile=1, recipe=recipe, finetune=False, resume=run.folder / "vtp"
     )
     return small, 1
 
@@ -106,6 +106,7 @@ def hybrid(run: Run, kept: str) -> tuple[nn.Module, int]:
         stats=run.calibrated(model),
         rank_step=STEP,
         l1=L1,
+        tile=1,
         recipe=recipe,
         finetune=False,
         resume=run.folder / "hybrid",
