@@ -143,6 +143,7 @@ def main(args: argparse.Namespace) -> None:
         "amp": amp_pays(torch.device("cpu")),
         "machine": machine(),
         "speed": json.loads((CACHE / "speed" / "speed.json").read_text()) if (CACHE / "speed").exists() else None,
+        "notes": args.note,
         "rows": rows,
     }
     text = markdown(body)
@@ -208,5 +209,6 @@ if __name__ == "__main__":
     args.add_argument("--fewer", nargs="+", type=float, default=[50, 44, 60], help="percent of the parameters that go")
     args.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args.add_argument("--speed", type=float, metavar="FEWER", help="time the models of seed 0 at that budget in turns")
+    args.add_argument("--note", action="append", default=[], help="a sentence for the report; may be repeated")
     args.add_argument("--report", action="store_true", help="write table and JSON of what is there")
     main(args.parse_args())
