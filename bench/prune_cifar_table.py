@@ -40,7 +40,8 @@ def markdown(body: Mapping[str, Any]) -> str:
         "",
         "The images are the 60,000 of CIFAR-10 as JPEG; accuracy is on all 10,000 test images, which decided nothing. "
         "*Relative error*: the error over that of the dense model of the same seed after as many epochs, minus 1; mean "
-        "over seeds and 95 % interval (Student's t), or that mean alone for one seed.",
+        "over seeds and 95 % interval (Student's t), or that mean alone for one seed. *Before tuning* is without any "
+        "training for low rank and joint, and after the gates' epoch for VTP and the hybrid.",
         "",
         f"Dense, {recipe['epochs'] + more['epochs']} epochs: top-1 {_mean(dense.values(), 'after'):.2f} % "
         f"({', '.join(each)}); after {recipe['epochs']} epochs "
@@ -58,6 +59,7 @@ def markdown(body: Mapping[str, Any]) -> str:
     for (fewer, arm), found in sorted(groups.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         lines.append(_line(fewer, arm, found, dense))
     lines += ["", *_speed(body["speed"])] if body.get("speed") else []
+    lines += [line for note in body["notes"] for line in ("", note)]
     return "\n".join(
         [*lines, "", "Made by `python bench/prune_cifar.py`; figures in `bench/results/prune_cifar.json`.", ""]
     )

@@ -52,7 +52,14 @@ def experiment(tmp_path, monkeypatch):
 def test_every_arm_makes_a_row_once(experiment, capsys):
     script, folder = experiment
     args = argparse.Namespace(
-        threads=1, data=folder, arms=[*script.WHOLE, *ARMS], fewer=[44.0], seeds=[0], speed=None, report=False
+        threads=1,
+        data=folder,
+        arms=[*script.WHOLE, *ARMS],
+        fewer=[44.0],
+        seeds=[0],
+        speed=None,
+        report=False,
+        note=["A note."],
     )
     script.main(args)
     rows = {
@@ -74,7 +81,9 @@ def test_every_arm_makes_a_row_once(experiment, capsys):
     script.main(args)
     assert kept == {path: path.stat().st_mtime_ns for path in (folder / "cache").glob("*.json")}
     text = (folder / "table").read_text()
-    assert text.count("hybrid as published") == 2 and text.count("x |") >= 3  # in the table, and among the speeds
+    assert (
+        text.count("hybrid as published") == 2 and text.count("x |") >= 3 and "A note." in text
+    )  # in the table, and among the speeds
     assert len(json.loads((folder / "results").read_text())["rows"]) == len(rows)
 
 
