@@ -1,6 +1,6 @@
 """Refinement of the real ViT-Ti: every rung alone and all together, before and after, on images nobody learnt from.
 
-    python bench/bench_refine.py [--data FOLDER] [--budgets 80 60] [--ladders joint refit residual all] [--minutes 60]
+    python bench/bench_refine.py [--data FOLDER] [--budgets 80 60] [--method joint] [--ladders joint] [--minutes 60]
 
 One calibration serves every budget. The 1300 validation images are looked at once per model, for the table; what is
 kept and when to stop is decided on held-out calibration images. Statistics and snapshots are kept in bench/build, so
@@ -20,6 +20,7 @@ from _common import BUILD, CODE, data_folder, finish, parser
 
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
 from vitlr.data import open_data
+from vitlr.plans import METHODS
 from vitlr.progress import bar
 
 LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
@@ -44,15 +45,16 @@ def main(args: argparse.Namespace) -> None:
         stats = Statistics.load(path)
     else:
         with bar("calibrating", images.images) as progress:
-            stats = calibrate(model, images, samples=args.samples, progress=progress)
+            stats = calibrate(model, images, samples=args.samples, hidden=True, progress=progress)
         stats.save(path)
     rows: list[dict[str, Any]] = []
     for budget in args.budgets:
-        chosen = plan(model, stats, f"params:{budget:g}%", rank_step=1)
+        chosen = plan(model, stats, f"params:{budget:g}%", rank_step=1, method=args.method)
         small = apply(model, chosen)
         before = evaluate(small, validation, model)
         print(f"{chosen.budget}: {before}", flush=True)
         for ladder in args.ladders:
+            name = f"{args.method}-{budget:g}-{ladder}-{args.seed}"
             options = {key: getattr(args, key) for key in ("minutes", "steps", "lr", "seed") if getattr(args, key)}
             options |= dict(args.choice)
             with bar(f"{chosen.budget} {ladder}", unit="steps") as progress:
@@ -61,15 +63,16 @@ def main(args: argparse.Namespace) -> None:
                     model,
                     images,
                     rungs=LADDERS[ladder],
-                    resume=cache / f"{budget:g}-{ladder}-{args.seed}",
+                    resume=cache / name,
                     progress=progress,
                     **options,
                 )
             after = evaluate(refined, validation, model)
             print(f"{refined.vitlr_refinement}\n{ladder}: {after}", flush=True)
-            save(refined, cache / f"{budget:g}-{ladder}-{args.seed}.safetensors", plan=chosen)
-            found = {"budget": chosen.budget, "ladder": ladder, "before": before.to_dict(), "after": after.to_dict()}
-            rows.append({**found, "refinement": refined.vitlr_refinement.to_dict(), "options": options})
+            save(refined, cache / f"{name}.safetensors", plan=chosen)
+            found = {"budget": chosen.budget, "method": args.method, "ladder": ladder, "options": options}
+            found |= {"before": before.to_dict(), "after": after.to_dict()}
+            rows.append({**found, "refinement": refined.vitlr_refinement.to_dict()})
     finish("refine", {"calibration_images": stats.images, "samples": stats.samples, "rows": rows}, args.json)
 
 
@@ -87,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--stats", type=Path, help="statistics of an earlier run")
     args.add_argument("--budgets", type=float, nargs="+", default=[80, 60], help="percent of parameters kept")
     args.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
+    args.add_argument("--method", choices=METHODS, default="lowrank", help="ranks, hidden widths, or both")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--minutes", type=float, help="for the joint rung")
     args.add_argument("--steps", type=int, help="of the joint rung")

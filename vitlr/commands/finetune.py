@@ -24,6 +24,23 @@ from vitlr.commands._options import (
     model_arguments,
 )
 from vitlr.commands._result import Interrupted, Result
+from vitlr.commands._training import (
+    AutoAugment,
+    ClipGrad,
+    ColorJitter,
+    Cutmix,
+    GradAccumSteps,
+    Mixup,
+    Opt,
+    PeakLr,
+    Resume,
+    Sched,
+    Seed,
+    Smoothing,
+    ValData,
+    WarmupEpochs,
+    check_files,
+)
 from vitlr.errors import InputError
 
 
@@ -33,9 +50,7 @@ def finetune(
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="F", help="The trained model.")] = None,
-    val_data: Annotated[
-        str | None, typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.")
-    ] = None,
+    val_data: ValData = None,
     reference: Annotated[
         str | None, typer.Option(metavar="MODEL_OR_F", help="Learn this model's answers too (distillation).")
     ] = None,
@@ -46,27 +61,25 @@ def finetune(
     distill_loss_weight: Annotated[
         float | None, typer.Option(metavar="W", help="Its share of the loss. [default: 0.5]")
     ] = None,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep snapshots there, and go on from them.")
-    ] = None,
+    resume: Resume = None,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the images.")] = 10,
-    lr: Annotated[float, typer.Option(metavar="X", help="Peak learning rate.")] = 1e-4,
-    opt: Annotated[str, typer.Option(metavar="NAME", help="One of timm's optimizers.")] = "adamw",
+    lr: PeakLr = 1e-4,
+    opt: Opt = "adamw",
     weight_decay: Annotated[float, typer.Option(metavar="X", help="Of weights, not of biases and norms.")] = 0.05,
-    sched: Annotated[str, typer.Option(metavar="NAME", help="One of timm's schedules.")] = "cosine",
-    warmup_epochs: Annotated[float, typer.Option(metavar="X", help="Epochs of rising rate.")] = 0.5,
+    sched: Sched = "cosine",
+    warmup_epochs: WarmupEpochs = 0.5,
     min_lr: Annotated[float, typer.Option(metavar="X", help="Rate at the end.")] = 0.0,
-    smoothing: Annotated[float, typer.Option(metavar="X", help="Label smoothing.")] = 0.1,
-    mixup: Annotated[float, typer.Option(metavar="X", help="Mixup alpha, 0 for none.")] = 0.0,
-    cutmix: Annotated[float, typer.Option(metavar="X", help="CutMix alpha, 0 for none.")] = 0.0,
-    aa: Annotated[str | None, typer.Option(metavar="POLICY", help="AutoAugment, such as rand-m9-mstd0.5.")] = None,
-    color_jitter: Annotated[float, typer.Option(metavar="X", help="Strength of colour jitter.")] = 0.4,
+    smoothing: Smoothing = 0.1,
+    mixup: Mixup = 0.0,
+    cutmix: Cutmix = 0.0,
+    aa: AutoAugment = None,
+    color_jitter: ColorJitter = 0.4,
     reprob: Annotated[float, typer.Option(metavar="P", help="Probability of random erasing.")] = 0.0,
-    clip_grad: Annotated[float | None, typer.Option(metavar="X", help="Largest norm of the gradient.")] = 1.0,
-    grad_accum_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in one update.")] = 1,
+    clip_grad: ClipGrad = 1.0,
+    grad_accum_steps: GradAccumSteps = 1,
     model_ema: Annotated[bool, typer.Option("--model-ema", help="Keep the running mean of the weights.")] = False,
     model_ema_decay: Annotated[float, typer.Option(metavar="X", help="Its decay.")] = 0.9998,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of order, augmentation and dropout.")] = 0,
+    seed: Seed = 0,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -78,16 +91,9 @@ def finetune(
 ) -> Result:
     """Train a model, compressed or not, on labelled images; flags have the names of timm's train.py."""
     start = time.perf_counter()
-    for flag, value in (("--data", data), ("--out", out)):
-        if value is None:
-            raise InputError(
-                f"{flag} is missing: give " + ("labelled images" if flag == "--data" else "a file to write")
-            )
-    assert data is not None and out is not None
+    data, out = check_files(data, out, resume)
     if distill_loss_weight is not None and reference is None:
         raise InputError("--distill-loss-weight goes with --reference")
-    if resume is not None and resume.exists() and not resume.is_dir():
-        raise InputError(f"--resume {resume} is a file, expected a folder")
     args = model_arguments(img_size, num_classes, model_kwargs)
     from vitlr import checkpoint as checkpoint_file
     from vitlr import rebuild

@@ -26,6 +26,23 @@ from vitlr.commands._options import (
     model_arguments,
 )
 from vitlr.commands._result import Interrupted, Result
+from vitlr.commands._training import (
+    AutoAugment,
+    ClipGrad,
+    ColorJitter,
+    Cutmix,
+    GradAccumSteps,
+    Mixup,
+    Opt,
+    PeakLr,
+    Resume,
+    Sched,
+    Seed,
+    Smoothing,
+    ValData,
+    WarmupEpochs,
+    check_files,
+)
 from vitlr.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,36 +88,32 @@ def prune(
         int | None, typer.Option(metavar="N", min=1, help="Images that those are measured on. [default: 1000]")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="F", help="The pruned model.")] = None,
-    val_data: Annotated[
-        str | None, typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.")
-    ] = None,
+    val_data: ValData = None,
     distill_loss_weight: Annotated[
         float,
         typer.Option(metavar="W", help="Share of the loss for the answers of the model given; 1 needs no labels."),
     ] = 0.0,
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep snapshots there, and go on from them.")
-    ] = None,
+    resume: Resume = None,
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the images with gates.")] = 10,
     finetune_epochs: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="And without them, 0 for none. [default: --epochs]")
     ] = None,
-    lr: Annotated[float, typer.Option(metavar="X", help="Peak learning rate.")] = 1e-4,
+    lr: PeakLr = 1e-4,
     finetune_lr: Annotated[
         float | None, typer.Option(metavar="X", help="That of the fine-tuning. [default: --lr]")
     ] = None,
-    opt: Annotated[str, typer.Option(metavar="NAME", help="One of timm's optimizers.")] = "adamw",
+    opt: Opt = "adamw",
     weight_decay: Annotated[float, typer.Option(metavar="X", help="Of weights, not of biases and gates.")] = 0.05,
-    sched: Annotated[str, typer.Option(metavar="NAME", help="One of timm's schedules.")] = "cosine",
-    warmup_epochs: Annotated[float, typer.Option(metavar="X", help="Epochs of rising rate.")] = 0.5,
-    smoothing: Annotated[float, typer.Option(metavar="X", help="Label smoothing.")] = 0.1,
-    mixup: Annotated[float, typer.Option(metavar="X", help="Mixup alpha, 0 for none.")] = 0.0,
-    cutmix: Annotated[float, typer.Option(metavar="X", help="CutMix alpha, 0 for none.")] = 0.0,
-    aa: Annotated[str | None, typer.Option(metavar="POLICY", help="AutoAugment, such as rand-m9-mstd0.5.")] = None,
-    color_jitter: Annotated[float, typer.Option(metavar="X", help="Strength of colour jitter.")] = 0.4,
-    clip_grad: Annotated[float | None, typer.Option(metavar="X", help="Largest norm of the gradient.")] = 1.0,
-    grad_accum_steps: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in one update.")] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of order, augmentation and dropout.")] = 0,
+    sched: Sched = "cosine",
+    warmup_epochs: WarmupEpochs = 0.5,
+    smoothing: Smoothing = 0.1,
+    mixup: Mixup = 0.0,
+    cutmix: Cutmix = 0.0,
+    aa: AutoAugment = None,
+    color_jitter: ColorJitter = 0.4,
+    clip_grad: ClipGrad = 1.0,
+    grad_accum_steps: GradAccumSteps = 1,
+    seed: Seed = 0,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -112,14 +125,7 @@ def prune(
 ) -> Result:
     """Train gates in front of every linear, remove the channels that they close, and fine-tune what is left."""
     start = time.perf_counter()
-    for flag, value in (("--data", data), ("--out", out)):
-        if value is None:
-            raise InputError(
-                f"{flag} is missing: give " + ("labelled images" if flag == "--data" else "a file to write")
-            )
-    assert data is not None and out is not None
-    if resume is not None and resume.exists() and not resume.is_dir():
-        raise InputError(f"--resume {resume} is a file, expected a folder")
+    data, out = check_files(data, out, resume)
     ranks = _Ranks(hybrid, low_rank_only, share, rank_step, allocated, stats, calibration_images)
     ranks.check(budget, rate, kinds)
     args = model_arguments(img_size, num_classes, model_kwargs)
