@@ -22,6 +22,7 @@ from vitlr import InputError, Statistics, apply, calibrate, create_model, evalua
 from vitlr.data import open_data
 from vitlr.plans import METHODS
 from vitlr.progress import bar
+from vitlr.statistics import OBJECTIVES
 
 LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
 
@@ -40,12 +41,14 @@ def main(args: argparse.Namespace) -> None:
         batch_size=50,
         need_labels=True,
     )
-    path = args.stats or cache / f"statistics-{args.samples}.safetensors"
+    path = args.stats or cache / f"statistics-{args.objective}-{args.samples}.safetensors"
     if path.is_file():
         stats = Statistics.load(path)
     else:
         with bar("calibrating", images.images) as progress:
-            stats = calibrate(model, images, samples=args.samples, hidden=True, progress=progress)
+            stats = calibrate(
+                model, images, objective=args.objective, samples=args.samples, hidden=True, progress=progress
+            )
         stats.save(path)
     rows: list[dict[str, Any]] = []
     for budget in args.budgets:
@@ -73,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
             found = {"budget": chosen.budget, "method": args.method, "ladder": ladder, "options": options}
             found |= {"before": before.to_dict(), "after": after.to_dict()}
             rows.append({**found, "refinement": refined.vitlr_refinement.to_dict()})
-    finish("refine", {"calibration_images": stats.images, "samples": stats.samples, "rows": rows}, args.json)
+    calibration = {"images": stats.images, "objectives": stats.objectives, "samples": stats.samples}
+    finish("refine", {"calibration": calibration, "rows": rows}, args.json)
 
 
 def _choice(text: str) -> tuple[str, Any]:
@@ -91,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--budgets", type=float, nargs="+", default=[80, 60], help="percent of parameters kept")
     args.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
     args.add_argument("--method", choices=METHODS, default="lowrank", help="ranks, hidden widths, or both")
+    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--minutes", type=float, help="for the joint rung")
     args.add_argument("--steps", type=int, help="of the joint rung")

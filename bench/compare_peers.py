@@ -181,7 +181,6 @@ STRUCTURED: dict[str, Make] = {
     "torch-pruning, isomorphic Taylor, embedding kept": torch_pruning("taylor", bottleneck=True, isomorphic=True),
 }
 BY_THRESHOLD: dict[str, tuple[Make, str]] = {"ptdeco, dwain": (dwain, "trade_off"), "ptdeco, falor": (falor, "kl")}
-OURS = "**vitlr, loss, allocated**"
 
 
 class Table:
@@ -218,13 +217,13 @@ class Table:
         def make() -> nn.Module:
             return apply(self.model, plan(self.model, self.stats(), budget, rank_step=1))
 
-        return self.add(OURS, budget, make)
+        return self.add(f"**vitlr, {self.stats().default_objective}, allocated**", budget, make)
 
     def stats(self) -> Statistics:
         if self._stats is None:
             path = ARGS.stats or self.cache.parent / "statistics-3.safetensors"
             if not path.is_file():
-                calibrate(self.model, (x for x, _ in self.images), samples=3).save(path)
+                calibrate(self.model, (x for x, _ in self.images), objective="fisher", samples=3).save(path)
             self._stats = Statistics.load(path)
         return self._stats
 

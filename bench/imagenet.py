@@ -29,6 +29,7 @@ from vitlr.cost import count_params
 from vitlr.data import Loader, open_data
 from vitlr.progress import bar
 from vitlr.refinement.recipe import make_recipe, parse_rungs
+from vitlr.statistics import OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Run:
         if not path.is_file():
             loader = self.proxy()
             with bar("calibrating", loader.images) as progress:
-                stats = calibrate(self.model, loader, samples=self.args.samples, seed=self.args.seed, progress=progress)
+                choices = {key: getattr(self.args, key) for key in ("objective", "samples", "seed")}
+                stats = calibrate(self.model, loader, **choices, progress=progress)
             stats.save(path)
         return Statistics.load(path)
 
@@ -143,7 +145,8 @@ def markdown(body: dict[str, Any]) -> str:
     lines = [
         f"# {body['model']} on ImageNet-1k",
         "",
-        f"{images}; seed {body['seed']}, rank step {body['rank_step']}; top-1 over {dense['images']} validation "
+        f"{images}; objective {body['objective']}, seed {body['seed']}, rank step {body['rank_step']}; "
+        f"top-1 over {dense['images']} validation "
         f"images, intervals 95 % (Wilson). torch {facts['torch']}, {body['device']}, {facts['date']}, code "
         f"{body['code']}. Seconds are those of planning and refining; calibration is shared by all rows.",
         "",
@@ -177,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         run.budget(budget)
     if sources() != CODE:
         sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
-    facts = {key: getattr(args, key) for key in ("model", "images", "samples", "seed", "rank_step")}
+    facts = {key: getattr(args, key) for key in ("model", "images", "objective", "samples", "seed", "rank_step")}
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else machine()["processor"]
     body = {**facts, "recipe": args.recipe, "device": device, "code": CODE, "machine": machine(), "rows": run.rows}
     write_json(args.json or args.out / f"imagenet_{args.model}.json", body)
@@ -210,6 +213,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="refit, residual, joint (all up to it), only-RUNG",
     )
     args.add_argument("--images", type=int, default=4096, help="training images to look at")
+    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--rank-step", type=int, default=8)
