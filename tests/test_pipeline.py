@@ -153,7 +153,7 @@ def test_fuse_is_exact_and_reversible(calibrated, batches):
     small = vitlr.apply(model, vitlr.plan(model, stats, "params:70%", rank_step=4))
     fused = vitlr.fuse(small, fold=False)
     back = vitlr.unfuse(fused)
-    assert fused_names(fused) == ["blocks.0.mlp", "blocks.1.mlp"] and not fused_names(small)
+    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(fused_names(fused)) and not fused_names(small)
     assert list(fused.state_dict()) == list(small.state_dict())
     assert [type(m) for m in back.modules()] == [type(m) for m in small.modules()]
     for other in (fused, back):

@@ -146,7 +146,7 @@ def narrow(tiny_vit):
 
 def test_loads_alone_in_a_fresh_process(narrow, images, tmp_path):
     model = vitlr.fuse(narrow, fold=False)
-    assert len(surgery.fused_names(model)) == 2
+    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(surgery.fused_names(model))
     checkpoint.save(model, tmp_path / "m.safetensors")
     with torch.no_grad():
         torch.save((images, model(images)), tmp_path / "logits.pt")
