@@ -139,7 +139,7 @@ def solve_widths(
 def check_options(objective: str, ridge: float) -> None:
     """Raise `InputError` for options that no statistics could serve."""
     if objective in ("normalized", "fisher"):  # their unit is another one than that of the hidden moments
-        raise InputError(f"objective={objective!r} has moments of whole images, hidden moments are of tokens; use 'loss'")
+        raise InputError(f"objective={objective!r} speaks of whole images, hidden moments are of tokens; use 'loss'")
     if not 0 < ridge < float("inf"):
         raise InputError(f"ridge={ridge}, expected a number above 0: hidden neurons may be copies of each other")
 
