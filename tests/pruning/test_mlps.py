@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import timm
 import torch
+from families import MODELS, make
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from timm.layers.mlp import GlobalResponseNormMlp
 from torch import nn
 
-from tests.families import MODELS, make
 from vitlr.errors import InputError
 from vitlr.pruning import find_mlps, read_mlp, refused_mlps
 

@@ -8,11 +8,11 @@ import textwrap
 
 import pytest
 import torch
+from families import arguments, make
 from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
 from torch import nn
 
 import vitlr
-from tests.families import arguments, make
 from vitlr import checkpoint, cost, surgery
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear

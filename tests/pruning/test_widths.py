@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from families import MODELS, make
 
 import vitlr
-from tests.families import MODELS, make
 from vitlr.errors import InputError, NumericalError
 from vitlr.pruning import find_mlps, narrow_mlp
 from vitlr.pruning.widths import solve_widths
