@@ -23,7 +23,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_vit() -> Callable[..., torch.nn.Module]:
     """A function that makes a timm ViT with 32x32 inputs, two blocks of width 32 and 5 classes (arguments override)."""
 

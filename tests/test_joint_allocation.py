@@ -24,11 +24,9 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def calibrated():
-    from tests.conftest import tiny_vit
-
+def calibrated(tiny_vit):
     torch.manual_seed(0)
-    model = tiny_vit.__wrapped__()()
+    model = tiny_vit()
     images = [torch.randn(16, 3, 32, 32) for _ in range(3)]
     return model, vitlr.calibrate(model, images, hidden=True)
 

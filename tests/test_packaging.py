@@ -192,7 +192,7 @@ def test_skipping_the_native_build_gives_a_pure_wheel(from_sdist, tmp_path):
     assert not [
         name
         for name in zipfile.ZipFile(wheel).namelist()
-        if "_C." in name or "_cuda." in name or "_build_failure" in name
+        if name.startswith(("vitlr/_C.", "vitlr/_cuda.")) or "_build_failure" in name
     ]
 
 
@@ -222,8 +222,7 @@ def test_nothing_but_native_imports_the_extension():
     importers = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "vitlr").rglob("*.py")
-        if re.search(r"vitlr\._(C|cuda)\b|from vitlr import .*\b_(C|cuda)\b", path.read_text())
-        and "import" in path.read_text()
+        if re.search(r"import.*[\"' ]vitlr\._(C|cuda)\b|from vitlr import .*\b_(C|cuda)\b", path.read_text())
     }
     assert importers == {"vitlr/ops/_native.py"}
 
