@@ -85,7 +85,7 @@ def joint(run: Run, kept: str) -> tuple[nn.Module, int]:
 
 
 def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
-    from vitlr.pruning.vtp import prune
+    from vitlr.vtp import prune
 
     recipe = replace(AFTERWARDS, epochs=1, seed=run.seed)
     small = prune(
@@ -95,7 +95,7 @@ def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
 
 
 def hybrid(run: Run, kept: str) -> tuple[nn.Module, int]:
-    from vitlr.pruning.hybrid import hybrid as published
+    from vitlr.hybrids import hybrid as published
 
     model = run.trained()
     recipe = replace(AFTERWARDS, epochs=1, seed=run.seed)

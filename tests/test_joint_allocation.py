@@ -9,7 +9,7 @@ import torch
 import vitlr
 from vitlr import checkpoint, cost, surgery
 from vitlr.errors import InputError
-from vitlr.joint_allocation import _worth_having
+from vitlr.joint_options import worth_having
 from vitlr.nn import LowRankLinear
 from vitlr.plans import LayerPlan, Plan
 
@@ -210,11 +210,11 @@ def test_plans_from_anywhere_are_checked(calibrated):
         vitlr.apply(model, Plan.from_dict(body), stats)
 
 
-def test_the_options_worth_having():
+def test_the_optionsworth_having():
     import numpy as np
 
     cost, loss = np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0]), np.array([1.0, 5.0, 5.0, 2.0, 1.0, 6.0])
-    assert _worth_having(cost, loss).tolist() == [1, 3, 0]
+    assert worth_having(cost, loss).tolist() == [1, 3, 0]
 
 
 def test_layer_rows_count_what_is_kept():

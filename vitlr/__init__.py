@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from vitlr.decomposition import decompose
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
     from vitlr.evaluation import evaluate
+    from vitlr.hybrids import hybrid
     from vitlr.models import create_model
     from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
     from vitlr.pipeline import apply, compress, plan
     from vitlr.plans import Plan
-    from vitlr.pruning.hybrid import hybrid
-    from vitlr.pruning.vtp import prune
     from vitlr.refinement import refine
     from vitlr.spectra import Spectra
     from vitlr.statistics import Statistics
     from vitlr.surgery import fuse, to_dense, unfuse
+    from vitlr.vtp import prune
 
 __version__ = "0.1.0"
 
@@ -37,8 +37,8 @@ _HOMES = {
     "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
     "pipeline": ("apply", "compress", "plan"),
     "plans": ("Plan",),
-    "pruning.hybrid": ("hybrid",),
-    "pruning.vtp": ("prune",),
+    "hybrids": ("hybrid",),
+    "vtp": ("prune",),
     "refinement": ("refine",),
     "spectra": ("Spectra",),
     "statistics": ("Statistics",),

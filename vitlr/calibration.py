@@ -15,7 +15,6 @@ from vitlr.inputs import call, count_images, image_shape, one_image, tensors, to
 from vitlr.losses import image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
 from vitlr.probe import Probe, probe
-from vitlr.pruning.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.statistics import (
     EXTRAS,
     GRADIENT_OBJECTIVES,
@@ -25,6 +24,7 @@ from vitlr.statistics import (
     Statistics,
     fingerprint,
 )
+from vitlr.surfaces.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.taps import Tap
 
 HIDDEN_MEMORY = 4e9  # bytes: ViT-B's twelve hidden moments take 0.9e9, ViT-L's 3.2e9

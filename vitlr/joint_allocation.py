@@ -7,41 +7,20 @@ loses is uncorrelated with what it keeps.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from vitlr.allocation import Sizes, check_counts, match_layers
 from vitlr.budgets import Budget
 from vitlr.errors import InputError
-from vitlr.knapsack import Array, Options, choose
+from vitlr.joint_options import Item, Maker
+from vitlr.knapsack import Options, choose
 from vitlr.plans import METHODS, LayerPlan, Plan, WidthPlan
 from vitlr.pruning.widths import WidthSpectrum
 from vitlr.spectra import Spectra
 
-FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each takes a solve of its second linear
 WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
-
-
-@dataclass(frozen=True)
-class _Item:
-    """The choices of an MLP, or of one linear outside of any: costs and losses of `(width, ranks)`."""
-
-    linears: tuple[str, ...]
-    widths: WidthSpectrum | None
-    choices: list[tuple[int | None, tuple[int | None, ...]]]
-    options: Options
-
-    def only(self, indices: Array) -> _Item:
-        return _Item(
-            self.linears,
-            self.widths,
-            [self.choices[i] for i in indices],
-            Options(self.options.cost[indices], self.options.loss[indices]),
-        )
 
 
 def allocate_jointly(
@@ -77,9 +56,7 @@ def allocate_jointly(
         width_scale=width_scale,
     )
     wanted = match_layers(list(spectra.layers), include, exclude)
-    maker = _Maker(
-        spectra, sizes, budget.quantity if budget else "params", rank_step, min_rank, width_step, width_scale
-    )
+    maker = Maker(spectra, sizes, budget.quantity if budget else "params", rank_step, min_rank, width_step, width_scale)
     items = [maker.item(linears, widths, method, wanted) for linears, widths in _groups(spectra)]
     if prune_rate is not None:
         items = _at_rate(items, prune_rate)
@@ -101,11 +78,13 @@ def allocate_jointly(
     for item, index in zip(items, chosen or [], strict=True):
         width, ranks = item.choices[index]
         if item.widths is not None and width is not None:
-            mlps.append(maker.mlp_row(item.widths, width, _why_width(item, width, maker, wanted, prune_rate)))
-        rows += maker.layer_rows(item, width, ranks, wanted, method)
+            why = _why_width(item, width, maker, wanted, prune_rate)
+            lost = maker.width_errors(item.widths, width)
+            mlps.append(WidthPlan(item.widths.name, item.widths.full_width, width, lost, why))
+        rows += _layer_rows(maker, item, width, ranks, wanted, method)
     order = {name: index for index, name in enumerate(spectra.layers)}
     rows.sort(key=lambda row: order[row.name])
-    saved = maker.saved(rows)
+    saved = _saved(rows, sizes)
     return Plan(
         budget=str(budget) if budget else f"prune rate {prune_rate:g}",
         objective=spectra.objective,
@@ -173,7 +152,7 @@ def _groups(spectra: Spectra) -> list[tuple[tuple[str, ...], WidthSpectrum | Non
     return groups
 
 
-def _at_rate(items: list[_Item], rate: float) -> list[_Item]:
+def _at_rate(items: list[Item], rate: float) -> list[Item]:
     """Settle the widths of all MLPs: those at which `rate` of all hidden neurons goes at the least loss."""
     mlps = [item for item in items if item.widths is not None]
     neurons = [np.array([float(width or 0) for width, _ in item.choices]) for item in mlps]
@@ -190,148 +169,48 @@ def _at_rate(items: list[_Item], rate: float) -> list[_Item]:
     return [settled.get(id(item), item) for item in items]
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Builds items and rows: what everything costs in the budget's quantity."""
-
-    spectra: Spectra
-    sizes: Sizes
-    quantity: str
-    rank_step: int
-    min_rank: int
-    width_step: int
-    width_scale: float
-
-    def unit(self, name: str) -> float:
-        """Cost of one weight of a layer."""
-        itemsize = float(self.sizes.itemsize[name])
-        return {"params": 1.0, "macs": self.sizes.tokens[name], "bytes": itemsize}[self.quantity]
-
-    def bias(self, item_linears: Sequence[str], name: str, N: int) -> float:
-        """Cost of a first linear's bias, which a narrower width saves; that of a last or lone linear never changes."""
-        counts = name != item_linears[-1] and self.sizes.has_bias[name] and self.quantity != "macs"
-        return self.unit(name) * N * counts
-
-    def shape(self, mlp: WidthSpectrum | None, name: str, width: int | None) -> tuple[int, int]:
-        """(N, K) of a layer where its MLP has this width."""
-        spectrum = self.spectra.layers[name]
-        N, K = spectrum.out_features, spectrum.in_features
-        if mlp is None or width is None:
-            return N, K
-        return (N, width) if name == mlp.second else (width * (2 if mlp.packed else 1), K)
-
-    def dense(self, item: _Item) -> float:
-        """Cost of an item with nothing changed."""
-        shapes = [(name, *self.shape(None, name, None)) for name in item.linears]
-        return sum(self.unit(name) * N * K + self.bias(item.linears, name, N) for name, N, K in shapes)
-
-    def item(self, linears: tuple[str, ...], mlp: WidthSpectrum | None, method: str, wanted: Collection[str]) -> _Item:
-        """All choices worth having."""
-        ranked = method == "joint" or (method == "hybrid" and mlp is None)
-        if mlp is None:
-            return self._at_width(linears, None, None, ranked, wanted)
-        widths = self.widths(mlp) if set(linears) <= set(wanted) else [mlp.full_width]
-        # Every width alone, and some of them, evenly spread, with ranks.
-        few = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, min(FACTORED, len(widths)))}
-        few.add(mlp.full_width)
-        parts = [self._at_width(linears, mlp, width, ranked and width in few, wanted) for width in widths]
-        choices = [choice for part in parts for choice in part.choices]
-        cost = np.concatenate([part.options.cost for part in parts])
-        loss = np.concatenate([part.options.loss for part in parts])
-        return _Item(linears, mlp, choices, Options(cost, loss)).only(_worth_having(cost, loss))
-
-    def widths(self, mlp: WidthSpectrum) -> list[int]:
-        """Multiples of the step below the full width, and that."""
-        return [*range(self.width_step, mlp.full_width, self.width_step), mlp.full_width]
-
-    def _at_width(
-        self,
-        linears: tuple[str, ...],
-        mlp: WidthSpectrum | None,
-        width: int | None,
-        ranked: bool,
-        wanted: Collection[str],
-    ) -> _Item:
-        """The choices of ranks at one width."""
-        cost, loss = np.zeros(1), np.zeros(1)
-        if mlp is not None and width is not None:
-            loss = loss + self.width_scale * float(mlp.errors[width])
-        choices: list[tuple[int | None, ...]] = [()]
-        for name in linears:
-            N, K = self.shape(mlp, name, width)
-            ranks: list[int | None] = [*self._ranks(N, K), None] if ranked and name in wanted else [None]
-            errors = self.errors(mlp, name, width) if len(ranks) > 1 else None
-            own = np.array([N * K if r is None else r * (N + K) for r in ranks]) * self.unit(name)
-            own = own + self.bias(linears, name, N)
-            lost = np.array([0.0 if r is None or errors is None else float(errors[r]) for r in ranks])
-            cost, loss = (cost[:, None] + own).ravel(), (loss[:, None] + lost).ravel()
-            choices = [(*before, r) for before, r in itertools.product(choices, ranks)]
-            best = _worth_having(cost, loss)
-            cost, loss, choices = cost[best], loss[best], [choices[i] for i in best]
-        return _Item(linears, mlp, [(width, ranks) for ranks in choices], Options(cost, loss))
-
-    def errors(self, mlp: WidthSpectrum | None, name: str, width: int | None) -> Tensor:
-        """Loss of every rank. A narrower first linear keeps rows of the dense one's factors, and its losses."""
-        if mlp is not None and width is not None and name == mlp.second and width < mlp.full_width:
-            return mlp.second_errors(width)
-        return self.spectra.layers[name].errors()
-
-    def _ranks(self, N: int, K: int) -> list[int]:
-        first = -(-self.min_rank // self.rank_step) * self.rank_step
-        return [r for r in range(first, min(N, K) + 1, self.rank_step) if r * (N + K) < N * K]
-
-    def mlp_row(self, mlp: WidthSpectrum, width: int, reason: str) -> WidthPlan:
-        return WidthPlan(mlp.name, mlp.full_width, width, self.width_scale * float(mlp.errors[width]), reason)
-
-    def layer_rows(
-        self,
-        item: _Item,
-        width: int | None,
-        ranks: Sequence[int | None],
-        wanted: Collection[str],
-        method: str,
-    ) -> list[LayerPlan]:
-        rows = []
-        for name, rank in zip(item.linears, ranks, strict=True):
-            spectrum = self.spectra.layers[name]
-            N, K = self.shape(item.widths, name, width)
-            error = 0.0 if rank is None else float(self.errors(item.widths, name, width)[rank])
-            rows.append(
-                LayerPlan(
-                    name,
-                    spectrum.in_features,
-                    spectrum.out_features,
-                    rank,
-                    self.sizes.tokens[name],
-                    error,
-                    _why_rank(item, name, rank, wanted, method),
-                    kept_in=K if spectrum.in_features != K else None,
-                    kept_out=N if spectrum.out_features != N else None,
-                )
+def _layer_rows(
+    maker: Maker,
+    item: Item,
+    width: int | None,
+    ranks: Sequence[int | None],
+    wanted: Collection[str],
+    method: str,
+) -> list[LayerPlan]:
+    rows = []
+    for name, rank in zip(item.linears, ranks, strict=True):
+        spectrum = maker.spectra.layers[name]
+        N, K = maker.shape(item.widths, name, width)
+        error = 0.0 if rank is None else float(maker.errors(item.widths, name, width)[rank])
+        rows.append(
+            LayerPlan(
+                name,
+                spectrum.in_features,
+                spectrum.out_features,
+                rank,
+                maker.sizes.tokens[name],
+                error,
+                _why_rank(item, name, rank, wanted, method),
+                kept_in=K if spectrum.in_features != K else None,
+                kept_out=N if spectrum.out_features != N else None,
             )
-        return rows
-
-    def saved(self, rows: Sequence[LayerPlan]) -> dict[str, int]:
-        """What the whole plan saves, in every quantity."""
-        saved = {"params": 0, "macs": 0, "bytes": 0}
-        for row in rows:
-            weights = row.in_features * row.out_features
-            bias = row.out_features - row.shape[0] if self.sizes.has_bias[row.name] else 0
-            saved["params"] += weights - row.params + bias
-            saved["macs"] += round(weights * row.tokens) - row.macs
-            saved["bytes"] += (weights - row.params + bias) * self.sizes.itemsize[row.name]
-        return saved
+        )
+    return rows
 
 
-def _worth_having(cost: Array, loss: Array) -> Array:
-    """Indices of the options that no other one beats in both cost and loss, the cheapest first."""
-    order = np.lexsort((loss, cost))
-    least = np.minimum.accumulate(loss[order])
-    better = np.concatenate([[True], loss[order][1:] < least[:-1]])
-    return order[better]
+def _saved(rows: Sequence[LayerPlan], sizes: Sizes) -> dict[str, int]:
+    """What the whole plan saves, in every quantity."""
+    saved = {"params": 0, "macs": 0, "bytes": 0}
+    for row in rows:
+        weights = row.in_features * row.out_features
+        bias = row.out_features - row.shape[0] if sizes.has_bias[row.name] else 0
+        saved["params"] += weights - row.params + bias
+        saved["macs"] += round(weights * row.tokens) - row.macs
+        saved["bytes"] += (weights - row.params + bias) * sizes.itemsize[row.name]
+    return saved
 
 
-def _why_width(item: _Item, width: int, maker: _Maker, wanted: Collection[str], rate: float | None) -> str:
+def _why_width(item: Item, width: int, maker: Maker, wanted: Collection[str], rate: float | None) -> str:
     mlp = item.widths
     assert mlp is not None
     if width < mlp.full_width:
@@ -344,7 +223,7 @@ def _why_width(item: _Item, width: int, maker: _Maker, wanted: Collection[str], 
     return "full: worth its cost within the budget"
 
 
-def _why_rank(item: _Item, name: str, rank: int | None, wanted: Collection[str], method: str) -> str:
+def _why_rank(item: Item, name: str, rank: int | None, wanted: Collection[str], method: str) -> str:
     if rank is not None:
         return "saves most for its error"
     if name not in wanted:

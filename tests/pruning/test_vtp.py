@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import vitlr
+from vitlr import vtp
 from vitlr.cost import count_params
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear
-from vitlr.pruning import vtp
 from vitlr.pruning.gates import add_gates, gates
-from vitlr.pruning.vtp import cut_off
+from vitlr.vtp import cut_off
 
 prune = functools.partial(vitlr.prune, tile=1)
 

@@ -138,8 +138,8 @@ def prune(
     from vitlr.progress import bar
     from vitlr.pruning.sites import FEED_FORWARD, KINDS, parse_kinds
     from vitlr.pruning.thresholds import check_wanted
-    from vitlr.pruning.vtp import prune as prune_by_gates
     from vitlr.training import TrainRecipe
+    from vitlr.vtp import prune as prune_by_gates
 
     wanted: dict[str, Any] = {"budget": budget, "thresholds": thresholds, "l1": l1, "tile": tile}
     if not low_rank_only:
@@ -280,7 +280,7 @@ class _Ranks:
 
     def run(self, model: nn.Module, images: Any, rate: float | None, **how: Any) -> nn.Module:
         """The hybrid, or low rank alone."""
-        from vitlr.pruning.hybrid import SHARE, hybrid
+        from vitlr.hybrids import SHARE, hybrid
 
         share = SHARE if self.share is None else self.share
         step = 16 if self.rank_step is None else self.rank_step

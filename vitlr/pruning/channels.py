@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn import SelectedLinear
 from vitlr.pruning.gates import gates, put
-from vitlr.pruning.mlps import read_mlp
 from vitlr.pruning.removal import narrow_mlp
 from vitlr.pruning.sites import Site
+from vitlr.surfaces.mlps import read_mlp
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear
-from vitlr.pruning.mlps import Mlp, read_mlp
+from vitlr.surfaces.mlps import Mlp, read_mlp
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from torch import nn
 from vitlr import surfaces
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear
-from vitlr.pruning.mlps import SUPPORTED as MLPS
-from vitlr.pruning.mlps import find_mlps, refused_mlps
 from vitlr.surfaces.attention import SUPPORTED as ATTENTIONS
 from vitlr.surfaces.attention import attentions
+from vitlr.surfaces.mlps import SUPPORTED as MLPS
+from vitlr.surfaces.mlps import find_mlps, refused_mlps
 
 KINDS = ("qkv", "proj", "fc1", "fc2")
 ATTENTION, FEED_FORWARD = KINDS[:2], KINDS[2:]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone
-from vitlr.pruning.mlps import SUPPORTED, Mlp, find_mlps
 from vitlr.solver import solve
 from vitlr.spectra import LayerSpectrum
 from vitlr.statistics import LayerStatistics, Statistics
+from vitlr.surfaces.mlps import SUPPORTED, Mlp, find_mlps
 
 RIDGE = 1e-3  # relative to the mean variance of a hidden neuron; chosen on held-out calibration images (docs/method.md)
 

@@ -22,10 +22,10 @@ from vitlr.errors import InputError
 from vitlr.plans import Plan
 from vitlr.pruning.sites import FEED_FORWARD, parse_kinds
 from vitlr.pruning.thresholds import check_wanted
-from vitlr.pruning.vtp import L1, TILE, Progress, Pruning, prune
 from vitlr.statistics import Statistics
 from vitlr.surfaces.attention import SUPPORTED, attention_names
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
+from vitlr.vtp import L1, TILE, Progress, Pruning, prune
 
 SHARE = 0.5  # of the attention's weights
 
@@ -78,7 +78,7 @@ def hybrid(
     """Make attention low rank, prune feed-forward blocks by gates, fine-tune; `vitlr_hybrid` of the result says how.
 
     The linears of every attention keep a `share` of their weights, the same one each as published or, without
-    `uniform`, as one knapsack allocates them. Then `vitlr.pruning.vtp.prune` with `kinds` (fc1, fc2): to a `rate` of
+    `uniform`, as one knapsack allocates them. Then `vitlr.vtp.prune` with `kinds` (fc1, fc2): to a `rate` of
     the gates, or until the whole model meets the `budget` ("params:50%" of the model given). `kinds=None` prunes
     nothing: attention and feed-forward blocks alike become low rank under the budget, and are fine-tuned.
 

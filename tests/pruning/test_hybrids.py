@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(gated, tiny_vit, labelled, 
 def test_statistics_at_hand_are_used(tiny_vit, batches, labelled, quick, monkeypatch):
     model = tiny_vit()
     stats = vitlr.calibrate(model, batches)
-    monkeypatch.setattr("vitlr.pruning.hybrid.calibrate", None)
+    monkeypatch.setattr("vitlr.hybrids.calibrate", None)
     small = hybrid(model, labelled, 0.2, stats=stats, rank_step=1, recipe=quick, finetune=False)
     assert small.vitlr_hybrid.plan.fingerprint == stats.fingerprint
 
