@@ -3,10 +3,10 @@
     python bench/ablate.py [--data FOLDER] [--budgets 90 80 70 60 50 40] [--seeds 3] [--rungs refit residual joint all]
 
 The default is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
-moves one choice: the objective, the allocation, the number of images (64, 250), the rung. That is 7 models a budget and
-seed, and one more for each rung, where the full product would be 120. A seed chooses which 150 of the 1000 calibration
-images judge, which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds)
-hold for all of that. The validation images have no part in it; `--judge validation` takes them instead. Finished rows
+moves one choice: the objective, the allocation (uniform, widths, hybrid, joint), the number of images (64, 250), the
+rung; "joint, fisher" and its numbers of images move two. A seed chooses which 150 of the 1000 calibration images judge,
+which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds) hold for all of
+that. The validation images have no part in it; `--judge validation` takes them instead. Finished rows
 are kept in bench/build, so that an interrupted run goes on where it stopped.
 """
 
@@ -31,6 +31,7 @@ from torch import nn
 
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
 from vitlr.data import Loader, open_data
+from vitlr.plans import METHODS
 from vitlr.statistics import OBJECTIVES
 
 HELD = 150
@@ -45,21 +46,28 @@ class Variant:
 
     name: str
     objective: str = "loss"
+    method: str = "lowrank"
     uniform: bool = False
     images: int | None = None
     rung: str | None = None
 
 
-DEFAULT = Variant("default: loss, allocated, all images")
+DEFAULT = Variant("default: loss, ranks, all images")
+BOTH = Variant("joint, fisher", "fisher", "joint")
 
 
 def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
-    """The default and everything one step away from it."""
+    """The default and everything one step away from it; the joint allocation with the other objective."""
     found = [DEFAULT]
     found += [replace(DEFAULT, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != DEFAULT.objective]
     found += [replace(DEFAULT, name="uniform ranks", uniform=True)]
-    found += [replace(DEFAULT, name=f"{count} images", images=count) for count in counts]
-    return found + [replace(DEFAULT, name=f"rung {rung}", rung=rung) for rung in rungs]
+    found += [replace(DEFAULT, name=f"allocation {m}", method=m) for m in METHODS if m != DEFAULT.method]
+    found += [BOTH]
+    for of in (DEFAULT, BOTH):
+        start = "" if of is DEFAULT else f"{of.name}, "
+        found += [replace(of, name=f"{start}{count} images", images=count) for count in counts]
+        found += [replace(of, name=f"{start}rung {rung}", rung=rung) for rung in rungs]
+    return found
 
 
 class Seed:
@@ -87,7 +95,12 @@ class Seed:
             path = self.cache / f"statistics-{self.seed}-{count or 'all'}.safetensors"
             if not path.is_file():
                 stats = calibrate(
-                    self.model, self.images(count), objective=OBJECTIVES, samples=ARGS.samples, seed=self.seed
+                    self.model,
+                    self.images(count),
+                    objective=OBJECTIVES,
+                    samples=ARGS.samples,
+                    seed=self.seed,
+                    hidden=True,
                 )
                 stats.save(path)
             self._stats[count] = Statistics.load(path)
@@ -97,7 +110,8 @@ class Seed:
         """Make the model of a variant, and judge it."""
         stats = self.statistics(variant.images)
         start = time.process_time()
-        choices = {"objective": variant.objective, "uniform": variant.uniform, "rank_step": 1}
+        choices: dict[str, Any] = {"objective": variant.objective, "method": variant.method, "rank_step": 1}
+        choices |= {"uniform": True} if variant.uniform else {}
         small = apply(self.model, plan(self.model, stats, budget, **choices))
         report = None
         if variant.rung is not None:

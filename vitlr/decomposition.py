@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
+from vitlr.moments import damped, pair
 from vitlr.ops.eigh import BatchError
 from vitlr.solver import solve, solve_batch
 from vitlr.spectra import LayerSpectrum, Spectra
-from vitlr.statistics import GRADIENT_OBJECTIVES, OBJECTIVES, LayerStatistics, Statistics
+from vitlr.statistics import OBJECTIVES, LayerStatistics, Statistics
 
 DAMPING = 0.1  # best on held-out calibration images where images are few, level with 0.01 where they are many
 BATCH = 2**26  # entries of the matrices that a GPU solves at once: 113 of 768 x 768, half a GiB in fp64
@@ -68,11 +69,11 @@ def decompose(
 
     def prepare(name: str) -> _Problem:
         layer, W = stats.layers[name], weights[name].detach().to(device, torch.float64)
-        M, F = _pair(layer, W, stats, objective, centred)
+        M, F = pair(layer, W, stats, objective, centred)
         mean = layer.sum("input_sum").to(W) / max(layer.tokens, 1) if centred else None
         if F is not None and not F.any():  # nothing depends on this layer: every rank is free
             return _Problem(layer, M, None, True, mean)
-        return _Problem(layer, M, None if F is None else _damped(F, W, layer.side, damping, objective), False, mean)
+        return _Problem(layer, M, None if F is None else damped(F, W, layer.side, damping, objective), False, mean)
 
     batched = torch.device(device).type != "cpu"
     solved = (_in_batches if batched else _one_by_one)(prepare, stats.layers)
@@ -163,44 +164,6 @@ def _in_batches(prepare: Callable[[str], _Problem], layers: Mapping[str, LayerSt
                     raise alike[cause.index].failed(cause.reason) from cause
                 for problem, energies, P, Q in zip(alike, *solved, strict=True):
                     yield problem.answer(energies.clone(), P.clone(), Q.clone())  # none keeps the batch alive
-
-
-def _pair(
-    layer: LayerStatistics, W: Tensor, stats: Statistics, objective: str, centred: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The moments M and F of one layer (F None stands for the identity), scaled to the objective's unit."""
-    if objective == "fisher":
-        M, F = _balanced(layer, W, "image_moment", "moment"), _balanced(layer, W, "image_gradient", "gradient")
-        return M, F * layer.sum("image_gradient").to(W).trace() / (2 * max(stats.images, 1) * stats.samples)
-    output_side = layer.side == "output"
-    M = layer.sum("normalized" if objective == "normalized" else "moment").to(W)
-    if centred:
-        total = layer.sum("input_sum").to(W)
-        total = W @ total if output_side else total
-        M = M - torch.outer(total, total) / max(layer.tokens, 1)
-    M = M / max(stats.images, 1)
-    if objective == "loss":
-        # ½ E[(gᵀδ)²] summed over the tokens of an image, taken as independent: M holds sums per image, F means per
-        # token.
-        return M, layer.sum("gradient").to(W) / (2 * max(layer.tokens, 1) * stats.samples)
-    return M, None if output_side else W.mT @ W
-
-
-def _balanced(layer: LayerStatistics, W: Tensor, by_image: str, by_token: str) -> Tensor:
-    """Half a moment of images and half one of tokens, with a trace of 1: there are hundreds of times more tokens.
-
-    A moment of images alone fits the images at hand; 100 of them gave worse ranks than tokens did (docs/measured.md).
-    """
-    parts = [layer.sum(key).to(W) for key in (by_image, by_token)]
-    return sum(part / (2 * part.trace().clamp_min(torch.finfo(W.dtype).tiny)) for part in parts)  # type: ignore[return-value]
-
-
-def _damped(F: Tensor, W: Tensor, side: str, damping: float, objective: str) -> Tensor:
-    """F with a floor under the output gradients: `S + δ · 1`, which on the input side reads `H + δ WᵀW`."""
-    if objective not in GRADIENT_OBJECTIVES:
-        return F
-    floor = torch.eye(len(F), dtype=F.dtype, device=F.device) if side == "output" else W.mT @ W
-    return F + damping * F.trace() / floor.trace().clamp_min(torch.finfo(F.dtype).tiny) * floor
 
 
 def layer_weights(model: nn.Module, stats: Statistics) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 ablate = importlib.import_module("ablate")
 
 
-def test_every_variant_is_one_step_from_the_default():
+def test_every_variant_is_one_step_from_the_default_or_from_joint_with_fisher():
     first, *others = ablate.variants(["refit", "all"], [64, 250])
-    assert first == ablate.DEFAULT and len({v.name for v in others}) == len(others) == 8
+    assert first == ablate.DEFAULT and len({v.name for v in others}) == len(others) == 16
+    assert ablate.BOTH in others
     for variant in others:
-        moved = [key for key, value in asdict(variant).items() if value != asdict(first)[key]]
-        assert len(moved) == 2 and "name" in moved, variant
+        centre = ablate.BOTH if variant.name.startswith(f"{ablate.BOTH.name},") else first
+        moved = [key for key, value in asdict(variant).items() if value != asdict(centre)[key]]
+        assert "name" in moved and (len(moved) == 2 or variant == ablate.BOTH), variant
 
 
 def test_intervals():

@@ -155,3 +155,24 @@ def test_bad_options_and_moments_are_refused(double):
     stats.layers["blocks.1.mlp.fc2"].input_moment[3, 3] = float("nan")
     with pytest.raises(NumericalError, match=r"blocks\.1\.mlp"):
         solve_widths(model, stats)
+
+
+def test_widths_and_ranks_speak_of_one_unit_when_tokens_are_taken_together(double):
+    """Dropping every neuron loses what the output's moment, seen over tokens, weighs in the metric of the ranks."""
+    model, batches = double
+    stats = vitlr.calibrate(model, batches, hidden=True, objective=("loss", "fisher"), samples=2)
+    name = "blocks.1.mlp.fc2"
+    layer, W = stats.layers[name], model.get_submodule(name).weight.detach()
+    share = [(layer.image_gradient, 0.5), (layer.gradient, 0.5)]
+    F = sum(part / part.trace() * weight for part, weight in share)
+    F = F * layer.image_gradient.trace() / (2 * stats.images * 2)  # half the mean of ||P||^2 over images and draws
+    F = F + 0.1 * F.trace() / len(F) * torch.eye(len(F), dtype=F.dtype)
+    M = layer.input_moment / layer.moment.trace()
+    found = solve_widths(model, stats, "fisher", compensate=False)["blocks.1.mlp"]
+    assert torch.allclose(found.errors[0], torch.trace(F @ W @ M @ W.mT), rtol=1e-6)
+    for objective in ("loss", "fisher"):
+        plan = vitlr.plan(model, stats, "params:70%", method="joint", objective=objective, rank_step=4, width_step=4)
+        assert plan.objective == objective and plan.narrowed
+        assert vitlr.cost.count_params(vitlr.apply(model, plan)) == plan.params_kept
+    with pytest.raises(InputError, match="weighs whole images"):
+        solve_widths(model, stats, "normalized")

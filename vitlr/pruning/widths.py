@@ -1,8 +1,8 @@
 """What every width of every MLP costs, and the weights that go with it: the analogue of a spectrum over ranks.
 
 The second linear of an MLP reads h = the hidden neurons. With `M = Σ h hᵀ` per image, `Σ = M − its mean part + ridge`,
-and F the gradient moment of its output (half, per token, damped; as in `vitlr.decomposition`), removing all neurons
-but k costs `½ E[(gᵀδ)²] = tr(F (W − V E_k) Σ (W − V E_k)ᵀ)` in the unit of the low-rank energies: nats per image.
+and F the gradient moment of its output (`vitlr.moments`, damped), removing all neurons but k costs
+`½ E[(gᵀδ)²] = tr(F (W − V E_k) Σ (W − V E_k)ᵀ)` in the unit of the low-rank energies: nats per image.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
+from vitlr.moments import damped, pair
 from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone
 from vitlr.solver import solve
 from vitlr.spectra import LayerSpectrum
-from vitlr.statistics import LayerStatistics, Statistics
+from vitlr.statistics import GRADIENT_OBJECTIVES, LayerStatistics, Statistics
 from vitlr.surfaces.mlps import SUPPORTED, Mlp, find_mlps
 
 RIDGE = 1e-3  # relative to the mean variance of a hidden neuron; chosen on held-out calibration images (docs/method.md)
@@ -117,9 +118,10 @@ def solve_widths(
 ) -> dict[str, WidthSpectrum]:
     """The width spectra of all MLPs that the statistics cover, by name, in float64.
 
-    Needs the hidden moments of `calibrate(..., hidden=True)`, and `objective` "loss" or "output". `ridge` is relative
-    to the mean variance of a hidden neuron, `damping` to the mean eigenvalue of the output gradients' moment. Raises
-    `InputError` where the statistics hold no hidden moments or no MLP is recognised, `NumericalError` naming the MLP.
+    Needs the hidden moments of `calibrate(..., hidden=True)`, and `objective` "loss", "fisher" or "output". `ridge` is
+    relative to the mean variance of a hidden neuron, `damping` to the mean eigenvalue of the output gradients' moment.
+    Raises `InputError` where the statistics hold no hidden moments or no MLP is recognised, `NumericalError` naming the
+    MLP.
     """
     objective = objective or stats.default_objective
     check_options(objective, ridge)
@@ -138,8 +140,8 @@ def solve_widths(
 
 def check_options(objective: str, ridge: float) -> None:
     """Raise `InputError` for options that no statistics could serve."""
-    if objective in ("normalized", "fisher"):  # their unit is another one than that of the hidden moments
-        raise InputError(f"objective={objective!r} speaks of whole images, hidden moments are of tokens; use 'loss'")
+    if objective == "normalized":  # its unit is another one than that of the hidden moments
+        raise InputError("objective='normalized' weighs whole images, hidden moments are of tokens; use 'loss'")
     if not 0 < ridge < float("inf"):
         raise InputError(f"ridge={ridge}, expected a number above 0: hidden neurons may be copies of each other")
 
@@ -166,10 +168,16 @@ def _prepared(
     assert isinstance(fc2, nn.Linear)
     N, D = fc2.weight.shape
     F, free = torch.eye(N, dtype=torch.float64), False
-    if objective == "loss":
-        S = _output_gradient(layer, fc2.weight).to(torch.float64) / (2 * max(layer.tokens, 1) * stats.samples)
+    if objective in GRADIENT_OBJECTIVES:
+        if layer.side == "input":  # measured as H = Wᵀ S W, and no S
+            raise InputError(f"layer {layer.name} has more outputs than inputs: its widths need objective='output'")
+        W = fc2.weight.detach().to("cpu", torch.float64)
+        M, S = pair(layer, W, stats, objective)
+        assert S is not None
         free = not bool(S.any())
-        F = F if free else S + damping * S.trace() / N * F
+        # The hidden moments are sums over tokens; what they give at the output is scaled to the size of M.
+        scale = M.trace() / (layer.sum("moment").trace() / max(stats.images, 1)).clamp_min(torch.finfo(W.dtype).tiny)
+        F = F if free else damped(S, W, layer.side, damping, objective) * scale
     nothing = torch.arange(D), torch.zeros(D + 1, dtype=torch.float64)
     weight = fc2.weight.detach().cpu()
     bias = None if fc2.bias is None else fc2.bias.detach().cpu()
@@ -177,13 +185,6 @@ def _prepared(
     return WidthSpectrum(
         mlp.name, first, second, mlp.packed, *nothing, compensated, ridge, layer, stats.images, weight, bias, F, free
     )
-
-
-def _output_gradient(layer: LayerStatistics, weight: Tensor) -> Tensor:
-    """S `[N, N]`. A second linear that widens (N > D) was measured on its input side: `H = Wᵀ S W` and no S."""
-    if layer.side == "input":
-        raise InputError(f"layer {layer.name} has more outputs than inputs: its widths need objective='output'")
-    return layer.sum("gradient")
 
 
 def _solved(spectrum: WidthSpectrum) -> WidthSpectrum:
