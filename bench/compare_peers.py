@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
 from vitlr.cost import count_params
+from vitlr.statistics import OBJECTIVES
 
 Make = Callable[[nn.Module, Kept, float], nn.Module]
 
@@ -180,6 +181,7 @@ STRUCTURED: dict[str, Make] = {
     "torch-pruning, isomorphic Taylor": torch_pruning("taylor", bottleneck=False, isomorphic=True),
     "torch-pruning, isomorphic Taylor, embedding kept": torch_pruning("taylor", bottleneck=True, isomorphic=True),
 }
+OURS = {"lowrank": "vitlr, ranks", "joint": "**vitlr, ranks and widths (joint)**"}
 BY_THRESHOLD: dict[str, tuple[Make, str]] = {"ptdeco, dwain": (dwain, "trade_off"), "ptdeco, falor": (falor, "kl")}
 
 
@@ -213,17 +215,17 @@ class Table:
         print(f"{method:<50} {budget:<14} {r['kept']:.1%}  top-1 {r['top1']:.2f}  KL {r['kl']:.3f}", file=sys.stderr)
         return r
 
-    def ours(self, budget: str) -> dict[str, Any]:
-        def make() -> nn.Module:
-            return apply(self.model, plan(self.model, self.stats(), budget, rank_step=1))
-
-        return self.add(f"**vitlr, {self.stats().default_objective}, allocated**", budget, make)
+    def ours(self, budget: str) -> None:
+        for method, name in OURS.items():
+            choices: dict[str, Any] = {"objective": ARGS.objective, "method": method, "rank_step": 1}
+            self.add(name, budget, lambda c=choices: apply(self.model, plan(self.model, self.stats(), budget, **c)))
 
     def stats(self) -> Statistics:
         if self._stats is None:
-            path = ARGS.stats or self.cache.parent / "statistics-3.safetensors"
+            path = ARGS.stats or self.cache.parent / f"statistics-{ARGS.objective}-3.safetensors"
             if not path.is_file():
-                calibrate(self.model, (x for x, _ in self.images), objective="fisher", samples=3).save(path)
+                images = (x for x, _ in self.images)
+                calibrate(self.model, images, objective=ARGS.objective, samples=3, hidden=True).save(path)
             self._stats = Statistics.load(path)
         return self._stats
 
@@ -240,7 +242,8 @@ def markdown(body: dict[str, Any]) -> str:
         f"set). Dense: {dense['top1']:.2f}, {dense['params']:,} parameters. {versions}. Intervals are 95 % "
         f"(Wilson). Seconds of "
         f"processor time to make the model (ours: without calibration), {facts['processor']}, {facts['threads']} "
-        f"thread(s), torch {facts['torch']}, {facts['date']}. torch-pruning is made to be followed by fine-tuning, "
+        f"thread(s), torch {facts['torch']}, {facts['date']}. Ours: objective {body['objective']}, 3 drawn targets, "
+        "rank step 1, widths in steps of 16. torch-pruning is made to be followed by fine-tuning, "
         "which nothing here has had; ptdeco chooses its own size, and ours beside it is planned for that size.",
         "",
         f"Made by `python bench/compare_peers.py`, code {body['code']}.",
@@ -296,6 +299,7 @@ def main() -> None:
         "model": MODEL,
         "calibration_images": table.images.images,
         "peers": peers,
+        "objective": ARGS.objective,
         "code": CODE,
         "machine": machine(),
         "dense": {**table.reference.to_dict(), "params": count_params(model)},
@@ -317,6 +321,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--kl", type=float, nargs="*", default=[0.01], help="kl_final_threshold of falor")
     args.add_argument("--metric-images", type=int, default=16, help="images on which ptdeco judges a rank")
     args.add_argument("--falor-steps", type=int, default=12, help="batches of as many images for falor's covariance")
+    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="of our rows")
     args.add_argument("--stats", type=Path, help="statistics of an earlier run for our rows")
     args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
     return args.parse_args()
