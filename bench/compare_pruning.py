@@ -1,6 +1,6 @@
 """Widths, ranks and both on the real ViT-Ti, without any training: one table, Markdown and JSON.
 
-    python bench/compare_pruning.py [--data FOLDER] [--budgets 90 80 70 60 50] [--out docs/results]
+    python bench/compare_pruning.py [--data FOLDER] [--budgets 90 80 70 60 50] [--objective fisher] [--out docs/results]
 
 One calibration with hidden moments serves every row. Validation images are for these figures only: ridge and scale of
 the widths' losses were chosen on held-out calibration images (docs/method.md). Statistics, decoded images and finished
@@ -84,11 +84,11 @@ def row(
 
 def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
     """Everything that any row needs, in one pass over the calibration images."""
-    path = cache / f"statistics-{args.images}-{args.samples}-{args.seed}.safetensors"
+    path = args.stats or cache / f"statistics-{args.objective}-{args.images}-{args.samples}-{args.seed}.safetensors"
     if path.is_file():
         return Statistics.load(path)
     loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=args.batch_size, limit=args.images)
-    stats = calibrate(model, loader, hidden=True, samples=args.samples, seed=args.seed)
+    stats = calibrate(model, loader, objective=args.objective, hidden=True, samples=args.samples, seed=args.seed)
     stats.save(path)
     return stats
 
@@ -116,10 +116,11 @@ def markdown(body: dict[str, Any]) -> str:
         "set (easier than the full set: do not read it as ImageNet accuracy). "
         f"Dense: top-1 {_interval(dense)}, {dense['params']:,} parameters. Intervals are 95 % (Wilson); all rows see "
         "the same images. Agreement: same first class as the dense model. KL(dense, small) in nats. Widths in steps of "
-        f"{WIDTH_STEP}, ranks in steps of {RANK_STEP}.",
+        f"{WIDTH_STEP}, ranks in steps of {RANK_STEP}. Objective: {body['objective']}.",
         "",
         f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
-        f"{body['code']}. Made by `python bench/compare_pruning.py`; figures, ranks, widths in `compare_pruning.json`.",
+        f"{body['code']}. Made by `python bench/compare_pruning.py`; figures, ranks, widths in "
+        f"`{_name(body['objective'])}.json`.",
     ]
     for budget in dict.fromkeys(r["budget"] for r in body["rows"]):
         lines += ["", f"## {budget}", ""]
@@ -129,6 +130,10 @@ def markdown(body: dict[str, Any]) -> str:
         lines += ["|---|---|---|---|---|---|---|---|---|"]
         lines += [_line(r, body) for r in body["rows"] if r["budget"] == budget]
     return "\n".join(lines) + "\n"
+
+
+def _name(objective: str) -> str:
+    return "compare_pruning" + ("" if objective == "loss" else f"_{objective}")
 
 
 def _interval(r: dict[str, Any]) -> str:
@@ -160,6 +165,8 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
     args.add_argument("--budgets", type=float, nargs="+", default=[90, 80, 70, 60, 50], help="percent kept")
     args.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    args.add_argument("--objective", choices=("loss", "fisher", "output"), default="loss")
+    args.add_argument("--stats", type=Path, help="statistics of an earlier run")
     args.add_argument("--images", type=int, default=1000, help="calibration images")
     args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
     args.add_argument("--batch-size", type=int, default=50)
@@ -173,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
     folder = data_folder(args.data)
     model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
     cache = BUILD / "compare_pruning" / CODE
-    finished = cache / f"rows-{args.images}-{args.samples}-{args.seed}-{args.limit or 'all'}"
+    finished = cache / f"rows-{args.objective}-{args.images}-{args.samples}-{args.seed}-{args.limit or 'all'}"
     finished.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
     tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
@@ -185,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     dense = recorded(model, loader, cache / f"dense-{args.limit or 'all'}.pt")
     reference = evaluate(dense, loader)
     print(f"dense: {reference}", file=sys.stderr)
-    spectra, rows = decompose(model, stats), []
+    spectra, rows = decompose(model, stats, args.objective), []
     for budget in (f"params:{b:g}%" for b in args.budgets):
         for name in args.methods:
             path = finished / f"{name}-{budget.replace(':', '_')}.json"
@@ -203,15 +210,16 @@ def main(args: argparse.Namespace) -> None:
         "calibration_images": stats.images,
         "validation_images": reference.images,
         "code": CODE,
-        "samples": args.samples,
+        "objective": args.objective,
+        "samples": stats.samples,
         "seed": args.seed,
         "machine": machine(),
         "full_widths": {name: mlp.full_width for name, mlp in spectra.widths.items()},
         "dense": {**reference.to_dict(), "params": count_params(model)},
         "rows": rows,
     }
-    write_json(args.json or args.out / "compare_pruning.json", body)
-    (args.out / "compare_pruning.md").write_text(markdown(body))
+    write_json(args.json or args.out / f"{_name(args.objective)}.json", body)
+    (args.out / f"{_name(args.objective)}.md").write_text(markdown(body))
     print(markdown(body))
 
 
