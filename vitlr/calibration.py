@@ -55,7 +55,8 @@ def calibrate(
     more of "loss" (gradient moments too, see `vitlr.losses`), "fisher" (the same, with the tokens of an image taken
     together), "output" and "normalized" (arXiv 2402.06004);
     `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
-    neurons in float64: `8 D²` bytes an MLP, refused where all would take more than `hidden_memory` bytes.
+    neurons in float64: `8 D²` bytes an MLP, twice that with "fisher", refused where all would take more than
+    `hidden_memory` bytes.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
     tensor to sample from; `samples` targets are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. The model comes
@@ -86,7 +87,9 @@ def calibrate(
         stack.enter_context(surfaces.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         targets = surfaces.targets(model, include=include, exclude=exclude)
-        widths = _hidden_layers(model, targets, hidden_memory) if HIDDEN in extras else frozenset()
+        widths = (
+            _hidden_layers(model, targets, "fisher" in objectives, hidden_memory) if HIDDEN in extras else frozenset()
+        )
         run: Statistics | None = None
         taps: list[Tap] = []
         stack.callback(_remove, taps)
@@ -103,7 +106,9 @@ def calibrate(
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
-                collect = {name: {*objectives, *extras, *(["input_moment"] * (name in widths))} for name in targets}
+                own = set(extras) - {HIDDEN}
+                pruned = {"input_moment", HIDDEN}
+                collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
                 taps += [Tap(run.layers[name], targets[name], collect[name], found.leading[name]) for name in targets]
             elif image_shape(inputs) != run.input_shape:
                 raise InputError(
@@ -165,7 +170,7 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
 
 
-def _hidden_layers(model: nn.Module, targets: Mapping[str, nn.Linear], limit: float) -> frozenset[str]:
+def _hidden_layers(model: nn.Module, targets: Mapping[str, nn.Linear], by_image: bool, limit: float) -> frozenset[str]:
     """The second linears of the MLPs that are measured; `InputError` where there are none or they take too much."""
     mlps = find_mlps(model).values()
     widths = {mlp.linears[-1]: mlp.width for mlp in mlps if set(mlp.linears) <= set(targets)}
@@ -173,7 +178,7 @@ def _hidden_layers(model: nn.Module, targets: Mapping[str, nn.Linear], limit: fl
         reasons = [f"{name}: {reason}" for name, reason in refused_mlps(model).items()]
         what = reasons[0] if reasons else f"none is of a form that is known ({SUPPORTED})"
         raise InputError(f"hidden=True finds no MLP whose width could change among the measured layers; {what}")
-    taken = sum(8 * width**2 for width in widths.values())
+    taken = sum(8 * width**2 for width in widths.values()) * (2 if by_image else 1)
     if taken > limit:
         raise InputError(
             f"the hidden moments of {len(widths)} MLPs take {taken:,} bytes, more than hidden_memory={limit:,.0f}; "

@@ -20,7 +20,18 @@ GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
 EXTRAS = (*_EXTRA_SUMS, HIDDEN)
-_SUMS = ("moment", "gradient", "normalized", "image_moment", "image_gradient", "input_sum", *_EXTRA_SUMS)
+_LONG = ("input_sum", "input_abs", "image_input_sum")
+BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # "fisher" and "hidden" together
+_SUMS = (
+    "moment",
+    "gradient",
+    "normalized",
+    "image_moment",
+    "image_gradient",
+    "input_sum",
+    *_EXTRA_SUMS,
+    *BY_IMAGE_HIDDEN,
+)
 
 
 @dataclass(eq=False)  # tensors have no single truth
@@ -34,8 +45,10 @@ class LayerStatistics:
     (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side;
     `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
     `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
-    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`. Layers fed by one tensor share one `moment`,
-    kept by `owner`.
+    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`; with "fisher" too they have
+    `image_input_moment [D, D] = Σ_images P Pᵀ` for `P = Σ_tokens h gᵀ`, and what moves it to another mean of h:
+    `image_input_sum [D] = Σ P ḡ` and `image_output_gradient [1] = Σ ‖ḡ‖²`, `ḡ = Σ_tokens g`. Layers fed by one tensor
+    share one `moment`, kept by `owner`.
     """
 
     name: str
@@ -52,6 +65,9 @@ class LayerStatistics:
     input_moment: Tensor | None = None
     input_abs: Tensor | None = None
     row_gradient: Tensor | None = None
+    image_input_moment: Tensor | None = None
+    image_input_sum: Tensor | None = None
+    image_output_gradient: Tensor | None = None
 
     @property
     def side(self) -> str:
@@ -76,7 +92,8 @@ class LayerStatistics:
         """Raise `InputError` where a sum has another shape than the layer's sizes give it."""
         n, K, N = self.size, self.in_features, self.out_features
         square = dict.fromkeys(("moment", "gradient", "normalized", "image_moment", "image_gradient"), (n, n))
-        expected = {**square, "input_moment": (K, K), "input_sum": (K,), "input_abs": (K,), "row_gradient": (N,)}
+        wide, long = dict.fromkeys(("input_moment", "image_input_moment"), (K, K)), dict.fromkeys(_LONG, (K,))
+        expected = {**square, **wide, **long, "row_gradient": (N,), "image_output_gradient": (1,)}
         for key, tensor in self.sums():
             if tensor.shape != expected[key]:
                 raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected {list(expected[key])}")

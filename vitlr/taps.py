@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.ops.gram import exact_products, gram_update_
-from vitlr.statistics import LayerStatistics
+from vitlr.statistics import HIDDEN, LayerStatistics
 
 
 class Tap:
@@ -29,6 +29,7 @@ class Tap:
         self.in_backward = False
         self.gradient_seen = False
         self.by_image = "fisher" in collect
+        self.hidden_by_image = self.by_image and HIDDEN in collect and stats.side == "output"
         self.weighted = "loss" in collect or self.by_image
         self._allocate()
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
@@ -50,6 +51,9 @@ class Tap:
             "input_moment": (s.in_features, s.in_features) if "input_moment" in self.collect else None,
             "input_abs": (s.in_features,) if "input_abs" in self.collect else None,
             "row_gradient": (s.out_features,) if "row_gradient" in self.collect else None,
+            "image_input_moment": (s.in_features, s.in_features) if self.hidden_by_image else None,
+            "image_input_sum": (s.in_features,) if self.hidden_by_image else None,
+            "image_output_gradient": (1,) if self.hidden_by_image else None,
         }
         for key, shape in shapes.items():
             old = getattr(s, key)
@@ -83,6 +87,8 @@ class Tap:
             if self.by_image and self.stats.side == "output":
                 y = self._without_bias(output.detach()).reshape(output.shape)
                 output.register_hook(lambda g: self._add_products(y, g))
+            if self.hidden_by_image:
+                output.register_hook(lambda g: self._add_hidden(x, g))
             if "row_gradient" in self.collect:
                 output.register_hook(lambda g: self._add_row_gradient(g, x))
         if not self.in_backward:
@@ -144,6 +150,21 @@ class Tap:
             P = y.mT @ g
         gram_update_(self.stats.sum("image_moment"), P.mT.reshape(-1, n))
         gram_update_(self.stats.sum("image_gradient"), P.reshape(-1, n))
+
+    def _add_hidden(self, h: Tensor, g: Tensor) -> None:
+        """`P Pᵀ` of every image's `P = Hᵀ G` (as `Hᵀ (G Gᵀ) H` where tokens are few), `P ḡ` and `‖ḡ‖²`."""
+        s, D = self.stats, self.stats.in_features
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        h, g = (self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t)).to(dtype) for t in (h, g))
+        total = g.sum(1, keepdim=True)
+        s.sum("image_output_gradient").add_(total.double().square().sum())
+        with exact_products(h.device):
+            s.sum("image_input_sum").add_((h.mT @ (g @ total.mT)).sum((0, 2)))
+            if g.shape[1] < g.shape[2]:
+                s.sum("image_input_moment").add_(h.reshape(-1, D).mT @ ((g @ g.mT) @ h).reshape(-1, D))
+                return
+            P = g.mT @ h
+        gram_update_(s.sum("image_input_moment"), P.reshape(-1, D))
 
     def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
         """Row k of one image's `∂L/∂W = gᵀ x` has the squared norm `Σ_t g_tk (x xᵀ g)_tk`; take the cheaper form."""

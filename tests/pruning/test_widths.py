@@ -8,9 +8,10 @@ from families import MODELS, make
 
 import vitlr
 from vitlr.errors import InputError, NumericalError
+from vitlr.losses import image_seeds, sampled_losses
 from vitlr.pruning import find_mlps, narrow_mlp
 from vitlr.pruning.widths import solve_widths
-from vitlr.statistics import Statistics
+from vitlr.statistics import BY_IMAGE_HIDDEN, Statistics
 
 
 def recorded(model: torch.nn.Module, name: str, batches: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,22 +158,67 @@ def test_bad_options_and_moments_are_refused(double):
         solve_widths(model, stats)
 
 
-def test_widths_and_ranks_speak_of_one_unit_when_tokens_are_taken_together(double):
-    """Dropping every neuron loses what the output's moment, seen over tokens, weighs in the metric of the ranks."""
-    model, batches = double
-    stats = vitlr.calibrate(model, batches, hidden=True, objective=("loss", "fisher"), samples=2)
+def products(model: torch.nn.Module, name: str, batches: list, samples: int) -> tuple[list, list]:
+    """Every image's `Σ_tokens (h − mean h) gᵀ [D, N]` and `Σ_tokens y gᵀ`, y before the bias, for every draw."""
+    linear, seen = model.get_submodule(name), {}
+    rows, _ = recorded(model, name, batches)
+    mean = rows.mean(0)
+    handle = linear.register_forward_hook(lambda m, args, y: seen.update(h=args[0].detach(), y=y))
+    centred, outputs = [], []
+    for images, *_ in batches:
+        for image in images:
+            logits = model(image[None].requires_grad_())
+            for loss in sampled_losses(model, logits, image_seeds([image[None].detach()], 0), samples):
+                (g,) = torch.autograd.grad(loss, seen["y"], retain_graph=True)
+                centred.append((seen["h"][0] - mean).mT @ g[0])
+                outputs.append((seen["y"].detach()[0] - linear.bias).mT @ g[0])
+    handle.remove()
+    return centred, outputs
+
+
+@pytest.mark.parametrize(("compensate", "patch_size"), [(True, 8), (False, 4)])  # fewer tokens than outputs, and more
+def test_fisher_takes_the_tokens_of_an_image_together_for_widths_too(tiny_vit, batches, compensate, patch_size):
+    model = tiny_vit(patch_size=patch_size).double().requires_grad_(False)
+    batches = [(images.double(), labels) for images, labels in batches]
     name = "blocks.1.mlp.fc2"
-    layer, W = stats.layers[name], model.get_submodule(name).weight.detach()
-    share = [(layer.image_gradient, 0.5), (layer.gradient, 0.5)]
-    F = sum(part / part.trace() * weight for part, weight in share)
-    F = F * layer.image_gradient.trace() / (2 * stats.images * 2)  # half the mean of ||P||^2 over images and draws
+    stats = vitlr.calibrate(model, batches, hidden=True, objective="fisher", samples=2)
+    layer, W = stats.layers[name], model.get_submodule(name).weight
+    P, Y = products(model, name, batches, 2)
+    of_images = sum(p @ p.mT for p in P)
+    h, _ = recorded(model, name, batches)
+    h = h - h.mean(0)
+    M = 0.5 * of_images / of_images.trace() + 0.5 * h.mT @ h / h.square().sum()
+    F = sum(y.mT @ y for y in Y)
+    F = 0.5 * F / F.trace() + 0.5 * layer.gradient / layer.gradient.trace()
+    F = F * of_images.trace() / (2 * len(P))  # half the mean of ||P||^2 over images and draws
     F = F + 0.1 * F.trace() / len(F) * torch.eye(len(F), dtype=F.dtype)
-    M = layer.input_moment / layer.moment.trace()
-    found = solve_widths(model, stats, "fisher", compensate=False)["blocks.1.mlp"]
-    assert torch.allclose(found.errors[0], torch.trace(F @ W @ M @ W.mT), rtol=1e-6)
+
+    spectrum = solve_widths(model, stats, "fisher", compensate=compensate, ridge=1e-9)["blocks.1.mlp"]
+    for width in (3, 8):
+        V = torch.zeros_like(W)
+        V[:, spectrum.keep(width)] = spectrum.weights(width)[0]
+        if not compensate:
+            M = spectrum.moment()  # nothing moves a mean into the bias
+        assert torch.allclose(spectrum.errors[width], torch.trace(F @ (W - V) @ M @ (W - V).mT), rtol=1e-5)
+    assert torch.allclose(spectrum.moment(centred=True).trace(), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_widths_of_fisher_go_into_joint_plans_and_files(double, tmp_path):
+    model, batches = double
+    stats = vitlr.calibrate(model, batches, hidden=True, objective=("loss", "fisher"))
+    halves = [
+        vitlr.calibrate(model, part, hidden=True, objective=("loss", "fisher")) for part in (batches[:1], batches[1:])
+    ]
+    halves[0].save(tmp_path / "s.safetensors")
+    merged = Statistics.load(tmp_path / "s.safetensors").merge(halves[1])
+    for key in BY_IMAGE_HIDDEN:
+        found, expected = (s.layers["blocks.0.mlp.fc2"].sum(key) for s in (merged, stats))
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
     for objective in ("loss", "fisher"):
         plan = vitlr.plan(model, stats, "params:70%", method="joint", objective=objective, rank_step=4, width_step=4)
         assert plan.objective == objective and plan.narrowed
         assert vitlr.cost.count_params(vitlr.apply(model, plan)) == plan.params_kept
     with pytest.raises(InputError, match="weighs whole images"):
         solve_widths(model, stats, "normalized")
+    with pytest.raises(InputError, match="more than hidden_memory"):
+        vitlr.calibrate(model, batches, hidden=True, objective="fisher", hidden_memory=400_000)  # 262,144 for "loss"

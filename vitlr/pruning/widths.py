@@ -21,6 +21,7 @@ from vitlr.spectra import LayerSpectrum
 from vitlr.statistics import GRADIENT_OBJECTIVES, LayerStatistics, Statistics
 from vitlr.surfaces.mlps import SUPPORTED, Mlp, find_mlps
 
+_TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-3  # relative to the mean variance of a hidden neuron; chosen on held-out calibration images (docs/method.md)
 
 
@@ -46,6 +47,7 @@ class WidthSpectrum:
     bias: Tensor | None = field(repr=False)
     metric: Tensor = field(repr=False)  # F [N, N]
     free: bool = False
+    by_image: bool = False  # objective "fisher"
     _second: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -78,7 +80,7 @@ class WidthSpectrum:
         """The low-rank spectrum of the second linear as it is at this width (see `vitlr.decomposition`)."""
         V, _ = self.weights(width)
         keep = self.keep(width)
-        energies, P, Q = solve(V @ self._moment()[keep][:, keep] @ V.mT, self.metric)
+        energies, P, Q = solve(V @ self.moment()[keep][:, keep] @ V.mT, self.metric)
         if self.free:
             energies = torch.zeros_like(energies)
         return LayerSpectrum(self.second, width, len(V), "output", energies, P, Q)
@@ -90,20 +92,46 @@ class WidthSpectrum:
         return self._second[width]
 
     def covariance(self) -> Tensor:
-        """Σ `[D, D]`: sums over the tokens of an image, about the mean where a bias can carry it, with its ridge."""
-        covariance = self._moment()
-        if self.bias is not None:
-            mean = self._mean()
-            covariance -= torch.outer(mean, mean) * (self.layer.tokens / max(self.images, 1))
+        """Σ `[D, D]`: the moment about the mean where a bias can carry it, with its ridge."""
+        covariance = self.moment(centred=self.bias is not None)
         level = covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
         covariance.diagonal().add_(self.ridge * level)
         return covariance
 
-    def _moment(self) -> Tensor:
-        return self.layer.sum("input_moment").to(self.order.device, torch.float64) / max(self.images, 1)
+    def moment(self, centred: bool = False) -> Tensor:
+        """M `[D, D]` of one image: `Σ_tokens h hᵀ`, or with `by_image` half that and half `P Pᵀ`, `P = Σ_tokens h gᵀ`.
+
+        `centred` puts `h − mean h` in the place of h. The halves are scaled so that either has a trace of ½ about the
+        mean (about zero without a bias): their sizes are in F.
+        """
+        tokens = self._tokens(centred)
+        if not self.by_image:
+            return tokens
+        about_mean = self.bias is not None
+        halves = ((tokens, self._tokens(about_mean)), (self._images(centred), self._images(about_mean)))
+        return sum(part / (2 * whole.trace().clamp_min(_TINY)) for part, whole in halves)  # type: ignore[return-value]
+
+    def _tokens(self, centred: bool) -> Tensor:
+        moment = self._sum("input_moment") / max(self.images, 1)
+        if centred:
+            mean = self._mean()
+            moment -= torch.outer(mean, mean) * (self.layer.tokens / max(self.images, 1))
+        return moment
+
+    def _images(self, centred: bool) -> Tensor:
+        """`Σ_images P Pᵀ`; about the mean, `P − mean ḡᵀ` stands for P."""
+        moment = self._sum("image_input_moment")
+        if centred:
+            mean, cross = self._mean(), self._sum("image_input_sum")
+            moment = moment - torch.outer(cross, mean) - torch.outer(mean, cross)
+            moment += torch.outer(mean, mean) * self._sum("image_output_gradient")
+        return moment
 
     def _mean(self) -> Tensor:
-        return self.layer.sum("input_sum").to(self.order.device, torch.float64) / max(self.layer.tokens, 1)
+        return self._sum("input_sum") / max(self.layer.tokens, 1)
+
+    def _sum(self, key: str) -> Tensor:
+        return self.layer.sum(key).to(self.order.device, torch.float64)
 
 
 def solve_widths(
@@ -167,24 +195,27 @@ def _prepared(
     layer, fc2 = stats.layers[mlp.linears[-1]], mlp.fc2
     assert isinstance(fc2, nn.Linear)
     N, D = fc2.weight.shape
-    F, free = torch.eye(N, dtype=torch.float64), False
+    F: Tensor | None = None
     if objective in GRADIENT_OBJECTIVES:
         if layer.side == "input":  # measured as H = Wᵀ S W, and no S
             raise InputError(f"layer {layer.name} has more outputs than inputs: its widths need objective='output'")
         W = fc2.weight.detach().to("cpu", torch.float64)
-        M, S = pair(layer, W, stats, objective)
-        assert S is not None
-        free = not bool(S.any())
-        # The hidden moments are sums over tokens; what they give at the output is scaled to the size of M.
-        scale = M.trace() / (layer.sum("moment").trace() / max(stats.images, 1)).clamp_min(torch.finfo(W.dtype).tiny)
-        F = F if free else damped(S, W, layer.side, damping, objective) * scale
+        F = pair(layer, W, stats, objective)[1]
+    free = F is not None and not bool(F.any())
+    F = torch.eye(N, dtype=torch.float64) if F is None or free else damped(F, W, layer.side, damping, objective)
     nothing = torch.arange(D), torch.zeros(D + 1, dtype=torch.float64)
     weight = fc2.weight.detach().cpu()
     bias = None if fc2.bias is None else fc2.bias.detach().cpu()
     first, second = mlp.linears[:-1], mlp.linears[-1]
-    return WidthSpectrum(
+    spectrum = WidthSpectrum(
         mlp.name, first, second, mlp.packed, *nothing, compensated, ridge, layer, stats.images, weight, bias, F, free
     )
+    if objective == "fisher":
+        spectrum.by_image = True
+        # Half the mean of ‖P‖² over images and draws, which is the trace of F where M has a trace of 1.
+        size = spectrum._images(bias is not None).trace() / (2 * max(stats.images, 1) * stats.samples)
+        spectrum.metric = F * (1 + damping) * size / F.trace()
+    return spectrum
 
 
 def _solved(spectrum: WidthSpectrum) -> WidthSpectrum:
@@ -197,7 +228,7 @@ def _solved(spectrum: WidthSpectrum) -> WidthSpectrum:
     if spectrum.compensated:
         spectrum.order, spectrum.errors = eliminate(spectrum.covariance(), G)
     else:
-        spectrum.order, spectrum.errors = eliminate_alone(spectrum._moment(), G)
+        spectrum.order, spectrum.errors = eliminate_alone(spectrum.moment(), G)
     if not torch.isfinite(spectrum.errors).all():
         raise NumericalError("its losses hold NaN or Inf")
     if spectrum.free:
