@@ -138,9 +138,10 @@ def test_sequence_first_layers_cannot_be_weighted_by_image():
             return self.b(self.a(x.transpose(0, 1)).transpose(0, 1)).mean(1)
 
     x = torch.randn(2, 4, 4)  # as many rows for two images as a batch of tokens would have
-    calibrate(SequenceFirst(), [x])
-    with pytest.raises(InputError, match="layer a"):
-        calibrate(SequenceFirst(), [x], objective="normalized")
+    calibrate(SequenceFirst(), [x], objective="loss")
+    for objective in ("normalized", "fisher"):
+        with pytest.raises(InputError, match="layer a .* use objective='loss' or 'output'"):
+            calibrate(SequenceFirst(), [x], objective=objective)
 
 
 def test_layers_that_mix_images_cannot_be_weighted_by_image():
@@ -153,6 +154,7 @@ def test_layers_that_mix_images_cannot_be_weighted_by_image():
             return self.b(self.a(torch.cat([x, x[:1]]))[:-1]).mean(1)
 
     x = torch.randn(3, 2, 4)
-    calibrate(Mixing(), [x])
-    with pytest.raises(InputError, match="layer a"):
-        calibrate(Mixing(), [x], objective="normalized")
+    calibrate(Mixing(), [x], objective="loss")
+    for objective in ("normalized", "fisher"):
+        with pytest.raises(InputError, match="layer a .* use objective='loss' or 'output'"):
+            calibrate(Mixing(), [x], objective=objective)

@@ -16,6 +16,7 @@ from vitlr.losses import image_seeds, sampled_losses
 from vitlr.modes import evaluation_mode, frozen_parameters
 from vitlr.probe import Probe, probe
 from vitlr.statistics import (
+    DEFAULT,
     EXTRAS,
     GRADIENT_OBJECTIVES,
     HIDDEN,
@@ -35,7 +36,7 @@ def calibrate(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    objective: str | Sequence[str] = "loss",
+    objective: str | Sequence[str] = DEFAULT,
     extras: Sequence[str] = (),
     hidden: bool = False,
     hidden_memory: float = HIDDEN_MEMORY,
@@ -52,8 +53,8 @@ def calibrate(
     """Add up the moments of every compressible linear layer over the loader's images, in one pass.
 
     The loader yields tensors, tuples (the first item is used) or dicts (keyword arguments). `objective` names one or
-    more of "loss" (gradient moments too, see `vitlr.losses`), "fisher" (the same, with the tokens of an image taken
-    together), "output" and "normalized" (arXiv 2402.06004);
+    more of "fisher" (moments of activations and of the loss's gradients, see `vitlr.losses`, the tokens of an image
+    taken together), "loss" (the same, tokens taken as independent), "output" and "normalized" (arXiv 2402.06004);
     `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
     neurons in float64: `8 D²` bytes an MLP, twice that with "fisher", refused where all would take more than
     `hidden_memory` bytes.

@@ -90,7 +90,9 @@ def check_options(objective: str | None, centred: bool, damping: float) -> None:
     if objective not in (None, *OBJECTIVES):
         raise InputError(f"unknown objective {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     if centred and objective in ("normalized", "fisher"):
-        raise InputError(f"centred=True needs plain moments; objective {objective!r} has one per image")
+        raise InputError(
+            f"centred=True needs plain moments, objective {objective!r} has one per image; use 'loss' or 'output'"
+        )
     if not 0 <= damping < float("inf"):
         raise InputError(f"damping={damping}, expected a number from 0 on")
 

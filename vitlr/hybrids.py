@@ -22,7 +22,7 @@ from vitlr.errors import InputError
 from vitlr.plans import Plan
 from vitlr.pruning.sites import FEED_FORWARD, parse_kinds
 from vitlr.pruning.thresholds import check_wanted
-from vitlr.statistics import Statistics
+from vitlr.statistics import DEFAULT, Statistics
 from vitlr.surfaces.attention import SUPPORTED, attention_names
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
 from vitlr.vtp import L1, TILE, Progress, Pruning, prune
@@ -60,7 +60,7 @@ def hybrid(
     rank_step: int = 16,
     stats: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
-    objective: str = "loss",
+    objective: str = DEFAULT,
     thresholds: str = "global",
     l1: float = L1,
     tile: int = TILE,

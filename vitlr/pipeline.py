@@ -25,7 +25,7 @@ from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
-from vitlr.statistics import Statistics, fingerprint
+from vitlr.statistics import DEFAULT, Statistics, fingerprint
 from vitlr.surgery import replace_layers
 
 Progress = Callable[[int, "int | None"], None]
@@ -175,7 +175,7 @@ def compress(
     loader: Iterable[Any],
     budget: str | Budget | None = None,
     *,
-    objective: str = "loss",
+    objective: str = DEFAULT,
     rungs: str | Sequence[str] = "none",
     inplace: bool = False,
     progress: Progress | None = None,

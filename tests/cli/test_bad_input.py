@@ -97,7 +97,7 @@ def test_statistics_that_do_not_fit_are_refused_and_left_alone(run, refused, squ
     other = tmp_path / "other.safetensors"
     save_file(tiny_vit(seed=1).state_dict(), other)
     assert "other weights" in refused(*squeeze(stats=stats, checkpoint=other))
-    assert "--objective loss, not normalized" in refused(*squeeze(stats=stats, objective="normalized"))
+    assert "--objective fisher, not normalized" in refused(*squeeze(stats=stats, objective="normalized"))
     assert "--samples 1, not 3" in refused(*squeeze(stats=stats, samples=3))
     assert "of other layers (blocks.0.attn.qkv)" in refused(*squeeze(stats=stats))
     within = {"stats": stats, "include": "mlp"}

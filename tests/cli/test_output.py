@@ -120,7 +120,7 @@ def test_plan_options_reach_the_plan(run, squeeze, tmp_path):
     assert {row.reason for row in plan("--uniform").layers if row.rank is not None} == {"uniform share"}
     assert all(rank >= 8 for rank in plan(min_rank=8).ranks.values())
     assert set(plan(include="mlp", exclude="fc2", budget="params:90%").ranks) <= {f"blocks.{i}.mlp.fc1" for i in (0, 1)}
-    assert plan("--centred").centred and plan(objective="output").objective == "output"
+    assert plan("--centred", objective="output").centred and plan(objective="output").objective == "output"
     assert plan(budget="macs:80%").macs_kept <= 0.8 * first.macs
 
 

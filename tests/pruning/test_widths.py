@@ -64,7 +64,7 @@ def test_memory_is_bounded_and_models_without_mlps_are_refused(tiny_vit, batches
         yield
 
     with pytest.raises(InputError, match=r"2 MLPs take 262,144 bytes, more than hidden_memory=1,000"):
-        vitlr.calibrate(tiny_vit(), batches, hidden=True, hidden_memory=1000)
+        vitlr.calibrate(tiny_vit(), batches, objective="loss", hidden=True, hidden_memory=1000)
     with pytest.raises(InputError, match=r"finds no MLP .* LayerNorm over the hidden neurons"):
         vitlr.calibrate(tiny_vit(scale_mlp_norm=True), batches, hidden=True)
     with pytest.raises(InputError, match="finds no MLP"):
@@ -103,7 +103,7 @@ def test_the_predicted_loss_is_the_measured_one(name, objective, has_bias):
 
 def test_the_second_linear_is_factorised_as_it_is_at_a_width(double):
     model, batches = double
-    stats = vitlr.calibrate(model, batches, hidden=True)
+    stats = vitlr.calibrate(model, batches, objective="loss", hidden=True)
     spectrum = solve_widths(model, stats)["blocks.0.mlp"]
     V, bias = spectrum.weights(48)
     solved = spectrum.second_spectrum(48)
@@ -220,5 +220,5 @@ def test_widths_of_fisher_go_into_joint_plans_and_files(double, tmp_path):
         assert vitlr.cost.count_params(vitlr.apply(model, plan)) == plan.params_kept
     with pytest.raises(InputError, match="weighs whole images"):
         solve_widths(model, stats, "normalized")
-    with pytest.raises(InputError, match="more than hidden_memory"):
-        vitlr.calibrate(model, batches, hidden=True, objective="fisher", hidden_memory=400_000)  # 262,144 for "loss"
+    with pytest.raises(InputError, match="2 MLPs take 524,288 bytes, more than hidden_memory=400,000"):
+        vitlr.calibrate(model, batches, hidden=True, objective="fisher", hidden_memory=400_000)

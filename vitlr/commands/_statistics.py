@@ -21,7 +21,7 @@ from vitlr.commands._result import Interrupted
 from vitlr.data import Loader, data_config, open_data
 from vitlr.errors import InputError
 from vitlr.progress import bar
-from vitlr.statistics import HIDDEN, Statistics
+from vitlr.statistics import DEFAULT, HIDDEN, Statistics
 
 _SHARE = 0.05  # of the time that may go into saving on the way
 _LEAST = 5.0  # seconds between two saves
@@ -136,7 +136,7 @@ def _measure(model: nn.Module, request: Request, found: Statistics | None, loade
             loader = request.open(model, skip=done, limit=total - done)
         keeper.loader = loader
         label = "calibrating" if not done else f"calibrating from image {done}"
-        how: dict[str, Any] = {"objective": request.objective or "loss"}
+        how: dict[str, Any] = {"objective": request.objective or DEFAULT}
         how |= {key: getattr(request, key) for key in ("samples", "seed") if getattr(request, key) is not None}
         if request.hidden:
             how["extras"] = (HIDDEN,)

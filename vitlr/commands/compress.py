@@ -47,7 +47,7 @@ def compress(
     plan_out: Annotated[Path | None, typer.Option(metavar="F", help="Write the plan as JSON.")] = None,
     objective: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="loss, fisher, output or normalized. [default: that of --stats, or loss]"),
+        typer.Option(metavar="NAME", help="fisher, loss, output or normalized. [default: that of --stats, or fisher]"),
     ] = None,
     method: Annotated[
         str,
@@ -112,13 +112,15 @@ def compress(
     from vitlr.progress import bar
     from vitlr.pruning.widths import RIDGE
     from vitlr.pruning.widths import check_options as check_widths
+    from vitlr.statistics import DEFAULT
 
     wanted = parse_budget(budget)
-    _check_choices(objective, uniform, rank_buckets, centred)
+    given = objective or (DEFAULT if stats is None or not stats.exists() else None)  # else that of the statistics
+    _check_choices(given, uniform, rank_buckets, centred)
     widths: dict[str, Any] = {"method": method, "prune_rate": prune_rate, "width_step": width_step}
     check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
     if method != "lowrank":
-        check_widths(objective or "loss", RIDGE)
+        check_widths(objective or DEFAULT, RIDGE)
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
@@ -196,4 +198,6 @@ def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | Non
     if uniform and rank_buckets is not None:
         raise InputError("--uniform gives one rank a shape already; it does not go with --rank-buckets")
     if centred and objective in ("normalized", "fisher"):
-        raise InputError(f"--centred needs plain moments; it does not go with --objective {objective}")
+        raise InputError(
+            f"--centred needs plain moments; it does not go with --objective {objective}, but with loss or output"
+        )
