@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
         stats.save(path)
     rows: list[dict[str, Any]] = []
     for budget in args.budgets:
-        chosen = plan(model, stats, f"params:{budget:g}%", rank_step=1, method=args.method)
+        chosen = plan(model, stats, f"params:{budget:g}%", objective=args.objective, rank_step=1, method=args.method)
         small = apply(model, chosen)
         before = evaluate(small, validation, model)
         print(f"{chosen.budget}: {before}", flush=True)
