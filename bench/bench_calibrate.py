@@ -56,6 +56,8 @@ def variants(model: nn.Module, loader: list[Tensor]) -> dict[str, Callable[[], o
         "calibrate output": lambda: calibrate(model, loader, objective="output"),
         "forward+backward": backward,
         "calibrate loss": lambda: calibrate(model, loader, objective="loss"),
+        "calibrate fisher": lambda: calibrate(model, loader, objective="fisher"),
+        "calibrate fisher, hidden": lambda: calibrate(model, loader, objective="fisher", hidden=True),
     }
 
 
@@ -88,7 +90,10 @@ def main() -> None:
     results["seconds"] = {name: t.min for name, t in times.items()}
     for name, t in times.items():
         print(f"{name:<18} min {t.min:8.2f} s   median {t.median:8.2f} s   {given.images / t.min:7.1f} images/s")
-    for ours, plain in (("calibrate output", "forward"), ("calibrate loss", "forward+backward")):
+    for ours in runs:
+        if not ours.startswith("calibrate"):
+            continue
+        plain = "forward" if ours == "calibrate output" else "forward+backward"
         results[f"{ours} / {plain}"] = verdict(
             f"{ours} / {plain}", times[ours].min / times[plain].min, 1.35, at_least=False
         )
