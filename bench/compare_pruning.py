@@ -29,6 +29,7 @@ from vitlr.errors import InputError
 from vitlr.evaluation import evaluate
 from vitlr.models import create_model
 from vitlr.pipeline import apply, plan
+from vitlr.pruning import find_mlps
 from vitlr.spectra import Spectra
 from vitlr.statistics import Statistics
 from vitlr.storage import atomic_path
@@ -119,8 +120,8 @@ def markdown(body: dict[str, Any]) -> str:
         f"{WIDTH_STEP}, ranks in steps of {RANK_STEP}. Objective: {body['objective']}.",
         "",
         f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
-        f"{body['code']}. Made by `python bench/compare_pruning.py`; figures, ranks, widths in "
-        f"`{_name(body['objective'])}.json`.",
+        f"{body['code']}. Made by `python bench/compare_pruning.py --objective {body['objective']}`; "
+        f"figures, ranks, widths in `{_name(body['objective'])}.json`.",
     ]
     for budget in dict.fromkeys(r["budget"] for r in body["rows"]):
         lines += ["", f"## {budget}", ""]
@@ -214,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
         "samples": stats.samples,
         "seed": args.seed,
         "machine": machine(),
-        "full_widths": {name: mlp.full_width for name, mlp in spectra.widths.items()},
+        "full_widths": {name: mlp.width for name, mlp in find_mlps(model).items()},
         "dense": {**reference.to_dict(), "params": count_params(model)},
         "rows": rows,
     }
