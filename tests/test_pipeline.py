@@ -206,3 +206,5 @@ def test_compress_refuses_bad_refinement_before_any_image(tiny_vit):
     ):
         with pytest.raises(InputError, match=said):
             vitlr.compress(tiny_vit(), unread(), "params:60%", **options)
+    with pytest.raises(InputError, match="every parameter of the model is frozen"):
+        vitlr.compress(tiny_vit().requires_grad_(False), unread(), "params:60%", rungs="refit")

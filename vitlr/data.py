@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ class Loader:
                 yield images, labels
         if not read:
             raise InputError(f"none of the {self.images} images in {self.path} could be read: {self._examples()}")
-        if self.skipped > known:
-            count, examples = self.skipped, self._examples()
-            _logger.warning("skipped %d of %d images that could not be read: %s", count, self.images, examples)
+        self._warn(known)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the number of images, and of the names and labels of a thousand of them."""
+        some_of = [(self.dataset.reader.filename(i), label) for i, label in self.dataset.chosen[:1000]]
+        return f"{zlib.crc32(repr((self.images, some_of)).encode()):08x}"
 
     def subset(self, positions: Sequence[int]) -> Loader:
         """The images at these positions of the fixed order, transformed as here."""
@@ -82,8 +87,9 @@ class Loader:
 
         `transform` are the choices of `timm.data.create_transform` (scale, color_jitter, ...). They are drawn from the
         seeds alone, so the same lists give the same pixels with any number of workers. Files that cannot be read are
-        left out.
+        left out, and named in one warning at the end.
         """
+        known = self.skipped
         loader = DataLoader(
             self.dataset.augmented(**transform),
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -92,9 +98,17 @@ class Loader:
             pin_memory=self._batches.pin_memory,
             generator=torch.Generator(),
         )
-        for images, labels, corrupt in loader:
-            self._corrupt.update(corrupt)
-            yield images, labels
+        try:
+            for images, labels, corrupt in loader:
+                self._corrupt.update(corrupt)
+                yield images, labels
+        finally:
+            self._warn(known)
+
+    def _warn(self, known: int) -> None:
+        if self.skipped > known:
+            count, examples = self.skipped, self._examples()
+            _logger.warning("skipped %d of %d images that could not be read: %s", count, self.images, examples)
 
     def _examples(self) -> str:
         return some(list(self._corrupt.values()))

@@ -99,14 +99,14 @@ def hybrid(
         names, weights = list(linears), sum(linear.weight.numel() for linear in linears.values())
         wanted = Budget("params", math.floor(total - (1 - share) * weights), relative=False)
     measured = _measured(model, stats, loader if calibration is None else calibration, objective, resume)
-    plan = pipeline.plan(
-        model,
-        measured,
-        wanted,
-        uniform=uniform,
-        rank_step=rank_step,
-        include=_exactly(names) or None,
-    )
+    try:
+        plan = pipeline.plan(
+            model, measured, wanted, uniform=uniform, rank_step=rank_step, include=_exactly(names) or None
+        )
+    except InputError as cause:
+        if kinds is None:
+            raise
+        raise InputError(f"attention cannot keep share={share:g} at rank_step={rank_step}: {cause}") from cause
     small = pipeline.apply(model, plan)
     shared: dict[str, Any] = {
         "loss": loss,

@@ -74,6 +74,12 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     return [(features * direction).sum() for direction in noise]
 
 
+def check_reached(loss: Tensor) -> None:
+    """`InputError` for a loss that depends on nothing trainable: `backward` would fail, or train nothing."""
+    if not loss.requires_grad:
+        raise InputError("no gradient reaches a parameter that is not frozen; set requires_grad where it should train")
+
+
 def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
     """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
     if not logits:

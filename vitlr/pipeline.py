@@ -23,6 +23,7 @@ from vitlr.plans import Plan
 from vitlr.pruning.widths import RIDGE, solve_widths
 from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
+from vitlr.refinement.ladder import check_free
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
 from vitlr.statistics import DEFAULT, Statistics, fingerprint
@@ -203,8 +204,10 @@ def compress(
         check_widths(objective, planned.get("ridge", RIDGE))
     check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
     make_recipe({key: value for key, value in refined.items() if key != "resume"})
-    if parse_rungs(rungs) and isinstance(loader, Iterator):
-        raise InputError("calibration uses this loader up, and refinement needs it again; pass a list or a DataLoader")
+    if parse_rungs(rungs):
+        check_free(model)
+        if isinstance(loader, Iterator):
+            raise InputError("calibration uses this loader up, refinement needs it again; pass a list or a DataLoader")
     hidden = method != "lowrank"
     stats = calibrate(model, loader, objective=objective, hidden=hidden, progress=progress, **measured)
     chosen = plan(model, stats, budget, **planned)

@@ -49,17 +49,27 @@ class Snapshots:
         tensors, header = load_tensors(self._path(name), kind=self.kind, schema=SCHEMA)
         kept = header.get("run")
         if kept != self.run:
-            known = kept if isinstance(kept, dict) else {}
-            what = next((key for key in self.run if known.get(key) != self.run[key]), "run")
+            what, was, now = _difference(kept, self.run)
             raise InputError(
-                f"{self._path(name)} is of another run: its {what} was {known.get(what)!r}, "
-                f"now it is {self.run.get(what)!r}; name another folder, or remove that file"
+                f"{self._path(name)} is of another run: its {what} was {was!r}, now it is {now!r}; "
+                "name another folder, or remove that file"
             )
         return tensors, header["state"]
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+
+def _difference(was: Any, now: Mapping[str, Any], of: str = "") -> tuple[str, Any, Any]:
+    """The first entry in which two descriptions of a run differ: its name, what it was, what it is now."""
+    known = was if isinstance(was, dict) else {}
+    key = next((key for key in now if known.get(key) != now[key]), None)
+    if key is None:
+        return of or "run", was, now
+    if isinstance(now[key], dict) and isinstance(known.get(key), dict):
+        return _difference(known[key], now[key], f"{of}{key} ")
+    return of + key, known.get(key), now[key]
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

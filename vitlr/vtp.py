@@ -86,7 +86,8 @@ def prune(
     budget of what is KEPT ("params:60%") is met (`vitlr.pruning.thresholds.choose` has thresholds, tile, floor); rows
     and columns are removed; what is left is fine-tuned without that term as `finetune` says (True: like the gates).
     With `fold` the kept gates are multiplied into the weights, so that removal changes nothing but what it removes;
-    without, they become 1, as published.
+    without, they become 1, as published. Frozen weights are not trained: all that may happen to them is removal, and
+    that factor.
 
     `loader`, `loss`, `reference` (a dense model to distil from), `callbacks`, `validate` are those of
     `vitlr.training.train` in both phases. The gates are those of the last epoch; `validate` chooses among epochs of the
@@ -109,6 +110,7 @@ def prune(
     folder = _Folder(resume, model, asked, l1)
 
     gated = add_gates(model, asked, inplace=True)
+    choose(gated, rate, budget=budget, thresholds=thresholds, tile=tile, floor=floor, of=of)  # in reach, whoever goes?
     trained = train(
         gated,
         loader,

@@ -70,7 +70,10 @@ def test_an_interrupted_training_goes_on(run, finetune, tmp_path, monkeypatch):
     assert run(*finetune(resume=kept)).status == 0
     first, second = (vitlr.load(path).state_dict() for path in (whole, tmp_path / "tuned.safetensors"))
     assert all((first[key] == second[key]).all() for key in first)
-    assert "another run: its recipe" in run(*finetune(resume=kept, lr=0.1)).err
+    assert "another run: its recipe lr was 0.001, now it is 0.1" in run(*finetune(resume=kept, lr=0.1)).err
+    renamed = (tmp_path / "labelled").rename(tmp_path / "others")
+    (renamed / "a" / "0.jpg").rename(renamed / "a" / "9.jpg")
+    assert "another run: its data" in run(*finetune(resume=kept, data=renamed)).err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,18 @@ def test_more_bad_usage(refused, finetune, weights, tmp_path):
 def test_an_unknown_policy_is_named(run, finetune):
     answer = run(*finetune(aa="nonsense"))
     assert answer.status == 2 and "timm makes no training transform of" in answer.err
+
+
+def test_files_that_cannot_be_read_are_named_and_all_of_them_are_refused(run, finetune, image_folder, tmp_path):
+    files = sorted(image_folder(images=4, name="holed").rglob("*.jpg"))
+    files[3].write_bytes(b"no image")
+    answer = run(*finetune(data=tmp_path / "holed"))
+    assert answer.status == 0 and answer.err.count("warning: skipped 1 of 20 images") == 1
+    for path in files:
+        path.write_bytes(b"no image")
+    answer = run(*finetune(data=tmp_path / "holed", out=tmp_path / "none.safetensors"))
+    assert answer.status == 2 and "no image of the first epoch could be read" in answer.err.splitlines()[-1]
+    assert nothing_left(tmp_path, "none.safetensors")
 
 
 def test_data_of_other_classes_is_refused(refused, finetune, image_folder):

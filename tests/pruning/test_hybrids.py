@@ -114,6 +114,7 @@ def test_bad_wishes_are_refused(tiny_vit, labelled, quick):
         ({"share": 1.0}, r"share=1\.0"),
         ({"kinds": None}, "low rank alone needs a budget"),
         ({"kinds": "mlp"}, "unknown gates 'mlp'"),
+        ({"rank_step": 32}, r"attention cannot keep share=0\.5 at rank_step=32: budget .* smaller rank step"),
     ):
         with pytest.raises(InputError, match=said):
             hybrid(tiny_vit(), labelled, **{"rate": 0.3, **change}, recipe=quick)

@@ -113,7 +113,7 @@ def test_a_folder_of_another_run_is_refused(tiny_vit, labelled, quick, tmp_path)
     for change, said in (
         ({"l1": 0.5}, "its l1 was 0.0001, now it is 0.5"),
         ({"kinds": "fc2"}, "its gates was"),
-        ({"recipe": replace(quick, lr=0.02)}, "its recipe was"),
+        ({"recipe": replace(quick, lr=0.02)}, "its recipe lr was 0.01, now it is 0.02"),
     ):
         with pytest.raises(InputError, match=said):
             prune(tiny_vit(), labelled, 0.2, **{"recipe": quick, **change}, finetune=False, resume=tmp_path)
@@ -235,6 +235,36 @@ def test_bad_wishes_are_refused_before_anything_is_read(tiny_vit, quick):
         prune(model, unread(), 0.4, recipe=quick)
     with pytest.raises(InputError, match="has no attention block to prune"):
         prune(torch.nn.Sequential(torch.nn.Linear(4, 4)), unread(), 0.4, recipe=quick)
+
+
+@pytest.mark.parametrize("wish", [{"rate": 0.99}, {"rate": 0.3, "tile": 128}, {"budget": "params:5%"}])
+def test_what_is_out_of_reach_is_refused_before_anything_is_trained(tiny_vit, quick, wish):
+    class Unread(list):
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            raise AssertionError("too late")
+
+    with pytest.raises(InputError, match="cannot be reached"):
+        prune(tiny_vit(), Unread(), **wish, recipe=quick)
+
+
+def test_frozen_weights_are_only_ever_cut(tiny_vit, labelled, quick):
+    model = tiny_vit()
+    model.blocks[0].requires_grad_(False)
+    small = prune(model, labelled, 0.3, kinds="fc2", fold=False, recipe=quick)
+    kept = small.vitlr_pruning.cut.keep["blocks.0.mlp.fc2"]
+    for name, p in small.blocks[0].named_parameters():
+        before = model.blocks[0].get_parameter(name)
+        if name.startswith("mlp.fc1"):
+            before = before[kept]
+        elif name == "mlp.fc2.weight":
+            before = before[:, kept]
+        assert torch.equal(p, before) and not p.requires_grad, name
+    assert not torch.equal(small.norm.weight, model.norm.weight)
+    with pytest.raises(InputError, match="every parameter of the model is frozen"):
+        prune(tiny_vit().requires_grad_(False), labelled, 0.3, kinds="fc2", recipe=quick)
 
 
 def test_widths_are_multiples_of_sixteen_unless_asked(tiny_vit, labelled, quick):

@@ -94,6 +94,15 @@ def test_corrupt_files_are_left_out(image_folder, tiny_vit):
     assert set(sizes) <= {6, 8} and loader.skipped == 1
 
 
+def test_held_out_files_that_cannot_be_read_are_counted(image_folder, tiny_vit):
+    folder = image_folder(images=8)
+    for path in folder.rglob("*.jpg"):
+        if path.stem < "4":
+            path.write_bytes(b"no image")
+    with pytest.raises(vitlr.InputError, match=r"\d of 8 held-out images could be read, expected 8"):
+        Proxy(open_data(folder, tiny_vit(), batch_size=8))
+
+
 def test_grey_images_are_augmented_too(image_folder, tiny_vit):
     loader = open_data(image_folder(images=8), tiny_vit(in_chans=1), batch_size=8)
     assert first(Proxy(loader), 1)[0].shape == (6, 1, 32, 32)

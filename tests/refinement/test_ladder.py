@@ -12,7 +12,7 @@ from torch import nn
 
 import vitlr
 from vitlr import InputError, NumericalError
-from vitlr.refinement import Recipe, Refinement, ladder
+from vitlr.refinement import RUNGS, Recipe, Refinement, ladder
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import parse_rungs
@@ -141,6 +141,53 @@ def test_too_few_images_and_images_all_alike(pair, proxy_images, quick):
     ):
         with pytest.raises(InputError, match=what):
             vitlr.refine(small, dense, loader, **quick)
+
+
+def test_what_was_frozen_keeps_its_bits(pair, proxy_images, quick):
+    dense, small = pair
+    for module in small.modules():
+        if isinstance(module, vitlr.LowRankLinear):  # cut without knowing the inputs: room for every rung
+            module.down.weight.data += 0.05 * torch.randn_like(module.down.weight)
+    frozen = {n: p for n, p in small.named_parameters() if n.startswith(("blocks.0", "blocks.1.mlp.fc1.up", "head"))}
+    for p in frozen.values():
+        p.requires_grad_(False)
+    quick |= {"residual_share": 0.5, "residual_steps": 150}
+    for rung, layers in (("refit", 3), ("residual", 3), ("joint", None)):
+        refined = vitlr.refine(small, dense, proxy_images, rungs=[rung], **quick)
+        (report,) = refined.vitlr_refinement.rungs
+        assert report.kept, rung
+        assert all(torch.equal(refined.get_parameter(name), p) for name, p in frozen.items()), rung
+        assert not refined.head.weight.requires_grad and refined.norm.weight.requires_grad
+        assert layers is None or (f"of {layers} layers" in report.note and "5 more are frozen" in report.note)
+
+
+def test_a_model_of_which_nothing_may_move_is_refused(pair, proxy_images, quick):
+    dense, small = pair
+    for name, p in small.named_parameters():
+        p.requires_grad_(not name.endswith(("up.weight", "down.weight")))
+    with pytest.raises(InputError, match="every low-rank layer has a frozen parameter"):
+        vitlr.refine(small, dense, proxy_images, rungs="residual", **quick)
+    rungs = vitlr.refine(small, dense, proxy_images, rungs="joint", **quick).vitlr_refinement.rungs
+    assert [rung.kept for rung in rungs] == [False, False, True]
+    for rungs in RUNGS:
+        with pytest.raises(InputError, match="every parameter of the model is frozen"):
+            vitlr.refine(copy.deepcopy(small).requires_grad_(False), dense, proxy_images, rungs=[rungs], **quick)
+
+
+@pytest.mark.parametrize("rung", ["refit", "residual"])
+def test_images_that_are_no_numbers_are_found_at_a_layer(pair, proxy_images, quick, rung):
+    dense, small = pair
+    images = [batch.clone() for batch in proxy_images]
+    images[0][0] = math.nan  # not one of those held out
+    with pytest.raises(NumericalError, match=r"blocks\.0\.attn\.qkv: its inputs or outputs hold NaN"):
+        vitlr.refine(small, dense, images, rungs=[rung], **quick)
+
+
+def test_other_images_are_another_run(pair, proxy_images, quick, tmp_path):
+    dense, small = pair
+    vitlr.refine(small, dense, proxy_images, rungs=["refit"], resume=tmp_path, **quick)
+    with pytest.raises(InputError, match="another run: its images"):
+        vitlr.refine(small, dense, [x + 1 for x in proxy_images], rungs=["refit"], resume=tmp_path, **quick)
 
 
 def test_models_that_cannot_be_refined(pair, proxy_images, quick):

@@ -49,6 +49,10 @@ def test_models(vit, quick):
         train(vit().bfloat16(), loader, recipe)
     with pytest.raises(InputError, match="frozen"):
         train(vit().requires_grad_(False), loader, recipe)
+    apart = vit().requires_grad_(False)
+    apart.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(InputError, match="no gradient reaches a parameter that is not frozen"):
+        train(apart, loader, recipe)
     with pytest.raises(InputError, match="inference_mode"), torch.inference_mode():
         train(model, loader, recipe)
     with pytest.raises(InputError, match="1 batches, grad_accum_steps=2"):

@@ -98,7 +98,7 @@ def test_a_loader_that_draws_goes_on_too(vit, dataset, quick, tmp_path, options)
 
 def test_snapshots_of_another_run_are_refused(vit, loader, quick, tmp_path):
     train(vit(), loader(), TrainRecipe(**quick), resume=tmp_path)
-    with pytest.raises(InputError, match="another run: its recipe"):
+    with pytest.raises(InputError, match="another run: its recipe seed was 0, now it is 1"):
         train(vit(), loader(), TrainRecipe(**quick, seed=1), resume=tmp_path)
     with pytest.raises(InputError, match="another run: its batches"):
         train(vit(), loader(batch_size=16), TrainRecipe(**quick), resume=tmp_path)

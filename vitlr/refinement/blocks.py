@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vitlr.errors import NumericalError
 from vitlr.nn import LowRankLinear
 
 _INDEX = re.compile(r"(.*_)?\d+")  # "3", "encoder_layer_3"; not "fc1"
@@ -17,6 +19,12 @@ _INDEX = re.compile(r"(.*_)?\d+")  # "3", "encoder_layer_3"; not "fc1"
 def lowrank_layers(model: nn.Module) -> list[str]:
     """Names of the low-rank layers in the order in which the model lists them."""
     return [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+
+
+def free_layers(model: nn.Module) -> list[str]:
+    """The low-rank layers of which no parameter is frozen."""
+    layers = lowrank_layers(model)
+    return [name for name in layers if all(p.requires_grad for p in model.get_submodule(name).parameters())]
 
 
 def block_of(layer: str) -> str:
@@ -42,6 +50,12 @@ def by_block(model: nn.Module) -> dict[str, list[str]]:
 def tensor_of(output: Any) -> Tensor:
     """A block's hidden states: the output, or the first of several."""
     return output if isinstance(output, Tensor) else tensor_of(output[0])
+
+
+def finite(layer: str, *tensors: Tensor) -> None:
+    """`NumericalError` that names the layer where what was measured at it holds NaN or Inf."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise NumericalError(f"{layer}: its inputs or outputs hold NaN or Inf; check the images and both models")
 
 
 @contextmanager

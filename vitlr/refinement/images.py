@@ -61,8 +61,8 @@ class Tensors:
 class Proxy:
     """Images split once and for all: every seventh or so of a fixed spread order is held out.
 
-    At least 32 images; 15 % of them, at least 8 and at most 512, are held out and never learnt from.
-    Raises `InputError` for too few images and for images that are all alike.
+    At least 32 images; 15 % of them, at least 8 and at most 512, are held out and never learnt from. `fingerprint` is
+    that of the pixels held out. Raises `InputError` for too few images and for images that are all alike.
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
@@ -73,7 +73,12 @@ class Proxy:
         count = min(max(round(_HELD_SHARE * len(order)), _HELD_LEAST), _HELD_MOST)
         self.training, held = order[:-count], order[-count:]
         self.held = torch.cat(list(self.source.plain(held)))
-        different = len({zlib.crc32(image.contiguous().numpy().tobytes()) for image in self.held.cpu()})
+        if len(self.held) < _HELD_LEAST:
+            raise InputError(
+                f"{len(self.held)} of {count} held-out images could be read, expected {_HELD_LEAST} or more"
+            )
+        sums = [zlib.crc32(image.contiguous().numpy().tobytes()) for image in self.held.cpu()]
+        self.fingerprint, different = f"{zlib.crc32(repr(sums).encode()):08x}", len(set(sums))
         if different < _HELD_LEAST:
             raise InputError(
                 f"{different} of the {len(self.held)} held-out images differ from each other, expected at least "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.inputs import to_model
-from vitlr.losses import divergence, first_tensor
+from vitlr.losses import check_reached, divergence, first_tensor
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
 from vitlr.precision import autocast, device_of, plain_attention
@@ -103,6 +103,7 @@ class _Run:
 
     def take(self, loss: Tensor) -> None:
         """One step of AdamW; a loss that is no number leaves the weights alone and ends the run."""
+        check_reached(loss)
         if not math.isfinite(float(loss.detach())):
             self.note = f"the loss was {float(loss.detach())} at step {self.step + 1}: stopped, kept the best before it"
             return

@@ -15,7 +15,7 @@ from torch import nn
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP
 from vitlr.pruning import narrowed_mlps
-from vitlr.refinement.blocks import lowrank_layers
+from vitlr.refinement.blocks import free_layers, lowrank_layers
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.joint import joint
 from vitlr.refinement.judge import Judge
@@ -46,13 +46,14 @@ def refine(
     `rungs` "refit", "residual" or "joint" runs all up to that one, a sequence exactly those; `options` are the fields
     of `vitlr.refinement.Recipe` (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held out
     and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
-    back worse on them. The same seed gives the same result, with any number of workers.
+    back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
+    workers.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
     The `Refinement` report is left in `model.vitlr_refinement` and, for the file, in `model.vitlr_info["recipe"]`.
 
     Raises `InputError` for fewer than 32 images, images all alike, unknown options, models without low-rank layers,
-    fused, in half precision or frozen throughout, and snapshots of another run; `NumericalError` where the dense
-    model's answers are not finite.
+    fused, in half precision, frozen throughout or reached by no gradient, and snapshots of another run;
+    `NumericalError` where the dense model's answers, or what is measured at a layer, are not finite.
     """
     recipe, wanted = make_recipe(options), parse_rungs(rungs)
     wanted = _with_work(model, wanted)
@@ -65,7 +66,7 @@ def refine(
     run = {
         "model": fingerprint(dict(model.named_parameters())),
         "reference": fingerprint(dict(reference.named_parameters())),
-        "images": proxy.count + len(proxy.held),
+        "images": [proxy.count + len(proxy.held), proxy.fingerprint],
         "rungs": list(wanted),
         "recipe": asdict(recipe),
     }
@@ -107,6 +108,8 @@ def _climb(
             else:
                 steps, note = joint(model, reference, proxy, judge, recipe, snapshots, advance)
                 images = proxy.count
+            if name != "joint" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
+                note += f", {frozen} more are frozen"
             after = judge(model)
             kept = after.kl < before.kl
             if not kept:
@@ -141,10 +144,20 @@ def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> N
             raise InputError(
                 f"{name} is {parameter.dtype}; refine works in float32 and autocasts itself; cast afterwards"
             )
-    if "joint" in wanted and not any(p.requires_grad for p in model.parameters()):
-        raise InputError("every parameter of the model is frozen; the joint rung needs some with requires_grad")
+    if wanted:
+        check_free(model)
+        if "joint" not in wanted and not free_layers(model):
+            raise InputError(
+                "every low-rank layer has a frozen parameter, and refit and residual leave such layers alone"
+            )
     if torch.is_inference_mode_enabled():
         raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")
+
+
+def check_free(model: nn.Module) -> None:
+    """`InputError` for a model that is frozen throughout."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError("every parameter of the model is frozen; refinement needs some: model.requires_grad_(True)")
 
 
 def _attach(model: nn.Module, report: Refinement) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlr.inputs import to_model
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.blocks import lowrank_layers, run_until, watched
+from vitlr.refinement.blocks import finite, free_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
@@ -34,9 +34,10 @@ def refit(
     y is the dense network's output of the layer, ỹ and x̃ the compressed one's, after all layers before it have been
     refitted. Least squares on shifted inputs shrinks towards the mean, and over many layers that is worse than the
     shift (λ = 0 lost 20 points on a ViT-Ti); so the solution is anchored to the present A, every λ is judged on
-    held-out images with the whole network, and a layer where none helps keeps what it has.
+    held-out images with the whole network, and a layer where none helps keeps what it has, as one with a frozen
+    parameter does.
     """
-    names = lowrank_layers(model)
+    names = free_layers(model)
     nearest = judge(model).kl
     refitted = shifted = 0
     for done, name in enumerate(names, 1):
@@ -123,6 +124,7 @@ def _measure(model: nn.Module, reference: nn.Module, proxy: Proxy, recipe: Recip
             for part in images.split(recipe.batch_size):
                 run_until(reference, to_model(reference, part), name)
                 run_until(model, to_model(model, part), name)
+    finite(name, sums.zz, sums.ez)
     return sums
 
 

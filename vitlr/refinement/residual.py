@@ -18,7 +18,7 @@ from vitlr.inputs import to_model
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
 from vitlr.precision import device_of
-from vitlr.refinement.blocks import by_block, run_until, watched
+from vitlr.refinement.blocks import by_block, finite, free_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
@@ -42,8 +42,10 @@ def residual(
     The target is the dense network's output of the layer; the input is that of the compressed network (sequential:
     later layers see what earlier ones did) or of the dense one (`parallel`). A layer keeps its residual only if its
     error falls on tokens it did not learn from, and a block only if the whole network comes nearer on held-out images.
+    Layers with a frozen parameter stay as they are.
     """
-    blocks = by_block(model)
+    free = set(free_layers(model))
+    blocks = {block: mine for block, names in by_block(model).items() if (mine := [n for n in names if n in free])}
     nearest = judge(model).kl
     layers = steps = learnt = 0
     for done, (block, names) in enumerate(blocks.items(), 1):
@@ -165,6 +167,8 @@ def _collect(
                     run_until(reference, to_model(reference, part), block)
                 with watched(model, names, compressed):
                     run_until(model, to_model(model, part), block)
+    for name, tokens in found.items():
+        finite(name, *tokens.x, *tokens.y)
     return found
 
 

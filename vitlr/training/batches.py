@@ -24,6 +24,7 @@ class Files:
     def __init__(self, loader: Loader, recipe: TrainRecipe) -> None:
         self.loader, self.recipe = loader, recipe
         self.per_epoch = max(loader.images // loader.batch_size, 1)
+        self.fingerprint = loader.fingerprint
 
     def start(self, at: int) -> Iterator[Batch]:
         """Batches without end, from the `at`-th on."""
@@ -55,6 +56,7 @@ class Passes:
         if self.per_epoch == 0:
             raise InputError("the loader has no batches; check the data")
         self.loader, self.seed = loader, recipe.seed
+        self.fingerprint = None  # what such a loader holds is known only by reading it
 
     def start(self, at: int) -> Iterator[Batch]:
         """Batches without end, from the `at`-th on; those before it in its epoch are read and left."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.inputs import to_model
-from vitlr.losses import divergence, first_tensor
+from vitlr.losses import check_reached, divergence, first_tensor
 from vitlr.modes import evaluation_mode, seeded
 from vitlr.nn import LowRankLinear
 from vitlr.precision import autocast, device_of, plain_attention
@@ -67,8 +67,8 @@ def train(
     The same seed gives the same bits. `resume` names a folder for snapshots, from which an interrupted training goes
     on to the same bits; nothing random is stored, since all draws depend only on the seed and the step.
 
-    Raises `InputError` for loaders without length, images or fitting labels, models without trainable parameters or in
-    half precision, references with other classes, and snapshots of another run.
+    Raises `InputError` for loaders without length, images or fitting labels, models without trainable parameters that
+    a gradient reaches or in half precision, references with other classes, and snapshots of another run.
     """
     recipe = TrainRecipe() if recipe is None else recipe
     _check(model, reference)
@@ -80,6 +80,7 @@ def train(
         "model": fingerprint(dict(model.named_parameters())),
         "reference": None if reference is None else fingerprint(dict(reference.named_parameters())),
         "batches": source.per_epoch,
+        "data": source.fingerprint,
         "recipe": recipe.to_dict(),
     }
     snapshots = Snapshots(resume, run)
@@ -91,20 +92,20 @@ def train(
     with _training(model, reference):
         state = State(model, recipe, per_epoch, snapshots)
         # A part of an epoch that is too small for an update is left out, so epochs begin where the loader's do.
-        stream = _epochs(source, state.updates, per_epoch, recipe.grad_accum_steps)
-        while not state.over:
-            value = _update(state, stream, objective)
-            if value is None:
-                break
-            step = TrainStep(model, state.updates, state.total, len(state.epochs) + 1, value, state.lr)
-            for callback in callbacks:
-                callback(step)
-            if state.updates % per_epoch == 0:
-                _end_epoch(state, validate)
-            elif state.updates % recipe.recovery_interval == 0:
-                state.save()
-            if progress is not None:
-                progress(state.updates, state.total)
+        with closing(_epochs(source, state.updates, per_epoch, recipe.grad_accum_steps)) as stream:
+            while not state.over:
+                value = _update(state, stream, objective)
+                if value is None:
+                    break
+                step = TrainStep(model, state.updates, state.total, len(state.epochs) + 1, value, state.lr)
+                for callback in callbacks:
+                    callback(step)
+                if state.updates % per_epoch == 0:
+                    _end_epoch(state, validate)
+                elif state.updates % recipe.recovery_interval == 0:
+                    state.save()
+                if progress is not None:
+                    progress(state.updates, state.total)
         return state.finish()
 
 
@@ -178,6 +179,7 @@ def _update(state: State, stream: Iterator[list[Batch]], objective: _Objective) 
             state.note = f"the loss was {parts['loss']} at update {state.updates + 1}: stopped, kept the best before it"
             state.optimizer.zero_grad(set_to_none=True)
             return None
+        check_reached(value)
         (value / len(group)).backward()
         state.images += len(images)
         for part, number in parts.items():
@@ -189,6 +191,8 @@ def _update(state: State, stream: Iterator[list[Batch]], objective: _Objective) 
 
 
 def _end_epoch(state: State, validate: Callable[[nn.Module], float] | None) -> None:
+    if not state.images:
+        raise InputError("no image of the first epoch could be read, so nothing was learnt; check the data")
     if not state.finite():
         state.note = f"weights were no numbers after epoch {len(state.epochs) + 1}: kept the best before it"
         return
@@ -199,7 +203,7 @@ def _end_epoch(state: State, validate: Callable[[nn.Module], float] | None) -> N
     state.end_epoch(validation)
 
 
-def _epochs(source: Any, updates: int, per_epoch: int, accumulate: int) -> Iterator[list[Batch]]:
+def _epochs(source: Any, updates: int, per_epoch: int, accumulate: int) -> Generator[list[Batch]]:
     """The batches of one update after another, from the given update on."""
     epoch, done = divmod(updates, per_epoch)
     while True:
