@@ -27,6 +27,14 @@ def free_layers(model: nn.Module) -> list[str]:
     return [name for name in layers if all(p.requires_grad for p in model.get_submodule(name).parameters())]
 
 
+def comparable(layers: Sequence[str], model: nn.Module, reference: nn.Module, *, inputs: bool = False) -> list[str]:
+    """Those whose outputs (and `inputs`) the dense network has in the same shape: not so beside removed channels."""
+    dense = dict(reference.named_modules())
+    keys = ("out_features", "in_features") if inputs else ("out_features",)
+    shapes = {name: [getattr(model.get_submodule(name), key) for key in keys] for name in layers}
+    return [name for name, own in shapes.items() if [getattr(dense.get(name), key, None) for key in keys] == own]
+
+
 def block_of(layer: str) -> str:
     """The repeated block around a layer: `blocks.3.mlp.fc1` is in `blocks.3`; a layer in none stands for itself.
 

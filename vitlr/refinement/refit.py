@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlr.inputs import to_model
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.blocks import finite, free_layers, run_until, watched
+from vitlr.refinement.blocks import comparable, finite, free_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
@@ -37,7 +37,7 @@ def refit(
     held-out images with the whole network, and a layer where none helps keeps what it has, as one with a frozen
     parameter does.
     """
-    names = free_layers(model)
+    names = comparable(free_layers(model), model, reference)
     nearest = judge(model).kl
     refitted = shifted = 0
     for done, name in enumerate(names, 1):

@@ -18,7 +18,7 @@ from vitlr.inputs import to_model
 from vitlr.modes import evaluation_mode
 from vitlr.nn import LowRankLinear
 from vitlr.precision import device_of
-from vitlr.refinement.blocks import by_block, finite, free_layers, run_until, watched
+from vitlr.refinement.blocks import by_block, comparable, finite, free_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
@@ -44,7 +44,7 @@ def residual(
     error falls on tokens it did not learn from, and a block only if the whole network comes nearer on held-out images.
     Layers with a frozen parameter stay as they are.
     """
-    free = set(free_layers(model))
+    free = set(comparable(free_layers(model), model, reference, inputs=recipe.parallel))
     blocks = {block: mine for block, names in by_block(model).items() if (mine := [n for n in names if n in free])}
     nearest = judge(model).kl
     layers = steps = learnt = 0
