@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.inputs import call
-from vitlr.modes import evaluation_mode
+from vitlr.modes import evaluation_mode, frozen_parameters
 from vitlr.nn import ResidualLowRankLinear
 
 
@@ -37,10 +38,21 @@ def count_bytes(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """Multiply-accumulates of the matrix products and convolutions of one forward pass (half of torch's FLOPs)."""
+    return _counted(model, inputs).get_total_flops() // 2
+
+
+def count_macs_of(model: nn.Module, inputs: Any, names: Iterable[str]) -> dict[str, int]:
+    """The same for the modules called `names`, each with all that it holds."""
+    flops = _counted(model, inputs).get_flop_counts()
+    return {name: sum(flops.get(f"{type(model).__name__}.{name}", {}).values()) // 2 for name in names}
+
+
+def _counted(model: nn.Module, inputs: Any) -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
-    with evaluation_mode(model), torch.no_grad(), counter:
+    # Frozen as well: the counter asks views of parameters for a gradient function, which no_grad keeps from them.
+    with evaluation_mode(model), frozen_parameters(model), torch.no_grad(), counter:
         call(model, inputs)
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def example_input(model: nn.Module, input_shape: Any) -> Any:
