@@ -21,10 +21,12 @@ from vitlr.statistics import (
     GRADIENT_OBJECTIVES,
     HIDDEN,
     OBJECTIVES,
+    VALUES,
     LayerStatistics,
     Statistics,
     fingerprint,
 )
+from vitlr.surfaces.attention import measurable, nothing
 from vitlr.surfaces.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.taps import Tap
 
@@ -38,7 +40,7 @@ def calibrate(
     *,
     objective: str | Sequence[str] = DEFAULT,
     extras: Sequence[str] = (),
-    hidden: bool = False,
+    hidden: bool | str = False,
     hidden_memory: float = HIDDEN_MEMORY,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
@@ -57,7 +59,7 @@ def calibrate(
     taken together), "loss" (the same, tokens taken as independent), "output" and "normalized" (arXiv 2402.06004);
     `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
     neurons in float64: `8 D²` bytes an MLP, twice that with "fisher", refused where all would take more than
-    `hidden_memory` bytes.
+    `hidden_memory` bytes; `hidden="attention"` adds that of the heads side by side, `[d, d]` an attention, as well.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
     tensor to sample from; `samples` targets are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. The model comes
@@ -71,7 +73,7 @@ def calibrate(
         raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
     objectives = (objective,) if isinstance(objective, str) else tuple(objective)
     _check_choice("objective", objectives, OBJECTIVES)
-    extras = tuple(dict.fromkeys((*extras, HIDDEN) if hidden else extras))
+    extras = tuple(dict.fromkeys((*extras, *_hidden_extras(hidden))))
     _check_choice("extra", extras, EXTRAS)
     if samples < 1:
         raise InputError(f"samples={samples}, expected at least one draw per image")
@@ -88,9 +90,7 @@ def calibrate(
         stack.enter_context(surfaces.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         targets = surfaces.targets(model, include=include, exclude=exclude)
-        widths = (
-            _hidden_layers(model, targets, "fisher" in objectives, hidden_memory) if HIDDEN in extras else frozenset()
-        )
+        widths = _hidden_layers(model, targets, extras, "fisher" in objectives, hidden_memory)
         run: Statistics | None = None
         taps: list[Tap] = []
         stack.callback(_remove, taps)
@@ -107,7 +107,7 @@ def calibrate(
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
-                own = set(extras) - {HIDDEN}
+                own = set(extras) - {HIDDEN, VALUES}
                 pruned = {"input_moment", HIDDEN}
                 collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
                 taps += [Tap(run.layers[name], targets[name], collect[name], found.leading[name]) for name in targets]
@@ -171,19 +171,37 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
 
 
-def _hidden_layers(model: nn.Module, targets: Mapping[str, nn.Linear], by_image: bool, limit: float) -> frozenset[str]:
-    """The second linears of the MLPs that are measured; `InputError` where there are none or they take too much."""
-    mlps = find_mlps(model).values()
-    widths = {mlp.linears[-1]: mlp.width for mlp in mlps if set(mlp.linears) <= set(targets)}
-    if not widths:
-        reasons = [f"{name}: {reason}" for name, reason in refused_mlps(model).items()]
-        what = reasons[0] if reasons else f"none is of a form that is known ({SUPPORTED})"
-        raise InputError(f"hidden=True finds no MLP whose width could change among the measured layers; {what}")
+def _hidden_extras(hidden: bool | str) -> tuple[str, ...]:
+    """The extras that `hidden=` stands for."""
+    if hidden not in (False, True, "attention"):
+        raise InputError(f"hidden={hidden!r}, expected True for MLPs or 'attention' for attention too")
+    return (HIDDEN, VALUES) if hidden == "attention" else (HIDDEN,) if hidden else ()
+
+
+def _hidden_layers(
+    model: nn.Module, targets: Mapping[str, nn.Linear], extras: Sequence[str], by_image: bool, limit: float
+) -> frozenset[str]:
+    """The linears whose whole input moment pruning needs; `InputError` where there are none or they take too much."""
+    widths: dict[str, int] = {}
+    if HIDDEN in extras:
+        mlps = find_mlps(model).values()
+        widths = {mlp.linears[-1]: mlp.width for mlp in mlps if set(mlp.linears) <= set(targets)}
+        if not widths and VALUES not in extras:
+            reasons = [f"{name}: {reason}" for name, reason in refused_mlps(model).items()]
+            why = reasons[0] if reasons else f"none is of a form that is known ({SUPPORTED})"
+            raise InputError(f"hidden=True finds no MLP whose width could change among the measured layers; {why}")
+    what = [f"{len(widths)} MLPs"] if widths else []
+    if VALUES in extras:
+        found, refused = measurable(model, targets)
+        if not found:
+            raise InputError(nothing(model, refused))
+        widths |= {attention.output: attention.width for attention in found.values()}
+        what.append(f"{len(found)} attentions")
     taken = sum(8 * width**2 for width in widths.values()) * (2 if by_image else 1)
     if taken > limit:
         raise InputError(
-            f"the hidden moments of {len(widths)} MLPs take {taken:,} bytes, more than hidden_memory={limit:,.0f}; "
-            "raise it, or measure fewer MLPs (include=, exclude=)"
+            f"the hidden moments of {' and '.join(what)} take {taken:,} bytes, more than hidden_memory={limit:,.0f}; "
+            "raise it, or measure fewer of them (include=, exclude=)"
         )
     return frozenset(widths)
 

@@ -19,10 +19,11 @@ OBJECTIVES = ("fisher", "loss", "output", "normalized")
 DEFAULT = OBJECTIVES[0]  # the most accurate at every budget and number of images tried (docs/results/ablate.md)
 GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
+VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
 _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
-EXTRAS = (*_EXTRA_SUMS, HIDDEN)
+EXTRAS = (*_EXTRA_SUMS, HIDDEN, VALUES)
 _LONG = ("input_sum", "input_abs", "image_input_sum")
-BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # "fisher" and "hidden" together
+BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # of "fisher" with these two
 _SUMS = (
     "moment",
     "gradient",
@@ -46,7 +47,8 @@ class LayerStatistics:
     (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side;
     `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
     `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
-    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`; with "fisher" too they have
+    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`; with "values" the projections of attentions
+    have it, that of the heads side by side. With "fisher" too they have
     `image_input_moment [D, D] = Σ_images P Pᵀ` for `P = Σ_tokens h gᵀ`, and what moves it to another mean of h:
     `image_input_sum [D] = Σ P ḡ` and `image_output_gradient [1] = Σ ‖ḡ‖²`, `ḡ = Σ_tokens g`. Layers fed by one tensor
     share one `moment`, kept by `owner`.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitlr.nn import SelectedLinear
+from vitlr.nn.fused_attention import CLASSES
 from vitlr.surfaces.generic import join
 from vitlr.surfaces.timm import class_of
 
@@ -29,6 +31,7 @@ _KNOWN = {
 }
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "o_proj")
+_MARK = "vitlr_full_heads"  # on an attention that lost heads: how many it had before
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,31 @@ class Attention:
     output: str
     width: int
     heads: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all its linears, the one that reads the heads last."""
+        return (*self.inputs, self.output)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads
+
+    def rows(self, keep: Tensor) -> dict[str, Tensor]:
+        """The rows of `inputs` that stay, ascending, where only the channels `keep` of the heads do.
+
+        Those of v go one by one. Those of q and k serve a whole head, and go with the last channel of it.
+        """
+        v = torch.zeros(self.width, dtype=torch.bool)
+        v[keep.cpu()] = True
+        qk = v.view(self.heads, -1).any(1).repeat_interleave(self.head_dim)
+        parts = [torch.cat([qk, qk, v])] if len(self.inputs) == 1 else [qk, qk, v]
+        return {name: part.nonzero().flatten() for name, part in zip(self.inputs, parts, strict=True)}
+
+    def whole(self, keep: Tensor) -> bool:
+        """Whether the channels `keep` are all those of some heads."""
+        return len(keep.unique()) == len((keep // self.head_dim).unique()) * self.head_dim
 
 
 def attentions(model: nn.Module) -> tuple[dict[str, Attention], dict[str, str]]:
@@ -63,6 +91,26 @@ def attentions(model: nn.Module) -> tuple[dict[str, Attention], dict[str, str]]:
         else:
             found[name] = answer
     return found, refused
+
+
+def measurable(model: nn.Module, linears: Container[str]) -> tuple[dict[str, Attention], dict[str, str]]:
+    """The attentions whose channels can go, all of them among `linears`, and what keeps its width, with the reason."""
+    found, refused = attentions(model)
+    for name, attention in list(found.items()):
+        outside = [linear for linear in attention.linears if linear not in linears]
+        if outside:
+            refused[name] = f"{outside[0]} is not among the layers that are measured"
+            del found[name]
+    return found, refused
+
+
+def nothing(model: nn.Module, refused: Mapping[str, str]) -> str:
+    """Why a model has no attention that could lose channels."""
+    reasons = [f"; {name}: {reason}" for name, reason in refused.items()]
+    return (
+        f"{type(model).__qualname__} has no attention whose value channels could go"
+        f"{reasons[0] if reasons else ''}. Supported: {SUPPORTED}"
+    )
 
 
 def _looks_like_one(module: nn.Module) -> bool:
@@ -95,10 +143,32 @@ def _read(name: str, module: nn.Module) -> Attention | str:
     return Attention(name, inputs, inputs[-1], 2 * width if len(parts) == 1 else 0, join(name, out), width, heads)
 
 
+def loses_heads(module: nn.Module) -> bool:
+    """Whether the forward of an attention is exact with fewer heads; else zeros stand for those that are gone.
+
+    timm's `Attention` is, since it reads its own `attn_dim`; others take the width of their input for it.
+    """
+    return class_of(module) in CLASSES and type(getattr(module, "attn_dim", None)) is int
+
+
+def set_heads(module: nn.Module, heads: int) -> None:
+    """Give an attention whose linears lost rows and columns fewer heads, and remember how many it had."""
+    before = int(module.num_heads)  # type: ignore[arg-type]
+    setattr(module, _MARK, getattr(module, _MARK, before))
+    module.attn_dim = int(module.attn_dim) // before * heads  # type: ignore[assignment,arg-type]
+    module.num_heads = heads  # type: ignore[assignment]
+
+
+def fewer_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Attentions that lost heads, by name: (heads now, heads before)."""
+    owners = {name: module.__dict__.get("_original", module) for name, module in model.named_modules()}
+    return {name: (int(m.num_heads), int(getattr(m, _MARK))) for name, m in owners.items() if hasattr(m, _MARK)}
+
+
 def attention_names(model: nn.Module) -> Iterator[str]:
     """Names of the linears of every attention that vitlr knows, in module order."""
     for attention in attentions(model)[0].values():
-        yield from (*attention.inputs, attention.output)
+        yield from attention.linears
 
 
 def _size(module: nn.Module, key: str) -> int:
