@@ -1,8 +1,8 @@
 """Joint allocation: ranks and hidden widths as options of one knapsack under one budget.
 
-An MLP is one item: its options are a width and a rank, or dense, for each of its linears as they are at that width. Any
-other linear is an item of its own. Losses of a width and of the ranks within it add up, since what a compensated width
-loses is uncorrelated with what it keeps.
+An MLP is one item, and so is an attention that may lose value channels: its options are a width and a rank, or dense,
+for each of its linears as they are at that width. Any other linear is an item of its own. Losses of a width and of the
+ranks within it add up, since what a compensated width loses is uncorrelated with what it keeps.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vitlr.errors import InputError
 from vitlr.joint_options import Item, Maker
 from vitlr.knapsack import Options, choose
 from vitlr.plans import METHODS, LayerPlan, Plan, WidthPlan
+from vitlr.pruning.values import check_grain
 from vitlr.pruning.widths import WidthSpectrum
 from vitlr.spectra import Spectra
 
@@ -37,7 +38,8 @@ def allocate_jointly(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Plan:
-    """Choose a width for every MLP, and a rank or dense for every layer.
+    """Choose a width for every MLP (and every attention, where `spectra` has its widths), and a rank or dense for every
+    layer.
 
     `method`: "prune" changes widths only; "hybrid" changes widths of MLPs and ranks of everything else
     (arXiv 2203.13444); "joint" offers MLPs every combination. `prune_rate` fixes the share of hidden neurons that goes,
@@ -74,13 +76,14 @@ def allocate_jointly(
                 f"{least / whole:.2%} ({least:,.0f} of {whole:,.0f} {budget.quantity}); raise the budget, take smaller "
                 "steps, or use method='joint'"
             )
-    rows, mlps = [], []
+    rows, mlps, extra = [], [], dict.fromkeys(totals, 0.0)
     for item, index in zip(items, chosen or [], strict=True):
         width, ranks = item.choices[index]
         if item.widths is not None and width is not None:
             why = _why_width(item, width, maker, wanted, prune_rate)
             lost = maker.width_errors(item.widths, width)
-            mlps.append(WidthPlan(item.widths.name, item.widths.full_width, width, lost, why))
+            mlps.append(WidthPlan(item.widths.name, item.widths.full_width, width, lost, why, item.widths.kind))
+            extra = {q: extra[q] + item.widths.extra(width, q) for q in totals}
         rows += _layer_rows(maker, item, width, ranks, wanted, method)
     order = {name: index for index, name in enumerate(spectra.layers)}
     rows.sort(key=lambda row: order[row.name])
@@ -98,7 +101,7 @@ def allocate_jointly(
         ridge=next((w.ridge for w in spectra.widths.values()), 0.0),
         spectra=spectra,
         **totals,
-        **{f"{q}_kept": totals[q] - saved[q] for q in totals},
+        **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in totals},
     )
 
 
@@ -115,6 +118,7 @@ def check_options(
     ranks: object = None,
     rank_buckets: int | None = None,
     centred: bool | None = None,
+    attention: str | None = None,
 ) -> None:
     """Raise `InputError` for options that no spectra could serve."""
     if method not in METHODS:
@@ -126,6 +130,10 @@ def check_options(
             raise InputError(f"prune_rate={prune_rate}, expected a share of the hidden neurons between 0 and 1")
         if method == "prune" and budget is not None:
             raise InputError("method='prune' takes a budget or a prune_rate, not both")
+    check_grain(attention)
+    if attention is not None and (method not in ("prune", "joint") or prune_rate is not None):
+        how = f"method={method!r}" if prune_rate is None else "prune_rate=, which is of hidden neurons"
+        raise InputError(f"attention={attention!r} goes with a budget and method='prune' or 'joint', not with {how}")
     check_counts(rank_step=rank_step, min_rank=min_rank, width_step=width_step)
     if not 0 < width_scale < float("inf"):
         raise InputError(f"width_scale={width_scale}, expected a number above 0")
@@ -140,7 +148,7 @@ def check_options(
 
 
 def _groups(spectra: Spectra) -> list[tuple[tuple[str, ...], WidthSpectrum | None]]:
-    """The linears of every MLP together, and all others alone, in the order of the layers."""
+    """The linears of every MLP or attention with widths together, and all others alone, in the order of the layers."""
     of = {name: mlp for mlp in spectra.widths.values() for name in (*mlp.first, mlp.second)}
     groups: list[tuple[tuple[str, ...], WidthSpectrum | None]] = []
     for name in spectra.layers:
@@ -213,13 +221,14 @@ def _saved(rows: Sequence[LayerPlan], sizes: Sizes) -> dict[str, int]:
 def _why_width(item: Item, width: int, maker: Maker, wanted: Collection[str], rate: float | None) -> str:
     mlp = item.widths
     assert mlp is not None
+    offered = mlp.choices(maker.width_step)
     if width < mlp.full_width:
-        floor = ", at the floor of one step" if width == min(maker.widths(mlp)) else ""
+        floor = ", at the floor of one step" if width == min(offered) else ""
         return ("its share of the prune rate" if rate is not None else "saves most for its error") + floor
     if not set(item.linears) <= set(wanted):
         return "full: left out by include/exclude"
-    if len(maker.widths(mlp)) == 1:
-        return f"full: no multiple of {maker.width_step} lies below it"
+    if len(offered) == 1:
+        return f"full: no multiple of {maker.width_step} lies below it" if mlp.group == 1 else "full: it has one head"
     return "full: worth its cost within the budget"
 
 

@@ -1,4 +1,4 @@
-"""What the joint allocation chooses from: widths and ranks of an MLP, or ranks of one linear, with costs and losses."""
+"""What the joint allocation chooses from: widths and ranks of an MLP or attention, or ranks of one linear."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each t
 
 @dataclass(frozen=True)
 class Item:
-    """The choices of an MLP, or of one linear outside of any: costs and losses of `(width, ranks)`."""
+    """The choices of an MLP or an attention, or of one linear outside of any: costs and losses of `(width, ranks)`."""
 
     linears: tuple[str, ...]
     widths: WidthSpectrum | None
@@ -63,7 +63,7 @@ class Maker:
         N, K = spectrum.out_features, spectrum.in_features
         if mlp is None or width is None:
             return N, K
-        return (N, width) if name == mlp.second else (width * (2 if mlp.packed else 1), K)
+        return mlp.shape(name, (N, K), width)
 
     def dense(self, item: Item) -> float:
         """Cost of an item with nothing changed."""
@@ -75,7 +75,7 @@ class Maker:
         ranked = method == "joint" or (method == "hybrid" and mlp is None)
         if mlp is None:
             return self._at_width(linears, None, None, ranked, wanted)
-        widths = self.widths(mlp) if set(linears) <= set(wanted) else [mlp.full_width]
+        widths = mlp.choices(self.width_step) if set(linears) <= set(wanted) else [mlp.full_width]
         # Every width alone, and some of them, evenly spread, with ranks.
         few = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, min(FACTORED, len(widths)))}
         few.add(mlp.full_width)
@@ -84,10 +84,6 @@ class Maker:
         cost = np.concatenate([part.options.cost for part in parts])
         loss = np.concatenate([part.options.loss for part in parts])
         return Item(linears, mlp, choices, Options(cost, loss)).only(worth_having(cost, loss))
-
-    def widths(self, mlp: WidthSpectrum) -> list[int]:
-        """Multiples of the step below the full width, and that."""
-        return [*range(self.width_step, mlp.full_width, self.width_step), mlp.full_width]
 
     def _at_width(
         self,
@@ -101,6 +97,7 @@ class Maker:
         cost, loss = np.zeros(1), np.zeros(1)
         if mlp is not None and width is not None:
             loss = loss + self.width_errors(mlp, width)
+            cost = cost + mlp.extra(width, self.quantity)
         choices: list[tuple[int | None, ...]] = [()]
         for name in linears:
             N, K = self.shape(mlp, name, width)

@@ -20,7 +20,9 @@ from vitlr.errors import InputError
 from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.joint_allocation import check_options as check_joint_allocation
 from vitlr.plans import Plan
-from vitlr.pruning.widths import RIDGE, solve_widths
+from vitlr.pruning import find_mlps
+from vitlr.pruning.values import solve_values
+from vitlr.pruning.widths import RIDGE, WidthSpectrum, solve_widths
 from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
 from vitlr.refinement.ladder import check_free
@@ -32,7 +34,7 @@ from vitlr.surgery import replace_layers
 Progress = Callable[[int, "int | None"], None]
 _CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
 _RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
-_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred"}
+_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred", "attention"}
 _PLAN = {*_WIDTHS, "damping", "compensate", "ridge"}
 _REFINE = choices() | {"resume"}
 
@@ -58,6 +60,7 @@ def plan(
     width_scale: float = WIDTH_SCALE,
     compensate: bool = True,
     ridge: float = RIDGE,
+    attention: str | None = None,
     spectra: Spectra | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -67,6 +70,8 @@ def plan(
     (arXiv 2203.13444), "joint" both for all. See `vitlr.allocation.allocate` and
     `vitlr.joint_allocation.allocate_jointly` for the choices. Widths need statistics with hidden moments; `compensate`
     folds removed neurons into those that stay, by regression with `ridge`, which is relative to their mean variance.
+    `attention` ("prune" and "joint") also lets every attention lose value "channels", or whole "heads": it needs
+    statistics with `hidden="attention"`.
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
@@ -83,6 +88,7 @@ def plan(
         ranks=ranks,
         rank_buckets=rank_buckets,
         centred=centred,
+        attention=attention,
     )
     if spectra is None:
         damping = DAMPING if damping is None else damping
@@ -98,11 +104,7 @@ def plan(
             "statistics or other options; leave spectra= out"
         )
     if method != "lowrank":
-        known = next(iter(spectra.widths.values()), None)
-        if known is None or (known.compensated, known.ridge) != (compensate, ridge):
-            options: dict[str, Any] = {"compensate": compensate, "ridge": ridge, "damping": spectra.damping}
-            widths = solve_widths(model, stats, spectra.objective, **options, progress=progress)
-            spectra = replace(spectra, widths=widths)
+        spectra = with_widths(model, stats, spectra, attention, compensate=compensate, ridge=ridge, progress=progress)
         return allocate_jointly(
             spectra,
             sizes(model, stats),
@@ -130,6 +132,30 @@ def plan(
     )
 
 
+def with_widths(
+    model: nn.Module,
+    stats: Statistics,
+    spectra: Spectra,
+    attention: str | None = None,
+    *,
+    compensate: bool = True,
+    ridge: float = RIDGE,
+    progress: Progress | None = None,
+) -> Spectra:
+    """The spectra with the widths of all MLPs and, with `attention`, all attentions; what is there is kept."""
+    options: dict[str, Any] = {"compensate": compensate, "ridge": ridge}
+    fits = {name: w for name, w in spectra.widths.items() if (w.compensated, w.ridge) == (compensate, ridge)}
+    found: dict[str, WidthSpectrum] = {name: w for name, w in fits.items() if w.kind == "mlp"}
+    options |= {"damping": spectra.damping, "progress": progress}
+    has_mlps = any(set(mlp.linears) <= set(stats.layers) for mlp in find_mlps(model).values())
+    if not found and (has_mlps or attention is None):
+        found |= solve_widths(model, stats, spectra.objective, **options)
+    if attention is not None:
+        values: dict[str, WidthSpectrum] = {name: w for name, w in fits.items() if w.kind == attention}
+        found |= values or solve_values(model, stats, attention, spectra.objective, **options)
+    return replace(spectra, widths=found)
+
+
 def sizes(model: nn.Module, stats: Statistics) -> Sizes:
     """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer."""
     weights = layer_weights(model, stats)
@@ -149,7 +175,8 @@ def apply(
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Carry a plan out: a new model with narrowed MLPs and `LowRankLinear`s as planned (the same one if `inplace`).
+    """Carry a plan out: a new model (the same one if `inplace`) with MLPs and attentions narrowed and
+    `LowRankLinear`s as planned.
 
     A plan read from JSON has no spectra and needs the statistics it was made from. Raises `InputError` where plan,
     statistics and model do not belong together.
@@ -166,8 +193,8 @@ def apply(
             )
         spectra = decompose(model, stats, plan.objective, centred=plan.centred, damping=plan.damping)
         if plan.narrowed:
-            options: dict[str, Any] = {"compensate": plan.compensated, "ridge": plan.ridge, "damping": plan.damping}
-            spectra = replace(spectra, widths=solve_widths(model, stats, plan.objective, **options))
+            how: dict[str, Any] = {"compensate": plan.compensated, "ridge": plan.ridge}
+            spectra = with_widths(model, stats, spectra, plan.attention, **how)
     return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
 
 
@@ -208,7 +235,7 @@ def compress(
         check_free(model)
         if isinstance(loader, Iterator):
             raise InputError("calibration uses this loader up, refinement needs it again; pass a list or a DataLoader")
-    hidden = method != "lowrank"
+    hidden = ("attention" if planned.get("attention") else True) if method != "lowrank" else False
     stats = calibrate(model, loader, objective=objective, hidden=hidden, progress=progress, **measured)
     chosen = plan(model, stats, budget, **planned)
     reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model

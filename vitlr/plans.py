@@ -12,8 +12,9 @@ from vitlr.errors import InputError
 from vitlr.spectra import Spectra
 from vitlr.storage import atomic_path
 
-SCHEMA = 2  # 2 knows widths; plans without them are written as 1, as they always were
+SCHEMA = 3  # 2 knows widths, 3 those of attention; plans without them are written as 1 or 2, as they always were
 METHODS = ("lowrank", "prune", "hybrid", "joint")
+KINDS = {"mlp": "width", "channels": "value", "heads": "heads"}  # of widths, and what the table calls them
 _MAX_BYTES = 16 * 2**20
 
 
@@ -57,18 +58,22 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class WidthPlan:
-    """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason."""
+    """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason.
+
+    Of an attention (`kind` "channels" or "heads") the same for its value channels, one by one or in whole heads.
+    """
 
     name: str
     full_width: int
     width: int
     error: float
     reason: str
+    kind: str = "mlp"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Ranks for all layers, and widths for MLPs, under one budget, with the whole model's totals before and after.
+    """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
     `spectra` travel with a plan that was just made; one read from JSON is applied with the statistics instead.
     """
@@ -103,8 +108,13 @@ class Plan:
 
     @property
     def narrowed(self) -> dict[str, int]:
-        """Width of every MLP that loses neurons."""
+        """Width of every MLP that loses neurons and every attention that loses value channels."""
         return {mlp.name: mlp.width for mlp in self.widths if mlp.width < mlp.full_width}
+
+    @property
+    def attention(self) -> str | None:
+        """Whether attention may lose "channels" or "heads", or neither."""
+        return next((row.kind for row in self.widths if row.kind != "mlp"), None)
 
     @property
     def changes(self) -> bool:
@@ -118,7 +128,11 @@ class Plan:
         layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
         if new:
             return {"schema": 1, **body, "layers": layers}
-        return {"schema": SCHEMA, **body, "layers": layers, "widths": [asdict(row) for row in self.widths]}
+        widths = [asdict(row) for row in self.widths]
+        if self.attention is None:
+            for row in widths:
+                del row["kind"]
+        return {"schema": 2 if self.attention is None else SCHEMA, **body, "layers": layers, "widths": widths}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -129,11 +143,11 @@ class Plan:
         """Read what `to_dict` gave; raises `InputError` where something is missing, of the wrong kind or newer."""
         try:
             schema = body["schema"]
-            if schema not in (1, SCHEMA):
+            if schema not in range(1, SCHEMA + 1):
                 raise InputError(f"this plan has schema {schema}, this vitlr reads up to {SCHEMA}; make the plan again")
             layers = tuple(LayerPlan(**layer) for layer in body["layers"])
             names = {f.name for f in fields(cls)} - {"spectra", *_ROWS} - (set(_NEW) if schema == 1 else set())
-            widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema == SCHEMA else ()
+            widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema > 1 else ()
             plan = cls(layers=layers, widths=widths, **{name: body[name] for name in names})
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
@@ -146,7 +160,9 @@ class Plan:
             raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
         for mlp in self.widths:
             if any(type(w) is not int for w in (mlp.width, mlp.full_width)) or not 1 <= mlp.width <= mlp.full_width:
-                raise InputError(f"MLP {mlp.name}: width {mlp.width!r:.80} does not fit {mlp.full_width!r:.80}")
+                raise InputError(f"{mlp.name}: width {mlp.width!r:.80} does not fit {mlp.full_width!r:.80}")
+            if mlp.kind not in KINDS:
+                raise InputError(f"{mlp.name}: a width of {mlp.kind!r:.80}, expected one of {', '.join(KINDS)}")
         for layer in self.layers:
             for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
                 if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
@@ -193,9 +209,16 @@ class Plan:
         for mlp in self.widths:
             kept = f"{mlp.width}/{mlp.full_width}"
             lines.append(
-                f"{mlp.name:<{width}}  {kept:>11}  {'width':>5}  {mlp.error:>9.3g}  {'':>10}  {'':>8}  {mlp.reason}"
+                f"{mlp.name:<{width}}  {kept:>11}  {KINDS[mlp.kind]:>5}  {mlp.error:>9.3g}  {'':>10}  {'':>8}  "
+                f"{mlp.reason}"
             )
-        narrowed = f"{len(self.narrowed)} of {len(self.widths)} MLPs narrowed, " if self.widths else ""
+        narrowed = ""
+        for what, rows in (
+            ("MLPs", [row for row in self.widths if row.kind == "mlp"]),
+            ("attentions", [row for row in self.widths if row.kind != "mlp"]),
+        ):
+            if rows:
+                narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
         lines.append(
             f"{self.budget}, objective {self.objective}: {len(self.ranks)} of {len(self.layers)} layers factorised, "
             f"{narrowed}predicted error {self.error:.4g}"

@@ -74,7 +74,7 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 class Spectra:
     """The spectra of all layers under one objective, how they were made, and of which weights they speak.
 
-    `widths` are those of the MLPs' hidden widths, where a plan asked for them.
+    `widths` are those of the MLPs' hidden widths and the attentions' value widths, where a plan asked for them.
     """
 
     layers: dict[str, LayerSpectrum]

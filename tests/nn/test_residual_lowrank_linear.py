@@ -161,7 +161,7 @@ def test_what_has_no_factors():
 def compressed(tiny_vit):
     model = tiny_vit().eval()
     for (name, linear), form in zip(list(surfaces.targets(model).items())[:4], FORMS, strict=True):
-        surgery._swap(model, name, ResidualLowRankLinear.from_linear(linear, 4, form, 16))
+        surgery.swap(model, name, ResidualLowRankLinear.from_linear(linear, 4, form, 16))
     return model
 
 

@@ -21,7 +21,7 @@ from vitlr.commands._result import Interrupted
 from vitlr.data import Loader, data_config, open_data
 from vitlr.errors import InputError
 from vitlr.progress import bar
-from vitlr.statistics import DEFAULT, HIDDEN, Statistics
+from vitlr.statistics import DEFAULT, HIDDEN, VALUES, Statistics
 
 _SHARE = 0.05  # of the time that may go into saving on the way
 _LEAST = 5.0  # seconds between two saves
@@ -42,7 +42,7 @@ class Request:
     seed: int | None
     layers: tuple[str, ...]
     path: Path | None
-    hidden: bool = False
+    hidden: bool | str = False  # as of `calibrate`
 
     def open(self, model: nn.Module, skip: int = 0, limit: int | None = None) -> Loader:
         """The images from the `skip`-th on."""
@@ -101,6 +101,8 @@ def _check_fits(found: Statistics, model: nn.Module, request: Request) -> None:
         raise InputError(f"these statistics were collected with --objective {held}, not {request.objective}")
     if request.hidden and HIDDEN not in found.extras:
         raise InputError("these statistics hold no moments of hidden neurons, which --method asks for")
+    if request.hidden == "attention" and VALUES not in found.extras:
+        raise InputError("these statistics hold no moments of value channels, which --prune-attention asks for")
     missing = [name for name in request.layers if name not in found.layers]
     unfinished = not found.notes.get("complete", True) and len(request.layers) < len(found.layers)
     if missing or unfinished:
@@ -139,7 +141,7 @@ def _measure(model: nn.Module, request: Request, found: Statistics | None, loade
         how: dict[str, Any] = {"objective": request.objective or DEFAULT}
         how |= {key: getattr(request, key) for key in ("samples", "seed") if getattr(request, key) is not None}
         if request.hidden:
-            how["extras"] = (HIDDEN,)
+            how["hidden"] = request.hidden
         if found is not None:  # what is measured is settled, only images are missing
             how = {"objective": found.objectives} | {key: getattr(found, key) for key in _remembered()}
         with bar(label, total) as progress, keeper.interrupts():

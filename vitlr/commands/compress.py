@@ -60,6 +60,10 @@ def compress(
     prune_rate: Annotated[
         float | None, typer.Option(metavar="X", help="With hybrid: the share of hidden neurons to remove.")
     ] = None,
+    prune_attention: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="With prune or joint: attention may lose channels of its values, or heads."),
+    ] = None,
     width_step: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N.")] = 16,
     uniform: Annotated[bool, typer.Option("--uniform", help="Give every layer the same share.")] = False,
     rank_step: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks are multiples of N.")] = 16,
@@ -118,6 +122,7 @@ def compress(
     given = objective or (DEFAULT if stats is None or not stats.exists() else None)  # else that of the statistics
     _check_choices(given, uniform, rank_buckets, centred)
     widths: dict[str, Any] = {"method": method, "prune_rate": prune_rate, "width_step": width_step}
+    widths["attention"] = prune_attention
     check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
     if method != "lowrank":
         check_widths(objective or DEFAULT, RIDGE)
@@ -132,7 +137,7 @@ def compress(
     if out is not None:
         rebuild.check_origin(rebuild.find_origin(network, source.args))  # arguments a file cannot hold
     layers = tuple(surfaces.targets(network, include or None, exclude or None))
-    hidden = method != "lowrank"
+    hidden = ("attention" if prune_attention else True) if method != "lowrank" else False
     request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats, hidden)
     measured = statistics_for(network, request)
 

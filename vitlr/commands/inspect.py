@@ -24,6 +24,7 @@ def inspect(
     from vitlr import cost, rebuild, surfaces, surgery
     from vitlr.commands._models import Source, open_model
     from vitlr.pruning import narrowed_mlps
+    from vitlr.surfaces.attention import fewer_heads
 
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     with rebuild.unfilled():  # nothing here looks at a value
@@ -45,6 +46,7 @@ def inspect(
     narrowed = [
         {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
     ]
+    heads = [{"name": name, "heads": now, "full_heads": full} for name, (now, full) in fewer_heads(network).items()]
     selected = [
         {"name": name, **{key: s[key] for key in ("inputs", "in_features", "outputs", "out_features")}}
         for name, s in surgery.structure(network).items()
@@ -64,6 +66,7 @@ def inspect(
         "targets": targets,
         "low_rank": low_rank,
         "narrowed": narrowed,
+        "heads": heads,
         "selected": selected,
         "kept": kept,
         "hidden": hidden,
@@ -95,6 +98,9 @@ def _text(values: dict[str, Any]) -> str:
     widths = [f"{row['name']} {row['width']} of {row['full_width']}" for row in values["narrowed"]]
     if widths:
         lines.append(f"  hidden widths kept: {', '.join(widths)}")
+    heads = [f"{row['name']} {row['heads']} of {row['full_heads']}" for row in values["heads"]]
+    if heads:
+        lines.append(f"  heads kept: {', '.join(heads)}")
     channels = [
         f"{row['name']} {row['inputs'] or row['in_features']} of {row['in_features']} in, "
         f"{row['outputs'] or row['out_features']} of {row['out_features']} out"

@@ -74,12 +74,47 @@ def _block(P: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, 
     return gone, cost, P.addmm_(U, U.mT, alpha=-1), rows[stays].addmm_(V, T.mT, alpha=-1)
 
 
-def eliminate_alone(moment: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate_groups(covariance: Tensor, G: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """As `eliminate`, for groups of `size` neighbours (the heads of an attention) that go together.
+
+    With g the group and P_gg its block, removing it costs `tr(F V_g P_gg⁻¹ V_gᵀ)`, and `V ← V − V_g P_gg⁻¹ P_g:`,
+    `P ← P − P_:g P_gg⁻¹ P_g:`. `errors` between two whole numbers of groups are those of the lower one.
+    """
+    L, info = torch.linalg.cholesky_ex(covariance)
+    if int(info) or not (torch.isfinite(covariance).all() and torch.isfinite(G).all()):
+        raise NumericalError("the moment of the channels is not positive definite, or holds NaN or Inf")
+    P, V = torch.cholesky_inverse(L), G
+    alive = torch.arange(len(P), device=P.device).view(-1, size)
+    removed, costs = [], []
+    while len(alive):
+        blocks = [slice(i * size, (i + 1) * size) for i in range(len(alive))]
+        lost = torch.stack([(V[:, b] @ torch.linalg.solve(P[b, b], V[:, b].mT)).trace() for b in blocks])
+        g = int(lost.argmin())
+        share = torch.linalg.solve(P[blocks[g], blocks[g]], P[blocks[g]])
+        V, P = V - V[:, blocks[g]] @ share, P - P[:, blocks[g]] @ share
+        removed.append(alive[g])
+        costs.append(lost[g])
+        left = torch.cat([alive[:g], alive[g + 1 :]])
+        stays = torch.ones(len(P), dtype=torch.bool, device=P.device)
+        stays[blocks[g]] = False
+        P, V, alive = P[stays][:, stays], V[:, stays], left
+    errors = torch.stack(costs).clamp_min(0).cumsum(0).flip(0)
+    return torch.cat(removed[::-1]), _spread(errors, size)
+
+
+def _spread(errors: Tensor, size: int) -> Tensor:
+    """Losses of 0, 1, … groups as those of every width, `[D + 1]`."""
+    return torch.cat([errors.repeat_interleave(size), errors.new_zeros(1)])
+
+
+def eliminate_alone(moment: Tensor, G: Tensor, size: int = 1) -> tuple[Tensor, Tensor]:
     """The same with the other weights left as they are: order and errors of dropping columns of W.
 
-    `errors[h] = tr(F W_r M_rr W_rᵀ)` for the set r that is gone, M the moment about zero.
+    `errors[h] = tr(F W_r M_rr W_rᵀ)` for the set r that is gone, M the moment about zero. Groups of `size` neighbours
+    go together.
     """
     B = (G.mT @ G) * moment  # [D, D]; the loss of a set is the sum of its entries of B
+    B = B.unflatten(1, (-1, size)).unflatten(0, (-1, size)).sum((1, 3))
     score = B.diagonal().clone()
     order = torch.empty(len(B), dtype=torch.int64, device=B.device)
     errors = B.new_zeros(len(B) + 1)
@@ -88,7 +123,8 @@ def eliminate_alone(moment: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         order[left], errors[left] = j, errors[left + 1] + score[j]
         score += 2 * B[j]
         score[order[left:]] = float("inf")
-    return order, errors.clamp_min(0)
+    channels = (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
+    return channels, _spread(errors[:-1].clamp_min(0), size)
 
 
 def compensate(W: Tensor, covariance: Tensor, keep: Tensor) -> Tensor:

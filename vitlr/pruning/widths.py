@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.moments import damped, pair
-from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone
+from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone, eliminate_groups
 from vitlr.solver import solve
 from vitlr.spectra import LayerSpectrum
 from vitlr.statistics import GRADIENT_OBJECTIVES, LayerStatistics, Statistics
@@ -48,6 +49,7 @@ class WidthSpectrum:
     metric: Tensor = field(repr=False)  # F [N, N]
     free: bool = False
     by_image: bool = False  # objective "fisher"
+    group: int = 1  # so many neighbours go together
     _second: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -58,8 +60,30 @@ class WidthSpectrum:
     def keep(self, width: int) -> Tensor:
         """The neurons kept at a width, in ascending order. Raises `InputError` for a width outside 1 … D."""
         if not 1 <= width <= self.full_width:
-            raise InputError(f"MLP {self.name}: width {width}, expected 1 to {self.full_width}")
+            raise InputError(f"{self.name}: width {width}, expected 1 to {self.full_width}")
         return self.order[:width].sort().values
+
+    @property
+    def kind(self) -> str:
+        """What gets narrower, as a `WidthPlan` says it."""
+        return "mlp"
+
+    def choices(self, step: int) -> list[int]:
+        """Multiples of the step below the full width, and that."""
+        return [*range(step, self.full_width, step), self.full_width]
+
+    def shape(self, name: str, full: tuple[int, int], width: int) -> tuple[int, int]:
+        """(N, K) of one of its linears at a width; `full` is what it has now."""
+        return (full[0], width) if name == self.second else (width * (2 if self.packed else 1), full[1])
+
+    def rows(self, keep: Tensor) -> dict[str, Tensor]:
+        """The rows of every first linear that stay with the neurons `keep`."""
+        rows = torch.cat([keep, keep + self.full_width]) if self.packed else keep
+        return dict.fromkeys(self.first, rows)
+
+    def extra(self, width: int, quantity: str) -> float:
+        """What a width costs besides its linears' weights and biases, against the full one."""
+        return 0.0
 
     def weights(self, width: int) -> tuple[Tensor, Tensor | None]:
         """W₂ `[N, h]` and b₂ on the kept neurons, in float64: what was removed is folded in by ridge regression.
@@ -134,6 +158,9 @@ class WidthSpectrum:
         return self.layer.sum(key).to(self.order.device, torch.float64)
 
 
+Spectrum = TypeVar("Spectrum", bound=WidthSpectrum)
+
+
 def solve_widths(
     model: nn.Module,
     stats: Statistics,
@@ -156,9 +183,9 @@ def solve_widths(
     measured = _measured(model, stats)
     found: dict[str, WidthSpectrum] = {}
     for name, mlp in measured.items():
-        spectrum = _prepared(mlp, stats, objective, compensate, ridge, damping)
+        spectrum = prepared(mlp, stats, objective, compensate, ridge, damping)
         try:
-            found[name] = _solved(spectrum)
+            found[name] = solved(spectrum)
         except (NumericalError, torch.linalg.LinAlgError) as cause:
             raise NumericalError(f"MLP {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
         if progress is not None:
@@ -188,7 +215,7 @@ def _measured(model: nn.Module, stats: Statistics) -> Mapping[str, Mlp]:
     return measured
 
 
-def _prepared(
+def prepared(
     mlp: Mlp, stats: Statistics, objective: str, compensated: bool, ridge: float, damping: float
 ) -> WidthSpectrum:
     """The spectrum before it is solved."""
@@ -218,17 +245,19 @@ def _prepared(
     return spectrum
 
 
-def _solved(spectrum: WidthSpectrum) -> WidthSpectrum:
-    """Order and errors of an MLP."""
+def solved(spectrum: Spectrum) -> Spectrum:
+    """Order and errors of what `prepared` made."""
     W = spectrum.weight.double()
     L, info = torch.linalg.cholesky_ex(spectrum.metric + 1e-12 * spectrum.metric.diagonal().mean() * torch.eye(len(W)))
     if int(info):
         raise NumericalError("the gradient moment of its output is not positive semidefinite")
     G = L.mT @ W
-    if spectrum.compensated:
-        spectrum.order, spectrum.errors = eliminate(spectrum.covariance(), G)
+    if not spectrum.compensated:
+        spectrum.order, spectrum.errors = eliminate_alone(spectrum.moment(), G, spectrum.group)
+    elif spectrum.group > 1:
+        spectrum.order, spectrum.errors = eliminate_groups(spectrum.covariance(), G, spectrum.group)
     else:
-        spectrum.order, spectrum.errors = eliminate_alone(spectrum.moment(), G)
+        spectrum.order, spectrum.errors = eliminate(spectrum.covariance(), G)
     if not torch.isfinite(spectrum.errors).all():
         raise NumericalError("its losses hold NaN or Inf")
     if spectrum.free:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.pruning import narrowed_mlps
 from vitlr.refinement.blocks import free_layers, lowrank_layers
 from vitlr.refinement.images import Proxy
@@ -26,6 +26,7 @@ from vitlr.refinement.residual import residual
 from vitlr.refinement.snapshots import Snapshots
 from vitlr.snapshots import copied, restore
 from vitlr.statistics import fingerprint
+from vitlr.surfaces.attention import fewer_heads
 
 Progress = Callable[[int, "int | None"], None]
 
@@ -129,7 +130,8 @@ def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
     if lowrank_layers(model):
         return wanted
     joint = tuple(rung for rung in wanted if rung == "joint")
-    if not narrowed_mlps(model) or (wanted and not joint):
+    narrower = narrowed_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
+    if not (narrower or fewer_heads(model)) or (wanted and not joint):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
     return joint
 

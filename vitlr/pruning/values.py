@@ -1,0 +1,146 @@
+"""What every number of value channels, or of heads, costs an attention: `vitlr.pruning.widths` with proj for fc2.
+
+The projection reads o = the heads side by side `[d]` as the second linear of an MLP reads its hidden neurons, and
+channel j of o is made by row j of v alone. So with `M = Σ o oᵀ` the same elimination gives the order in which channels
+go, one by one or a head at a time, the loss of every width, and the weights that make up for what is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from vitlr import cost
+from vitlr.errors import InputError, NumericalError
+from vitlr.pruning.widths import RIDGE, WidthSpectrum, check_options, prepared, solved
+from vitlr.statistics import Statistics
+from vitlr.surfaces.attention import Attention, loses_heads, measurable, nothing
+from vitlr.surfaces.mlps import Mlp
+
+GRAINS = ("channels", "heads")
+_INDEX = 8  # bytes of one channel number that a SelectedLinear keeps
+
+
+@dataclass(eq=False)
+class ValueSpectrum(WidthSpectrum):
+    """All widths of one attention at once; with `group` = its head dimension whole heads go.
+
+    `fewer_heads` says whether the module then really has fewer, `macs` what it multiplies between its linears.
+    """
+
+    attention: Attention = field(kw_only=True)
+    fewer_heads: bool = field(kw_only=True)
+    macs: float = field(kw_only=True)
+    _left: dict[int, dict[str, int]] = field(default_factory=dict, repr=False, kw_only=True)
+
+    @property
+    def kind(self) -> str:
+        return "heads" if self.group > 1 else "channels"
+
+    def keep(self, width: int) -> Tensor:
+        """The channels kept at a width, ascending. Raises `InputError` for a width of no whole number of groups."""
+        if width % self.group:
+            raise InputError(f"{self.name}: width {width}, expected a multiple of its head dimension {self.group}")
+        return super().keep(width)
+
+    def choices(self, step: int) -> list[int]:
+        return super().choices(self.group if self.group > 1 else step)
+
+    def shape(self, name: str, full: tuple[int, int], width: int) -> tuple[int, int]:
+        return (full[0], width) if name == self.second else (self._counts(width)[name], full[1])
+
+    def rows(self, keep: Tensor) -> dict[str, Tensor]:
+        return self.attention.rows(keep)
+
+    def extra(self, width: int, quantity: str) -> float:
+        if width == self.full_width:
+            return 0.0
+        if self.fewer_heads:
+            return self.macs * (width / self.full_width - 1) if quantity == "macs" else 0.0
+        if quantity != "bytes":
+            return 0.0
+        full = len(self.order) * (3 if len(self.first) == 1 else 1)
+        return _INDEX * float(width + sum(rows for rows in self._counts(width).values() if rows < full))
+
+    def _counts(self, width: int) -> dict[str, int]:
+        if width not in self._left:
+            self._left[width] = {name: len(rows) for name, rows in self.rows(self.keep(width)).items()}
+        return self._left[width]
+
+
+def check_grain(attention: str | None) -> None:
+    """Raise `InputError` for an unknown `attention=`."""
+    if attention is not None and attention not in GRAINS:
+        raise InputError(f"unknown attention={attention!r}, expected one of {', '.join(GRAINS)}, or nothing")
+
+
+def solve_values(
+    model: nn.Module,
+    stats: Statistics,
+    grain: str,
+    objective: str | None = None,
+    *,
+    compensate: bool = True,
+    ridge: float = RIDGE,
+    damping: float = 0.1,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> dict[str, ValueSpectrum]:
+    """The width spectra of all attentions that the statistics cover, by name, in float64; `grain` channels or heads.
+
+    Needs the moments of `calibrate(..., hidden="attention")`; all else as in `solve_widths`. Raises `InputError` where
+    the statistics hold no such moments or no attention is known, with what is supported.
+    """
+    check_grain(grain)
+    objective = objective or stats.default_objective
+    check_options(objective, ridge)
+    measured = _measured(model, stats)
+    between = _between(model, stats, measured) if grain == "heads" else {}
+    found: dict[str, ValueSpectrum] = {}
+    for name, attention in measured.items():
+        module = model.get_submodule(name)
+        # An attention seen as an MLP: v for its first linears, proj for its second.
+        child = len(name) + 1 if name else 0
+        pair = Mlp(name, module, tuple(part[child:] for part in attention.inputs), attention.output[child:])
+        known = prepared(pair, stats, objective, compensate, ridge, damping)
+        values = {f.name: getattr(known, f.name) for f in fields(known) if f.init}
+        values["group"] = attention.head_dim if grain == "heads" else 1
+        fewer = grain == "heads" and loses_heads(module)
+        spectrum = ValueSpectrum(**values, attention=attention, fewer_heads=fewer, macs=between.get(name, 0.0))
+        try:
+            found[name] = solved(spectrum)
+        except (NumericalError, torch.linalg.LinAlgError) as cause:
+            raise NumericalError(f"attention {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        if progress is not None:
+            progress(len(found), len(measured))
+    return found
+
+
+def _measured(model: nn.Module, stats: Statistics) -> dict[str, Attention]:
+    """The attentions whose linears are all dense and measured."""
+    found, refused = measurable(model, stats.layers)
+    if not found:
+        raise InputError(nothing(model, refused))
+    for name, attention in found.items():
+        if stats.layers[attention.output].input_moment is None:
+            raise InputError(
+                f"these statistics hold no moments of value channels ({name}); calibrate with hidden='attention', "
+                "which pruning attention needs"
+            )
+    return found
+
+
+def _between(model: nn.Module, stats: Statistics, measured: Mapping[str, Attention]) -> dict[str, float]:
+    """MACs of one image between the linears of those attentions that can have fewer heads."""
+    wanted = {name: a for name, a in measured.items() if loses_heads(model.get_submodule(name))}
+    if not wanted:
+        return {}
+    whole = cost.count_macs_of(model, cost.example_input(model, stats.input_shape), wanted)
+    layers = stats.layers
+    linears = {
+        name: sum(layers[n].in_features * layers[n].out_features * layers[n].tokens for n in attention.linears)
+        for name, attention in wanted.items()
+    }
+    return {name: whole[name] - linears[name] / max(stats.images, 1) for name in wanted}
