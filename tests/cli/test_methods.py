@@ -44,9 +44,31 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         (("--method", "hybrid", "--prune-rate", "1.5"), "between 0 and 1"),
         (("--method", "joint", "--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
+        (("--method", "joint", "--prune-attention", "all"), "expected one of channels, heads"),
+        (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and method='prune' or 'joint'"),
         (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
         (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
     assert said in refused(*squeeze(*flags))
+
+
+def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):
+    stats = tmp_path / "s.safetensors"
+    run(*squeeze("--stats", stats, "--method", "prune", "--plan-only"))
+    heads = ("--stats", stats, "--method", "prune", "--prune-attention", "heads", *STEPS)
+    assert "no moments of value channels" in refused(*squeeze(*heads))
+    stats.unlink()
+    answer = run(*squeeze(*heads, "--json", budget="params:57%"))
+    small = vitlr.load(tmp_path / "small.safetensors")
+    assert sum(p.numel() for p in small.parameters()) == answer.json["params_kept"]
+    rows = run("inspect", tmp_path / "small.safetensors", "--json").json["heads"]
+    assert rows and all((row["heads"], row["full_heads"]) == (1, 2) for row in rows)
+    assert "heads kept: blocks." in run("inspect", tmp_path / "small.safetensors").out
+    channels = squeeze(
+        "--stats", stats, "--method", "joint", "--prune-attention", "channels", *STEPS, budget="params:45%"
+    )
+    assert run(*channels).status == 0
+    assert "channels kept: blocks." in run("inspect", tmp_path / "small.safetensors").out
+    assert run(*squeeze("--stats", stats, "--method", "hybrid", *STEPS)).status == 0
