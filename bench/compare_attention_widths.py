@@ -1,0 +1,84 @@
+"""Whether narrower attention helps: MLP widths (and ranks) with and without value channels or heads of attention.
+
+    python bench/compare_attention_widths.py [--data FOLDER] [--images 700] [--budgets 90 80 70 60] [--threads 1]
+
+ViT-Ti, no training. Of the 1000 calibration images the first `--images` are measured and all others judge: KL from the
+dense model, and its difference from the plan without attention widths, image by image. No validation image is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import data_folder, finish, parser
+from compare_methods import CHECKPOINT, MODEL
+from torch import Tensor, nn
+
+from vitlr.calibration import calibrate
+from vitlr.data import open_data
+from vitlr.errors import InputError
+from vitlr.models import create_model
+from vitlr.pipeline import apply, plan
+
+GRAINS = (None, "channels", "heads")
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = data_folder(args.data)
+    model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
+    archive = folder / "imagenet_calibration_1000.tar"
+    measured = open_data(archive, model, batch_size=50, limit=args.images, workers=0)
+    stats = calibrate(model, measured, hidden="attention")
+    held = [images for images, *_ in open_data(archive, model, batch_size=50, skip=args.images, workers=0)]
+    dense = [_log_probabilities(model, images) for images in held]
+    results: dict[str, Any] = {"images": args.images, "judged": sum(map(len, held))}
+    spectra, plain = None, {}
+    for grain in GRAINS:
+        for method, rank_step in (("prune", 16), ("joint", 1)):
+            for kept in args.budgets:
+                options: dict[str, Any] = {"method": method, "attention": grain, "rank_step": rank_step, "spectra": spectra}
+                try:
+                    chosen = plan(model, stats, f"params:{kept}%", **options)
+                except InputError as cause:
+                    print(f"{method} {kept} %, {grain or 'MLPs only'}: {cause}", flush=True)
+                    continue
+                spectra, small = chosen.spectra, apply(model, chosen)
+                kl = torch.cat([_divergence(p, _log_probabilities(small, x)) for p, x in zip(dense, held, strict=True)])
+                more = kl - plain.setdefault((method, kept), kl)
+                row = {
+                    "kl": float(kl.mean()),
+                    "more": float(more.mean()),
+                    "standard_error": float(more.std() / len(more) ** 0.5),
+                    "macs_kept": chosen.macs_kept / chosen.macs,
+                    "attention": {w.name: w.width for w in chosen.widths if w.kind != "mlp"},
+                }
+                results[f"{method} {kept} {grain}"] = row
+                print(
+                    f"{method} {kept} %, {grain or 'MLPs only'}: KL {row['kl']:.3f}, more {row['more']:+.3f} "
+                    f"(standard error {row['standard_error']:.3f}), MACs kept {row['macs_kept']:.1%}",
+                    flush=True,
+                )
+    finish("attention_widths", results, args.json)
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    return F.log_softmax(model(images).double(), -1)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p, q) of every image from log probabilities, in nats."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+if __name__ == "__main__":
+    args = parser(__doc__ or "")
+    args.add_argument("--data", type=Path, help="the folder of the real inputs")
+    args.add_argument("--images", type=int, default=700, help="calibration images measured; the others judge")
+    args.add_argument("--budgets", type=int, nargs="+", default=[90, 80, 70, 60], help="kept parameters in per cent")
+    main(args.parse_args())
