@@ -1,0 +1,140 @@
+"""Figures in the documents that a benchmark has left as JSON: equal to it, to the digits shown."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README, MEASURED = ROOT / "README.md", ROOT / "docs" / "measured.md"
+BUDGETS = [f"params:{share}%" for share in (90, 80, 70, 60, 50)]
+METHODS = {
+    "plain SVD, uniform ranks": ("svd", "uniform"),
+    "ASVD, uniform": ("asvd", "uniform"),
+    "FWSVD, uniform": ("fwsvd", "uniform"),
+    "SVD-LLM, uniform": ("svd_llm", "uniform"),
+    "AFM, uniform": ("afm", "uniform"),
+    "vitlr, objective of 2402.06004, uniform": ("vitlr-normalized", "uniform"),
+    "vitlr, loss, uniform": ("vitlr-loss", "uniform"),
+    "vitlr, loss, allocated": ("vitlr-loss", "allocated"),
+}
+WIDTHS = {
+    "widths, nothing made up for": "prune-alone",
+    "widths, compensated": "prune",
+    "vitlr, hidden widths, compensated": "prune",
+    "hybrid: widths for MLPs, ranks for attention, one knapsack": "hybrid",
+    "joint: widths and ranks for all, one knapsack": "joint",
+    "vitlr, ranks and widths together": "joint",
+}
+
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="the documents are not beside the tests")
+
+
+def results(path: str) -> Any:
+    body = json.loads((ROOT / path).read_text())
+    return body.get("results", body)
+
+
+def rows(document: Path) -> dict[str, list[str]]:
+    """The lines of all tables by their first cell, without what makes cells bold and what stands in brackets."""
+    lines = [line for line in document.read_text().splitlines() if line.startswith("|")]
+    cells = [[re.sub(r"\*\*| \(.*?\)|`", "", cell).strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def shown(found: list[dict[str, Any]], **wanted: str) -> list[str]:
+    """Top-1 at every budget, as a table shows it; empty where there is none."""
+    of = {row["budget"]: row["top1"] for row in found if all(row[key] == value for key, value in wanted.items())}
+    return [f"{of[budget]:.1f}" if budget in of else "" for budget in BUDGETS]
+
+
+@pytest.mark.parametrize("document", [README, MEASURED], ids=lambda path: path.name)
+def test_methods(document):
+    table, found = rows(document), results("docs/results/compare_methods.json")["rows"]
+    for name, (method, allocation) in METHODS.items():
+        assert table[name] == shown(found, method=method, allocation=allocation), name
+
+
+@pytest.mark.parametrize("document", [README, MEASURED], ids=lambda path: path.name)
+def test_widths(document):
+    table, found = rows(document), results("docs/results/compare_pruning.json")["rows"]
+    named = {name: method for name, method in WIDTHS.items() if name in table}
+    assert set(named.values()) >= {"prune", "joint"}
+    for name, method in named.items():
+        cells = shown(found, method=method)
+        assert table[name] == cells[: len(table[name])], name
+
+
+def test_the_papers_are_beaten_by_what_is_said():
+    found = [row for row in results("docs/results/compare_methods.json")["rows"] if row["budget"] == "params:80%"]
+    ours = max(row["top1"] for row in found if (row["method"], row["allocation"]) == ("vitlr-loss", "allocated"))
+    theirs = {row["method"]: row["top1"] for row in found if row["allocation"] == "uniform"}
+    best = max(theirs[name] for name in ("svd", "asvd", "fwsvd", "svd_llm", "afm"))
+    assert f"lies {ours - best:.1f} points above the" in MEASURED.read_text()
+
+
+def test_calibration_and_solving():
+    table, said = rows(MEASURED), rows(README)
+    found = results("bench/results/calibrate.json")
+    for name, key in (
+        ("forward passes", "forward"),
+        ('calibrate(objective="output")', "calibrate output"),
+        ("forward and backward passes, inputs' gradients only", "forward+backward"),
+        ('calibrate(objective="loss")', "calibrate loss"),
+    ):
+        assert table[name][0] == f"{found['seconds'][key]:.2f}", name
+    pairs = (("output", "calibrate output / forward"), ("loss", "calibrate loss / forward+backward"))
+    ratios = [f"{found[key]['ratio']:.2f}" for _, key in pairs]
+    assert [table[f'calibrate(objective="{name}")'][1] for name, _ in pairs] == ratios
+    calibrating = "calibrating ViT-B, activations only / with gradients"
+    assert said[calibrating][0] == f"{' / '.join(ratios)} times the time"
+
+    found = results("bench/results/decompose.json")
+    for name, objective in (("decompose, objective output", "output"), ("decompose, objective loss", "loss")):
+        ratios = [found[f"chain / {objective}"]["ratio"], found[f"{objective} / eigh"]["ratio"]]
+        wanted = [f"{value:.2f}" for value in (found["seconds"][f"decompose {objective}"], *ratios)]
+        assert [cell.split(" times")[0] for cell in table[name]] == wanted
+    solving = "solving all layers of ViT-B for all ranks, float64"
+    assert said[solving][0] == f"{found['chain / loss']['ratio']:.1f} times faster"
+
+
+def test_whole_models():
+    table, said, found = rows(MEASURED), rows(README), results("bench/results/end_to_end.json")
+    for case in ("float32, batch 8", "float32, batch 1", "bfloat16, batch 8"):
+        pairs = ("dense / plain", "dense / fused", "plain / fused")
+        ratios = [f"{found[f'{case}: {pair}']['ratio']:.2f}" for pair in pairs]
+        assert [table[case][column] for column in (3, 4, 6)] == ratios, case
+    for kind, name in (("fused", "ViT-B at params:40%, uniform ranks"), ("plain", "the same on plain torch linears")):
+        ratios = [f"{found[f'{d}, batch 8: dense / {kind}']['ratio']:.2f}" for d in ("float32", "bfloat16")]
+        cells = next(cells for first, cells in said.items() if first.startswith(name))
+        assert cells[0] == f"{' / '.join(ratios)} times faster"
+
+
+def test_refinement():
+    text = MEASURED.read_text().replace("*", "")
+    for row in results("bench/results/refine.json")["rows"]:
+        for found in (row["before"], row["after"]):
+            assert f"{found['top1']:.2f} ({found['top1_low']:.1f} to {found['top1_high']:.1f})" in text, row["budget"]
+
+
+def test_residuals():
+    page = (ROOT / "docs" / "kernels" / "lowrank_residual_linear.md").read_text()
+    for row in results("docs/results/residuals.json")["rows"]:
+        rank = "" if row["form"] == "bf16" else f"{row['r']} "
+        error, size = row["error %"], row["of bf16's bytes"]
+        figures = f"{error:.3f} | {size:.3f} | {row['KL']:.5f} | {row['agreement %']:.0f} |"
+        assert f"| {row['form']} | {rank}| {figures}" in page
+
+
+def test_candidates():
+    """The table of kernels names every candidate of every op, and no other."""
+    from vitlr.ops import _dispatch
+
+    page = (ROOT / "docs" / "kernels" / "README.md").read_text().split("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")][1:]
+    said = {op.strip(" `"): set(re.findall(r"`([\w.]+)`", names)) for _, op, _, names in lines}
+    assert said == {op: {c.name for c in _dispatch.candidates(op)} - {"torch"} for op in _dispatch._ops}
