@@ -8,7 +8,7 @@ from pathlib import Path
 from vitlr.errors import InputError
 
 
-def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, str | Path | None]) -> None:
     """Refuse places that cannot be written, that are read or written twice, and an --out that holds something else.
 
     Both by their flags; flags without a path are left out.
@@ -16,7 +16,7 @@ def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, 
     from vitlr.storage import check_writable
 
     named = {flag: path for flag, path in outputs.items() if path}
-    others = {**{flag: path for flag, path in inputs.items() if path}, **named}
+    others = {**{flag: Path(path) for flag, path in inputs.items() if path}, **named}
     for flag, path in named.items():
         check_writable(path)
         twin = next((f for f, p in others.items() if f != flag and p.resolve() == path.resolve()), None)

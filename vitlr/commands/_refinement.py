@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vitlr.commands._result import Interrupted
+from vitlr.commands._result import resumable
 from vitlr.commands._statistics import Request
 from vitlr.errors import InputError
 from vitlr.progress import bar
@@ -59,22 +59,9 @@ class RefineRequest:
         if not self.rungs:
             return None
         loader = request.open(reference)
-        try:
-            with bar("refining", unit="steps") as progress:
-                refine(
-                    small,
-                    reference,
-                    loader,
-                    rungs=self.rungs,
-                    resume=self.resume,
-                    inplace=True,
-                    progress=progress,
-                    **self.options,
-                )
-        except KeyboardInterrupt as cause:
-            if self.resume is None:
-                raise Interrupted("with --resume DIR the next run would go on near where this one stopped") from cause
-            raise Interrupted(f"run the same command again to go on from the snapshots in {self.resume}") from cause
+        how: dict[str, Any] = {"rungs": self.rungs, "resume": self.resume, **self.options}
+        with resumable(self.resume), bar("refining", unit="steps") as progress:
+            refine(small, reference, loader, inplace=True, progress=progress, **how)
         report = small.vitlr_refinement
         assert isinstance(report, Refinement)
         return report

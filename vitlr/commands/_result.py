@@ -8,8 +8,9 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -29,6 +30,17 @@ class Result:
 
 class Interrupted(KeyboardInterrupt):
     """An interrupt whose message says what was kept."""
+
+
+@contextlib.contextmanager
+def resumable(folder: Path | None) -> Iterator[None]:
+    """Let an interrupt say how to go on: from the snapshots in `folder`, or with `--resume` where there is none."""
+    try:
+        yield
+    except KeyboardInterrupt as cause:
+        if folder is None:
+            raise Interrupted("with --resume DIR the next run would go on near where this one stopped") from cause
+        raise Interrupted(f"run the same command again to go on from the snapshots in {folder}") from cause
 
 
 def guarded(command: Callable[..., Result]) -> Callable[..., None]:

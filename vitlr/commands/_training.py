@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vitlr.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Opt = Annotated[str, typer.Option(metavar="NAME", help="One of timm's optimizers.")]
 Sched = Annotated[str, typer.Option(metavar="NAME", help="One of timm's schedules.")]
@@ -23,6 +27,17 @@ Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of order, augmentat
 PeakLr = Annotated[float, typer.Option(metavar="X", help="Peak learning rate.")]
 ValData = Annotated[str | None, typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.")]
 Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep snapshots there, and go on from them.")]
+
+
+def judge_on(data: str | None, model: nn.Module, options: dict[str, Any]) -> Callable[[nn.Module], float] | None:
+    """What judges an epoch: top-1 on `--val-data`, opened for `model` with these options; None without."""
+    if data is None:
+        return None
+    from vitlr.data import open_data
+    from vitlr.evaluation import evaluate
+
+    images = open_data(data, model, **options)
+    return lambda judged: evaluate(judged, images).top1
 
 
 def check_files(data: str | None, out: Path | None, resume: Path | None) -> tuple[str, Path]:

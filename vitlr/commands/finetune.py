@@ -23,7 +23,7 @@ from vitlr.commands._options import (
     Workers,
     model_arguments,
 )
-from vitlr.commands._result import Interrupted, Result
+from vitlr.commands._result import Result, resumable
 from vitlr.commands._training import (
     AutoAugment,
     ClipGrad,
@@ -40,6 +40,7 @@ from vitlr.commands._training import (
     ValData,
     WarmupEpochs,
     check_files,
+    judge_on,
 )
 from vitlr.errors import InputError
 
@@ -101,7 +102,6 @@ def finetune(
     from vitlr.commands._models import Source, names_a_file, open_pair, parse_device
     from vitlr.cost import count_params
     from vitlr.data import open_data
-    from vitlr.evaluation import evaluate
     from vitlr.progress import bar
     from vitlr.training import TrainRecipe, train
 
@@ -126,31 +126,21 @@ def finetune(
         distill_loss_weight=0.5 if distill_loss_weight is None else distill_loss_weight,
         seed=seed,
     )
-    models = {"F_OR_MODEL": model, "--reference": reference, "--data": data, "--val-data": val_data}
-    read: dict[str, Path | None] = {flag: Path(name) for flag, name in models.items() if name is not None}
+    read = {"F_OR_MODEL": model, "--reference": reference, "--data": data, "--val-data": val_data}
     check_destinations({"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map})
     source = Source(checkpoint, args)
     network, dense = open_pair(model, source, reference, reference_checkpoint, device=parse_device(device))
     if not names_a_file(model):
         rebuild.check_origin(rebuild.find_origin(network, args))  # arguments a file cannot hold
-    options: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
-    images = open_data(data, network, **options, limit=limit, need_labels=True)
-    held_out = None if val_data is None else open_data(val_data, network, **options, need_labels=True)
-    try:
-        with bar("training", unit="updates") as progress:
-            report = train(
-                network,
-                images,
-                recipe,
-                reference=dense,
-                validate=None if held_out is None else lambda judged: evaluate(judged, held_out).top1,
-                resume=resume,
-                progress=progress,
-            )
-    except KeyboardInterrupt as cause:
-        if resume is None:
-            raise Interrupted("with --resume DIR the next run would go on near where this one stopped") from cause
-        raise Interrupted(f"run the same command again to go on from the snapshots in {resume}") from cause
+    options: dict[str, Any] = {
+        "class_map": class_map,
+        "batch_size": batch_size,
+        "workers": workers,
+        "need_labels": True,
+    }
+    images, validate = open_data(data, network, **options, limit=limit), judge_on(val_data, network, options)
+    with resumable(resume), bar("training", unit="updates") as progress:
+        report = train(network, images, recipe, reference=dense, validate=validate, resume=resume, progress=progress)
     info = getattr(network, "vitlr_info", None) or {}
     record = {**report.to_dict(), "data": data, "reference": reference}
     checkpoint_file.save(network, out, recipe={**(info.get("recipe") or {}), "training": record})

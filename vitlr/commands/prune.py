@@ -25,7 +25,7 @@ from vitlr.commands._options import (
     Workers,
     model_arguments,
 )
-from vitlr.commands._result import Interrupted, Result
+from vitlr.commands._result import Result, resumable
 from vitlr.commands._training import (
     AutoAugment,
     ClipGrad,
@@ -42,6 +42,7 @@ from vitlr.commands._training import (
     ValData,
     WarmupEpochs,
     check_files,
+    judge_on,
 )
 from vitlr.errors import InputError
 
@@ -134,7 +135,6 @@ def prune(
     from vitlr.commands._destinations import check_destinations
     from vitlr.commands._models import Source, names_a_file, open_model, parse_device
     from vitlr.data import data_config, open_data
-    from vitlr.evaluation import evaluate
     from vitlr.progress import bar
     from vitlr.pruning.sites import FEED_FORWARD, KINDS, parse_kinds
     from vitlr.pruning.thresholds import check_wanted
@@ -164,15 +164,13 @@ def prune(
     )
     later = epochs if finetune_epochs is None else finetune_epochs
     finetune = later > 0 and replace(recipe, epochs=later, lr=lr if finetune_lr is None else finetune_lr)
-    models = {"F_OR_MODEL": model, "--data": data, "--val-data": val_data}
-    read: dict[str, Path | None] = {flag: Path(name) for flag, name in models.items() if name is not None}
+    read = {"F_OR_MODEL": model, "--data": data, "--val-data": val_data}
     check_destinations({"--out": out, "--stats": stats}, {**read, "--checkpoint": checkpoint, "--class-map": class_map})
     network = open_model(model, Source(checkpoint, args), device=parse_device(device))
     if not names_a_file(model):
         rebuild.check_origin(rebuild.find_origin(network, args))  # arguments a file cannot hold
     options: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
     images = open_data(data, network, **options, limit=limit, need_labels=distill_loss_weight < 1)
-    held_out = None if val_data is None else open_data(val_data, network, **options, need_labels=True)
     size = tuple(data_config(network)["input_size"])
     before = cost.measure(network, size)
     how: dict[str, Any] = {
@@ -180,20 +178,15 @@ def prune(
         "recipe": recipe,
         "finetune": finetune,
         "reference": copy.deepcopy(network) if distill_loss_weight > 0 else None,
-        "validate": None if held_out is None else lambda judged: evaluate(judged, held_out).top1,
+        "validate": judge_on(val_data, network, {**options, "need_labels": True}),
         "resume": resume,
     }
     measured = ranks.statistics(network, data, class_map, batch_size, workers, resume)
-    try:
-        with bar("pruning", unit="updates") as progress:
-            if measured is None:
-                small = prune_by_gates(network, images, rate, inplace=True, progress=progress, **how)
-            else:
-                small = ranks.run(network, images, rate, stats=measured, progress=progress, **how)
-    except KeyboardInterrupt as cause:
-        if resume is None:
-            raise Interrupted("with --resume DIR the next run would go on near where this one stopped") from cause
-        raise Interrupted(f"run the same command again to go on from the snapshots in {resume}") from cause
+    with resumable(resume), bar("pruning", unit="updates") as progress:
+        if measured is None:
+            small = prune_by_gates(network, images, rate, inplace=True, progress=progress, **how)
+        else:
+            small = ranks.run(network, images, rate, stats=measured, progress=progress, **how)
     report = small.vitlr_pruning if measured is None else small.vitlr_hybrid
     info = getattr(network, "vitlr_info", None) or {}
     record = {**report.to_dict(), "data": data, "distill_loss_weight": distill_loss_weight}  # type: ignore[operator,union-attr]
