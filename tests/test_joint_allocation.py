@@ -160,7 +160,7 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     better = vitlr.compress(
         model, images, "params:80%", method="prune", rungs="joint", steps=2, every=1, batch_size=8, **STEPS
     )
-    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["joint"]
+    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "joint"]
     pruned = vitlr.compress(model, batches, method="prune", prune_rate=0.5, **STEPS)
     assert {entry.keys() == {"width"} for entry in surgery.structure(pruned).values()} == {True}
 

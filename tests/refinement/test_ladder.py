@@ -158,13 +158,15 @@ def test_what_was_frozen_keeps_its_bits(pair, proxy_images, quick):
         assert report.kept, rung
         assert all(torch.equal(refined.get_parameter(name), p) for name, p in frozen.items()), rung
         assert not refined.head.weight.requires_grad and refined.norm.weight.requires_grad
-        assert layers is None or (f"of {layers} layers" in report.note and "5 more are frozen" in report.note)
+        assert layers is None or (
+            f"of {layers} layers" in report.note and "5 low-rank layers left frozen" in report.note
+        )
 
 
 def test_a_model_of_which_nothing_may_move_is_refused(pair, proxy_images, quick):
     dense, small = pair
     for name, p in small.named_parameters():
-        p.requires_grad_(not name.endswith(("up.weight", "down.weight")))
+        p.requires_grad_(name.startswith("head"))
     with pytest.raises(InputError, match="every low-rank layer has a frozen parameter"):
         vitlr.refine(small, dense, proxy_images, rungs="residual", **quick)
     rungs = vitlr.refine(small, dense, proxy_images, rungs="joint", **quick).vitlr_refinement.rungs
@@ -179,7 +181,7 @@ def test_images_that_are_no_numbers_are_found_at_a_layer(pair, proxy_images, qui
     dense, small = pair
     images = [batch.clone() for batch in proxy_images]
     images[0][0] = math.nan  # not one of those held out
-    with pytest.raises(NumericalError, match=r"blocks\.0\.attn\.qkv: its inputs or outputs hold NaN"):
+    with pytest.raises(NumericalError, match=r"blocks\.0\.\S+: its inputs or outputs hold NaN"):
         vitlr.refine(small, dense, images, rungs=[rung], **quick)
 
 

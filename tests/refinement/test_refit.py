@@ -6,7 +6,7 @@ import torch
 
 import vitlr
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.refit import _Sums
+from vitlr.refinement.sums import ChannelSums, LayerSums
 
 
 def test_the_solution_is_that_of_anchored_least_squares():
@@ -15,7 +15,7 @@ def test_the_solution_is_that_of_anchored_least_squares():
     b, y = torch.randn(4, generator=generator).double(), torch.randn(50, 4, generator=generator).double()
     layer = LowRankLinear.from_factors(A, torch.eye(3).double(), b)
     e = y - layer(z).detach()
-    sums = _Sums.empty(layer)
+    sums = LayerSums.empty(layer)
     sums.add(z[:20].reshape(2, 10, 3), e[:20].reshape(2, 10, 4))
     sums.add(z[20:], e[20:])
     for strength in (0.0, 0.1, 10.0, float("inf")):
@@ -38,7 +38,37 @@ def test_the_solution_is_that_of_anchored_least_squares():
     torch.testing.assert_close(plain - A, torch.linalg.lstsq(z, e).solution.mT)
 
 
-def test_a_spoilt_bias_is_repaired_and_only_A_and_biases_move(pair, proxy_images, quick):
+def test_a_norm_is_solved_channel_by_channel():
+    generator = torch.Generator().manual_seed(0)
+    z, e = (torch.randn(50, 4, generator=generator).double() + 1 for _ in range(2))
+    scale, shift = torch.rand(2, 4, generator=generator).double()
+    sums = ChannelSums.empty(torch.nn.LayerNorm(4))
+    sums.add(z[:20].reshape(2, 10, 4), e[:20].reshape(2, 10, 4))
+    sums.add(z[20:], e[20:])
+    for strength in (0.0, 0.1, 10.0):
+        delta, moved = (new - old for new, old in zip(sums.solve(scale, shift, strength), (scale, shift), strict=True))
+        ridge = strength * (z - z.mean(0)).square().sum() / 4
+        delta, moved = delta.requires_grad_(), moved.requires_grad_()
+        loss = (e - z * delta - moved).square().sum() + ridge * delta.square().sum()
+        for gradient in torch.autograd.grad(loss, [delta, moved]):
+            torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-9, rtol=0)
+
+
+def test_a_spoilt_norm_is_repaired_even_where_no_layer_is_low_rank(tiny_vit, proxy_images, quick):
+    dense = tiny_vit()
+    dense.head.weight.data *= 4
+    narrow = vitlr.compress(dense, proxy_images, "params:80%", method="prune", width_step=8)
+    with torch.no_grad():
+        narrow.blocks[1].norm2.bias += 1
+    refined = vitlr.refine(narrow, dense, proxy_images, rungs="residual", **quick)
+    (rung,) = refined.vitlr_refinement.rungs
+    assert rung.name == "refit" and rung.kept and rung.after.kl < 0.5 * rung.before.kl
+    assert "of 5 norms" in rung.note and not rung.note.endswith("0 of 5 norms")
+    moved = {n for n, p in refined.named_parameters() if not torch.equal(p, narrow.get_parameter(n))}
+    assert moved and all("norm" in name for name in moved)
+
+
+def test_a_spoilt_bias_is_repaired_and_only_A_biases_and_norms_move(pair, proxy_images, quick):
     dense, small = pair
     with torch.no_grad():
         small.blocks[1].mlp.fc1.up.bias += 2
@@ -46,7 +76,7 @@ def test_a_spoilt_bias_is_repaired_and_only_A_and_biases_move(pair, proxy_images
     (rung,) = refined.vitlr_refinement.rungs
     assert rung.kept and rung.after.kl < 0.5 * rung.before.kl and "of 8 layers refitted" in rung.note
     moved = {n for n, p in refined.named_parameters() if not torch.equal(p, small.get_parameter(n))}
-    assert moved and all(name.endswith((".up.weight", ".up.bias")) for name in moved)
+    assert moved and all(name.endswith((".up.weight", ".up.bias")) or "norm" in name for name in moved)
 
 
 def test_a_layer_without_error_is_not_touched(pair, proxy_images, quick):

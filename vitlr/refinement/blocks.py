@@ -35,6 +35,18 @@ def comparable(layers: Sequence[str], model: nn.Module, reference: nn.Module, *,
     return [name for name, own in shapes.items() if [getattr(dense.get(name), key, None) for key in keys] == own]
 
 
+def free_norms(model: nn.Module, reference: nn.Module) -> list[str]:
+    """The LayerNorms over the last dimension with scale and shift, neither frozen, that the dense network has too."""
+    dense = dict(reference.named_modules())
+
+    def free(name: str, module: nn.Module) -> bool:
+        own = [p for p in module.parameters() if p.requires_grad]
+        plain = isinstance(module, nn.LayerNorm) and "2d" not in type(module).__name__
+        return plain and len(own) == 2 and getattr(dense.get(name), "normalized_shape", None) == module.normalized_shape
+
+    return [name for name, module in model.named_modules() if free(name, module)]
+
+
 def block_of(layer: str) -> str:
     """The repeated block around a layer: `blocks.3.mlp.fc1` is in `blocks.3`; a layer in none stands for itself.
 

@@ -15,7 +15,7 @@ from torch import nn
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.pruning import narrowed_mlps
-from vitlr.refinement.blocks import free_layers, lowrank_layers
+from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.joint import joint
 from vitlr.refinement.judge import Judge
@@ -110,7 +110,7 @@ def _climb(
                 steps, note = joint(model, reference, proxy, judge, recipe, snapshots, advance)
                 images = proxy.count
             if name != "joint" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
-                note += f", {frozen} more are frozen"
+                note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
             kept = after.kl < before.kl
             if not kept:
@@ -126,14 +126,14 @@ def _climb(
 
 
 def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has the joint one only."""
+    """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has no residual."""
     if lowrank_layers(model):
         return wanted
-    joint = tuple(rung for rung in wanted if rung == "joint")
+    useful = tuple(rung for rung in wanted if rung != "residual")
     narrower = narrowed_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
-    if not (narrower or fewer_heads(model)) or (wanted and not joint):
+    if not (narrower or fewer_heads(model)) or (wanted and not useful):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
-    return joint
+    return useful
 
 
 def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> None:
@@ -148,10 +148,9 @@ def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> N
             )
     if wanted:
         check_free(model)
-        if "joint" not in wanted and not free_layers(model):
-            raise InputError(
-                "every low-rank layer has a frozen parameter, and refit and residual leave such layers alone"
-            )
+        movable = [*free_layers(model), *(free_norms(model, reference) if "refit" in wanted else ())]
+        if "joint" not in wanted and not movable:
+            raise InputError("every low-rank layer has a frozen parameter; refit and residual leave such layers alone")
     if torch.is_inference_mode_enabled():
         raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")
 
