@@ -105,6 +105,14 @@ def test_an_unknown_policy_is_named(run, finetune):
     assert answer.status == 2 and "timm makes no training transform of" in answer.err
 
 
+def test_a_loss_that_is_no_number_ends_it_and_says_so(run, finetune, tmp_path, tiny_vit):
+    answer = run(*finetune("--json", lr=1e9, clip_grad=1e9, warmup_epochs=0))
+    values = answer.json
+    assert answer.status == 0 and "stopped, kept the best before it" in values["note"] and values["kept"] == 0
+    kept = vitlr.load(tmp_path / "tuned.safetensors").state_dict()
+    assert all((kept[name] == tensor).all() for name, tensor in tiny_vit().state_dict().items())
+
+
 def test_files_that_cannot_be_read_are_named_and_all_of_them_are_refused(run, finetune, image_folder, tmp_path):
     files = sorted(image_folder(images=4, name="holed").rglob("*.jpg"))
     files[3].write_bytes(b"no image")

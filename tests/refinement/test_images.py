@@ -50,7 +50,26 @@ def test_step_k_is_the_same_however_it_is_reached(proxy_images, opened, kind):
     assert not torch.equal(batches[0], first(proxy, 1, seed=4)[0])
     assert not torch.equal(batches[0], first(proxy, 1, mix=False)[0])
     assert not torch.equal(batches[0], first(proxy, 1, jitter=0.0)[0])
+    assert not torch.equal(batches[0], first(proxy, 1, crop=1.0)[0])
     assert batches[0].shape == (6, 3, 32, 32)
+
+
+def test_half_of_the_images_are_mirrored(proxy_images):
+    proxy = Proxy(proxy_images)
+    known = torch.cat(list(proxy.plain(60)))
+    seen = torch.cat(first(proxy, 4, crop=1.0, jitter=0.0, mix=False))
+    as_is, mirrored = (
+        (seen[:, None] - x[None]).abs().flatten(2).amax(2).amin(1) < 1e-3 for x in (known, known.flip(3))
+    )
+    assert (as_is | mirrored).all() and 6 <= mirrored.sum() <= 18
+
+
+def test_pairs_are_mixed(proxy_images):
+    proxy = Proxy(proxy_images)
+    plain, mixed = (torch.cat(first(proxy, 8, mix=mix)) for mix in (False, True))
+    changed = (plain != mixed).flatten(1).float().mean(1)
+    assert (changed > 0).float().mean() > 0.5  # by mixup every pixel, by cutmix a box of them
+    assert changed.max() == 1 and ((changed > 0) & (changed < 1)).any()
 
 
 def test_workers_change_no_pixel(opened):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_ladder import same
@@ -9,7 +12,11 @@ from test_ladder import same
 import vitlr
 from vitlr import InputError
 from vitlr.nn import LowRankLinear
+from vitlr.refinement import Recipe
 from vitlr.refinement import joint as joint_rung
+from vitlr.refinement.images import Proxy
+from vitlr.refinement.joint import _Run
+from vitlr.refinement.judge import Distance, Judge
 
 
 @pytest.fixture
@@ -25,6 +32,52 @@ def joint(pair, proxy_images, quick):
 def test_the_seed_decides(joint):
     first = joint()
     assert same(first, joint()) and not same(first, joint(seed=1))
+
+
+def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, joint, monkeypatch):
+    """Clipped gradient, AdamW at the warm-up's first rate, and the running mean of start and step."""
+    dense, small = pair
+    for module in small.modules():
+        if isinstance(module, LowRankLinear):
+            module.balance()
+    quick |= {"steps": 1, "every": 1, "warmup": 4, "lr": 0.05, "clip": 1e-7, "features": 0.0, "weight_decay": 0.1}
+    falling = iter(range(9, 0, -1))
+    monkeypatch.setattr(Judge, "__call__", lambda self, model: Distance(next(falling), None))  # whatever comes is kept
+    refined = joint(**quick)
+    images = next(Proxy(proxy_images).mixed(8, 0, 0, Recipe.crop, Recipe.color_jitter, True))
+    start = [p.detach().clone() for p in small.parameters()]
+    loss = torch.nn.functional.kl_div(
+        small.eval()(images).log_softmax(1), dense.eval()(images).log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(small.parameters(), 1e-7)  # below AdamW's eps, which would hide any other scale
+    torch.optim.AdamW(small.parameters(), lr=0.05 / 1.5, weight_decay=0.1).step()  # half a step warms up
+    with torch.no_grad():
+        for p, was in zip(small.parameters(), start, strict=True):
+            p.copy_(was + 0.9 * (p - was))
+    expected = vitlr.to_dense(small).state_dict()  # balancing twice may turn signs
+    for name, found in vitlr.to_dense(refined).state_dict().items():
+        torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine():
+    def rates(total):
+        recipe = Recipe(warmup=4)
+        return [_Run._schedule(SimpleNamespace(step=k, total=total, recipe=recipe)) for k in range(total or 8)]
+
+    assert rates(24)[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert rates(24)[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
+    assert rates(4)[:2] == pytest.approx([1 / 3, 2 / 3]) and rates(4)[2] == 1.0  # at most half of a short run warms up
+    assert rates(None)[4:] == [1.0] * 4  # as long as the length is not known
+
+
+def test_factors_are_balanced_first(pair, joint):
+    expected = joint().vitlr_refinement.rungs[0].after.kl
+    for module in pair[1].modules():
+        if isinstance(module, LowRankLinear):
+            module.up.weight.data *= 64
+            module.down.weight.data /= 64
+    assert joint().vitlr_refinement.rungs[0].after.kl == pytest.approx(expected, rel=1e-2)
 
 
 class Cut(Exception):
