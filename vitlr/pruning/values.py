@@ -28,11 +28,12 @@ _INDEX = 8  # bytes of one channel number that a SelectedLinear keeps
 class ValueSpectrum(WidthSpectrum):
     """All widths of one attention at once; with `group` = its head dimension whole heads go.
 
-    `fewer_heads` says whether the module then really has fewer, `macs` what it multiplies between its linears.
+    `loses_heads` says whether the module really has fewer heads where whole ones are gone, `macs` what it multiplies
+    between its linears for one image.
     """
 
     attention: Attention = field(kw_only=True)
-    fewer_heads: bool = field(kw_only=True)
+    loses_heads: bool = field(kw_only=True)
     macs: float = field(kw_only=True)
     _left: dict[int, dict[str, int]] = field(default_factory=dict, repr=False, kw_only=True)
 
@@ -58,7 +59,7 @@ class ValueSpectrum(WidthSpectrum):
     def extra(self, width: int, quantity: str) -> float:
         if width == self.full_width:
             return 0.0
-        if self.fewer_heads:
+        if self.loses_heads and self.attention.whole(self.keep(width)):
             return self.macs * (width / self.full_width - 1) if quantity == "macs" else 0.0
         if quantity != "bytes":
             return 0.0
@@ -97,7 +98,7 @@ def solve_values(
     objective = objective or stats.default_objective
     check_options(objective, ridge)
     measured = _measured(model, stats)
-    between = _between(model, stats, measured) if grain == "heads" else {}
+    between = _between(model, stats, measured)
     found: dict[str, ValueSpectrum] = {}
     for name, attention in measured.items():
         module = model.get_submodule(name)
@@ -107,8 +108,8 @@ def solve_values(
         known = prepared(pair, stats, objective, compensate, ridge, damping)
         values = {f.name: getattr(known, f.name) for f in fields(known) if f.init}
         values["group"] = attention.head_dim if grain == "heads" else 1
-        fewer = grain == "heads" and loses_heads(module)
-        spectrum = ValueSpectrum(**values, attention=attention, fewer_heads=fewer, macs=between.get(name, 0.0))
+        macs = between.get(name)
+        spectrum = ValueSpectrum(**values, attention=attention, loses_heads=macs is not None, macs=macs or 0.0)
         try:
             found[name] = solved(spectrum)
         except (NumericalError, torch.linalg.LinAlgError) as cause:
