@@ -41,9 +41,9 @@ def main(args: argparse.Namespace) -> None:
     for grain in GRAINS:
         for method, rank_step in (("prune", 16), ("joint", 1)):
             for kept in args.budgets:
-                options: dict[str, Any] = {"method": method, "attention": grain, "rank_step": rank_step, "spectra": spectra}
+                options: dict[str, Any] = {"method": method, "attention": grain, "rank_step": rank_step}
                 try:
-                    chosen = plan(model, stats, f"params:{kept}%", **options)
+                    chosen = plan(model, stats, f"params:{kept}%", spectra=spectra, **options)
                 except InputError as cause:
                     print(f"{method} {kept} %, {grain or 'MLPs only'}: {cause}", flush=True)
                     continue
