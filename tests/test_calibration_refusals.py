@@ -140,7 +140,7 @@ def test_sequence_first_layers_cannot_be_weighted_by_image():
     x = torch.randn(2, 4, 4)  # as many rows for two images as a batch of tokens would have
     calibrate(SequenceFirst(), [x], objective="loss")
     for objective in ("normalized", "fisher"):
-        with pytest.raises(InputError, match="layer a .* use objective='loss' or 'output'"):
+        with pytest.raises(InputError, match=r"layer a .* use objective='loss' or 'output'"):
             calibrate(SequenceFirst(), [x], objective=objective)
 
 
@@ -156,5 +156,5 @@ def test_layers_that_mix_images_cannot_be_weighted_by_image():
     x = torch.randn(3, 2, 4)
     calibrate(Mixing(), [x], objective="loss")
     for objective in ("normalized", "fisher"):
-        with pytest.raises(InputError, match="layer a .* use objective='loss' or 'output'"):
+        with pytest.raises(InputError, match=r"layer a .* use objective='loss' or 'output'"):
             calibrate(Mixing(), [x], objective=objective)
