@@ -29,7 +29,7 @@ def calibrated(tiny_vit):
         for block in model.blocks:
             block.attn.proj.weight[:, :8] *= 0.05
     images = [torch.randn(16, 3, 32, 32) for _ in range(3)]
-    return model, vitlr.calibrate(model, images, hidden="attention")
+    return model, vitlr.calibrate(model, images, objective=("loss", "fisher"), hidden="attention")
 
 
 def narrowed(plan: Plan) -> set[str]:
@@ -38,10 +38,12 @@ def narrowed(plan: Plan) -> set[str]:
 
 @pytest.mark.parametrize("method", ["prune", "joint"])
 @pytest.mark.parametrize("grain", ["channels", "heads"])
-@pytest.mark.parametrize("budget", ["params:60%", "macs:62%", "bytes:60%"])
-def test_a_plan_is_what_the_model_then_costs(calibrated, images, method, grain, budget):
+@pytest.mark.parametrize(
+    ("budget", "objective"), [("params:60%", "loss"), ("macs:62%", "fisher"), ("bytes:60%", "loss")]
+)
+def test_a_plan_is_what_the_model_then_costs(calibrated, images, method, grain, budget, objective):
     model, stats = calibrated
-    plan = vitlr.plan(model, stats, budget, method=method, attention=grain, **STEPS)
+    plan = vitlr.plan(model, stats, budget, objective=objective, method=method, attention=grain, **STEPS)
     small = vitlr.apply(model, plan)
     measured = cost.measure(small, (3, 32, 32))
     assert (plan.params_kept, plan.macs_kept, plan.bytes_kept) == (measured.params, measured.macs, measured.bytes)
@@ -208,5 +210,5 @@ def test_refinement_leaves_out_layers_whose_outputs_the_dense_network_has_not(ti
         block.mlp.fc2 = LowRankLinear.from_linear(block.mlp.fc2, 8)
     small = vitlr.refine(small, model, images, rungs="residual", parallel=parallel, **QUICK)
     refit, residual = small.vitlr_refinement.rungs
-    assert refit.steps == 2 and "of 2 layers" in refit.note  # fc2 of both blocks
+    assert refit.steps == 2 + 5 and "of 2 layers" in refit.note  # fc2 of both blocks, and all norms
     assert ("of 2 layers" in residual.note) != parallel  # in parallel its inputs would be the dense network's

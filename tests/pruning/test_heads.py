@@ -187,7 +187,7 @@ def test_moments_are_asked_for_saved_and_missed_by_name(tiny_vit, batches, tmp_p
     assert torch.equal(a.errors, b.errors) and torch.equal(a.order, b.order)
     with pytest.raises(InputError, match=r"no moments of value channels \(blocks\.0\.attn\).*hidden='attention'"):
         vitlr.plan(model, vitlr.calibrate(model, batches, hidden=True), "params:80%", method="prune", attention="heads")
-    with pytest.raises(InputError, match="2 MLPs and 2 attentions take 278,528 bytes"):
+    with pytest.raises(InputError, match="2 MLPs and 2 attentions take 557,056 bytes"):
         vitlr.calibrate(model, batches, hidden="attention", hidden_memory=1000)
     with pytest.raises(InputError, match="hidden='heads', expected True"):
         vitlr.calibrate(model, batches, hidden="heads")
