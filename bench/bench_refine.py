@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> None:
             after = evaluate(refined, validation, model)
             print(f"{refined.vitlr_refinement}\n{ladder}: {after}", flush=True)
             save(refined, cache / f"{name}.safetensors", plan=chosen)
-            found = {"budget": chosen.budget, "method": args.method, "ladder": ladder, "options": options}
+            found = {"budget": chosen.budget, "method": args.method, "objective": chosen.objective}
+            found |= {"ladder": ladder, "options": options}
             found |= {"before": before.to_dict(), "after": after.to_dict()}
             rows.append({**found, "refinement": refined.vitlr_refinement.to_dict()})
     calibration = {"images": stats.images, "objectives": stats.objectives, "samples": stats.samples}

@@ -30,6 +30,12 @@ WIDTHS = {
     "joint: widths and ranks for all, one knapsack": "joint",
     "vitlr, ranks and widths together": "joint",
 }
+FISHER = {
+    "vitlr, fisher: ranks": "lowrank",
+    "vitlr, fisher: ranks and widths": "joint",
+    "ranks, fisher": "lowrank",
+    "joint, fisher": "joint",
+}
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="the documents are not beside the tests")
 
@@ -61,12 +67,14 @@ def test_methods(document):
 
 @pytest.mark.parametrize("document", [README, MEASURED], ids=lambda path: path.name)
 def test_widths(document):
-    table, found = rows(document), results("docs/results/compare_pruning.json")["rows"]
-    named = {name: method for name, method in WIDTHS.items() if name in table}
-    assert set(named.values()) >= {"prune", "joint"}
-    for name, method in named.items():
-        cells = shown(found, method=method)
-        assert table[name] == cells[: len(table[name])], name
+    table = rows(document)
+    for path, names in (("compare_pruning", WIDTHS), ("compare_pruning_fisher", FISHER)):
+        found = results(f"docs/results/{path}.json")["rows"]
+        named = {name: method for name, method in names.items() if name in table}
+        assert set(named.values()) >= {"joint"}
+        for name, method in named.items():
+            cells = shown(found, method=method)
+            assert table[name][: len(BUDGETS)] == cells[: len(table[name])], name
 
 
 def test_the_papers_are_beaten_by_what_is_said():
