@@ -1,6 +1,6 @@
 """Whether narrower attention helps: MLP widths (and ranks) with and without value channels or heads of attention.
 
-    python bench/compare_attention_widths.py [--data FOLDER] [--images 700] [--budgets 90 80 70 60] [--threads 1]
+    python bench/compare_attention_widths.py [--data FOLDER] [--images 700] [--judge 300] [--budgets 90 80 70 60]
 
 ViT-Ti, no training. Of the 1000 calibration images the first `--images` are measured and all others judge: KL from the
 dense model, and its difference from the plan without attention widths, image by image. No validation image is read.
@@ -23,8 +23,10 @@ from vitlr.data import open_data
 from vitlr.errors import InputError
 from vitlr.models import create_model
 from vitlr.pipeline import apply, plan
+from vitlr.statistics import DEFAULT, OBJECTIVES
 
 GRAINS = (None, "channels", "heads")
+STEPS = {"prune": 16, "joint": 1}  # of ranks
 
 
 def main(args: argparse.Namespace) -> None:
@@ -33,15 +35,17 @@ def main(args: argparse.Namespace) -> None:
     model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
     archive = folder / "imagenet_calibration_1000.tar"
     measured = open_data(archive, model, batch_size=50, limit=args.images, workers=0)
-    stats = calibrate(model, measured, hidden="attention")
-    held = [images for images, *_ in open_data(archive, model, batch_size=50, skip=args.images, workers=0)]
+    stats = calibrate(model, measured, objective=args.objective, hidden="attention")
+    held = [
+        images for images, *_ in open_data(archive, model, batch_size=50, skip=args.images, limit=args.judge, workers=0)
+    ]
     dense = [_log_probabilities(model, images) for images in held]
-    results: dict[str, Any] = {"images": args.images, "judged": sum(map(len, held))}
+    results: dict[str, Any] = {"objective": args.objective, "images": args.images, "judged": sum(map(len, held))}
     spectra, plain = None, {}
     for grain in GRAINS:
-        for method, rank_step in (("prune", 16), ("joint", 1)):
+        for method in args.methods:
             for kept in args.budgets:
-                options: dict[str, Any] = {"method": method, "attention": grain, "rank_step": rank_step}
+                options: dict[str, Any] = {"method": method, "attention": grain, "rank_step": STEPS[method]}
                 try:
                     chosen = plan(model, stats, f"params:{kept}%", spectra=spectra, **options)
                 except InputError as cause:
@@ -80,5 +84,8 @@ if __name__ == "__main__":
     args = parser(__doc__ or "")
     args.add_argument("--data", type=Path, help="the folder of the real inputs")
     args.add_argument("--images", type=int, default=700, help="calibration images measured; the others judge")
+    args.add_argument("--judge", type=int, help="so many of them (default: all)")
+    args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT)
+    args.add_argument("--methods", nargs="+", choices=STEPS, default=list(STEPS))
     args.add_argument("--budgets", type=int, nargs="+", default=[90, 80, 70, 60], help="kept parameters in per cent")
     main(args.parse_args())
