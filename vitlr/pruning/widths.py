@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -128,12 +129,17 @@ class WidthSpectrum:
         `centred` puts `h − mean h` in the place of h. The halves are scaled so that either has a trace of ½ about the
         mean (about zero without a bias): their sizes are in F.
         """
-        tokens = self._tokens(centred)
         if not self.by_image:
-            return tokens
-        about_mean = self.bias is not None
-        halves = ((tokens, self._tokens(about_mean)), (self._images(centred), self._images(about_mean)))
-        return sum(part / (2 * whole.trace().clamp_min(_TINY)) for part, whole in halves)  # type: ignore[return-value]
+            return self._tokens(centred)
+        of_tokens, of_images = self._traces
+        return self._tokens(centred).div_(2 * of_tokens).add_(self._images(centred), alpha=1 / (2 * of_images))
+
+    @cached_property
+    def _traces(self) -> tuple[float, float]:
+        """Of both halves, about the mean where a bias can carry it."""
+        centred = self.bias is not None
+        of_tokens, of_images = (float(half(centred).trace()) for half in (self._tokens, self._images))
+        return max(of_tokens, _TINY), max(of_images, _TINY)
 
     def _tokens(self, centred: bool) -> Tensor:
         moment = self._sum("input_moment") / max(self.images, 1)
@@ -240,7 +246,7 @@ def prepared(
     if objective == "fisher":
         spectrum.by_image = True
         # Half the mean of ‖P‖² over images and draws, which is the trace of F where M has a trace of 1.
-        size = spectrum._images(bias is not None).trace() / (2 * max(stats.images, 1) * stats.samples)
+        size = spectrum._traces[1] / (2 * max(stats.images, 1) * stats.samples)
         spectrum.metric = F * (1 + damping) * size / F.trace()
     return spectrum
 
