@@ -1,8 +1,8 @@
-"""What decides the accuracy of a compressed ViT-Ti: one factor at a time around the default, several seeds.
+"""What decides the accuracy of a compressed ViT-Ti: one factor at a time around one base, several seeds.
 
     python bench/ablate.py [--data FOLDER] [--budgets 90 80 70 60 50 40] [--seeds 3] [--rungs refit residual joint all]
 
-The default is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
+The base is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
 moves one choice: the objective, the allocation (uniform, widths, hybrid, joint), the number of images (64, 250), the
 rung; "joint, fisher" and its numbers of images move two. A seed chooses which 150 of the 1000 calibration images judge,
 which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds) hold for all of
@@ -52,19 +52,19 @@ class Variant:
     rung: str | None = None
 
 
-DEFAULT = Variant("default: loss, ranks, all images")
+BASE = Variant("loss, ranks, all images")
 BOTH = Variant("joint, fisher", "fisher", "joint")
 
 
 def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
-    """The default and everything one step away from it; the joint allocation with the other objective."""
-    found = [DEFAULT]
-    found += [replace(DEFAULT, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != DEFAULT.objective]
-    found += [replace(DEFAULT, name="uniform ranks", uniform=True)]
-    found += [replace(DEFAULT, name=f"allocation {m}", method=m) for m in METHODS if m != DEFAULT.method]
+    """The base and everything one step away from it; the joint allocation with the other objective."""
+    found = [BASE]
+    found += [replace(BASE, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != BASE.objective]
+    found += [replace(BASE, name="uniform ranks", uniform=True)]
+    found += [replace(BASE, name=f"allocation {m}", method=m) for m in METHODS if m != BASE.method]
     found += [BOTH]
-    for of in (DEFAULT, BOTH):
-        start = "" if of is DEFAULT else f"{of.name}, "
+    for of in (BASE, BOTH):
+        start = "" if of is BASE else f"{of.name}, "
         found += [replace(of, name=f"{start}{count} images", images=count) for count in counts]
         found += [replace(of, name=f"{start}rung {rung}", rung=rung) for rung in rungs]
     return found
