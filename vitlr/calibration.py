@@ -30,7 +30,7 @@ from vitlr.surfaces.attention import measurable, nothing
 from vitlr.surfaces.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.taps import Tap
 
-HIDDEN_MEMORY = 4e9  # bytes: ViT-B's twelve hidden moments take 0.9e9, ViT-L's 3.2e9
+HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 Progress = Callable[[int, "int | None"], None]
 
 

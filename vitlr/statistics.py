@@ -16,7 +16,7 @@ from vitlr.errors import InputError, NumericalError
 
 SCHEMA = 1
 OBJECTIVES = ("fisher", "loss", "output", "normalized")
-DEFAULT = OBJECTIVES[0]  # the most accurate at every budget and number of images tried (docs/results/ablate.md)
+DEFAULT = OBJECTIVES[0]  # nearest to the dense model at every budget tried (docs/results/ablate.md)
 GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
