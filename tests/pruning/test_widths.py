@@ -222,3 +222,15 @@ def test_widths_of_fisher_go_into_joint_plans_and_files(double, tmp_path):
         solve_widths(model, stats, "normalized")
     with pytest.raises(InputError, match="2 MLPs take 524,288 bytes, more than hidden_memory=400,000"):
         vitlr.calibrate(model, batches, hidden=True, objective="fisher", hidden_memory=400_000)
+
+
+@pytest.mark.parametrize("objective", ["loss", "fisher"])
+def test_an_mlp_that_nothing_depends_on_costs_nothing_at_any_width(tiny_vit, batches, objective):
+    model = tiny_vit(init_values=1.0)
+    model.blocks[1].ls2.gamma.data.zero_()
+    stats = vitlr.calibrate(model, batches, hidden=True, objective=objective)
+    spectra = solve_widths(model, stats)
+    assert not spectra["blocks.1.mlp"].errors.any() and spectra["blocks.0.mlp"].errors[0] > 0
+    plan = vitlr.plan(model, stats, "params:70%", method="joint", rank_step=4, width_step=4)
+    assert min(plan.narrowed, key=plan.narrowed.get) == "blocks.1.mlp"
+    assert torch.isfinite(vitlr.apply(model, plan)(batches[0][0])).all()

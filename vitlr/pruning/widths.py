@@ -243,8 +243,8 @@ def prepared(
     spectrum = WidthSpectrum(
         mlp.name, first, second, mlp.packed, *nothing, compensated, ridge, layer, stats.images, weight, bias, F, free
     )
-    if objective == "fisher":
-        spectrum.by_image = True
+    spectrum.by_image = objective == "fisher"
+    if spectrum.by_image and not free:
         # Half the mean of ‖P‖² over images and draws, which is the trace of F where M has a trace of 1.
         size = spectrum._traces[1] / (2 * max(stats.images, 1) * stats.samples)
         spectrum.metric = F * (1 + damping) * size / F.trace()
