@@ -125,7 +125,7 @@ class Seed:
             self.dense = Recorded(self.model, self.judge)
         self.dense.next = 0
         metrics = evaluate(small, self.judge, self.dense).to_dict()
-        facts = {"variant": variant.name, "budget": budget, "seed": self.seed, "seconds": seconds}
+        facts = {"variant": variant.name, "budget": budget, "seed": self.seed, "seconds": seconds, "code": CODE}
         return {**facts, **metrics, "refinement": report}
 
 
@@ -145,12 +145,13 @@ def markdown(body: dict[str, Any]) -> str:
     lines = [
         "# What decides the accuracy: one factor at a time",
         "",
-        f"`{body['model']}`, {body['seeds']} seeds, {body['samples']} drawn targets an image, rank step 1, judged on "
+        f"`{body['model']}`, {body['seeds']} seeds (one where there is no interval), "
+        f"{body['samples']} drawn targets an image, rank step 1, judged on "
         f"{judged[body['judge']]}; mean ± half the 95 % interval (Student's t over seeds, each with its own images). "
         f"Rungs: {body['steps']} steps where joint. {facts['processor']}, {facts['threads']} thread(s), torch "
         f"{facts['torch']}, {facts['date']}.",
         "",
-        f"Made by `python bench/ablate.py`, code {body['code']}.",
+        f"Made by `python bench/ablate.py`, code {', '.join(sorted({r['code'] for r in rows}))}.",
     ]
     for key, title in (("top1", "top-1"), ("agreement", "agreement"), ("kl", "KL"), ("seconds", "processor seconds")):
         lines += ["", f"## {title}", "", f"| | {' | '.join(budgets)} |", f"|---{'|---' * len(budgets)}|"]

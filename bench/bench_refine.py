@@ -22,7 +22,7 @@ from vitlr import InputError, Statistics, apply, calibrate, create_model, evalua
 from vitlr.data import open_data
 from vitlr.plans import METHODS
 from vitlr.progress import bar
-from vitlr.statistics import OBJECTIVES
+from vitlr.statistics import DEFAULT, OBJECTIVES
 
 LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
 
@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> None:
                 model, images, objective=args.objective, samples=args.samples, hidden=True, progress=progress
             )
         stats.save(path)
+    calibration = {"images": stats.images, "objectives": stats.objectives, "samples": stats.samples}
     rows: list[dict[str, Any]] = []
     for budget in args.budgets:
         chosen = plan(model, stats, f"params:{budget:g}%", objective=args.objective, rank_step=1, method=args.method)
@@ -75,10 +76,9 @@ def main(args: argparse.Namespace) -> None:
             save(refined, cache / f"{name}.safetensors", plan=chosen)
             found = {"budget": chosen.budget, "method": args.method, "objective": chosen.objective}
             found |= {"ladder": ladder, "options": options}
-            found |= {"before": before.to_dict(), "after": after.to_dict()}
+            found |= {"calibration": calibration, "before": before.to_dict(), "after": after.to_dict()}
             rows.append({**found, "refinement": refined.vitlr_refinement.to_dict()})
-    calibration = {"images": stats.images, "objectives": stats.objectives, "samples": stats.samples}
-    finish("refine", {"calibration": calibration, "rows": rows}, args.json)
+    finish("refine", {"rows": rows}, args.json)
 
 
 def _choice(text: str) -> tuple[str, Any]:
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--budgets", type=float, nargs="+", default=[80, 60], help="percent of parameters kept")
     args.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
     args.add_argument("--method", choices=METHODS, default="lowrank", help="ranks, hidden widths, or both")
-    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="what calibration measures")
+    args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--minutes", type=float, help="for the joint rung")
     args.add_argument("--steps", type=int, help="of the joint rung")

@@ -26,7 +26,7 @@ from vitlr.cost import count_macs, count_params
 from vitlr.models import create_model
 from vitlr.nn import LowRankLinear
 from vitlr.pruning import find_mlps, narrow_mlp
-from vitlr.surgery import restructure
+from vitlr.structure import restructure
 
 WANTED = 1.6  # dense over compressed, at half of the parameters
 STEP = 16

@@ -24,6 +24,7 @@ from vitlr.errors import InputError
 from vitlr.models import create_model
 from vitlr.pipeline import apply, plan
 from vitlr.statistics import DEFAULT, OBJECTIVES
+from vitlr.timing import throughput
 
 GRAINS = (None, "channels", "heads")
 STEPS = {"prune": 16, "joint": 1}  # of ranks
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     ]
     dense = [_log_probabilities(model, images) for images in held]
     results: dict[str, Any] = {"objective": args.objective, "images": args.images, "judged": sum(map(len, held))}
-    spectra, plain = None, {}
+    spectra, plain, models = None, {}, {"dense": model}
     for grain in GRAINS:
         for method in args.methods:
             for kept in args.budgets:
@@ -52,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
                     print(f"{method} {kept} %, {grain or 'MLPs only'}: {cause}", flush=True)
                     continue
                 spectra, small = chosen.spectra, apply(model, chosen)
+                models[f"{method} {kept} {grain}"] = small
                 kl = torch.cat([_divergence(p, _log_probabilities(small, x)) for p, x in zip(dense, held, strict=True)])
                 more = kl - plain.setdefault((method, kept), kl)
                 row = {
@@ -67,6 +69,12 @@ def main(args: argparse.Namespace) -> None:
                     f"(standard error {row['standard_error']:.3f}), MACs kept {row['macs_kept']:.1%}",
                     flush=True,
                 )
+    if args.speed:
+        found = throughput(models, 8, repeats=args.speed)
+        for name, times in found.items():
+            ratio = times["images_per_second"] / found["dense"]["images_per_second"]
+            results.setdefault(name, {})["faster"] = ratio
+            print(f"{name}: {ratio:.2f} times as fast as dense, batch 8", flush=True)
     finish("attention_widths", results, args.json)
 
 
@@ -86,6 +94,7 @@ if __name__ == "__main__":
     args.add_argument("--images", type=int, default=700, help="calibration images measured; the others judge")
     args.add_argument("--judge", type=int, help="so many of them (default: all)")
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT)
+    args.add_argument("--speed", type=int, default=0, metavar="N", help="time all models too, in N turns")
     args.add_argument("--methods", nargs="+", choices=STEPS, default=list(STEPS))
     args.add_argument("--budgets", type=int, nargs="+", default=[90, 80, 70, 60], help="kept parameters in per cent")
     main(args.parse_args())

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
 from vitlr.cost import count_params
-from vitlr.statistics import OBJECTIVES
+from vitlr.statistics import DEFAULT, OBJECTIVES
 
 Make = Callable[[nn.Module, Kept, float], nn.Module]
 
@@ -232,7 +232,7 @@ class Table:
 
 def markdown(body: dict[str, Any]) -> str:
     """The table for the docs."""
-    dense, facts = body["dense"], body["machine"]
+    dense, facts, ptdeco = body["dense"], body["machine"], body["ptdeco"]
     versions = ", ".join(f"{name} {version}" for name, version in body["peers"].items())
     lines = [
         "# Installable peers, without fine-tuning",
@@ -244,7 +244,9 @@ def markdown(body: dict[str, Any]) -> str:
         f"processor time to make the model (ours: without calibration), {facts['processor']}, {facts['threads']} "
         f"thread(s), torch {facts['torch']}, {facts['date']}. Ours: objective {body['objective']}, 3 drawn targets, "
         "rank step 1, widths in steps of 16. torch-pruning is made to be followed by fine-tuning, "
-        "which nothing here has had; ptdeco chooses its own size, and ours beside it is planned for that size.",
+        "which nothing here has had; ptdeco chooses its own size from a threshold (judged on "
+        f"{ptdeco['metric_images']} images, falor's covariances from {ptdeco['falor_steps']} batches of as many), "
+        "and ours beside it is planned for that size.",
         "",
         f"Made by `python bench/compare_peers.py`, code {body['code']}.",
         "",
@@ -300,6 +302,7 @@ def main() -> None:
         "calibration_images": table.images.images,
         "peers": peers,
         "objective": ARGS.objective,
+        "ptdeco": {"metric_images": ARGS.metric_images, "falor_steps": ARGS.falor_steps},
         "code": CODE,
         "machine": machine(),
         "dense": {**table.reference.to_dict(), "params": count_params(model)},
@@ -321,7 +324,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--kl", type=float, nargs="*", default=[0.01], help="kl_final_threshold of falor")
     args.add_argument("--metric-images", type=int, default=16, help="images on which ptdeco judges a rank")
     args.add_argument("--falor-steps", type=int, default=12, help="batches of as many images for falor's covariance")
-    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="of our rows")
+    args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="of our rows")
     args.add_argument("--stats", type=Path, help="statistics of an earlier run for our rows")
     args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
     return args.parse_args()

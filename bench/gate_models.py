@@ -20,7 +20,8 @@ from vitlr import surfaces
 from vitlr.cost import count_params
 from vitlr.models import create_model
 from vitlr.nn import LowRankLinear
-from vitlr.surgery import fuse, restructure
+from vitlr.structure import restructure
+from vitlr.surgery import fuse
 
 MODEL = "vit_base_patch16_224"
 

@@ -29,7 +29,7 @@ from vitlr.cost import count_params
 from vitlr.data import Loader, open_data
 from vitlr.progress import bar
 from vitlr.refinement.recipe import make_recipe, parse_rungs
-from vitlr.statistics import OBJECTIVES
+from vitlr.statistics import DEFAULT, OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="refit, residual, joint (all up to it), only-RUNG",
     )
     args.add_argument("--images", type=int, default=4096, help="training images to look at")
-    args.add_argument("--objective", choices=OBJECTIVES, default="fisher", help="what calibration measures")
+    args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--rank-step", type=int, default=8)

@@ -12,11 +12,12 @@ import torch
 from families import MODELS, make
 
 import vitlr
-from vitlr import checkpoint, cost, surgery
+from vitlr import checkpoint, cost
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.plans import Plan
 from vitlr.pruning import narrow_mlp, read_mlp
+from vitlr.structure import restructure, structure
 
 STEPS = {"rank_step": 4, "width_step": 8}
 
@@ -110,7 +111,7 @@ def test_files_know_them_in_a_fresh_process(calibrated, images, tmp_path):
             path = tmp_path / f"{grain}_{form}.safetensors"
             checkpoint.save(network, path, plan=plan)
             loaded = checkpoint.load(path)
-            assert surgery.structure(loaded) == surgery.structure(small)
+            assert structure(loaded) == structure(small)
             assert Plan.from_dict(loaded.vitlr_info["plan"]) == plan
             with torch.no_grad():
                 torch.save((images, network(images)), path.with_suffix(".pt"))
@@ -134,11 +135,11 @@ def test_files_know_them_in_a_fresh_process(calibrated, images, tmp_path):
 def test_heads_out_of_range_are_refused(calibrated, heads):
     model = copy.deepcopy(calibrated[0])
     with pytest.raises(InputError, match="expected 1 to 4"):
-        surgery.restructure(model, {"blocks.0.attn": {"heads": heads}})
+        restructure(model, {"blocks.0.attn": {"heads": heads}})
     for name in ("nothing", "blocks.0.mlp", "blocks.0"):
         with pytest.raises(InputError, match="no attention of this model"):
-            surgery.restructure(model, {name: {"heads": 2}})
-    assert not surgery.structure(model)
+            restructure(model, {name: {"heads": 2}})
+    assert not structure(model)
 
 
 def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):

@@ -20,6 +20,7 @@ from vitlr.errors import InputError
 from vitlr.models import create_model
 from vitlr.nn import LowRankLinear
 from vitlr.plans import LayerPlan, Plan
+from vitlr.structure import structure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +43,7 @@ def same(a: nn.Module, b: nn.Module, x: torch.Tensor) -> bool:
 def plan_of(model: nn.Module) -> Plan:
     layers = tuple(
         LayerPlan(name, e["in_features"], e["out_features"], e["rank"], 17.0, 0.123456789, "cheapest per parameter")
-        for name, e in surgery.structure(model).items()
+        for name, e in structure(model).items()
     )
     return Plan("params:40%", "loss", False, 1e-6, layers, "0" * 16, 10, 4, 10, 4, 40, 16)
 
@@ -84,7 +85,7 @@ def test_logits_are_bit_identical(tiny_vit, tmp_path, x, dtype, fused):
     checkpoint.save(model, tmp_path / "m.safetensors")
     loaded = checkpoint.load(tmp_path / "m.safetensors")
     assert same(model, loaded, x.to(dtype)) and not loaded.training
-    assert surgery.structure(loaded) == surgery.structure(model)
+    assert structure(loaded) == structure(model)
     assert surgery.fused_names(loaded) == surgery.fused_names(model)
     assert loaded.vitlr_origin == model.vitlr_origin
     assert all(p.requires_grad and p.dtype == dtype for p in loaded.parameters())

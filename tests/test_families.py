@@ -8,7 +8,7 @@ from families import MODELS, arguments, make
 
 import vitlr
 from vitlr import cost, surfaces
-from vitlr.surgery import structure
+from vitlr.structure import structure
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import vitlr
-from vitlr import checkpoint, cost, surgery
+from vitlr import checkpoint, cost
 from vitlr.errors import InputError
 from vitlr.joint_options import worth_having
 from vitlr.nn import LowRankLinear
 from vitlr.plans import LayerPlan, Plan
+from vitlr.structure import structure
 
 STEPS = {"rank_step": 4, "width_step": 8}
 METHODS = {
@@ -95,7 +96,7 @@ def test_saved_models_and_plans_know_widths(calibrated, images, tmp_path):
         loaded = checkpoint.load(tmp_path / f"{name}.safetensors")
         assert torch.equal(loaded(images), network(images))
         assert Plan.from_dict(loaded.vitlr_info["plan"]) == plan
-        assert surgery.structure(loaded) == surgery.structure(small)
+        assert structure(loaded) == structure(small)
     assert "width" in str(plan) and "MLPs narrowed" in str(plan)
 
 
@@ -155,14 +156,14 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     model = tiny_vit()
     small = vitlr.compress(model, batches, "params:70%", method="joint", **STEPS)
     assert cost.count_params(small) <= 0.7 * cost.count_params(model)
-    assert any("width" in entry for entry in surgery.structure(small).values())
+    assert any("width" in entry for entry in structure(small).values())
     images = [torch.randn(40, 3, 32, 32)]
     better = vitlr.compress(
         model, images, "params:80%", method="prune", rungs="joint", steps=2, every=1, batch_size=8, **STEPS
     )
     assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "joint"]
     pruned = vitlr.compress(model, batches, method="prune", prune_rate=0.5, **STEPS)
-    assert {entry.keys() == {"width"} for entry in surgery.structure(pruned).values()} == {True}
+    assert {entry.keys() == {"width"} for entry in structure(pruned).values()} == {True}
 
 
 def test_compress_refuses_bad_options_before_any_image(tiny_vit):

@@ -8,7 +8,8 @@ from torch import nn
 
 import vitlr
 from vitlr import InputError, LowRankLinear, LowRankMLP, Plan, Statistics, cost
-from vitlr.surgery import fused_names, restructure, structure
+from vitlr.structure import restructure, structure
+from vitlr.surgery import fused_names
 
 
 @pytest.fixture

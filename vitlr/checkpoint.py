@@ -20,6 +20,7 @@ from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.plans import Plan
 from vitlr.rebuild import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.storage import check_writable, load_header, load_tensors, save_tensors
+from vitlr.structure import restructure, structure
 
 SCHEMA = 1
 _DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -49,7 +50,7 @@ def save(
     info = getattr(model, "vitlr_info", None) or {}
     header = {
         "origin": None if model_args is False else find_origin(model, model_args),
-        "structure": surgery.structure(model),
+        "structure": structure(model),
         "fused": surgery.fused_names(model),
         "visible": [name for name, module in surfaces.timm.switchable(model) if getattr(module, surfaces.timm.SWITCH)],
         "tied": tied,
@@ -163,7 +164,7 @@ def _verify(model: nn.Module, header: dict[str, Any]) -> None:
 def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     """Do to a dense model, in place, what was done to the saved one: switches, low-rank layers, fused MLPs."""
     with unfilled():
-        surgery.restructure(model, header["structure"])
+        restructure(model, header["structure"])
     for name, attention in surfaces.timm.switchable(model):
         swapped = isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear, SelectedLinear))
         on = name in header["visible"] or swapped

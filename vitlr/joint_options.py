@@ -37,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Maker:
-    """Builds items and rows: what everything costs in the budget's quantity."""
+    """Builds items: what every choice costs in the budget's quantity, and loses."""
 
     spectra: Spectra
     sizes: Sizes

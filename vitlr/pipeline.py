@@ -20,7 +20,6 @@ from vitlr.errors import InputError
 from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.joint_allocation import check_options as check_joint_allocation
 from vitlr.plans import Plan
-from vitlr.pruning import find_mlps
 from vitlr.pruning.values import solve_values
 from vitlr.pruning.widths import RIDGE, WidthSpectrum, solve_widths
 from vitlr.pruning.widths import check_options as check_widths
@@ -29,6 +28,7 @@ from vitlr.refinement.ladder import check_free
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
 from vitlr.statistics import DEFAULT, Statistics, fingerprint
+from vitlr.surfaces.mlps import find_mlps
 from vitlr.surgery import replace_layers
 
 Progress = Callable[[int, "int | None"], None]

@@ -12,10 +12,11 @@ from vitlr import surfaces
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.lowrank_residual_linear import check_form
-from vitlr.pruning import Mlp, narrow_mlp, narrowed_mlps, read_mlp
+from vitlr.pruning import narrow_mlp
 from vitlr.pruning.heads import narrow_attention
 from vitlr.surfaces.attention import Attention, fewer_heads, loses_heads
 from vitlr.surfaces.attention import attentions as known_attentions
+from vitlr.surfaces.mlps import Mlp, narrowed_mlps, read_mlp
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -20,14 +20,13 @@ from vitlr.nn import (
 )
 from vitlr.nn._plain import has_hooks
 from vitlr.plans import Plan
-from vitlr.pruning import Mlp, find_mlps, narrow_mlp, read_mlp
+from vitlr.pruning import narrow_mlp
 from vitlr.pruning.heads import narrow_attention
 from vitlr.pruning.values import ValueSpectrum
 from vitlr.spectra import Spectra
-from vitlr.structure import restructure as restructure  # callers find both here
-from vitlr.structure import structure as structure
 from vitlr.structure import swap
 from vitlr.surfaces.attention import Attention, attentions
+from vitlr.surfaces.mlps import Mlp, find_mlps, read_mlp
 
 FUSED = (LowRankMLP, LowRankGLU, FusedAttention)
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 import vitlr
-from vitlr import surgery
 from vitlr.statistics import Statistics
+from vitlr.structure import structure
 
 STEPS = ("--width-step", "8", "--rank-step", "4")
 
@@ -18,7 +18,7 @@ def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
     answer = run(*squeeze("--method", method, *STEPS, "--json"))
     small = vitlr.load(tmp_path / "small.safetensors")
     assert sum(p.numel() for p in small.parameters()) == answer.json["params_kept"]
-    assert any("width" in entry for entry in surgery.structure(small).values())
+    assert any("width" in entry for entry in structure(small).values())
     assert small.vitlr_info["plan"]["method"] == small.vitlr_info["recipe"]["method"] == method
     rows = run("inspect", tmp_path / "small.safetensors", "--json").json["narrowed"]
     assert rows and all(row["width"] <= row["full_width"] == 128 for row in rows)

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vitlr
-from vitlr import surfaces, surgery
+from vitlr import surfaces
 from vitlr.cost import count_bytes, count_params
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankMLP, ResidualLowRankLinear
 from vitlr.ops._codes import FORMS
+from vitlr.structure import restructure, structure, swap
 
 K, N, R, GROUP = 48, 36, 4, 16
 OP = "lowrank_residual_linear"
@@ -161,7 +162,7 @@ def test_what_has_no_factors():
 def compressed(tiny_vit):
     model = tiny_vit().eval()
     for (name, linear), form in zip(list(surfaces.targets(model).items())[:4], FORMS, strict=True):
-        surgery.swap(model, name, ResidualLowRankLinear.from_linear(linear, 4, form, 16))
+        swap(model, name, ResidualLowRankLinear.from_linear(linear, 4, form, 16))
     return model
 
 
@@ -206,11 +207,11 @@ torch.save(model(torch.load(sys.argv[1] + "/images.pt")), sys.argv[1] + "/logits
     ],
 )
 def test_hostile_structures_are_refused(compressed, tiny_vit, change, message):
-    structure = surgery.structure(compressed)
-    name = next(iter(structure))
-    structure[name] = {**structure[name], **change}
+    described = structure(compressed)
+    name = next(iter(described))
+    described[name] = {**described[name], **change}
     with pytest.raises(InputError, match=message):
-        surgery.restructure(tiny_vit(), structure)
+        restructure(tiny_vit(), described)
 
 
 def test_hostile_codes_are_refused(compressed, tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ from families import MODELS, make
 from torch import nn
 
 import vitlr
-from vitlr import surgery
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.elimination import compensate, eliminate, eliminate_alone, eliminate_groups
 from vitlr.pruning.heads import narrow_attention
 from vitlr.pruning.values import solve_values
+from vitlr.structure import swap
 from vitlr.surfaces.attention import attentions, fewer_heads
 
 FAMILIES = [  # plain, rotary, biases apart, q, k and v apart, windows with cosines, attention pooling beside it
@@ -54,7 +54,7 @@ def test_the_kept_channels_compute_what_they_did(name, rank):
     if rank:
         for attention in found.values():
             for linear in attention.linears:
-                surgery.swap(model, linear, LowRankLinear.from_linear(model.get_submodule(linear), rank))
+                swap(model, linear, LowRankLinear.from_linear(model.get_submodule(linear), rank))
     for whole in (False, True):
         keeps = {n: torch.arange(a.head_dim, a.width) if whole else ragged(a.width, a.heads) for n, a in found.items()}
         keeps = {n: keep for n, keep in keeps.items() if len(keep)}  # one head of Swin's first stage is all it has

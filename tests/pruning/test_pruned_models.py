@@ -18,7 +18,7 @@ from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import add_gates, gates, remove_gates
 from vitlr.pruning.thresholds import choose
-from vitlr.surgery import structure
+from vitlr.structure import restructure, structure
 
 
 def pruned(model, rate=0.4, **options):
@@ -77,16 +77,16 @@ def test_what_a_file_says_is_checked(tiny_vit):
         ({"bias": 1}, "a bias or none"),
     ):
         with pytest.raises(InputError, match=said):
-            vitlr.surgery.restructure(tiny_vit(), {**described, name: {**described[name], **change}})
+            restructure(tiny_vit(), {**described, name: {**described[name], **change}})
     with pytest.raises(InputError, match=r"'blocks\.0\.norm1' is no linear layer"):
-        vitlr.surgery.restructure(tiny_vit(), {"blocks.0.norm1": described[name]})
+        restructure(tiny_vit(), {"blocks.0.norm1": described[name]})
 
 
 def test_channels_of_a_file_out_of_range_are_refused(tiny_vit, images):
     small = pruned(tiny_vit())
     state = small.state_dict()
     state["blocks.0.attn.qkv.inputs"] = state["blocks.0.attn.qkv.inputs"] + 32
-    twin = vitlr.surgery.restructure(tiny_vit(), structure(small))
+    twin = restructure(tiny_vit(), structure(small))
     with pytest.raises(InputError, match=r"blocks\.0\.attn\.qkv\.inputs: expected increasing"):
         twin.load_state_dict(state, strict=True, assign=True)
 

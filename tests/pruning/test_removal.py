@@ -17,6 +17,7 @@ from vitlr import checkpoint, cost, surgery
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear
 from vitlr.pruning import find_mlps, narrow_mlp, narrowed_mlps, read_mlp
+from vitlr.structure import restructure, structure
 
 FAMILIES = [  # plain, gated in one and in two linears, pooling by attention, stages, channels last
     "vit_tiny_patch16_224", "eva_giant_patch14_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224",
@@ -129,7 +130,7 @@ def test_every_family_is_narrowed_saved_and_loaded(name, tmp_path):
     args, _ = arguments(name)
     checkpoint.save(model, tmp_path / "m.safetensors", model_args=args)
     loaded = checkpoint.load(tmp_path / "m.safetensors")
-    assert torch.equal(model(x), loaded(x)) and surgery.structure(loaded) == surgery.structure(model)
+    assert torch.equal(model(x), loaded(x)) and structure(loaded) == structure(model)
     assert all(m.width == m.full_width // 2 for m in narrowed_mlps(loaded).values())
 
 
@@ -177,10 +178,10 @@ def test_a_model_of_nobodys_loads_into_its_dense_one(tmp_path):
 def test_fuse_dense_and_export_know_the_width(narrow, images):
     expected = narrow(images)
     fused = vitlr.fuse(narrow, fold=False)
-    assert surgery.structure(fused) == surgery.structure(narrow) == surgery.structure(vitlr.unfuse(fused))
+    assert structure(fused) == structure(narrow) == structure(vitlr.unfuse(fused))
     assert torch.equal(fused(images), expected)
     narrow_mlp(find_mlps(fused)["blocks.0.mlp"], torch.arange(8))  # fused modules are narrowed as they are
-    assert surgery.structure(fused)["blocks.0.mlp"] == {"width": 8}
+    assert structure(fused)["blocks.0.mlp"] == {"width": 8}
     assert narrowed_mlps(vitlr.unfuse(fused))["blocks.0.mlp"].full_width == 128
     dense = vitlr.to_dense(narrow)
     assert (
@@ -196,7 +197,7 @@ def test_fuse_dense_and_export_know_the_width(narrow, images):
 def test_widths_out_of_range_are_refused(tiny_vit, width):
     model = tiny_vit()
     with pytest.raises(InputError, match="expected 1 to 128"):
-        surgery.restructure(model, {"blocks.0.mlp": {"width": width}})
+        restructure(model, {"blocks.0.mlp": {"width": width}})
     assert not narrowed_mlps(model)
 
 
@@ -204,10 +205,10 @@ def test_restructure_refuses_what_is_no_mlp_and_ranks_beyond_the_width(tiny_vit)
     model = tiny_vit()
     for name in ("nothing", "blocks.0.attn", "head", "blocks.0"):
         with pytest.raises(InputError, match=r"no MLP|keeps its width"):
-            surgery.restructure(model, {name: {"width": 4}})
+            restructure(model, {name: {"width": 4}})
     low = {"rank": 5, "in_features": 32, "out_features": 4, "bias": True}
     with pytest.raises(InputError, match="expected a rank from 1 to 4"):
-        surgery.restructure(model, {"blocks.0.mlp": {"width": 4}, "blocks.0.mlp.fc1": low})
+        restructure(model, {"blocks.0.mlp": {"width": 4}, "blocks.0.mlp.fc1": low})
     with pytest.raises(InputError, match="expected"):
-        surgery.restructure(model, {"blocks.0.mlp": {"width": 5}, "blocks.0.mlp.fc1": {**low, "rank": 4}})
+        restructure(model, {"blocks.0.mlp": {"width": 5}, "blocks.0.mlp.fc1": {**low, "rank": 4}})
     assert not narrowed_mlps(model)

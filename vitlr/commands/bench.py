@@ -62,6 +62,7 @@ def bench(
     from vitlr.data import data_config
     from vitlr.ops import _native
     from vitlr.progress import bar
+    from vitlr.structure import structure
 
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
@@ -69,14 +70,14 @@ def bench(
     networks = {"model": open_model(model, Source() if only_vs else source, device=where, weights=False).to(dtype)}
     if vs is not None:
         networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
-    elif any("rank" in entry for entry in surgery.structure(networks["model"]).values()):
+    elif any("rank" in entry for entry in structure(networks["model"]).values()):
         networks["vs"] = surgery.to_dense(networks["model"])
     shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
     costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
     runners: Any = {n: torch.compile(net, dynamic=False) for n, net in networks.items()} if torchcompile else networks
-    if kernels or (kernels is None and not torchcompile and surgery.structure(networks["model"])):
+    if kernels or (kernels is None and not torchcompile and structure(networks["model"])):
         runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": surgery.fuse(networks["model"])}
     rows: list[dict[str, Any]] = []
     with bar("measuring", len(sizes), "batch sizes") as progress:

@@ -125,7 +125,7 @@ def compress(
     widths["attention"] = prune_attention
     check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
     if method != "lowrank":
-        check_widths(objective or DEFAULT, RIDGE)
+        check_widths(given or DEFAULT, RIDGE)
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}

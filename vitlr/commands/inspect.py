@@ -21,10 +21,11 @@ def inspect(
     """Show which linears are compressible, which are bypassed, and what share of the parameters they hold."""
     import torch
 
-    from vitlr import cost, rebuild, surfaces, surgery
+    from vitlr import cost, rebuild, surfaces
     from vitlr.commands._models import Source, open_model
-    from vitlr.pruning import narrowed_mlps
+    from vitlr.structure import structure
     from vitlr.surfaces.attention import fewer_heads
+    from vitlr.surfaces.mlps import narrowed_mlps
 
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     with rebuild.unfilled():  # nothing here looks at a value
@@ -40,7 +41,7 @@ def inspect(
             **_row(name, s["out_features"], s["in_features"], s["rank"] * (s["out_features"] + s["in_features"]), ""),
             "rank": s["rank"],
         }
-        for name, s in surgery.structure(network).items()
+        for name, s in structure(network).items()
         if "rank" in s
     ]
     narrowed = [
@@ -49,7 +50,7 @@ def inspect(
     heads = [{"name": name, "heads": now, "full_heads": full} for name, (now, full) in fewer_heads(network).items()]
     selected = [
         {"name": name, **{key: s[key] for key in ("inputs", "in_features", "outputs", "out_features")}}
-        for name, s in surgery.structure(network).items()
+        for name, s in structure(network).items()
         if "inputs" in s
     ]
     kept = []

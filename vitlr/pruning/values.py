@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
-import torch
 from torch import Tensor, nn
 
 from vitlr import cost
-from vitlr.errors import InputError, NumericalError
+from vitlr.errors import InputError
 from vitlr.pruning.widths import RIDGE, WidthSpectrum, check_options, prepared, solved
 from vitlr.statistics import Statistics
 from vitlr.surfaces.attention import Attention, loses_heads, measurable, nothing
@@ -110,10 +109,7 @@ def solve_values(
         values["group"] = attention.head_dim if grain == "heads" else 1
         macs = between.get(name)
         spectrum = ValueSpectrum(**values, attention=attention, loses_heads=macs is not None, macs=macs or 0.0)
-        try:
-            found[name] = solved(spectrum)
-        except (NumericalError, torch.linalg.LinAlgError) as cause:
-            raise NumericalError(f"attention {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        found[name] = solved(spectrum)
         if progress is not None:
             progress(len(found), len(measured))
     return found

@@ -189,11 +189,7 @@ def solve_widths(
     measured = _measured(model, stats)
     found: dict[str, WidthSpectrum] = {}
     for name, mlp in measured.items():
-        spectrum = prepared(mlp, stats, objective, compensate, ridge, damping)
-        try:
-            found[name] = solved(spectrum)
-        except (NumericalError, torch.linalg.LinAlgError) as cause:
-            raise NumericalError(f"MLP {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        found[name] = solved(prepared(mlp, stats, objective, compensate, ridge, damping))
         if progress is not None:
             progress(len(found), len(measured))
     return found
@@ -252,7 +248,15 @@ def prepared(
 
 
 def solved(spectrum: Spectrum) -> Spectrum:
-    """Order and errors of what `prepared` made."""
+    """Order and errors of what `prepared` made; `NumericalError` naming it."""
+    try:
+        return _solved(spectrum)
+    except (NumericalError, torch.linalg.LinAlgError) as cause:
+        what = "MLP" if spectrum.kind == "mlp" else "attention"
+        raise NumericalError(f"{what} {spectrum.name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+
+
+def _solved(spectrum: Spectrum) -> Spectrum:
     W = spectrum.weight.double()
     L, info = torch.linalg.cholesky_ex(spectrum.metric + 1e-12 * spectrum.metric.diagonal().mean() * torch.eye(len(W)))
     if int(info):

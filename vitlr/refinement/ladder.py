@@ -14,7 +14,6 @@ from torch import nn
 
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
-from vitlr.pruning import narrowed_mlps
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.joint import joint
@@ -27,6 +26,7 @@ from vitlr.refinement.snapshots import Snapshots
 from vitlr.snapshots import copied, restore
 from vitlr.statistics import fingerprint
 from vitlr.surfaces.attention import fewer_heads
+from vitlr.surfaces.mlps import narrowed_mlps
 
 Progress = Callable[[int, "int | None"], None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,8 @@ from vitlr.nn import LowRankLinear
 
 
 @dataclass
-class LayerSums:
-    """Sums over tokens of one layer: z = B x̃ `[r]` and the residual e = y − ỹ `[N]`, in float64."""
+class Sums(ABC):
+    """Sums over tokens of what goes in, z, of the residual e = y − ỹ, and of their products, in float64."""
 
     tokens: int
     z: Tensor
@@ -20,17 +21,29 @@ class LayerSums:
     zz: Tensor
     ez: Tensor
 
+    def add(self, z: Tensor, e: Tensor) -> None:
+        """Add the tokens of a batch."""
+        z, e = z.flatten(0, -2), e.flatten(0, -2)
+        self.tokens += len(z)
+        self.z += z.sum(0)
+        self.e += e.sum(0)
+        self._multiply(z, e)
+
+    @abstractmethod
+    def _multiply(self, z: Tensor, e: Tensor) -> None:
+        """Add to `zz` and `ez`."""
+
+
+class LayerSums(Sums):
+    """Those of one low-rank layer: z = B x̃ `[r]`, e `[N]`, products `[r, r]` and `[N, r]`."""
+
     @classmethod
     def empty(cls, layer: LowRankLinear) -> LayerSums:
         A = layer.up.weight.detach().double()
         N, r = A.shape
         return cls(0, A.new_zeros(r), A.new_zeros(N), A.new_zeros(r, r), A.new_zeros(N, r))
 
-    def add(self, z: Tensor, e: Tensor) -> None:
-        z, e = z.flatten(0, -2), e.flatten(0, -2)
-        self.tokens += len(z)
-        self.z += z.sum(0)
-        self.e += e.sum(0)
+    def _multiply(self, z: Tensor, e: Tensor) -> None:
         self.zz += z.mT @ z
         self.ez += e.mT @ z
 
@@ -50,26 +63,15 @@ class LayerSums:
         return A + delta.to(A), bias
 
 
-@dataclass
-class ChannelSums:
-    """Sums over tokens of one norm, channel by channel: its normalised input z and e = y − ỹ, `[C]` in float64."""
-
-    tokens: int
-    z: Tensor
-    e: Tensor
-    zz: Tensor
-    ez: Tensor
+class ChannelSums(Sums):
+    """Those of one norm, channel by channel: its normalised input z, all `[C]`."""
 
     @classmethod
     def empty(cls, norm: nn.LayerNorm) -> ChannelSums:
         zero = torch.zeros_like(norm.weight, dtype=torch.float64)
         return cls(0, *(zero.clone() for _ in range(4)))
 
-    def add(self, z: Tensor, e: Tensor) -> None:
-        z, e = z.flatten(0, -2), e.flatten(0, -2)
-        self.tokens += len(z)
-        self.z += z.sum(0)
-        self.e += e.sum(0)
+    def _multiply(self, z: Tensor, e: Tensor) -> None:
         self.zz += z.square().sum(0)
         self.ez += (z * e).sum(0)
 
