@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitlr import taps
 from vitlr.calibration import calibrate
 from vitlr.errors import InputError
-from vitlr.losses import image_seeds, is_logits, sampled_losses
+from vitlr.losses import draws, image_seeds, is_logits, sampled_losses
 from vitlr.statistics import Statistics
 
 ALL = {"objective": ("loss", "output", "normalized", "fisher"), "extras": ("input_moment", "input_abs", "row_gradient")}
@@ -29,7 +30,7 @@ def equal_sums(one, two, rtol=2e-5):
             close(tensor, getattr(two.layers[name], key), rtol)
 
 
-def recorded(model, images, seed=0):
+def recorded(model, images, seed=0, loss=None):
     """Inputs, outputs and output gradients of every linear, from plain autograd on one batch."""
     seen, handles = {}, []
     model = copy.deepcopy(model).eval()
@@ -44,7 +45,11 @@ def recorded(model, images, seed=0):
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name != "head":
             handles.append(module.register_forward_hook(hook(name)))
-    sampled_losses(model, model(images), image_seeds([images], seed), 1)[0].backward()
+    output = model(images)
+    if loss is None:
+        sampled_losses(model, output, image_seeds([images], seed), 1)[0].backward()
+    else:
+        loss(output, images).backward()
     return {name: (x.detach(), y.detach(), y.grad) for name, (x, y) in seen.items()}
 
 
@@ -94,6 +99,38 @@ def test_batch_size_order_and_merging_change_nothing(tiny_vit, images, options):
     equal_sums(parts[0].merge(parts[1]), whole)
     continued = calibrate(model, [images[4:]], stats=calibrate(model, [images[:4]], **options), **options)
     equal_sums(continued, whole)
+
+
+def test_wide_layers_have_their_products_sketched(tiny_vit, images, monkeypatch):
+    """`P Ω` in place of every image's P, with the image's own Ω: whatever the batches, and the same on average."""
+    model, name = tiny_vit(embed_dim=64), "blocks.1.mlp.fc2"
+
+    def loss(output, batch):  # the same for every seed: only sketches differ
+        return output.float().logsumexp(1).sum() + output[:, 0].square().sum()
+
+    def sums(batches, seed=0):
+        layer = calibrate(model, batches, hidden=True, loss_fn=loss, seed=seed).layers[name]
+        keys = ("image_moment", "image_gradient", "image_input_moment", "image_input_sum", "image_output_gradient")
+        return {key: layer.sum(key) for key in keys}
+
+    exact = sums([images])  # 17 tokens: fewer than COLUMNS
+    monkeypatch.setattr(taps, "COLUMNS", 4)
+    found = [sums(images.flip(0).split(2), seed) for seed in range(48)]
+    for key, tensor in sums([images]).items():
+        close(found[0][key], tensor)
+        values = torch.stack([sum_[key] for sum_ in found])
+        error, spread = (values.mean(0) - exact[key]).square().mean(), values.var(0).mean() / len(values)
+        assert spread > 0 and error < 3 * spread and spread.sqrt() < 0.2 * exact[key].square().mean().sqrt()
+
+    h, _, g = (t.double() for t in recorded(model, images, loss=loss)[name])
+    omega = draws([s ^ 1 for s in image_seeds([images], 0)], 1, (64, 4), torch.randn)[0].double() / 2
+    P, total = h.mT @ g @ omega, (g @ omega).sum(1)
+    mean = torch.randn(256, dtype=torch.float64)  # about any mean, the three sums are those of the same P Ω
+    centred = P - mean[:, None] * total[:, None]
+    layer = {key: tensor.double() for key, tensor in found[0].items()}
+    cross = torch.outer(layer["image_input_sum"], mean)
+    about = layer["image_input_moment"] - cross - cross.T + layer["image_output_gradient"] * torch.outer(mean, mean)
+    close(about, (centred @ centred.mT).sum(0))
 
 
 def test_the_model_comes_back_as_it_was(tiny_vit, images):

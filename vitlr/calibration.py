@@ -28,7 +28,7 @@ from vitlr.statistics import (
 )
 from vitlr.surfaces.attention import measurable, nothing
 from vitlr.surfaces.mlps import SUPPORTED, find_mlps, refused_mlps
-from vitlr.taps import Tap
+from vitlr.taps import Tap, sketches
 
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 Progress = Callable[[int, "int | None"], None]
@@ -122,12 +122,13 @@ def calibrate(
             with torch.set_grad_enabled(needs_gradient):
                 output = call(model, inputs)
                 if needs_gradient:
+                    seeds = image_seeds(tensors(inputs), seed)
                     if loss_fn is not None:
                         losses = [loss_fn(output, batch)]
                     else:
                         picked = output_fn(output) if output_fn is not None else output
-                        losses = sampled_losses(model, picked, image_seeds(tensors(inputs), seed), samples)
-                    _backward(losses, taps)
+                        losses = sampled_losses(model, picked, seeds, samples)
+                    _backward(losses, taps, sketches(seeds, samples, taps))
             run.images += images
             run.whole = True
             if on_batch is not None:
@@ -145,11 +146,11 @@ def calibrate(
     return _to_cpu(run)
 
 
-def _backward(losses: Sequence[Tensor], taps: Sequence[Tap]) -> None:
+def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Tensor) -> None:
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
-    for tap in taps:
-        tap.in_backward = True
     for index, loss in enumerate(losses):
+        for tap in taps:
+            tap.in_backward, tap.sketch = True, sketched[index]
         if not loss.requires_grad:
             raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
         loss.backward(retain_graph=index + 1 < len(losses))

@@ -44,7 +44,7 @@ class LayerStatistics:
     `gradient [n, n]` is `Σ g gᵀ` or `Σ (Wᵀg)(Wᵀg)ᵀ` with `g` the gradient of the loss at the output;
     `normalized [n, n]` is `moment` with image i weighted by `1 / ‖W x_i‖²_F` (arXiv 2402.06004);
     `image_moment [n, n]` is `Σ_images P Pᵀ` and `image_gradient [n, n]` is `Σ_images Pᵀ P` for `P = Σ_tokens y gᵀ`
-    (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side;
+    (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side, wide ones through a random sketch;
     `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
     `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
     `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`; with "values" the projections of attentions

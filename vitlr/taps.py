@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.losses import draws
 from vitlr.ops.gram import exact_products, gram_update_
 from vitlr.statistics import HIDDEN, LayerStatistics
+
+COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
 
 
 class Tap:
     """Adds up the sums of one layer: moments in the forward pass, gradient moments in the backward pass.
 
-    `images` (of the batch in flight) and `in_backward` are set by calibration, which asks for `gradient_seen`; a
-    forward pass that activation checkpointing repeats inside the backward pass is counted once.
+    `images` (of the batch in flight), `in_backward` and `sketch` are set by calibration, which asks for
+    `gradient_seen`; a forward pass that activation checkpointing repeats inside the backward pass is counted once.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class Tap:
         self.leading = leading  # first dimension of the input for one image
         self.images = 0
         self.in_backward = False
+        self.sketch: Tensor | None = None  # [images, at least size, COLUMNS], standard normal; for "fisher"
         self.gradient_seen = False
         self.by_image = "fisher" in collect
         self.hidden_by_image = self.by_image and HIDDEN in collect and stats.side == "output"
@@ -137,34 +141,41 @@ class Tap:
         gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
 
     def _add_products(self, y: Tensor, g: Tensor) -> None:
-        """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`; where tokens are few, as `Yᵀ (G Gᵀ) Y`, which costs less."""
+        """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`."""
         self.gradient_seen = True
-        n = self.stats.size
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        y, g = (self._per_image(t.detach().reshape(-1, n), len(t)).to(dtype) for t in (y, g))
+        y, g = self._by_image(y), self._by_image(g)
         with exact_products(y.device):
-            if 2 * y.shape[1] < n:
-                for key, a, b in (("image_moment", y, g), ("image_gradient", g, y)):
-                    self.stats.sum(key).add_(a.reshape(-1, n).mT @ ((b @ b.mT) @ a).reshape(-1, n))
-                return
-            P = y.mT @ g
-        gram_update_(self.stats.sum("image_moment"), P.mT.reshape(-1, n))
-        gram_update_(self.stats.sum("image_gradient"), P.reshape(-1, n))
+            of_y, of_g = self._roots(g) @ y, self._roots(y) @ g
+        gram_update_(self.stats.sum("image_moment"), of_y.flatten(0, 1))
+        gram_update_(self.stats.sum("image_gradient"), of_g.flatten(0, 1))
 
     def _add_hidden(self, h: Tensor, g: Tensor) -> None:
-        """`P Pᵀ` of every image's `P = Hᵀ G` (as `Hᵀ (G Gᵀ) H` where tokens are few), `P ḡ` and `‖ḡ‖²`."""
-        s, D = self.stats, self.stats.in_features
-        dtype = torch.promote_types(h.dtype, torch.float32)
-        h, g = (self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t)).to(dtype) for t in (h, g))
-        total = g.sum(1, keepdim=True)
-        s.sum("image_output_gradient").add_(total.double().square().sum())
+        """`P Pᵀ` of every image's `P = Hᵀ G`, `P ḡ` and `‖ḡ‖²`, all by the same R: they must fit together."""
+        s = self.stats
+        h, g = self._by_image(h), self._by_image(g)
         with exact_products(h.device):
-            s.sum("image_input_sum").add_((h.mT @ (g @ total.mT)).sum((0, 2)))
-            if g.shape[1] < g.shape[2]:
-                s.sum("image_input_moment").add_(h.reshape(-1, D).mT @ ((g @ g.mT) @ h).reshape(-1, D))
-                return
-            P = g.mT @ h
-        gram_update_(s.sum("image_input_moment"), P.reshape(-1, D))
+            R = self._roots(g)
+            rows, total = R @ h, R.sum(2)
+            s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)))
+        s.sum("image_output_gradient").add_(total.double().square().sum())
+        gram_update_(s.sum("image_input_moment"), rows.flatten(0, 1))
+
+    def _by_image(self, t: Tensor) -> Tensor:
+        t = self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t))
+        return t.to(torch.promote_types(t.dtype, torch.float32))
+
+    def _roots(self, g: Tensor) -> Tensor:
+        """`R [images, k, tokens]` with `RᵀR = G Gᵀ` where features or tokens are few, else on average: `R = (G Ω)ᵀ`.
+
+        Ω is an image's own Gaussian sketch of COLUMNS columns: `P Pᵀ = Hᵀ G Gᵀ H` then costs as many rows an image.
+        """
+        tokens, features = g.shape[1:]
+        if features <= COLUMNS:
+            return g.mT
+        if tokens <= COLUMNS:
+            return torch.linalg.qr(g.mT, mode="r").R
+        assert self.sketch is not None
+        return (g @ self.sketch[:, :features].to(g)).mT / COLUMNS**0.5
 
     def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
         """Row k of one image's `∂L/∂W = gᵀ x` has the squared norm `Σ_t g_tk (x xᵀ g)_tk`; take the cheaper form."""
@@ -174,3 +185,10 @@ class Tap:
         wide = tokens * sum(self.linear.weight.shape) > self.linear.weight.numel()
         squares = (g.mT @ x).square().sum((0, 2)) if wide else ((x @ x.mT) @ g).mul_(g).sum((0, 1))
         self.stats.sum("row_gradient").add_(squares)
+
+
+def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Tensor:
+    """What `_roots` needs for a batch, `[samples, images, largest size, COLUMNS]`, drawn from the images' seeds."""
+    size = max((tap.stats.size for tap in taps if tap.by_image), default=0)
+    device = taps[0].linear.weight.device
+    return draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device)  # not the targets' numbers
