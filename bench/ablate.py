@@ -7,7 +7,8 @@ moves one choice: the objective, the allocation (uniform, widths, hybrid, joint)
 rung; "joint, fisher" and its numbers of images move two. A seed chooses which 150 of the 1000 calibration images judge,
 which of the others are looked at, and the drawn targets: the intervals (95 %, Student's t over seeds) hold for all of
 that. The validation images have no part in it; `--judge validation` takes them instead. Finished rows
-are kept in bench/build, so that an interrupted run goes on where it stopped.
+are kept in bench/build, so that an interrupted run goes on where it stopped. `--only` runs some variants, `--keep`
+leaves the table's rows that this run did not make; every row says of which code it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +139,18 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean, STUDENT[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows and the old ones that they do not replace, in the order of the variants."""
+    order = [v.name for v in variants(LADDERS, ARGS.images)]
+    made = {(r["variant"], r["budget"], r["seed"]) for r in new}
+    rows = [r for r in old if (r["variant"], r["budget"], r["seed"]) not in made] + new
+    return sorted(rows, key=lambda r: order.index(r["variant"]) if r["variant"] in order else len(order))
+
+
 def markdown(body: dict[str, Any]) -> str:
     """One table a measure, a line a variant."""
     rows, facts = body["rows"], body["machine"]
-    budgets = list(dict.fromkeys(r["budget"] for r in rows))
+    budgets = sorted({r["budget"] for r in rows}, key=lambda b: -float(b.removeprefix("params:").rstrip("%")))
     judged = {"held": f"{HELD} calibration images that nothing else has seen", "validation": "1300 validation images"}
     lines = [
         "# What decides the accuracy: one factor at a time",
@@ -177,7 +187,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number in range(ARGS.seeds):
         seed: Seed | None = None
-        for variant, percent in itertools.product(variants(ARGS.rungs, ARGS.images), ARGS.budgets):
+        wanted = [v for v in variants(ARGS.rungs, ARGS.images) if any(fnmatch(v.name, only) for only in ARGS.only)]
+        for variant, percent in itertools.product(wanted, ARGS.budgets):
             if variant.rung is not None and percent not in ARGS.rung_budgets:
                 continue
             budget = f"params:{percent:g}%"
@@ -194,8 +205,11 @@ def main() -> None:
     if sources() != CODE:
         sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
     facts = {key: getattr(ARGS, key) for key in ("seeds", "samples", "steps", "judge")}
+    path = ARGS.json or ARGS.out / "ablate.json"
+    if ARGS.keep and path.is_file():
+        rows = merged(json.loads(path.read_text())["rows"], rows)
     body = {"model": MODEL, **facts, "code": CODE, "machine": machine(), "rows": rows}
-    write_json(ARGS.json or ARGS.out / "ablate.json", body)
+    write_json(path, body)
     (ARGS.out / "ablate.md").write_text(markdown(body))
     print(markdown(body))
 
@@ -211,6 +225,8 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--rungs", nargs="*", choices=LADDERS, default=list(LADDERS))
     args.add_argument("--rung-budgets", type=float, nargs="+", default=[80, 60], help="budgets at which rungs run")
     args.add_argument("--steps", type=int, default=100, help="of the joint rung")
+    args.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants by name, as in *rung*")
+    args.add_argument("--keep", action="store_true", help="leave the rows that are there and not made again")
     args.add_argument("--judge", choices=("held", "validation"), default="held")
     return args.parse_args()
 

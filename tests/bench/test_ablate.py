@@ -7,6 +7,7 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,3 +30,17 @@ def test_intervals():
     assert mean == 2.0 and half == pytest.approx(4.303 / math.sqrt(3))
     assert math.isnan(ablate.interval([1.0])[1])
     assert ablate.STUDENT[8] == pytest.approx(2.262)  # nine degrees of freedom, ten seeds
+
+
+def test_rows_that_are_kept_are_those_not_made_again(monkeypatch):
+    monkeypatch.setattr(ablate, "ARGS", SimpleNamespace(images=[64]), raising=False)
+    base, few, gone, common = ablate.BASE.name, "64 images", "gone", {"budget": "params:80%"}
+    old = [{"variant": v, "seed": s, "of": "old", **common} for v in (few, gone) for s in (0, 1)]
+    new = [{"variant": v, "seed": 1, "of": "new", **common} for v in (few, base)]
+    assert [(r["variant"], r["seed"], r["of"]) for r in ablate.merged(old, new)] == [
+        (base, 1, "new"),
+        (few, 0, "old"),
+        (few, 1, "new"),
+        (gone, 0, "old"),
+        (gone, 1, "old"),
+    ]
