@@ -26,7 +26,7 @@ from vitlr.pipeline import apply, plan
 from vitlr.statistics import DEFAULT, OBJECTIVES
 from vitlr.timing import throughput
 
-GRAINS = (None, "channels", "heads")
+GRAINS = ("none", "scores", "channels", "heads")
 STEPS = {"prune": 16, "joint": 1}  # of ranks
 
 
@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
                 try:
                     chosen = plan(model, stats, f"params:{kept}%", spectra=spectra, **options)
                 except InputError as cause:
-                    print(f"{method} {kept} %, {grain or 'MLPs only'}: {cause}", flush=True)
+                    print(f"{method} {kept} %, {grain}: {cause}", flush=True)
                     continue
                 spectra, small = chosen.spectra, apply(model, chosen)
                 models[f"{method} {kept} {grain}"] = small
@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> None:
                 }
                 results[f"{method} {kept} {grain}"] = row
                 print(
-                    f"{method} {kept} %, {grain or 'MLPs only'}: KL {row['kl']:.3f}, more {row['more']:+.3f} "
+                    f"{method} {kept} %, {grain}: KL {row['kl']:.3f}, more {row['more']:+.3f} "
                     f"(standard error {row['standard_error']:.3f}), MACs kept {row['macs_kept']:.1%}",
                     flush=True,
                 )

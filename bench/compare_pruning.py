@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lowrank": {"method": "lowrank"},
     "hybrid-rate": {"method": "hybrid", "prune_rate": RATE},
     "hybrid": {"method": "hybrid"},
+    "joint-scores-kept": {"method": "joint", "attention": "none"},
     "joint": {"method": "joint"},
 }
 LABELS = {
@@ -50,6 +51,7 @@ LABELS = {
     "lowrank": "ranks",
     "hybrid-rate": f"hybrid: {RATE:.0%} of the neurons, ranks for attention (2203.13444)",
     "hybrid": "hybrid: widths for MLPs, ranks for attention, one knapsack",
+    "joint-scores-kept": "joint, queries and keys of full width",
     "joint": "**joint: widths and ranks for all, one knapsack**",
 }
 

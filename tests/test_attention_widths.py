@@ -38,7 +38,7 @@ def narrowed(plan: Plan) -> set[str]:
 
 
 @pytest.mark.parametrize("method", ["prune", "joint"])
-@pytest.mark.parametrize("grain", ["channels", "heads"])
+@pytest.mark.parametrize("grain", ["scores", "channels", "heads"])
 @pytest.mark.parametrize(
     ("budget", "objective"), [("params:60%", "loss"), ("macs:62%", "fisher"), ("bytes:60%", "loss")]
 )
@@ -51,7 +51,7 @@ def test_a_plan_is_what_the_model_then_costs(calibrated, images, method, grain, 
     quantity = budget.partition(":")[0]
     assert getattr(plan, f"{quantity}_kept") <= vitlr.parse_budget(budget).limit(getattr(plan, quantity))
     assert narrowed(plan) and plan.attention == grain
-    plain = vitlr.plan(model, stats, budget, method=method, spectra=plan.spectra, **STEPS)
+    plain = vitlr.plan(model, stats, budget, method=method, attention="none", spectra=plan.spectra, **STEPS)
     assert plain.attention is None and plan.error <= plain.error * (1 + 1e-9)
     read = Plan.from_json(plan.to_json())
     assert read == plan and torch.equal(vitlr.apply(model, read, stats)(images), small(images))
@@ -102,7 +102,7 @@ def test_ranks_and_widths_in_one_attention(calibrated, images):
 
 def test_files_know_them_in_a_fresh_process(calibrated, images, tmp_path):
     model, stats = calibrated
-    for grain in ("channels", "heads"):
+    for grain in ("scores", "channels", "heads"):
         plan = vitlr.plan(model, stats, "params:45%", method="joint", attention=grain, **STEPS)
         assert narrowed(plan)
         small = vitlr.apply(model, plan)
@@ -128,7 +128,7 @@ def test_files_know_them_in_a_fresh_process(calibrated, images, tmp_path):
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert done.stdout.split() == ["True"] * 4, done.stderr
+    assert done.stdout.split() == ["True"] * 6, done.stderr
 
 
 @pytest.mark.parametrize("heads", [0, 5, -1, 2.0, True, "2", None])
@@ -163,7 +163,7 @@ def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):
     row.update(name="blocks.7.attn")
     with pytest.raises(InputError, match=r"no attention of width 32 at 'blocks\.7\.attn'"):
         vitlr.apply(model, Plan.from_dict(body), stats)
-    plain = vitlr.plan(model, stats, "params:60%", method="joint", **STEPS).to_dict()
+    plain = vitlr.plan(model, stats, "params:60%", method="joint", attention="none", **STEPS).to_dict()
     assert plain["schema"] == 2 and not any("kind" in row for row in plain["widths"])
     watched = copy.deepcopy(model)
     watched.get_submodule(f"{min(narrowed(plan))}.proj").register_forward_hook(lambda *a: None)
@@ -174,7 +174,7 @@ def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "joint", "attention": "all"}, "unknown attention='all', expected one of channels, heads"),
+        ({"method": "joint", "attention": "all"}, "unknown attention='all', expected one of scores, channels"),
         ({"method": "hybrid", "attention": "heads"}, "not with method='hybrid'"),
         ({"attention": "heads"}, "not with method='lowrank'"),
     ],

@@ -26,7 +26,7 @@ from vitlr.statistics import (
     Statistics,
     fingerprint,
 )
-from vitlr.surfaces.attention import measurable, nothing
+from vitlr.surfaces.attention import measurable, nothing, score_attentions
 from vitlr.surfaces.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.taps import Tap, sketches
 
@@ -91,6 +91,8 @@ def calibrate(
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         targets = surfaces.targets(model, include=include, exclude=exclude)
         widths = _hidden_layers(model, targets, extras, "fisher" in objectives, hidden_memory)
+        heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
+        queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
         taps: list[Tap] = []
         stack.callback(_remove, taps)
@@ -110,7 +112,10 @@ def calibrate(
                 own = set(extras) - {HIDDEN, VALUES}
                 pruned = {"input_moment", HIDDEN}
                 collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
-                taps += [Tap(run.layers[name], targets[name], collect[name], found.leading[name]) for name in targets]
+                taps += [
+                    Tap(run.layers[name], targets[name], collect[name], found.leading[name], queries.get(name))
+                    for name in targets
+                ]
             elif image_shape(inputs) != run.input_shape:
                 raise InputError(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "

@@ -14,13 +14,13 @@ import numpy as np
 from vitlr.allocation import Sizes, check_counts, match_layers
 from vitlr.budgets import Budget
 from vitlr.errors import InputError
-from vitlr.joint_options import Item, Maker
+from vitlr.joint_options import Item, Maker, Widths
 from vitlr.knapsack import Options, choose
 from vitlr.plans import METHODS, LayerPlan, Plan, WidthPlan
-from vitlr.pruning.values import check_grain
-from vitlr.pruning.widths import WidthSpectrum
+from vitlr.pruning.values import GRAINS
 from vitlr.spectra import Spectra
 
+ATTENTION = ("scores", *GRAINS, "none")  # what attention may lose
 WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
 
 
@@ -130,8 +130,9 @@ def check_options(
             raise InputError(f"prune_rate={prune_rate}, expected a share of the hidden neurons between 0 and 1")
         if method == "prune" and budget is not None:
             raise InputError("method='prune' takes a budget or a prune_rate, not both")
-    check_grain(attention)
-    if attention is not None and (method not in ("prune", "joint") or prune_rate is not None):
+    if attention not in (None, *ATTENTION):
+        raise InputError(f"unknown attention={attention!r}, expected one of {', '.join(ATTENTION)}")
+    if attention not in (None, "none") and (method not in ("prune", "joint") or prune_rate is not None):
         how = f"method={method!r}" if prune_rate is None else "prune_rate=, which is of hidden neurons"
         raise InputError(f"attention={attention!r} goes with a budget and method='prune' or 'joint', not with {how}")
     check_counts(rank_step=rank_step, min_rank=min_rank, width_step=width_step)
@@ -147,10 +148,10 @@ def check_options(
         raise InputError("give a budget such as 'params:60%'")
 
 
-def _groups(spectra: Spectra) -> list[tuple[tuple[str, ...], WidthSpectrum | None]]:
+def _groups(spectra: Spectra) -> list[tuple[tuple[str, ...], Widths | None]]:
     """The linears of every MLP or attention with widths together, and all others alone, in the order of the layers."""
     of = {name: mlp for mlp in spectra.widths.values() for name in (*mlp.first, mlp.second)}
-    groups: list[tuple[tuple[str, ...], WidthSpectrum | None]] = []
+    groups: list[tuple[tuple[str, ...], Widths | None]] = []
     for name in spectra.layers:
         mlp = of.get(name)
         if mlp is None:

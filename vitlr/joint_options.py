@@ -11,9 +11,11 @@ from torch import Tensor
 
 from vitlr.allocation import Sizes
 from vitlr.knapsack import Array, Options
+from vitlr.pruning.scores import ScoreSpectrum
 from vitlr.pruning.widths import WidthSpectrum
 from vitlr.spectra import Spectra
 
+Widths = WidthSpectrum | ScoreSpectrum
 FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each takes a solve of its second linear
 
 
@@ -22,7 +24,7 @@ class Item:
     """The choices of an MLP or an attention, or of one linear outside of any: costs and losses of `(width, ranks)`."""
 
     linears: tuple[str, ...]
-    widths: WidthSpectrum | None
+    widths: Widths | None
     choices: list[tuple[int | None, tuple[int | None, ...]]]
     options: Options
 
@@ -52,12 +54,13 @@ class Maker:
         itemsize = float(self.sizes.itemsize[name])
         return {"params": 1.0, "macs": self.sizes.tokens[name], "bytes": itemsize}[self.quantity]
 
-    def bias(self, item_linears: Sequence[str], name: str, N: int) -> float:
-        """Cost of a first linear's bias, which a narrower width saves; that of a last or lone linear never changes."""
-        counts = name != item_linears[-1] and self.sizes.has_bias[name] and self.quantity != "macs"
+    def bias(self, item_linears: Sequence[str], mlp: Widths | None, name: str, N: int) -> float:
+        """Cost of the bias of a linear whose outputs a narrower width takes; that of another never changes."""
+        trimmed = name != item_linears[-1] or (mlp is not None and mlp.trims_last)
+        counts = trimmed and self.sizes.has_bias[name] and self.quantity != "macs"
         return self.unit(name) * N * counts
 
-    def shape(self, mlp: WidthSpectrum | None, name: str, width: int | None) -> tuple[int, int]:
+    def shape(self, mlp: Widths | None, name: str, width: int | None) -> tuple[int, int]:
         """(N, K) of a layer where its MLP has this width."""
         spectrum = self.spectra.layers[name]
         N, K = spectrum.out_features, spectrum.in_features
@@ -68,16 +71,17 @@ class Maker:
     def dense(self, item: Item) -> float:
         """Cost of an item with nothing changed."""
         shapes = [(name, *self.shape(None, name, None)) for name in item.linears]
-        return sum(self.unit(name) * N * K + self.bias(item.linears, name, N) for name, N, K in shapes)
+        return sum(self.unit(name) * N * K + self.bias(item.linears, item.widths, name, N) for name, N, K in shapes)
 
-    def item(self, linears: tuple[str, ...], mlp: WidthSpectrum | None, method: str, wanted: Collection[str]) -> Item:
+    def item(self, linears: tuple[str, ...], mlp: Widths | None, method: str, wanted: Collection[str]) -> Item:
         """All choices worth having."""
         ranked = method == "joint" or (method == "hybrid" and mlp is None)
         if mlp is None:
             return self._at_width(linears, None, None, ranked, wanted)
         widths = mlp.choices(self.width_step) if set(linears) <= set(wanted) else [mlp.full_width]
         # Every width alone, and some of them, evenly spread, with ranks.
-        few = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, min(FACTORED, len(widths)))}
+        count = min(FACTORED, len(widths)) if mlp.factored else 0
+        few = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, count)}
         few.add(mlp.full_width)
         parts = [self._at_width(linears, mlp, width, ranked and width in few, wanted) for width in widths]
         choices = [choice for part in parts for choice in part.choices]
@@ -88,7 +92,7 @@ class Maker:
     def _at_width(
         self,
         linears: tuple[str, ...],
-        mlp: WidthSpectrum | None,
+        mlp: Widths | None,
         width: int | None,
         ranked: bool,
         wanted: Collection[str],
@@ -104,7 +108,7 @@ class Maker:
             ranks: list[int | None] = [*self._ranks(N, K), None] if ranked and name in wanted else [None]
             errors = self.errors(mlp, name, width) if len(ranks) > 1 else None
             own = np.array([N * K if r is None else r * (N + K) for r in ranks]) * self.unit(name)
-            own = own + self.bias(linears, name, N)
+            own = own + self.bias(linears, mlp, name, N)
             lost = np.array([0.0 if r is None or errors is None else float(errors[r]) for r in ranks])
             cost, loss = (cost[:, None] + own).ravel(), (loss[:, None] + lost).ravel()
             choices = [(*before, r) for before, r in itertools.product(choices, ranks)]
@@ -112,11 +116,11 @@ class Maker:
             cost, loss, choices = cost[best], loss[best], [choices[i] for i in best]
         return Item(linears, mlp, [(width, ranks) for ranks in choices], Options(cost, loss))
 
-    def width_errors(self, mlp: WidthSpectrum, width: int) -> float:
+    def width_errors(self, mlp: Widths, width: int) -> float:
         """Loss of a width alone."""
         return self.width_scale * float(mlp.errors[width])
 
-    def errors(self, mlp: WidthSpectrum | None, name: str, width: int | None) -> Tensor:
+    def errors(self, mlp: Widths | None, name: str, width: int | None) -> Tensor:
         """Loss of every rank. A narrower first linear keeps rows of the dense one's factors, and its losses."""
         if mlp is not None and width is not None and name == mlp.second and width < mlp.full_width:
             return mlp.second_errors(width)

@@ -19,9 +19,11 @@ from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
 from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.joint_allocation import check_options as check_joint_allocation
+from vitlr.joint_options import Widths
 from vitlr.plans import Plan
-from vitlr.pruning.values import solve_values
-from vitlr.pruning.widths import RIDGE, WidthSpectrum, solve_widths
+from vitlr.pruning.scores import has_scores, solve_scores
+from vitlr.pruning.values import GRAINS, solve_values
+from vitlr.pruning.widths import RIDGE, solve_widths
 from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
 from vitlr.refinement.ladder import check_free
@@ -70,8 +72,9 @@ def plan(
     (arXiv 2203.13444), "joint" both for all. See `vitlr.allocation.allocate` and
     `vitlr.joint_allocation.allocate_jointly` for the choices. Widths need statistics with hidden moments; `compensate`
     folds removed neurons into those that stay, by regression with `ridge`, which is relative to their mean variance.
-    `attention` ("prune" and "joint") also lets every attention lose value "channels", or whole "heads": it needs
-    statistics with `hidden="attention"`.
+    `attention` ("prune" and "joint") also lets every attention lose directions of queries and keys ("scores", the
+    default with "joint" where the statistics hold what it needs; "none" forbids it), value "channels" or whole "heads",
+    which need statistics with `hidden="attention"`.
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
@@ -104,6 +107,8 @@ def plan(
             "statistics or other options; leave spectra= out"
         )
     if method != "lowrank":
+        if attention is None and method == "joint" and has_scores(stats, spectra.objective):
+            attention = "scores"
         spectra = with_widths(model, stats, spectra, attention, compensate=compensate, ridge=ridge, progress=progress)
         return allocate_jointly(
             spectra,
@@ -145,15 +150,23 @@ def with_widths(
     """The spectra with the widths of all MLPs and, with `attention`, all attentions; what is there is kept."""
     options: dict[str, Any] = {"compensate": compensate, "ridge": ridge}
     fits = {name: w for name, w in spectra.widths.items() if (w.compensated, w.ridge) == (compensate, ridge)}
-    found: dict[str, WidthSpectrum] = {name: w for name, w in fits.items() if w.kind == "mlp"}
+    attention = None if attention == "none" else attention
+    found: dict[str, Widths] = {name: w for name, w in fits.items() if w.kind == "mlp"}
     options |= {"damping": spectra.damping, "progress": progress}
     has_mlps = any(set(mlp.linears) <= set(stats.layers) for mlp in find_mlps(model).values())
     if not found and (has_mlps or attention is None):
         found |= solve_widths(model, stats, spectra.objective, **options)
     if attention is not None:
-        values: dict[str, WidthSpectrum] = {name: w for name, w in fits.items() if w.kind == attention}
+        values: dict[str, Widths] = {name: w for name, w in fits.items() if w.kind == attention}
+        if not values and attention == "scores":
+            values = dict(solve_scores(model, stats, spectra.objective, **options))
         found |= values or solve_values(model, stats, attention, spectra.objective, **options)
     return replace(spectra, widths=found)
+
+
+def needs_hidden(method: str, attention: str | None) -> bool | str:
+    """What `calibrate(hidden=)` has to measure for a plan."""
+    return False if method == "lowrank" else "attention" if attention in GRAINS else True
 
 
 def sizes(model: nn.Module, stats: Statistics) -> Sizes:
@@ -235,7 +248,7 @@ def compress(
         check_free(model)
         if isinstance(loader, Iterator):
             raise InputError("calibration uses this loader up, refinement needs it again; pass a list or a DataLoader")
-    hidden = ("attention" if planned.get("attention") else True) if method != "lowrank" else False
+    hidden = needs_hidden(method, planned.get("attention"))
     stats = calibrate(model, loader, objective=objective, hidden=hidden, progress=progress, **measured)
     chosen = plan(model, stats, budget, **planned)
     reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model

@@ -14,7 +14,12 @@ from vitlr.storage import atomic_path
 
 SCHEMA = 3  # 2 knows widths, 3 those of attention; plans without them are written as 1 or 2, as they always were
 METHODS = ("lowrank", "prune", "hybrid", "joint")
-KINDS = {"mlp": "width", "channels": "value", "heads": "heads"}  # of widths, and what the table calls them
+KINDS = {
+    "mlp": "width",
+    "channels": "value",
+    "heads": "heads",
+    "scores": "q·k",
+}  # of widths, and what the table calls them
 _MAX_BYTES = 16 * 2**20
 
 
@@ -60,7 +65,8 @@ class LayerPlan:
 class WidthPlan:
     """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason.
 
-    Of an attention (`kind` "channels" or "heads") the same for its value channels, one by one or in whole heads.
+    Of an attention (`kind` "channels" or "heads") the same for its value channels, one by one or in whole heads, or
+    (`kind` "scores") for the directions in which queries meet keys, of all heads together.
     """
 
     name: str
@@ -108,12 +114,12 @@ class Plan:
 
     @property
     def narrowed(self) -> dict[str, int]:
-        """Width of every MLP that loses neurons and every attention that loses value channels."""
+        """Width of every MLP that loses neurons and every attention that loses channels or directions."""
         return {mlp.name: mlp.width for mlp in self.widths if mlp.width < mlp.full_width}
 
     @property
     def attention(self) -> str | None:
-        """Whether attention may lose "channels" or "heads", or neither."""
+        """Whether attention may lose "scores", "channels" or "heads", or nothing."""
         return next((row.kind for row in self.widths if row.kind != "mlp"), None)
 
     @property

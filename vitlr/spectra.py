@@ -11,6 +11,7 @@ from torch import Tensor
 from vitlr.errors import InputError
 
 if TYPE_CHECKING:
+    from vitlr.pruning.scores import ScoreSpectrum
     from vitlr.pruning.widths import WidthSpectrum
 
 
@@ -74,7 +75,7 @@ def balance(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 class Spectra:
     """The spectra of all layers under one objective, how they were made, and of which weights they speak.
 
-    `widths` are those of the MLPs' hidden widths and the attentions' value widths, where a plan asked for them.
+    `widths` are those of the MLPs' hidden widths and the attentions', where a plan asked for them.
     """
 
     layers: dict[str, LayerSpectrum]
@@ -82,7 +83,7 @@ class Spectra:
     fingerprint: str
     centred: bool = False
     damping: float = 0.0
-    widths: dict[str, WidthSpectrum] = field(default_factory=dict)
+    widths: dict[str, WidthSpectrum | ScoreSpectrum] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"Spectra of {len(self.layers)} layers, objective {self.objective}, weights {self.fingerprint}"]

@@ -24,6 +24,7 @@ _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
 EXTRAS = (*_EXTRA_SUMS, HIDDEN, VALUES)
 _LONG = ("input_sum", "input_abs", "image_input_sum")
 BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # of "fisher" with these two
+SCORES = ("score_moment", "score_gradient", "image_score_moment", "image_score_gradient")
 _SUMS = (
     "moment",
     "gradient",
@@ -33,6 +34,7 @@ _SUMS = (
     "input_sum",
     *_EXTRA_SUMS,
     *BY_IMAGE_HIDDEN,
+    *SCORES,
 )
 
 
@@ -51,7 +53,9 @@ class LayerStatistics:
     have it, that of the heads side by side. With "fisher" too they have
     `image_input_moment [D, D] = Σ_images P Pᵀ` for `P = Σ_tokens h gᵀ`, and what moves it to another mean of h:
     `image_input_sum [D] = Σ P ḡ` and `image_output_gradient [1] = Σ ‖ḡ‖²`, `ḡ = Σ_tokens g`. Layers fed by one tensor
-    share one `moment`, kept by `owner`.
+    share one `moment`, kept by `owner`. With "hidden" and an objective of gradients, linears that make queries have
+    `score_moment [heads, d, d]` `Σ q qᵀ` and `score_gradient` `Σ g gᵀ`, g the gradient by q, and with "fisher"
+    `image_score_moment` `Σ_images P Pᵀ` and `image_score_gradient` `Σ_images Pᵀ P` for `P = Σ_tokens q gᵀ`, by head.
     """
 
     name: str
@@ -71,6 +75,10 @@ class LayerStatistics:
     image_input_moment: Tensor | None = None
     image_input_sum: Tensor | None = None
     image_output_gradient: Tensor | None = None
+    score_moment: Tensor | None = None
+    score_gradient: Tensor | None = None
+    image_score_moment: Tensor | None = None
+    image_score_gradient: Tensor | None = None
 
     @property
     def side(self) -> str:
@@ -98,8 +106,15 @@ class LayerStatistics:
         wide, long = dict.fromkeys(("input_moment", "image_input_moment"), (K, K)), dict.fromkeys(_LONG, (K,))
         expected = {**square, **wide, **long, "row_gradient": (N,), "image_output_gradient": (1,)}
         for key, tensor in self.sums():
-            if tensor.shape != expected[key]:
+            if key in SCORES:
+                self._check_heads(key, tensor)
+            elif tensor.shape != expected[key]:
                 raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected {list(expected[key])}")
+
+    def _check_heads(self, key: str, tensor: Tensor) -> None:
+        heads, d = tensor.shape[0] if tensor.ndim else 0, tensor.shape[-1] if tensor.ndim else 0
+        if tensor.ndim != 3 or tensor.shape[1] != d or heads * d not in (N := self.out_features, N // 3):
+            raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected [heads, d, d] of its rows")
 
     def sums(self) -> Iterator[tuple[str, Tensor]]:
         """The sums that this layer keeps itself, by name; a moment that another layer owns is left out."""

@@ -22,6 +22,7 @@ from vitlr.nn._plain import has_hooks
 from vitlr.plans import Plan
 from vitlr.pruning import narrow_mlp
 from vitlr.pruning.heads import narrow_attention
+from vitlr.pruning.scores import ScoreSpectrum
 from vitlr.pruning.values import ValueSpectrum
 from vitlr.spectra import Spectra
 from vitlr.structure import swap
@@ -91,7 +92,7 @@ def _check_widths(model: nn.Module, plan: Plan) -> set[str]:
             what = "MLP" if row.kind == "mlp" else "attention"
             raise InputError(f"the plan is of another model: no {what} of width {row.full_width} at {row.name!r}")
         if isinstance(found, Attention):
-            taken |= set(found.linears)
+            taken |= set(found.queries_keys if row.kind == "scores" else found.linears)
     return taken
 
 
@@ -100,6 +101,9 @@ def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, tuple[T
     factors = {}
     for name, width in plan.narrowed.items():
         spectrum = spectra.widths[name]
+        if isinstance(spectrum, ScoreSpectrum):
+            spectrum.narrow(model, width)
+            continue
         keep = spectrum.keep(width)
         weight, bias = spectrum.weights(width)
         rows = spectrum.rows(keep)

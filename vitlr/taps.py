@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.losses import draws
 from vitlr.ops.gram import exact_products, gram_update_
-from vitlr.statistics import HIDDEN, LayerStatistics
+from vitlr.statistics import HIDDEN, SCORES, LayerStatistics
 
 COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
 
@@ -24,10 +24,16 @@ class Tap:
     """
 
     def __init__(
-        self, stats: LayerStatistics, linear: nn.Linear, collect: Collection[str], leading: Collection[int]
+        self,
+        stats: LayerStatistics,
+        linear: nn.Linear,
+        collect: Collection[str],
+        leading: Collection[int],
+        queries: tuple[int, int] | None = None,
     ) -> None:
         self.stats, self.linear, self.collect = stats, linear, collect
         self.leading = leading  # first dimension of the input for one image
+        self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
         self.images = 0
         self.in_backward = False
         self.sketch: Tensor | None = None  # [images, at least size, COLUMNS], standard normal; for "fisher"
@@ -45,7 +51,7 @@ class Tap:
 
     def _allocate(self) -> None:
         s, device = self.stats, self.linear.weight.device
-        shapes = {
+        shapes: dict[str, tuple[int, ...] | None] = {
             "moment": (s.size, s.size) if s.owner == s.name else None,
             "input_sum": (s.in_features,),
             "gradient": (s.size, s.size) if self.weighted else None,
@@ -59,6 +65,9 @@ class Tap:
             "image_input_sum": (s.in_features,) if self.hidden_by_image else None,
             "image_output_gradient": (1,) if self.hidden_by_image else None,
         }
+        if self.queries is not None and self.weighted:
+            heads, d = self.queries
+            shapes |= dict.fromkeys(SCORES if self.by_image else SCORES[:2], (heads, d, d))
         for key, shape in shapes.items():
             old = getattr(s, key)
             if shape is not None:
@@ -93,6 +102,9 @@ class Tap:
                 output.register_hook(lambda g: self._add_products(y, g))
             if self.hidden_by_image:
                 output.register_hook(lambda g: self._add_hidden(x, g))
+            if self.queries is not None and self.weighted:
+                made = output.detach()
+                output.register_hook(lambda g: self._add_scores(made, g))
             if "row_gradient" in self.collect:
                 output.register_hook(lambda g: self._add_row_gradient(g, x))
         if not self.in_backward:
@@ -159,6 +171,24 @@ class Tap:
             s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)))
         s.sum("image_output_gradient").add_(total.double().square().sum())
         gram_update_(s.sum("image_input_moment"), rows.flatten(0, 1))
+
+    def _add_scores(self, y: Tensor, g: Tensor) -> None:
+        """Moments of q and of its gradient by head, and of every image's `P = Σ_tokens q gᵀ`."""
+        assert self.queries is not None
+        s, (heads, d) = self.stats, self.queries
+        y, g = y[..., : heads * d], g[..., : heads * d]
+        if self.by_image:
+            y, g = self._by_image(y), self._by_image(g)
+        else:
+            y, g = (t.reshape(1, -1, heads * d).to(torch.promote_types(t.dtype, torch.float32)) for t in (y, g))
+        y, g = (t.unflatten(-1, self.queries).transpose(1, 2) for t in (y, g))  # [images, heads, tokens, d]
+        with exact_products(y.device):
+            s.sum("score_moment").add_((y.mT @ y).sum(0))
+            s.sum("score_gradient").add_((g.mT @ g).sum(0))
+            if self.by_image:
+                P = y.mT @ g
+                s.sum("image_score_moment").add_((P @ P.mT).sum(0))
+                s.sum("image_score_gradient").add_((P.mT @ P).sum(0))
 
     def _by_image(self, t: Tensor) -> Tensor:
         t = self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t))

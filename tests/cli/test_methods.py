@@ -44,7 +44,7 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         (("--method", "hybrid", "--prune-rate", "1.5"), "between 0 and 1"),
         (("--method", "joint", "--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
-        (("--method", "joint", "--prune-attention", "all"), "expected one of channels, heads"),
+        (("--method", "joint", "--prune-attention", "all"), "expected one of scores, channels, heads, none"),
         (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and method='prune' or 'joint'"),
         (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
         (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),

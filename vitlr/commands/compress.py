@@ -62,7 +62,11 @@ def compress(
     ] = None,
     prune_attention: Annotated[
         str | None,
-        typer.Option(metavar="WHAT", help="With prune or joint: attention may lose channels of its values, or heads."),
+        typer.Option(
+            metavar="WHAT",
+            help="With prune or joint, what attention may lose: scores (directions of queries and keys; joint does so "
+            "by default), channels of its values, heads, or none.",
+        ),
     ] = None,
     width_step: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N.")] = 16,
     uniform: Annotated[bool, typer.Option("--uniform", help="Give every layer the same share.")] = False,
@@ -137,7 +141,7 @@ def compress(
     if out is not None:
         rebuild.check_origin(rebuild.find_origin(network, source.args))  # arguments a file cannot hold
     layers = tuple(surfaces.targets(network, include or None, exclude or None))
-    hidden = ("attention" if prune_attention else True) if method != "lowrank" else False
+    hidden = pipeline.needs_hidden(method, prune_attention)
     request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats, hidden)
     measured = statistics_for(network, request)
 

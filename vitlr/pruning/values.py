@@ -71,12 +71,6 @@ class ValueSpectrum(WidthSpectrum):
         return self._left[width]
 
 
-def check_grain(attention: str | None) -> None:
-    """Raise `InputError` for an unknown `attention=`."""
-    if attention is not None and attention not in GRAINS:
-        raise InputError(f"unknown attention={attention!r}, expected one of {', '.join(GRAINS)}, or nothing")
-
-
 def solve_values(
     model: nn.Module,
     stats: Statistics,
@@ -93,7 +87,8 @@ def solve_values(
     Needs the moments of `calibrate(..., hidden="attention")`; all else as in `solve_widths`. Raises `InputError` where
     the statistics hold no such moments or no attention is known, with what is supported.
     """
-    check_grain(grain)
+    if grain not in GRAINS:
+        raise InputError(f"unknown attention={grain!r}, expected one of {', '.join(GRAINS)}")
     objective = objective or stats.default_objective
     check_options(objective, ridge)
     measured = _measured(model, stats)

@@ -51,6 +51,8 @@ class WidthSpectrum:
     free: bool = False
     by_image: bool = False  # objective "fisher"
     group: int = 1  # so many neighbours go together
+    factored: bool = True  # a narrower width may have ranks as well
+    trims_last: bool = False  # its last linear loses outputs
     _second: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -15,6 +15,10 @@ from vitlr.surfaces.timm import class_of
 
 SUPPORTED = "timm's ViT, EVA, BEiT and Swin attention and that of transformers' ViT, DeiT and DINOv2"
 
+SCORES_SUPPORTED = (
+    "timm's ViT and Swin attention without norms of q and k, and that of transformers' ViT, DeiT and DINOv2"
+)
+
 # Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
 _KNOWN = {
     "timm.layers.attention.Attention",
@@ -25,6 +29,15 @@ _KNOWN = {
     "timm.models.swin_transformer.WindowAttention",
     "timm.models.swin_transformer_v2.WindowAttention",
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+    "transformers.models.vit.modeling_vit.ViTAttention",
+    "transformers.models.deit.modeling_deit.DeiTAttention",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+}
+# Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
+_PLAIN_SCORES = {
+    "timm.layers.attention.Attention",
+    "timm.models.vision_transformer.Attention",
+    "timm.models.swin_transformer.WindowAttention",
     "transformers.models.vit.modeling_vit.ViTAttention",
     "transformers.models.deit.modeling_deit.DeiTAttention",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
@@ -53,6 +66,11 @@ class Attention:
     def linears(self) -> tuple[str, ...]:
         """Names of all its linears, the one that reads the heads last."""
         return (*self.inputs, self.output)
+
+    @property
+    def queries_keys(self) -> tuple[str, ...]:
+        """Names of the linears that make queries and keys: one that makes the values too, or two."""
+        return self.inputs[:2]
 
     @property
     def head_dim(self) -> int:
@@ -104,12 +122,35 @@ def measurable(model: nn.Module, linears: Container[str]) -> tuple[dict[str, Att
     return found, refused
 
 
-def nothing(model: nn.Module, refused: Mapping[str, str]) -> str:
-    """Why a model has no attention that could lose channels."""
+def score_attentions(model: nn.Module, linears: Container[str]) -> dict[str, Attention]:
+    """The attentions whose queries and keys can be rotated, their linears among `linears`."""
+    refused = why_no_scores(model)
+    return {
+        name: attention
+        for name, attention in attentions(model)[0].items()
+        if name not in refused and all(linear in linears for linear in attention.queries_keys)
+    }
+
+
+def why_no_scores(model: nn.Module) -> dict[str, str]:
+    """The attentions whose scores are not plain products of what the linears made, each with the reason."""
+    found, refused = attentions(model)
+    for name in found:
+        module = model.get_submodule(name)
+        if class_of(module) not in _PLAIN_SCORES:
+            refused[name] = f"{type(module).__qualname__} does more to queries and keys than multiply them"
+        for norm in ("q_norm", "k_norm"):
+            if type(getattr(module, norm, nn.Identity())) is not nn.Identity:
+                refused[name] = f"its {norm} stands between the linear and the scores"
+    return refused
+
+
+def nothing(model: nn.Module, refused: Mapping[str, str], what: str = "value channels", supported: str = "") -> str:
+    """Why a model has no attention that could lose channels, or what else it could lose."""
     reasons = [f"; {name}: {reason}" for name, reason in refused.items()]
     return (
-        f"{type(model).__qualname__} has no attention whose value channels could go"
-        f"{reasons[0] if reasons else ''}. Supported: {SUPPORTED}"
+        f"{type(model).__qualname__} has no attention whose {what} could go"
+        f"{reasons[0] if reasons else ''}. Supported: {supported or SUPPORTED}"
     )
 
 

@@ -1,0 +1,192 @@
+"""Directions of queries and keys: what is measured, that rotating is exact, what goes first, which attentions can."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import make
+
+import vitlr
+from vitlr.errors import InputError, NumericalError
+from vitlr.nn import SelectedLinear
+from vitlr.pruning.scores import SCALE, solve_scores
+from vitlr.surfaces.attention import attentions, score_attentions, why_no_scores
+
+# one linear for q, k and v, linears of their own, windows with a bias of their positions, attention pooling beside it
+FAMILIES = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"]
+
+
+def loss(output, batch):
+    return output.float().logsumexp(1).sum()
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_vit):
+    model = tiny_vit(num_heads=4)
+    images = [torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2)) for _ in range(3)]
+    return model, vitlr.calibrate(model, images, objective=("loss", "fisher"), hidden=True)
+
+
+def test_every_sum_matches_its_definition(tiny_vit, images):
+    model = tiny_vit(num_heads=4)
+    stats = vitlr.calibrate(model, list(images.split(4)), hidden=True, loss_fn=loss)
+    seen = {}
+
+    def keep(module, args, output):
+        output.retain_grad()
+        seen["qkv"] = output
+
+    handle = model.blocks[1].attn.qkv.register_forward_hook(keep)
+    loss(model(images), None).backward()
+    handle.remove()
+    q, g = (
+        t[..., :32].unflatten(-1, (4, 8)).transpose(1, 2).double() for t in (seen["qkv"].detach(), seen["qkv"].grad)
+    )
+    P = q.mT @ g
+    layer = stats.layers["blocks.1.attn.qkv"]
+    for key, expected in {
+        "score_moment": q.mT @ q,
+        "score_gradient": g.mT @ g,
+        "image_score_moment": P @ P.mT,
+        "image_score_gradient": P.mT @ P,
+    }.items():
+        torch.testing.assert_close(layer.sum(key), expected.sum(0), rtol=2e-5, atol=1e-9)
+        for other in ("blocks.1.attn.proj", "blocks.1.mlp.fc1"):
+            assert getattr(stats.layers[other], key) is None
+    plain = vitlr.calibrate(model, [images]).layers["blocks.1.attn.qkv"]
+    assert plain.score_moment is None  # nobody asked for what pruning needs
+    only = vitlr.calibrate(model, [images], objective="loss", hidden=True).layers["blocks.1.attn.qkv"]
+    assert only.score_gradient is not None and only.image_score_moment is None
+
+
+def test_gradients_by_image_are_those_of_the_product(tiny_vit, images):
+    """P of one image is the gradient of its loss by B in the scores `qᵀ B k`, which is what dropping changes."""
+    model = tiny_vit(num_heads=4)
+    stats = vitlr.calibrate(model, [images[:1]], hidden=True, loss_fn=loss)
+    attention = model.blocks[1].attn
+    B = torch.eye(8).repeat(4, 1, 1).requires_grad_()
+
+    def forward(x, **_):
+        q, k, v = attention.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q @ B, k, v)
+        return attention.proj(y.transpose(1, 2).flatten(2))
+
+    attention.forward = forward
+    loss(model(images[:1]), None).backward()
+    layer = stats.layers["blocks.1.attn.qkv"]
+    torch.testing.assert_close(layer.image_score_moment, (B.grad @ B.grad.mT).double(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(layer.image_score_gradient, (B.grad.mT @ B.grad).double(), rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rotating_is_exact_and_directions_that_nothing_needs_are_free(name):
+    model, images = make(name)
+    model = model.double()
+    for attention in score_attentions(model, [n for n, _ in model.named_modules()]).values():
+        linear = model.get_submodule(attention.queries_keys[0])
+        with torch.no_grad():  # the last direction of every query is a copy of the first one
+            rows = torch.arange(attention.width).view(attention.heads, -1)
+            linear.weight[rows[:, -1]] = linear.weight[rows[:, 0]]
+            if linear.bias is not None:
+                linear.bias[rows[:, -1]] = linear.bias[rows[:, 0]]
+    images = images.double()
+    stats = vitlr.calibrate(model, [images], hidden=True)
+    spectra = solve_scores(model, stats)
+    expected, rotated, cut = model(images), copy.deepcopy(model), copy.deepcopy(model)
+    assert spectra
+    for spectrum in spectra.values():
+        spectrum.narrow(rotated, spectrum.full_width)
+        width = spectrum.full_width - spectrum.attention.heads
+        assert spectrum.errors[width] <= 1e-9 * spectrum.errors[0]
+        spectrum.narrow(cut, width)
+        for linear in spectrum.attention.queries_keys:
+            assert isinstance(cut.get_submodule(linear), SelectedLinear)
+    torch.testing.assert_close(rotated(images), expected)
+    torch.testing.assert_close(cut(images), expected, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_what_goes_is_what_costs_least(calibrated, images):
+    model, stats = calibrated
+    for objective in ("fisher", "loss"):
+        for spectrum in solve_scores(model, stats, objective).values():
+            assert spectrum.errors.shape == (33,) and (spectrum.errors.diff() <= 0).all() and spectrum.errors[32] == 0
+            assert spectrum.ranks(32) == [8] * 4 and sum(spectrum.ranks(11)) == 11
+            kept = torch.cat([e[:r] for e, r in zip(spectrum.energies, spectrum.ranks(11), strict=True)])
+            assert kept.min() >= spectrum.energies.flatten().sort(descending=True).values[11]
+            with pytest.raises(InputError, match="width 33, expected 1 to 32"):
+                spectrum.ranks(33)
+    # Of directions given up one at a time, the cheapest half does less harm than the dearest.
+    expected, harms = model(images).log_softmax(-1), {}
+    for least in (True, False):
+        small = copy.deepcopy(model)
+        for spectrum in solve_scores(model, stats).values():
+            if not least:
+                spectrum.P, spectrum.Q = spectrum.P.flip(2), spectrum.Q.flip(1)
+            spectrum.narrow(small, 16)
+        harms[least] = float((expected.exp() * (expected - small(images).log_softmax(-1))).sum(1).mean().detach())
+    assert harms[True] < 0.5 * harms[False]
+
+
+def test_joint_takes_them_where_it_can(calibrated, tiny_vit, images):
+    model, stats = calibrated
+    options = {"method": "joint", "rank_step": 4, "width_step": 8}
+    plan = vitlr.plan(model, stats, "params:70%", **options)
+    assert plan.attention == "scores" and "q·k" in str(plan) and "2 attentions narrowed" in str(plan)
+    assert vitlr.plan(model, stats, "params:70%", attention="none", **options).attention is None
+    assert vitlr.plan(model, stats, "params:70%", method="prune", width_step=8).attention is None
+    plain = vitlr.calibrate(model, [images], objective="output", hidden=True)
+    assert vitlr.plan(model, plain, "params:70%", **options).attention is None
+    with pytest.raises(InputError, match="needs an objective of gradients"):
+        vitlr.plan(model, plain, "params:70%", attention="scores", **options)
+    bare = vitlr.calibrate(model, [images])
+    with pytest.raises(InputError, match="no hidden moments"):
+        vitlr.plan(model, bare, "params:70%", attention="scores", **options)
+    normed = tiny_vit(qk_norm=True)
+    stats = vitlr.calibrate(normed, [images], hidden=True)
+    assert vitlr.plan(normed, stats, "params:70%", **options).attention is None
+    with pytest.raises(
+        InputError, match=r"directions of queries and keys could go.*k_norm stands.*without norms of q and k"
+    ):
+        vitlr.plan(normed, stats, "params:70%", attention="scores", **options)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("eva02_tiny_patch14_224", "does more to queries and keys"),
+        ("swinv2_tiny_window8_256", "does more to queries and keys"),
+        ("beit_base_patch16_224", "does more to queries and keys"),
+    ],
+)
+def test_attention_with_other_scores_keeps_them(name, reason):
+    model, _ = make(name)
+    refused = why_no_scores(model)
+    assert set(refused) >= set(attentions(model)[0]) and reason in next(iter(refused.values()))
+
+
+def test_bad_moments_name_the_attention(calibrated):
+    model, stats = calibrated
+    stats = copy.deepcopy(stats)
+    layer = stats.layers["blocks.1.attn.qkv"]
+    layer.score_moment[2, 0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"attention blocks\.1\.attn, head 2"):
+        solve_scores(model, stats)
+    layer.score_moment = torch.zeros(4, 8, 7, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"score_moment is \[4, 8, 7\], expected"):
+        layer.check_shapes()
+
+
+def test_a_head_without_gradient_is_free(calibrated):
+    model, stats = calibrated
+    stats = copy.deepcopy(stats)
+    layer = stats.layers["blocks.0.attn.qkv"]
+    for key in ("score_gradient", "image_score_moment", "image_score_gradient"):
+        getattr(layer, key)[1] = 0
+    spectrum = solve_scores(model, stats)["blocks.0.attn"]
+    assert not spectrum.energies[1].any() and spectrum.energies[[0, 2, 3]].all() and SCALE > 0
+    assert spectrum.ranks(24) == [8, 0, 8, 8]
+    small = copy.deepcopy(model)
+    spectrum.narrow(small, 24)
+    assert torch.isfinite(small(torch.randn(2, 3, 32, 32))).all()
