@@ -22,7 +22,7 @@ from vitlr.solver import solve
 from vitlr.statistics import GRADIENT_OBJECTIVES, SCORES, LayerStatistics, Statistics
 from vitlr.surfaces.attention import SCORES_SUPPORTED, Attention, nothing, score_attentions, why_no_scores
 
-SCALE = 3.0  # what predictions of directions fall short of those of widths and ranks (docs/method.md)
+SCALE = 4.0  # what predictions of directions fall short of those of widths and ranks (docs/method.md)
 _INDEX = 8  # bytes of one channel number that a SelectedLinear keeps
 
 
