@@ -181,7 +181,9 @@ class Tap:
             y, g = self._by_image(y), self._by_image(g)
         else:
             y, g = (t.reshape(1, -1, heads * d).to(torch.promote_types(t.dtype, torch.float32)) for t in (y, g))
-        y, g = (t.unflatten(-1, self.queries).transpose(1, 2) for t in (y, g))  # [images, heads, tokens, d]
+        y, g = (
+            t.unflatten(-1, self.queries).transpose(1, 2).contiguous() for t in (y, g)
+        )  # [images, heads, tokens, d]
         with exact_products(y.device):
             s.sum("score_moment").add_((y.mT @ y).sum(0))
             s.sum("score_gradient").add_((g.mT @ g).sum(0))
