@@ -234,3 +234,19 @@ def test_an_mlp_that_nothing_depends_on_costs_nothing_at_any_width(tiny_vit, bat
     plan = vitlr.plan(model, stats, "params:70%", method="joint", rank_step=4, width_step=4)
     assert min(plan.narrowed, key=plan.narrowed.get) == "blocks.1.mlp"
     assert torch.isfinite(vitlr.apply(model, plan)(batches[0][0])).all()
+
+
+def test_a_narrowed_model_is_planned_again(tiny_vit, batches):
+    """Where an MLP is narrower than the embedding its second linear grows: it keeps its width, the others may lose."""
+    model = tiny_vit()
+    narrow_mlp(find_mlps(model)["blocks.0.mlp"], torch.arange(16))
+    stats = vitlr.calibrate(model, batches, hidden=True)
+    plan = vitlr.plan(model, stats, "params:75%", method="joint", rank_step=4, width_step=8)
+    assert [row.name for row in plan.widths if row.kind == "mlp"] == ["blocks.1.mlp"] and plan.narrowed
+    assert {row.name for row in plan.layers} >= {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"}
+    small = vitlr.apply(model, plan)
+    assert sum(p.numel() for p in small.parameters()) == plan.params_kept
+    narrow_mlp(find_mlps(model)["blocks.1.mlp"], torch.arange(16))
+    stats = vitlr.calibrate(model, batches, hidden=True)
+    with pytest.raises(InputError, match=r"blocks\.0\.mlp has more outputs than inputs.*objective='output'"):
+        vitlr.plan(model, stats, "params:75%", method="prune")

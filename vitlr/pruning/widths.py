@@ -188,7 +188,7 @@ def solve_widths(
     """
     objective = objective or stats.default_objective
     check_options(objective, ridge)
-    measured = _measured(model, stats)
+    measured = _measured(model, stats, objective)
     found: dict[str, WidthSpectrum] = {}
     for name, mlp in measured.items():
         found[name] = solved(prepared(mlp, stats, objective, compensate, ridge, damping))
@@ -205,12 +205,24 @@ def check_options(objective: str, ridge: float) -> None:
         raise InputError(f"ridge={ridge}, expected a number above 0: hidden neurons may be copies of each other")
 
 
-def _measured(model: nn.Module, stats: Statistics) -> Mapping[str, Mlp]:
-    """The MLPs whose linears are all dense and measured."""
+def _measured(model: nn.Module, stats: Statistics, objective: str) -> Mapping[str, Mlp]:
+    """The MLPs whose linears are all dense and measured.
+
+    Where the second one has more outputs than inputs (an MLP made narrower than the embedding before), gradients were
+    measured at its inputs, `H = Wᵀ S W` without S: it keeps its width.
+    """
     found = find_mlps(model)
     measured = {name: mlp for name, mlp in found.items() if all(linear in stats.layers for linear in mlp.linears)}
     if not measured:
         raise InputError(f"none of the {len(found)} MLPs recognised was measured; supported: {SUPPORTED}")
+    if objective in GRADIENT_OBJECTIVES:
+        narrow = {name for name, mlp in measured.items() if stats.layers[mlp.linears[-1]].side == "input"}
+        if narrow == set(measured):
+            raise InputError(
+                f"the second linear of {min(narrow)} has more outputs than inputs, as have all others: "
+                "their widths need objective='output'"
+            )
+        measured = {name: mlp for name, mlp in measured.items() if name not in narrow}
     for name, mlp in measured.items():
         if stats.layers[mlp.linears[-1]].input_moment is None:
             raise InputError(
