@@ -52,10 +52,12 @@ class Variant:
     uniform: bool = False
     images: int | None = None
     rung: str | None = None
+    attention: str | None = None
 
 
 BASE = Variant("loss, ranks, all images")
 BOTH = Variant("joint, fisher", "fisher", "joint")
+WHOLE = replace(BOTH, name="joint, fisher, queries and keys whole", attention="none")
 
 
 def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
@@ -64,7 +66,7 @@ def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
     found += [replace(BASE, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != BASE.objective]
     found += [replace(BASE, name="uniform ranks", uniform=True)]
     found += [replace(BASE, name=f"allocation {m}", method=m) for m in METHODS if m != BASE.method]
-    found += [BOTH]
+    found += [BOTH, WHOLE]
     for of in (BASE, BOTH):
         start = "" if of is BASE else f"{of.name}, "
         found += [replace(of, name=f"{start}{count} images", images=count) for count in counts]
@@ -114,6 +116,7 @@ class Seed:
         start = time.process_time()
         choices: dict[str, Any] = {"objective": variant.objective, "method": variant.method, "rank_step": 1}
         choices |= {"uniform": True} if variant.uniform else {}
+        choices |= {"attention": variant.attention} if variant.attention else {}
         small = apply(self.model, plan(self.model, stats, budget, **choices))
         report = None
         if variant.rung is not None:

@@ -17,7 +17,7 @@ ablate = importlib.import_module("ablate")
 
 def test_every_variant_is_one_step_from_the_default_or_from_joint_with_fisher():
     first, *others = ablate.variants(["refit", "all"], [64, 250])
-    assert first == ablate.BASE and len({v.name for v in others}) == len(others) == 16
+    assert first == ablate.BASE and len({v.name for v in others}) == len(others) == 17
     assert ablate.BOTH in others
     for variant in others:
         centre = ablate.BOTH if variant.name.startswith(f"{ablate.BOTH.name},") else first
