@@ -18,10 +18,10 @@ import torch
 from _common import finish, parser, verdict
 from torch import Tensor, nn
 
+from vitlr.compression import compress
 from vitlr.cost import count_macs, count_params
 from vitlr.models import create_model
 from vitlr.ops._dispatch import VARIABLE
-from vitlr.pipeline import compress
 from vitlr.surgery import fuse, to_dense
 from vitlr.timing import compare
 

@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from vitlr.budgets import Budget, parse_budget
     from vitlr.calibration import calibrate
     from vitlr.checkpoint import load, save
+    from vitlr.compression import compress
     from vitlr.decomposition import decompose
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
     from vitlr.evaluation import evaluate
     from vitlr.hybrids import hybrid
     from vitlr.models import create_model
     from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
-    from vitlr.pipeline import apply, compress, plan
+    from vitlr.pipeline import apply, plan
     from vitlr.plans import Plan
     from vitlr.refinement import refine
     from vitlr.spectra import Spectra
@@ -35,7 +36,8 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "models": ("create_model",),
     "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
-    "pipeline": ("apply", "compress", "plan"),
+    "compression": ("compress",),
+    "pipeline": ("apply", "plan"),
     "plans": ("Plan",),
     "hybrids": ("hybrid",),
     "vtp": ("prune",),

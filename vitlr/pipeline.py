@@ -1,9 +1,8 @@
-"""The stages on one page: measure, solve, spend the budget, swap the layers, repair the error."""
+"""The stages that follow calibration: solve, spend the budget, swap the layers."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +10,8 @@ from torch import nn
 
 from vitlr import cost
 from vitlr.allocation import Sizes, allocate
-from vitlr.allocation import check_options as check_allocation
 from vitlr.budgets import Budget, parse_budget
-from vitlr.calibration import calibrate
 from vitlr.decomposition import DAMPING, decompose, layer_weights
-from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
 from vitlr.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.joint_allocation import check_options as check_joint_allocation
@@ -24,21 +20,12 @@ from vitlr.plans import Plan
 from vitlr.pruning.scores import has_scores, solve_scores
 from vitlr.pruning.values import GRAINS, solve_values
 from vitlr.pruning.widths import RIDGE, solve_widths
-from vitlr.pruning.widths import check_options as check_widths
-from vitlr.refinement import refine
-from vitlr.refinement.ladder import check_free
-from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.spectra import Spectra
-from vitlr.statistics import DEFAULT, Statistics, fingerprint
+from vitlr.statistics import Statistics, fingerprint
 from vitlr.surfaces.mlps import find_mlps
 from vitlr.surgery import replace_layers
 
 Progress = Callable[[int, "int | None"], None]
-_CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
-_RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
-_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred", "attention"}
-_PLAN = {*_WIDTHS, "damping", "compensate", "ridge"}
-_REFINE = choices() | {"resume"}
 
 
 def plan(
@@ -209,50 +196,3 @@ def apply(
             how: dict[str, Any] = {"compensate": plan.compensated, "ridge": plan.ridge}
             spectra = with_widths(model, stats, spectra, plan.attention, **how)
     return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
-
-
-def compress(
-    model: nn.Module,
-    loader: Iterable[Any],
-    budget: str | Budget | None = None,
-    *,
-    objective: str = DEFAULT,
-    rungs: str | Sequence[str] = "none",
-    inplace: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
-
-    `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A `seed` goes to calibration and refinement.
-    Budget and options are checked before any image is read. Raises what the stages raise.
-    """
-    if budget is not None:
-        budget = parse_budget(budget)
-    known = _CALIBRATE | _PLAN | _REFINE
-    unknown = set(options) - known
-    if unknown:
-        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(known))}")
-    measured = {key: value for key, value in options.items() if key in _CALIBRATE}
-    planned = {key: value for key, value in options.items() if key in _PLAN}
-    refined = {key: value for key, value in options.items() if key in _REFINE}
-    method = planned.get("method", "lowrank")
-    if method == "lowrank":
-        check_allocation(budget, **{key: value for key, value in planned.items() if key in _RANKS})
-    check_joint_allocation(budget, **{"method": method} | {k: v for k, v in planned.items() if k in _WIDTHS})
-    if method != "lowrank":
-        check_widths(objective, planned.get("ridge", RIDGE))
-    check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
-    make_recipe({key: value for key, value in refined.items() if key != "resume"})
-    if parse_rungs(rungs):
-        check_free(model)
-        if isinstance(loader, Iterator):
-            raise InputError("calibration uses this loader up, refinement needs it again; pass a list or a DataLoader")
-    hidden = needs_hidden(method, planned.get("attention"))
-    stats = calibrate(model, loader, objective=objective, hidden=hidden, progress=progress, **measured)
-    chosen = plan(model, stats, budget, **planned)
-    reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
-    small = apply(model, chosen, inplace=inplace)
-    if not parse_rungs(rungs) or not chosen.changes:  # a budget that all layers fit into leaves no error to repair
-        return small
-    return refine(small, reference, loader, rungs=rungs, inplace=True, progress=progress, **refined)

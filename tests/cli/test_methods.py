@@ -46,12 +46,25 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
         (("--method", "joint", "--prune-attention", "all"), "expected one of scores, channels, heads, none"),
         (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and method='prune' or 'joint'"),
+        (("--rounds", "2"), "does not go with method='lowrank'"),
+        (("--method", "joint", "--rounds", "9"), "expected 1 to 8"),
+        (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),
         (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
         (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
     assert said in refused(*squeeze(*flags))
+
+
+def test_rounds_measure_again(run, squeeze, tmp_path):
+    """The file says what is left of the dense model, and compares with it."""
+    answer = run(*squeeze("--method", "joint", "--rounds", "2", *STEPS, "--json", budget="params:60%"))
+    small = vitlr.load(tmp_path / "small.safetensors")
+    kept, whole = answer.json["params_kept"], answer.json["params"]
+    assert sum(p.numel() for p in small.parameters()) == kept <= 0.6 * whole
+    plan = small.vitlr_info["plan"]
+    assert plan["budget"] == "params:60%" and plan["params"] == whole and small.vitlr_info["recipe"]["rounds"] == 2
 
 
 def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,11 @@ from vitlr.commands._options import (
 )
 from vitlr.commands._result import Result
 from vitlr.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vitlr.statistics import Statistics
 
 
 def compress(
@@ -84,6 +90,14 @@ def compress(
     centred: Annotated[bool, typer.Option("--centred", help="Project deviations from the mean only.")] = False,
     samples: Annotated[int | None, typer.Option(metavar="N", min=1, help="Draws for each image. [default: 1]")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Seed of these draws. [default: 0]")] = None,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="With prune or joint: narrow MLPs part of the way, measure again, go on. Each costs a calibration.",
+        ),
+    ] = 1,
     refine: Annotated[
         str, typer.Option(metavar="RUNG", help="Repair the error afterwards, up to: none, refit, residual or joint.")
     ] = "none",
@@ -111,7 +125,7 @@ def compress(
     start = time.perf_counter()
     from vitlr import checkpoint as checkpoint_file
     from vitlr import pipeline, rebuild, surfaces
-    from vitlr.budgets import parse_budget
+    from vitlr.budgets import Budget, parse_budget
     from vitlr.commands._destinations import check_destinations
     from vitlr.commands._models import Source, open_model, parse_device
     from vitlr.commands._refinement import RefineRequest
@@ -120,6 +134,7 @@ def compress(
     from vitlr.progress import bar
     from vitlr.pruning.widths import RIDGE
     from vitlr.pruning.widths import check_options as check_widths
+    from vitlr.rounds import check_rounds, narrowed, of_the_whole
     from vitlr.statistics import DEFAULT
 
     wanted = parse_budget(budget)
@@ -130,6 +145,10 @@ def compress(
     check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
     if method != "lowrank":
         check_widths(given or DEFAULT, RIDGE)
+    check_rounds(rounds, method, wanted)
+    if rounds > 1 and (data is None or plan_out is not None):
+        missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
+        raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
     refinement = RefineRequest(refine, resume, steps, minutes, lr, seed)
     refinement.check(data, plan_only)
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
@@ -144,12 +163,25 @@ def compress(
     hidden = pipeline.needs_hidden(method, prune_attention)
     request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats, hidden)
     measured = statistics_for(network, request)
+    images = measured.images
+    whole = pipeline.sizes(network, measured).total
+    reference = copy.deepcopy(network) if refinement.rungs else network
+    left = wanted
+    if rounds > 1:
+
+        def measure(narrower: nn.Module) -> Statistics:
+            found = surfaces.targets(narrower, include or None, exclude or None)
+            return statistics_for(narrower, replace(request, path=None, layers=tuple(found)))
+
+        options = {"objective": objective, "width_step": width_step}
+        network, measured = narrowed(network, measured, wanted, rounds, measure, inplace=True, **options)
+        left = Budget(wanted.quantity, wanted.limit(getattr(whole, wanted.quantity)), False)
 
     with bar("solving", len(measured.layers), "layers") as progress:
         plan = pipeline.plan(
             network,
             measured,
-            wanted,
+            left,
             objective=objective,
             uniform=uniform,
             rank_step=rank_step,
@@ -160,6 +192,7 @@ def compress(
             **widths,
             include=exactly(layers) if len(layers) < len(measured.layers) else None,
         )
+    plan = of_the_whole(plan, wanted, whole)
     if plan_out is not None:
         plan.save(plan_out)
     values: dict[str, Any] = {
@@ -174,15 +207,15 @@ def compress(
     text = str(plan)
     if not plan_only:
         assert out is not None
-        reference = copy.deepcopy(network) if refinement.rungs else network
         small = pipeline.apply(network, plan, inplace=True)
-        report = refinement.run(small, reference, request) if plan.changes else None
+        report = refinement.run(small, reference, request) if plan.changes or rounds > 1 else None
         recipe: dict[str, Any] = {
             "budget": plan.budget,
             "objective": plan.objective,
             "method": plan.method,
             "centred": plan.centred,
-            "images": measured.images,
+            "rounds": rounds,
+            "images": images,
             "samples": measured.samples,
             "seed": measured.seed,
             "data": measured.notes.get("data"),
@@ -194,8 +227,8 @@ def compress(
         checkpoint_file.save(small, out, plan=plan, recipe=recipe)
         values |= {"out": str(out), "bytes": out.stat().st_size}
         text += f"\nwrote {out}: {values['bytes'] / 1e6:.3f} MB"
-    values |= {"seconds": round(time.perf_counter() - start, 3), "images": measured.images}
-    return Result(values, f"{text}\n{measured.images} images, {values['seconds']:.1f} s")
+    values |= {"seconds": round(time.perf_counter() - start, 3), "images": images}
+    return Result(values, f"{text}\n{images} images, {values['seconds']:.1f} s")
 
 
 def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | None, centred: bool) -> None:

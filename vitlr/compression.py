@@ -1,0 +1,92 @@
+"""Everything in one call: measure, solve, spend the budget, swap the layers, repair the error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from vitlr.allocation import check_options as check_allocation
+from vitlr.budgets import Budget, parse_budget
+from vitlr.calibration import calibrate
+from vitlr.decomposition import check_options as check_decomposition
+from vitlr.errors import InputError
+from vitlr.joint_allocation import check_options as check_joint_allocation
+from vitlr.pipeline import Progress, apply, needs_hidden, plan, sizes
+from vitlr.pruning.widths import RIDGE
+from vitlr.pruning.widths import check_options as check_widths
+from vitlr.refinement import refine
+from vitlr.refinement.ladder import check_free
+from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
+from vitlr.rounds import ROUND, check_rounds, narrowed
+from vitlr.statistics import DEFAULT, Statistics
+
+_CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
+_RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
+_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred", "attention"}
+_PLAN = {*_WIDTHS, "damping", "compensate", "ridge"}
+_REFINE = choices() | {"resume"}
+
+
+def compress(
+    model: nn.Module,
+    loader: Iterable[Any],
+    budget: str | Budget | None = None,
+    *,
+    objective: str = DEFAULT,
+    rounds: int = 1,
+    rungs: str | Sequence[str] = "none",
+    inplace: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
+
+    More `rounds` ("prune" and "joint") narrow MLPs part of the way, calibrate what is left and go on, each at the price
+    of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A `seed`
+    goes to calibration and refinement. Budget and options are checked before any image is read. Raises what the stages
+    raise.
+    """
+    if budget is not None:
+        budget = parse_budget(budget)
+    known = _CALIBRATE | _PLAN | _REFINE
+    unknown = set(options) - known
+    if unknown:
+        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(known))}")
+    measured = {key: value for key, value in options.items() if key in _CALIBRATE}
+    planned = {key: value for key, value in options.items() if key in _PLAN}
+    refined = {key: value for key, value in options.items() if key in _REFINE}
+    method = planned.get("method", "lowrank")
+    if method == "lowrank":
+        check_allocation(budget, **{key: value for key, value in planned.items() if key in _RANKS})
+    check_joint_allocation(budget, **{"method": method} | {k: v for k, v in planned.items() if k in _WIDTHS})
+    if method != "lowrank":
+        check_widths(objective, planned.get("ridge", RIDGE))
+    check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
+    check_rounds(rounds, method, budget)
+    make_recipe({key: value for key, value in refined.items() if key != "resume"})
+    if parse_rungs(rungs):
+        check_free(model)
+    if (rounds > 1 or parse_rungs(rungs)) and isinstance(loader, Iterator):
+        raise InputError("calibration uses this loader up, what follows needs it again; pass a list or a DataLoader")
+    hidden = needs_hidden(method, planned.get("attention"))
+
+    def measure(network: nn.Module) -> Statistics:
+        return calibrate(network, loader, objective=objective, hidden=hidden, progress=progress, **measured)
+
+    stats = measure(model)
+    reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
+    small = model
+    if budget is not None and rounds > 1:
+        whole = getattr(sizes(model, stats).total, budget.quantity)
+        how = {key: value for key, value in planned.items() if key in ROUND}
+        small, stats = narrowed(model, stats, budget, rounds, measure, inplace=inplace, **how)
+        budget = Budget(budget.quantity, budget.limit(whole), False)
+    chosen = plan(small, stats, budget, **planned)
+    small = apply(small, chosen, inplace=inplace or rounds > 1)
+    # A budget that all layers fit into leaves no error to repair.
+    if not parse_rungs(rungs) or (rounds == 1 and not chosen.changes):
+        return small
+    return refine(small, reference, loader, rungs=rungs, inplace=True, progress=progress, **refined)
