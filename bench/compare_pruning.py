@@ -13,6 +13,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, wr
 from compare_methods import CHECKPOINT, MODEL, Kept, Recorded
 from torch import nn
 
+from vitlr.budgets import Budget, parse_budget
 from vitlr.calibration import calibrate
 from vitlr.cost import count_params
 from vitlr.data import open_data
@@ -28,8 +32,9 @@ from vitlr.decomposition import decompose
 from vitlr.errors import InputError
 from vitlr.evaluation import evaluate
 from vitlr.models import create_model
-from vitlr.pipeline import apply, plan
-from vitlr.pruning import find_mlps
+from vitlr.pipeline import apply, plan, sizes
+from vitlr.pruning import find_mlps, narrowed_mlps
+from vitlr.rounds import narrowed, of_the_whole
 from vitlr.spectra import Spectra
 from vitlr.statistics import Statistics
 from vitlr.storage import atomic_path
@@ -44,7 +49,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "hybrid": {"method": "hybrid"},
     "joint-scores-kept": {"method": "joint", "attention": "none"},
     "joint": {"method": "joint"},
+    "joint-rounds": {"method": "joint"},
 }
+ROUNDS = {"joint-rounds": 2}
 LABELS = {
     "prune-alone": "widths, nothing made up for",
     "prune": "widths, compensated",
@@ -53,21 +60,37 @@ LABELS = {
     "hybrid": "hybrid: widths for MLPs, ranks for attention, one knapsack",
     "joint-scores-kept": "joint, queries and keys of full width",
     "joint": "**joint: widths and ranks for all, one knapsack**",
+    "joint-rounds": "joint in two rounds, the second from moments of the narrowed network",
 }
 
 
 def row(
-    name: str, budget: str, model: nn.Module, stats: Statistics, spectra: Spectra, loader: Kept, dense: Recorded
+    name: str,
+    budget: str,
+    model: nn.Module,
+    stats: Statistics,
+    spectra: Spectra,
+    loader: Kept,
+    dense: Recorded,
+    measure: Callable[[nn.Module], Statistics],
 ) -> tuple[dict[str, Any], Spectra]:
     """Plan, apply and evaluate one method under one budget; the spectra come back with the widths that were solved."""
     start = time.process_time()
     options = dict(METHODS[name])
     steps = {"rank_step": RANK_STEP} | ({"width_step": WIDTH_STEP} if name != "lowrank" else {})
     try:
-        chosen = plan(model, stats, budget, spectra=spectra, **steps, **options)
+        if name in ROUNDS:
+            wanted, whole = parse_budget(budget), sizes(model, stats).total
+            network, again = narrowed(model, stats, wanted, ROUNDS[name], measure, objective=spectra.objective)
+            left = Budget(wanted.quantity, wanted.limit(getattr(whole, wanted.quantity)), False)
+            chosen = plan(network, again, left, objective=spectra.objective, **steps, **options)
+            small = apply(network, chosen)
+            chosen = replace(of_the_whole(chosen, wanted, whole), spectra=spectra)
+        else:
+            chosen = plan(model, stats, budget, spectra=spectra, **steps, **options)
+            small = apply(model, chosen)
     except InputError as cause:
-        return {"method": name, "budget": budget, "refused": str(cause)}, spectra
-    small = apply(model, chosen)
+        return {"method": name, "budget": budget, "refused": str(cause), "code": CODE}, spectra
     seconds = time.process_time() - start
     dense.next = 0
     found = {
@@ -79,19 +102,25 @@ def row(
         "macs_kept": chosen.macs_kept / chosen.macs,
         "predicted_error": chosen.error,
         "ranks": chosen.ranks,
-        "widths": chosen.narrowed,
+        "widths": chosen.narrowed | {name: mlp.width for name, mlp in narrowed_mlps(small).items()},
         "cpu_seconds": seconds,
+        "code": CODE,
     }
     return found, chosen.spectra or spectra
 
 
-def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
+def measured(model: nn.Module, folder: Path, args: argparse.Namespace) -> Statistics:
     """Everything that any row needs, in one pass over the calibration images."""
+    loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=args.batch_size, limit=args.images)
+    return calibrate(model, loader, objective=args.objective, hidden=True, samples=args.samples, seed=args.seed)
+
+
+def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
+    """Those of the dense model, of an earlier run where there was one."""
     path = args.stats or cache / f"statistics-{args.objective}-{args.images}-{args.samples}-{args.seed}.safetensors"
     if path.is_file():
         return Statistics.load(path)
-    loader = open_data(folder / "imagenet_calibration_1000.tar", model, batch_size=args.batch_size, limit=args.images)
-    stats = calibrate(model, loader, objective=args.objective, hidden=True, samples=args.samples, seed=args.seed)
+    stats = measured(model, folder, args)
     stats.save(path)
     return stats
 
@@ -122,7 +151,8 @@ def markdown(body: dict[str, Any]) -> str:
         f"{WIDTH_STEP}, ranks in steps of {RANK_STEP}. Objective: {body['objective']}.",
         "",
         f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
-        f"{body['code']}. Made by `python bench/compare_pruning.py --objective {body['objective']}`; "
+        f"{', '.join(sorted({r['code'] for r in body['rows']}))}. "
+        f"Made by `python bench/compare_pruning.py --objective {body['objective']}`; "
         f"figures, ranks, widths in `{_name(body['objective'])}.json`.",
     ]
     for budget in dict.fromkeys(r["budget"] for r in body["rows"]):
@@ -200,7 +230,8 @@ def main(args: argparse.Namespace) -> None:
         for name in args.methods:
             path = finished / f"{name}-{budget.replace(':', '_')}.json"
             if not path.is_file():
-                found, spectra = row(name, budget, model, stats, spectra, loader, dense)
+                again = partial(measured, folder=folder, args=args)
+                found, spectra = row(name, budget, model, stats, spectra, loader, dense, again)
                 write_json(path, found)
             rows.append(r := json.loads(path.read_text()))
             said = r.get("refused") or f"top-1 {r['top1']:6.2f}  agreement {r['agreement']:6.2f}  KL {r['kl']:7.4f}"
