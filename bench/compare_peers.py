@@ -209,6 +209,7 @@ class Table:
             metrics = evaluate(small, self.validation, self.dense).to_dict()
             params = count_params(small)
             facts = {"method": method, "budget": budget, "params": params, "kept": params / count_params(self.model)}
+            facts["code"] = CODE
             write_json(path, {**facts, **metrics, "seconds": seconds})
         self.rows.append(json.loads(path.read_text()))
         r = self.rows[-1]
@@ -248,7 +249,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"{ptdeco['metric_images']} images, falor's covariances from {ptdeco['falor_steps']} batches of as many), "
         "and ours beside it is planned for that size.",
         "",
-        f"Made by `python bench/compare_peers.py`, code {body['code']}.",
+        f"Made by `python bench/compare_peers.py`, code {', '.join(sorted({r['code'] for r in body['rows']}))}.",
         "",
         "| budget | method | parameters kept | top-1 (95 %) | agreement | KL | seconds |",
         "|---|---|---|---|---|---|---|",
