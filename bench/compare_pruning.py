@@ -24,7 +24,7 @@ from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, wr
 from compare_methods import CHECKPOINT, MODEL, Kept, Recorded
 from torch import nn
 
-from vitlr.budgets import Budget, parse_budget
+from vitlr.budgets import parse_budget
 from vitlr.calibration import calibrate
 from vitlr.cost import count_params
 from vitlr.data import open_data
@@ -81,8 +81,7 @@ def row(
     try:
         if name in ROUNDS:
             wanted, whole = parse_budget(budget), sizes(model, stats).total
-            network, again = narrowed(model, stats, wanted, ROUNDS[name], measure, objective=spectra.objective)
-            left = Budget(wanted.quantity, wanted.limit(getattr(whole, wanted.quantity)), False)
+            network, again, left = narrowed(model, stats, wanted, ROUNDS[name], measure, objective=spectra.objective)
             chosen = plan(network, again, left, objective=spectra.objective, **steps, **options)
             small = apply(network, chosen)
             chosen = replace(of_the_whole(chosen, wanted, whole), spectra=spectra)

@@ -151,7 +151,7 @@ def calibrate(
     return _to_cpu(run)
 
 
-def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Tensor) -> None:
+def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[Tensor | None]) -> None:
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:

@@ -14,13 +14,13 @@ from vitlr.calibration import calibrate
 from vitlr.decomposition import check_options as check_decomposition
 from vitlr.errors import InputError
 from vitlr.joint_allocation import check_options as check_joint_allocation
-from vitlr.pipeline import Progress, apply, needs_hidden, plan, sizes
+from vitlr.pipeline import Progress, apply, needs_hidden, plan
 from vitlr.pruning.widths import RIDGE
 from vitlr.pruning.widths import check_options as check_widths
 from vitlr.refinement import refine
 from vitlr.refinement.ladder import check_free
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
-from vitlr.rounds import ROUND, check_rounds, narrowed
+from vitlr.rounds import OPTIONS, check_rounds, narrowed
 from vitlr.statistics import DEFAULT, Statistics
 
 _CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
@@ -80,10 +80,8 @@ def compress(
     reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
     small = model
     if budget is not None and rounds > 1:
-        whole = getattr(sizes(model, stats).total, budget.quantity)
-        how = {key: value for key, value in planned.items() if key in ROUND}
-        small, stats = narrowed(model, stats, budget, rounds, measure, inplace=inplace, **how)
-        budget = Budget(budget.quantity, budget.limit(whole), False)
+        how = {key: value for key, value in planned.items() if key in OPTIONS}
+        small, stats, budget = narrowed(model, stats, budget, rounds, measure, inplace=inplace, **how)
     chosen = plan(small, stats, budget, **planned)
     small = apply(small, chosen, inplace=inplace or rounds > 1)
     # A budget that all layers fit into leaves no error to repair.

@@ -122,7 +122,7 @@ class Maker:
 
     def errors(self, mlp: Widths | None, name: str, width: int | None) -> Tensor:
         """Loss of every rank. A narrower first linear keeps rows of the dense one's factors, and its losses."""
-        if mlp is not None and width is not None and name == mlp.second and width < mlp.full_width:
+        if isinstance(mlp, WidthSpectrum) and width is not None and name == mlp.second and width < mlp.full_width:
             return mlp.second_errors(width)
         return self.spectra.layers[name].errors()
 

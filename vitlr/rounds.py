@@ -16,7 +16,7 @@ from vitlr.plans import Plan
 from vitlr.statistics import Statistics
 
 METHODS = ("prune", "joint")  # those that may narrow MLPs
-ROUND = ("objective", "width_step", "compensate", "ridge", "damping")  # options of a plan that rounds share with it
+OPTIONS = ("width_step", "compensate", "ridge", "damping")  # options of a plan that rounds share with it
 
 
 def check_rounds(rounds: int, method: str, budget: Budget | None) -> None:
@@ -37,8 +37,8 @@ def narrowed(
     *,
     inplace: bool = False,
     **options: Any,
-) -> tuple[nn.Module, Statistics]:
-    """MLPs lose neurons in `rounds − 1` equal ratios of what the budget leaves; the model then, and its statistics.
+) -> tuple[nn.Module, Statistics, Budget]:
+    """MLPs lose neurons in `rounds − 1` equal ratios of what the budget leaves; the model, its statistics and budget.
 
     After round i `share^(i / rounds)` of the budget's quantity is left; the rest is for the plan that follows, from
     statistics that `measure` collected on the narrowed model. One calibration tells what small changes of the dense
@@ -52,7 +52,7 @@ def narrowed(
         chosen = plan(model, stats, part, method="prune", **options)
         model = apply(model, chosen, inplace=inplace or done > 1)
         stats = measure(model)
-    return model, stats
+    return model, stats, Budget(budget.quantity, budget.limit(total), False)
 
 
 def of_the_whole(chosen: Plan, budget: Budget, whole: Cost) -> Plan:

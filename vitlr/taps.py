@@ -219,8 +219,10 @@ class Tap:
         self.stats.sum("row_gradient").add_(squares)
 
 
-def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Tensor:
-    """What `_roots` needs for a batch, `[samples, images, largest size, COLUMNS]`, drawn from the images' seeds."""
+def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequence[Tensor | None]:
+    """What `_roots` needs for each loss of a batch, `[images, largest size, COLUMNS]` from the images' seeds."""
     size = max((tap.stats.size for tap in taps if tap.by_image), default=0)
+    if size <= COLUMNS:
+        return [None] * samples
     device = taps[0].linear.weight.device
-    return draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device)  # not the targets' numbers
+    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the targets'

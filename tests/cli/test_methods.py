@@ -7,6 +7,7 @@ import json
 import pytest
 
 import vitlr
+from vitlr.commands import _statistics
 from vitlr.statistics import Statistics
 from vitlr.structure import structure
 
@@ -65,6 +66,23 @@ def test_rounds_measure_again(run, squeeze, tmp_path):
     assert sum(p.numel() for p in small.parameters()) == kept <= 0.6 * whole
     plan = small.vitlr_info["plan"]
     assert plan["budget"] == "params:60%" and plan["params"] == whole and small.vitlr_info["recipe"]["rounds"] == 2
+
+
+def test_rounds_measure_as_before_and_leave_out_what_is_excluded(run, squeeze, tmp_path, monkeypatch):
+    stats, seen = tmp_path / "s.safetensors", []
+    measure = ("--stats", stats, "--method", "joint", *STEPS)
+    run(*squeeze(*measure, "--objective", "loss", "--samples", "2", "--seed", "5", "--plan-only"))
+    calibrate = _statistics.calibrate
+
+    def watched(*args, **options):
+        seen.append((options["objective"], options["samples"], options["seed"]))
+        return calibrate(*args, **options)
+
+    monkeypatch.setattr(_statistics, "calibrate", watched)
+    answer = run(*squeeze(*measure, "--rounds", "2", "--exclude", r"blocks\.0", "--json"))
+    assert answer.status == 0 and seen == [("loss", 2, 5)]  # the first round's are in the file
+    small = vitlr.load(tmp_path / "small.safetensors")
+    assert {name.split(".")[1] for name in structure(small)} == {"1"}
 
 
 def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):

@@ -6,14 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import make
+from torch import nn
 
 import vitlr
+from vitlr import cost
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import SelectedLinear
 from vitlr.pruning.scores import SCALE, solve_scores
+from vitlr.surfaces import attention as attention_surface
 from vitlr.surfaces.attention import attentions, score_attentions, why_no_scores
 
-# one linear for q, k and v, linears of their own, windows with a bias of their positions, attention pooling beside it
+# plain, windows with a bias of their positions, attention pooling beside it
 FAMILIES = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"]
 
 
@@ -105,6 +108,57 @@ def test_rotating_is_exact_and_directions_that_nothing_needs_are_free(name):
     torch.testing.assert_close(rotated(images), expected)
     torch.testing.assert_close(cut(images), expected, rtol=1e-5, atol=1e-5)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+class Apart(nn.Module):
+    """Attention with a linear each for q, k and v, as transformers writes it."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.num_heads, self.proj = attention.num_heads, attention.proj
+        width = attention.qkv.in_features
+        for name, part in zip(("q_proj", "k_proj", "v_proj"), range(3), strict=True):
+            linear, rows = nn.Linear(width, width), slice(part * width, (part + 1) * width)
+            linear.weight, linear.bias = (nn.Parameter(p.detach()[rows]) for p in attention.qkv.parameters())
+            setattr(self, name, linear)
+
+    def forward(self, x, **_):
+        q, k, v = (
+            getattr(self, name)(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_linears_of_their_own_are_the_packed_one_in_parts(tiny_vit, images, monkeypatch):
+    for name in ("_KNOWN", "_PLAIN_SCORES"):
+        monkeypatch.setattr(attention_surface, name, getattr(attention_surface, name) | {f"{__name__}.Apart"})
+    packed, apart = tiny_vit(num_heads=4), tiny_vit(num_heads=4)
+    for block in apart.blocks:
+        block.attn = Apart(block.attn)
+    found = []
+    for model in (packed, apart):
+        stats = vitlr.calibrate(model, [images], hidden=True)
+        spectrum = solve_scores(model, stats)["blocks.1.attn"]
+        for quantity in ("params:50%", "macs:50%", "bytes:52%"):
+            plan = vitlr.plan(model, stats, quantity, method="prune", attention="scores", width_step=4)
+            small, budget = vitlr.apply(model, plan), vitlr.parse_budget(quantity)
+            now = cost.measure(small, (3, 32, 32))
+            assert (plan.params_kept, plan.macs_kept, plan.bytes_kept) == (now.params, now.macs, now.bytes)
+            assert getattr(plan, f"{budget.quantity}_kept") <= budget.limit(getattr(plan, budget.quantity))
+            assert any(row.kind == "scores" and row.width < row.full_width for row in plan.widths)
+        spectrum.narrow(model, 16)
+        found.append(model(images))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_shared_weights_stay_as_they_are(calibrated):
+    model, stats = calibrated
+    small = copy.deepcopy(model)
+    shared = small.blocks[1].attn.qkv.weight
+    before = shared.detach().clone()
+    solve_scores(model, stats)["blocks.1.attn"].narrow(small, 16)
+    assert torch.equal(shared, before) and small.blocks[1].attn.qkv.linear.out_features == 2 * 16 + 32
 
 
 def test_what_goes_is_what_costs_least(calibrated, images):

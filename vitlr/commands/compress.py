@@ -6,7 +6,7 @@ import copy
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,11 +27,6 @@ from vitlr.commands._options import (
 )
 from vitlr.commands._result import Result
 from vitlr.errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from vitlr.statistics import Statistics
 
 
 def compress(
@@ -125,7 +120,7 @@ def compress(
     start = time.perf_counter()
     from vitlr import checkpoint as checkpoint_file
     from vitlr import pipeline, rebuild, surfaces
-    from vitlr.budgets import Budget, parse_budget
+    from vitlr.budgets import parse_budget
     from vitlr.commands._destinations import check_destinations
     from vitlr.commands._models import Source, open_model, parse_device
     from vitlr.commands._refinement import RefineRequest
@@ -168,14 +163,13 @@ def compress(
     reference = copy.deepcopy(network) if refinement.rungs else network
     left = wanted
     if rounds > 1:
-
-        def measure(narrower: nn.Module) -> Statistics:
-            found = surfaces.targets(narrower, include or None, exclude or None)
-            return statistics_for(narrower, replace(request, path=None, layers=tuple(found)))
-
-        options = {"objective": objective, "width_step": width_step}
-        network, measured = narrowed(network, measured, wanted, rounds, measure, inplace=True, **options)
-        left = Budget(wanted.quantity, wanted.limit(getattr(whole, wanted.quantity)), False)
+        # As the first round was: its statistics may be of another objective or more draws than are the default.
+        same = objective or measured.default_objective
+        again = replace(request, path=None, objective=same, samples=measured.samples, seed=measured.seed)
+        options = {"objective": objective, "width_step": width_step, "include": exactly(layers)}
+        network, measured, left = narrowed(
+            network, measured, wanted, rounds, lambda model: statistics_for(model, again), inplace=True, **options
+        )
 
     with bar("solving", len(measured.layers), "layers") as progress:
         plan = pipeline.plan(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn.lowrank_linear import LowRankLinear
 
+INDEX_BYTES = 8  # of one channel number that a checkpoint stores
+
 
 class SelectedLinear(nn.Module):
     """`y[o] = linear(x[i])`, zero elsewhere: x [..., K] -> y [..., N], i and o the channels that are left.

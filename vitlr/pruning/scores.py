@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
+from vitlr.moments import balanced
 from vitlr.nn import SelectedLinear
+from vitlr.nn.selected_linear import INDEX_BYTES
 from vitlr.pruning.gates import put
 from vitlr.pruning.widths import RIDGE, check_options
 from vitlr.solver import solve
@@ -23,7 +25,6 @@ from vitlr.statistics import GRADIENT_OBJECTIVES, SCORES, LayerStatistics, Stati
 from vitlr.surfaces.attention import SCORES_SUPPORTED, Attention, nothing, score_attentions, why_no_scores
 
 SCALE = 4.0  # what predictions of directions fall short of those of widths and ranks (docs/method.md)
-_INDEX = 8  # bytes of one channel number that a SelectedLinear keeps
 
 
 @dataclass(eq=False)
@@ -71,10 +72,6 @@ class ScoreSpectrum:
         ascending = self.energies.flatten().sort().values
         return torch.cat([ascending.new_zeros(1), ascending.cumsum(0)]).flip(0)
 
-    def second_errors(self, width: int) -> Tensor:
-        """Never asked for: `factored` is false."""
-        raise InputError(f"{self.name}: no ranks beside {width} of {self.full_width} directions")
-
     def choices(self, step: int) -> list[int]:
         """Multiples of the step below the full width, and that."""
         return [*range(step, self.full_width, step), self.full_width]
@@ -89,7 +86,7 @@ class ScoreSpectrum:
         if width == self.full_width or quantity != "bytes":
             return 0.0
         packed = len(self.attention.queries_keys) == 1
-        return float(_INDEX * (2 * width + (self.full_width if packed else 0)))
+        return float(INDEX_BYTES * (2 * width + (self.full_width if packed else 0)))
 
     def ranks(self, width: int) -> list[int]:
         """Directions that every head keeps."""
@@ -103,12 +100,12 @@ class ScoreSpectrum:
     def narrow(self, model: nn.Module, width: int) -> None:
         """Rotate queries and keys of every head, and take the directions that go out of their linears, in place."""
         for name, (weight, bias, left) in self._rotated(model, self.ranks(width)).items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.copy_(weight)
-            if linear.bias is not None:
-                linear.bias.copy_(bias)
-            put(model, name, SelectedLinear.from_linear(linear, outputs=left))
+            selected = SelectedLinear.from_linear(model.get_submodule(name), outputs=left)
+            assert isinstance(selected.linear, nn.Linear)
+            selected.linear.weight.copy_(weight[left])  # a copy: whoever shares the old weight keeps it
+            if selected.linear.bias is not None:
+                selected.linear.bias.copy_(bias[left])
+            put(model, name, selected)
 
     def _rotated(self, model: nn.Module, ranks: list[int]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         """Weight and bias of the linears with rotated rows, in float64, and the rows that are left."""
@@ -178,9 +175,8 @@ def _solved(
     M, F = (layer.sum(key)[head].double() for key in ("score_moment", "score_gradient"))
     if objective == "fisher":
         by_image = [layer.sum(key)[head].double() for key in ("image_score_moment", "image_score_gradient")]
-        size = by_image[1].trace() / (2 * max(stats.images, 1) * stats.samples)
-        M, F = (_half(image) + _half(token) for image, token in zip(by_image, (M, F), strict=True))
-        F = F * size
+        M = balanced(by_image[0], M)
+        F = balanced(by_image[1], F) * by_image[1].trace() / (2 * max(stats.images, 1) * stats.samples)
     else:
         M, F = M / max(stats.images, 1), F / (2 * max(layer.tokens, 1) * stats.samples)
     one = torch.eye(len(M), dtype=torch.float64)
@@ -193,10 +189,6 @@ def _solved(
     if not all(bool(torch.isfinite(part).all()) for part in (energies, P, Q)):
         raise NumericalError(f"attention {name}, head {head}: its moments hold NaN or Inf; calibrate again in float32")
     return energies, P, Q
-
-
-def _half(moment: Tensor) -> Tensor:
-    return moment / (2 * moment.trace().clamp_min(torch.finfo(moment.dtype).tiny))
 
 
 def _with_bias(linear: nn.Module) -> Tensor:

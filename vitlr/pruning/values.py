@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from vitlr import cost
 from vitlr.errors import InputError
+from vitlr.nn.selected_linear import INDEX_BYTES
 from vitlr.pruning.widths import RIDGE, WidthSpectrum, check_options, prepared, solved
 from vitlr.statistics import Statistics
 from vitlr.surfaces.attention import Attention, loses_heads, measurable, nothing
 from vitlr.surfaces.mlps import Mlp
 
 GRAINS = ("channels", "heads")
-_INDEX = 8  # bytes of one channel number that a SelectedLinear keeps
 
 
 @dataclass(eq=False)
@@ -63,7 +63,7 @@ class ValueSpectrum(WidthSpectrum):
         if quantity != "bytes":
             return 0.0
         full = len(self.order) * (3 if len(self.first) == 1 else 1)
-        return _INDEX * float(width + sum(rows for rows in self._counts(width).values() if rows < full))
+        return INDEX_BYTES * float(width + sum(rows for rows in self._counts(width).values() if rows < full))
 
     def _counts(self, width: int) -> dict[str, int]:
         if width not in self._left:
