@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
 
 Inputs = tuple[Any, ...]
 

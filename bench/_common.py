@@ -70,7 +70,7 @@ def sources() -> str:
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
     """Write JSON that differs only where the figures differ."""
-    from vitlr.storage import atomic_path
+    from vitlr.runtime.storage import atomic_path
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

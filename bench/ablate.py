@@ -32,9 +32,9 @@ from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, wr
 from torch import nn
 
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
-from vitlr.data import Loader, open_data
-from vitlr.plans import METHODS
-from vitlr.statistics import OBJECTIVES
+from vitlr.calibration.statistics import OBJECTIVES
+from vitlr.data.loader import Loader, open_data
+from vitlr.planning.plans import METHODS
 
 HELD = 150
 LADDERS: dict[str, Any] = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}

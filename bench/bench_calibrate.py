@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from _common import finish, parser, peak_bytes, verdict
 from torch import Tensor, nn
 
-from vitlr.calibration import calibrate
-from vitlr.models import create_model
-from vitlr.timing import compare
+from vitlr.calibration.loop import calibrate
+from vitlr.checkpoint.creation import create_model
+from vitlr.measuring.timing import compare
 
 ALLOWED_MB = 750
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from _common import finish, parser
 from calls import Call
 
-from vitlr.ops import _dispatch
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
+from vitlr.ops.dispatch import registry
 
 CPU = torch.device("cpu")
 LINEARS = (
@@ -72,8 +72,8 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             for call, *sizes in grid(op, dtype):
                 key = call.key(call.make(0))
-                kernel = next(c for c in _dispatch.candidates(call.op) if c.name == "cpu")
-                if kernel.supports(key) is not None or not (given.all or _dispatch.select(call.op, key) is kernel):
+                kernel = next(c for c in registry.candidates(call.op) if c.name == "cpu")
+                if kernel.supports(key) is not None or not (given.all or registry.select(call.op, key) is kernel):
                     continue
                 found = ratios(call, *sizes, dense=op == "residual", repeats=given.repeats)
                 rows.append({"op": call.op, "call": call.label, "times_as_fast_as": found})

@@ -13,10 +13,11 @@ import torch
 from _common import VIT_B, finish, parser, verdict
 from torch import Tensor, nn
 
-from vitlr.baselines import svd_llm_factors
-from vitlr.decomposition import decompose
-from vitlr.statistics import LayerStatistics, Statistics, fingerprint
-from vitlr.timing import compare
+from vitlr.calibration.statistics import LayerStatistics, Statistics
+from vitlr.decomposition.baselines import svd_llm_factors
+from vitlr.decomposition.ranks import decompose
+from vitlr.measuring.timing import compare
+from vitlr.runtime.storage import fingerprint
 
 IMAGES, TOKENS = 1, 4096
 

@@ -18,12 +18,12 @@ import torch
 from _common import finish, parser, verdict
 from torch import Tensor, nn
 
+from vitlr.checkpoint.creation import create_model
 from vitlr.compression import compress
-from vitlr.cost import count_macs, count_params
-from vitlr.models import create_model
-from vitlr.ops._dispatch import VARIABLE
-from vitlr.surgery import fuse, to_dense
-from vitlr.timing import compare
+from vitlr.measuring.cost import count_macs, count_params
+from vitlr.measuring.timing import compare
+from vitlr.ops.dispatch.registry import VARIABLE
+from vitlr.surgery.application import fuse, to_dense
 
 WANTED = {"float32": {"plain": 1.85, "fused": 2.15}, "bfloat16": {"plain": 1.80, "fused": 2.25}}  # dense over it
 WANTED_OF_FUSED = 1.1  # plain over fused

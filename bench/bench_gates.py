@@ -16,10 +16,10 @@ import timm
 import torch
 from _common import finish, parser
 
-from vitlr import cost
+from vitlr.measuring import cost
+from vitlr.pruning.gated import cut_off
 from vitlr.pruning.gates import add_gates, gates
 from vitlr.pruning.thresholds import choose
-from vitlr.vtp import cut_off
 
 KINDS = ("qkv,proj,fc1,fc2", "proj,fc2", "fc1,fc2")
 TILES = (1, 16)

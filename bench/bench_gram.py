@@ -1,6 +1,6 @@
 """The Gram update against torch's fp32 GEMM of the same product: `pytest bench/bench_gram.py`.
 
-The ratio is that of two functions taking turns in one process (`vitlr.timing.compare`, least of all rounds):
+The ratio is that of two functions taking turns in one process (`measuring.timing.compare`, least of all rounds):
 `torch.mm(Xᵀ, X)` in fp32, which does twice the work, keeps fp32 sums and adds nothing up, over `gram_update_`. The
 floor is half of the GEMM's time, the triangle at the GEMM's own FLOP rate: a ratio of 2. pytest-benchmark's own
 table times each of them apart; its JSON (`--benchmark-json FILE`) holds the ratios as `extra_info`.
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from vitlr.ops import _native
-from vitlr.ops.gram import gram_update_, roofline
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
+from vitlr.ops.backends import native
+from vitlr.ops.linalg.gram import gram_update_, roofline
 
 # (n, T): widths of ViT-B and ViT-Ti, tokens of 8 and 32 images
 SHAPES = [(768, 1576), (192, 1576), (192, 6304)]
@@ -46,7 +46,7 @@ def test_gram(benchmark: Callable, capsys: pytest.CaptureFixture, n: int, T: int
         ours, mm = compare({"ours": functions[what], "mm": functions["torch.mm"]}, repeats=ROUNDS).values()
         flops, ratio = roofline(T, n, X.dtype).flops, mm.min / ours.min
         benchmark.extra_info.update(
-            isa=_native.build_info()["isa_used"], ratio_to_mm=ratio, ms=1e3 * ours.min, floor_ms=1e3 * mm.min / 2
+            isa=native.build_info()["isa_used"], ratio_to_mm=ratio, ms=1e3 * ours.min, floor_ms=1e3 * mm.min / 2
         )
         with capsys.disabled():
             print(

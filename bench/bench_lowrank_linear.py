@@ -1,7 +1,7 @@
 """The low-rank linear against two `F.linear` and against the dense layer: `pytest bench/bench_lowrank_linear.py`.
 
 Every candidate that can run here takes turns with plain torch's two products and with the dense layer in one process
-(`vitlr.timing.compare`); the ratios are of the fastest turns, above 1 where the candidate is faster. The floor is the
+(`timing.compare`); the ratios are of the fastest turns, above 1 where the candidate is faster. The floor is the
 roofline of one fused pass: of the card's measured ceilings on a GPU, elsewhere at the rate at which the dense product
 of this shape runs here (`r (K + N) / (K N)` of its time). pytest-benchmark's own table times each of them apart; its
 JSON (`--benchmark-json FILE`) holds ratios and floors as `extra_info`.
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitlr import ops
-from vitlr.ops._activations import ACTIVATIONS
-from vitlr.ops._dispatch import ceilings_of
-from vitlr.ops.lowrank_linear import Key, reference, roofline
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
+from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.lowrank_linear import Key, reference, roofline
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")

@@ -1,6 +1,6 @@
 """The CPU kernels of `lowrank_mlp` against plain torch: `pytest bench/bench_lowrank_mlp_cpu.py`.
 
-ViT-B shapes. In turns in one process (`vitlr.timing.compare`, least of all rounds): the op, four `F.linear` and an
+ViT-B shapes. In turns in one process (`measuring.timing.compare`, least of all rounds): the op, four `F.linear` and an
 `F.gelu` eagerly, and the same compiled. "peak" is what one core reaches with nothing but multiply-adds between
 registers, measured in the same run (FMA in fp32, dpbf16 in bf16 where the CPU has it), times the threads: the floor is
 the FLOPs at that rate. The JSON of pytest-benchmark (`--benchmark-json FILE`) holds the figures as `extra_info`.
@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from vitlr.ops import _native
-from vitlr.ops.lowrank_mlp import lowrank_mlp, reference, roofline
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
+from vitlr.ops.backends import native
+from vitlr.ops.layers.lowrank_mlp import lowrank_mlp, reference, roofline
 
 K, D, N = 768, 3072, 768
 ROWS, RANKS = [197, 1576], [64, 128, 256]  # tokens of one image and of eight
@@ -56,12 +56,12 @@ def test_lowrank_mlp(
     with torch.inference_mode():
         _check(args)
         times = compare(functions, repeats=ROUNDS)
-        peak = threads * _native.peak(dtype)
+        peak = threads * native.peak(dtype)
         flops = roofline(M, K, D, N, r, r, dtype).flops
         ours, best = times["vitlr"].min, min(times["eager"].min, times["compiled"].min)
         benchmark.group = f"{dtype} M={M} r={r} threads={threads}"
         benchmark.extra_info.update(
-            isa=_native.isa_used(), ratio_to_best_torch=best / ours, ms=1e3 * ours, share_of_peak=flops / ours / peak
+            isa=native.isa_used(), ratio_to_best_torch=best / ours, ms=1e3 * ours, share_of_peak=flops / ours / peak
         )
         with capsys.disabled():
             print(

@@ -2,7 +2,7 @@
 
     python bench/bench_lowrank_residual_linear.py [--dtype bfloat16] [--images 1 8 64] [--json FILE]
 
-On the GPU that is there, else on the CPU. All take turns in one process (`vitlr.timing.compare`), on random data, after
+On the GPU that is there, else on the CPU. All take turns in one process (`timing.compare`), on random data, after
 each was held against fp64; a kernel that is wrong stops the script. On a GPU every function is one CUDA graph over
 enough copies of x to go past the L2 cache. Printed: microseconds (least of all rounds), the floor where the device's
 ceilings are known, and the ratio to `F.linear` with the dense weight in the same dtype.
@@ -19,10 +19,10 @@ from _common import VIT_B, finish, parser
 from torch import Tensor
 
 from vitlr import ops
+from vitlr.measuring.timing import compare
 from vitlr.nn import ResidualLowRankLinear
-from vitlr.ops._dispatch import ceilings_of
-from vitlr.ops.lowrank_residual_linear import OP, Key, reference, roofline
-from vitlr.timing import compare
+from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.layers.lowrank_residual_linear import OP, Key, reference, roofline
 
 TOKENS, GROUPS = 197, {"int8": 64, "int4": 64, "fp8": 64, "blockdiag": 192}
 PAST_CACHE = 128 * 2**20  # bytes of x that are walked through; the largest L2 we know of has 60 MiB

@@ -16,7 +16,7 @@ import torch
 from _clock import input_sets, microseconds
 from calls import Call
 
-from vitlr.ops import _dispatch
+from vitlr.ops.dispatch import registry
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -48,8 +48,8 @@ def test_candidate(benchmark: Callable, capsys: pytest.CaptureFixture, call: Cal
     sets = input_sets(call.make, DEVICE)
     run = call.candidates(sets[0])
     us = microseconds({key: run[key] for key in ("torch", name)}, sets, DEVICE)
-    limits = _dispatch.ceilings_of(DEVICE)
-    floor = _dispatch._ops[call.op].roofline(call.key(sets[0]), limits).floor_us
+    limits = registry.ceilings_of(DEVICE)
+    floor = registry._ops[call.op].roofline(call.key(sets[0]), limits).floor_us
     benchmark.group = f"{call.op} {call.label}"
     benchmark.extra_info.update(us=us[name], floor_us=floor, ratio_to_torch=us["torch"] / us[name])
     with capsys.disabled():

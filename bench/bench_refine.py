@@ -19,10 +19,10 @@ from _accuracy import CHECKPOINT, MODEL
 from _common import BUILD, CODE, data_folder, finish, parser
 
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
-from vitlr.data import open_data
-from vitlr.plans import METHODS
-from vitlr.progress import bar
-from vitlr.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.data.loader import open_data
+from vitlr.planning.plans import METHODS
+from vitlr.runtime.progress import bar
 
 LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
 

@@ -18,11 +18,11 @@ from _common import ROOT, finish, parser
 sys.path.insert(0, str(Path(ROOT) / "tests"))
 import spectra_cases
 
-from vitlr.ops import _cusolver
-from vitlr.ops.eigh import eigh
-from vitlr.solver import solve, solve_batch
-from vitlr.subspace import leading_subspace
-from vitlr.timing import compare
+from vitlr.measuring.timing import compare
+from vitlr.ops.backends import cusolver
+from vitlr.ops.linalg.eigenproblems import solve, solve_batch
+from vitlr.ops.linalg.eigh import eigh
+from vitlr.ops.linalg.subspace import leading_subspace
 
 
 def problems(batch: int, n: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def main() -> None:
     }
     for rank in ranks:
         functions[f"leading_subspace {rank}"] = lambda rank=rank: leading_subspace(K, rank)
-    refusal = _cusolver.why_not(K.device)
+    refusal = cusolver.why_not(K.device)
     if refusal is None:
         functions["cuSOLVER batch"] = lambda: eigh(K, "cusolver")
     else:

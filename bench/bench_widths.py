@@ -21,12 +21,12 @@ import torch
 from _common import finish, parser, verdict
 from torch import Tensor, nn
 
-from vitlr import surfaces
-from vitlr.cost import count_macs, count_params
-from vitlr.models import create_model
+from vitlr.anatomy import linears
+from vitlr.checkpoint.creation import create_model
+from vitlr.checkpoint.structure import restructure
+from vitlr.measuring.cost import count_macs, count_params
 from vitlr.nn import LowRankLinear
 from vitlr.pruning import find_mlps, narrow_mlp
-from vitlr.structure import restructure
 
 WANTED = 1.6  # dense over compressed, at half of the parameters
 STEP = 16
@@ -43,7 +43,7 @@ def narrowed(model: nn.Module, share: float) -> nn.Module:
 
 def ranked(model: nn.Module, limit: float, pattern: str | None = None) -> nn.Module:
     """A copy of at most `limit` parameters, all linears that match having uniform ranks."""
-    shapes = {name: tuple(linear.weight.shape) for name, linear in surfaces.targets(model, include=pattern).items()}
+    shapes = {name: tuple(linear.weight.shape) for name, linear in linears.targets(model, include=pattern).items()}
     weights = sum(N * K for N, K in shapes.values())
     share = (limit - (count_params(model) - weights)) / weights
     layers = {
@@ -70,7 +70,7 @@ def main() -> None:
     dense = create_model(given.model).eval()
     total = count_params(dense)
     limit = given.kept * total
-    hidden = sum(linear.weight.numel() for linear in surfaces.targets(dense, include="mlp").values())
+    hidden = sum(linear.weight.numel() for linear in linears.targets(dense, include="mlp").values())
     models = {
         "dense": dense,
         "widths": narrowed(dense, 1 - (total - limit) / hidden),

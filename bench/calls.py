@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from vitlr.ops import _dispatch
+from vitlr.ops.dispatch import registry
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Call:
 
     def reference(self) -> Callable[..., Any]:
         """The op's specification in plain torch."""
-        return _dispatch.candidates(self.op)[0].run
+        return registry.candidates(self.op)[0].run
 
     def key(self, args: tuple) -> Any:
         """The key that the op hands to dispatch for these arguments."""
         keys: list[Any] = []
 
-        def note(op: str, key: Any) -> _dispatch.Candidate:
+        def note(op: str, key: Any) -> registry.Candidate:
             keys.append(key)
-            return _dispatch.candidates(op)[0]
+            return registry.candidates(op)[0]
 
-        with patch.object(_dispatch, "select", note):
+        with patch.object(registry, "select", note):
             first = args[0].clone()  # an op that accumulates writes there
             getattr(torch.ops.vitlr, self.op).default(first, *args[1:])
         return keys[0]
@@ -41,7 +41,7 @@ class Call:
     def candidates(self, args: tuple) -> dict[str, Callable[..., Any]]:
         """Everything that can run these arguments, plain torch included."""
         key = self.key(args)
-        return {c.name: c.run for c in _dispatch.candidates(self.op) if c.supports(key) is None}
+        return {c.name: c.run for c in registry.candidates(self.op) if c.supports(key) is None}
 
 
 class Random:
@@ -127,7 +127,7 @@ def residual_linear(
     M: int, K: int, N: int, r: int, form: str, group: int, dtype: torch.dtype, device: torch.device
 ) -> Call:
     """`lowrank_residual_linear` with a bias; the residual is a random matrix, quantised."""
-    from vitlr.ops._codes import LARGEST, encode, spread
+    from vitlr.ops.layers.codes import LARGEST, encode, spread
 
     def make(seed: int) -> tuple:
         new = Random(seed, dtype, device)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitlr import create_model, evaluate
-from vitlr.storage import atomic_path
+from vitlr.runtime.storage import atomic_path
 from vitlr.training import TrainRecipe
 
 SHAPE = (3, 32, 32)

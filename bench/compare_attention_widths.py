@@ -18,13 +18,14 @@ from _common import data_folder, finish, parser
 from compare_methods import CHECKPOINT, MODEL
 from torch import Tensor, nn
 
-from vitlr.calibration import calibrate
-from vitlr.data import open_data
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.checkpoint.creation import create_model
+from vitlr.data.loader import open_data
 from vitlr.errors import InputError
-from vitlr.models import create_model
-from vitlr.pipeline import apply, plan
-from vitlr.statistics import DEFAULT, OBJECTIVES
-from vitlr.timing import throughput
+from vitlr.measuring.timing import throughput
+from vitlr.planning.planner import plan
+from vitlr.surgery.application import apply
 
 GRAINS = ("none", "scores", "channels", "heads")
 STEPS = {"prune": 16, "joint": 1}  # of ranks

@@ -27,16 +27,17 @@ from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, wr
 from compare_tables import markdown
 from torch import nn
 
-from vitlr.baselines import BASELINES
-from vitlr.calibration import calibrate
-from vitlr.cost import count_params
-from vitlr.data import open_data
-from vitlr.decomposition import decompose
-from vitlr.evaluation import Metrics, evaluate
-from vitlr.models import create_model
-from vitlr.pipeline import apply, plan
-from vitlr.spectra import Spectra
-from vitlr.statistics import EXTRAS, OBJECTIVES, Statistics
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import EXTRAS, OBJECTIVES, Statistics
+from vitlr.checkpoint.creation import create_model
+from vitlr.data.loader import open_data
+from vitlr.decomposition.baselines import BASELINES
+from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.spectra import Spectra
+from vitlr.measuring.cost import count_params
+from vitlr.measuring.evaluation import Metrics, evaluate
+from vitlr.planning.planner import plan
+from vitlr.surgery.application import apply
 
 METHODS: dict[str, Callable[[nn.Module, Statistics], Spectra]] = {
     **BASELINES,

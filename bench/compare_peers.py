@@ -31,8 +31,8 @@ from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
-from vitlr.cost import count_params
-from vitlr.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.measuring.cost import count_params
 
 Make = Callable[[nn.Module, Kept, float], nn.Module]
 

@@ -24,20 +24,21 @@ from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, wr
 from compare_methods import CHECKPOINT, MODEL, Kept, Recorded
 from torch import nn
 
-from vitlr.budgets import parse_budget
-from vitlr.calibration import calibrate
-from vitlr.cost import count_params
-from vitlr.data import open_data
-from vitlr.decomposition import decompose
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.creation import create_model
+from vitlr.data.loader import open_data
+from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
-from vitlr.evaluation import evaluate
-from vitlr.models import create_model
-from vitlr.pipeline import apply, plan, sizes
+from vitlr.measuring.cost import count_params
+from vitlr.measuring.evaluation import evaluate
+from vitlr.planning.budgets import parse_budget
+from vitlr.planning.planner import plan, sizes
 from vitlr.pruning import find_mlps, narrowed_mlps
 from vitlr.rounds import narrowed, of_the_whole
-from vitlr.spectra import Spectra
-from vitlr.statistics import Statistics
-from vitlr.storage import atomic_path
+from vitlr.runtime.storage import atomic_path
+from vitlr.surgery.application import apply
 
 RANK_STEP, WIDTH_STEP = 1, 16
 RATE = 0.3  # of the hidden neurons, for the hybrid as published: a lower rate for MLPs than the budget asks of the rest

@@ -17,14 +17,14 @@ import torch
 from _common import data_folder, finish, parser
 from torch import Tensor, nn
 
-from vitlr.calibration import calibrate
-from vitlr.data import open_data
-from vitlr.evaluation import evaluate
-from vitlr.models import create_model
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import LayerStatistics
+from vitlr.checkpoint.creation import create_model
+from vitlr.data.loader import open_data
+from vitlr.measuring.evaluation import evaluate
 from vitlr.nn import ResidualLowRankLinear
-from vitlr.ops._codes import dequantise
-from vitlr.quantization import quantise
-from vitlr.statistics import LayerStatistics
+from vitlr.ops.layers.codes import dequantise
+from vitlr.ops.linalg.residuals import quantise
 
 VARIANTS = [("bf16", 0), *[(form, rank) for form in ("int8", "int4", "fp8") for rank in (0, 8, 16, 32)]]
 GROUP = 64

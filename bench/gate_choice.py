@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from vitlr.ops import _dispatch, _measured
+from vitlr.ops.dispatch import measured, registry
 
 WANTED = 1.03
 """How much slower than the best candidate the chosen one may be, anywhere on the grid."""
@@ -20,17 +20,17 @@ WANTED = 1.03
 @contextmanager
 def trusting(device: torch.device, rows: list[dict[str, Any]]) -> Iterator[None]:
     """Dispatch as it would be with these measured rows, and with every kernel known to run on this device."""
-    before = {name: op.candidates for name, op in _dispatch._ops.items()}
-    for op in _dispatch._ops.values():
+    before = {name: op.candidates for name, op in registry._ops.items()}
+    for op in registry._ops.values():
         op.candidates = [c if c.ran_on else replace(c, ran_on=(str(device),)) for c in op.candidates]
-    _dispatch._chosen.clear()
+    registry._chosen.clear()
     try:
-        with patch.object(_measured, "table", lambda name: tuple(rows)):
+        with patch.object(measured, "table", lambda name: tuple(rows)):
             yield
     finally:
         for name, candidates in before.items():
-            _dispatch._ops[name].candidates = candidates
-        _dispatch._chosen.clear()
+            registry._ops[name].candidates = candidates
+        registry._chosen.clear()
 
 
 def check(device: torch.device, rows: list[dict[str, Any]]) -> list[str]:
@@ -38,7 +38,7 @@ def check(device: torch.device, rows: list[dict[str, Any]]) -> list[str]:
     slow = []
     with trusting(device, rows):
         for row in rows:
-            chosen = row["chosen"] = _dispatch.select(row["op"], _key(row, device)).name
+            chosen = row["chosen"] = registry.select(row["op"], _key(row, device)).name
             best = min(row["us"][name] for name in row["candidates"])
             if row["us"][chosen] > WANTED * best:
                 slow.append(
@@ -55,8 +55,8 @@ def by_neighbours(rows: list[dict[str, Any]]) -> tuple[float, str]:
     worst, where = 1.0, ""
     for row in rows:
         others = [other for other in rows if other is not row]
-        near = min(others, key=lambda other: _measured._octaves(row["op"], row["key"], other), default=None)
-        if near is None or math.isinf(_measured._octaves(row["op"], row["key"], near)):
+        near = min(others, key=lambda other: measured._octaves(row["op"], row["key"], other), default=None)
+        if near is None or math.isinf(measured._octaves(row["op"], row["key"], near)):
             continue
         shared = [name for name in row["candidates"] if name in near["us"]]
         chosen = min(shared, key=lambda name: near["us"][name])
@@ -70,4 +70,4 @@ def _key(row: dict[str, Any], device: torch.device) -> Any:
     fields = {**row["key"], "device": device}
     if "dtype" in fields:
         fields["dtype"] = getattr(torch, fields["dtype"])
-    return _dispatch._ops[row["op"]].key_type(**fields)
+    return registry._ops[row["op"]].key_type(**fields)

@@ -84,7 +84,7 @@ def runs(device: torch.device) -> Iterator[tuple[str, Any]]:
     import calls
     import gate_correctness
 
-    from vitlr.ops import _cuda_solve
+    from vitlr.ops.backends import cuda_solve
 
     chains = [calls.chain(2, m, k, torch.float64, device) for m, k in ((1, 5), (70, 133), (300, 64))]
     for dtype in (torch.bfloat16, torch.float16):
@@ -96,10 +96,10 @@ def runs(device: torch.device) -> Iterator[tuple[str, Any]]:
     for n in (1, 130, 200):
         X = calls.Random(n, torch.float64, device)(2, n, n)
         F, level = X @ X.mT / n, torch.full((2,), 1e-3, dtype=torch.float64, device=device)
-        factor = _cuda_solve.cholesky(F, level)
-        yield f"cholesky n={n}", lambda F=F, level=level: _cuda_solve.cholesky(F, level)
-        yield f"congruence n={n}", lambda factor=factor, F=F: _cuda_solve.congruence(factor.L, F)
-        yield f"projectors n={n}", lambda factor=factor, X=X: _cuda_solve.projectors(factor, X)
+        factor = cuda_solve.cholesky(F, level)
+        yield f"cholesky n={n}", lambda F=F, level=level: cuda_solve.cholesky(F, level)
+        yield f"congruence n={n}", lambda factor=factor, F=F: cuda_solve.congruence(factor.L, F)
+        yield f"projectors n={n}", lambda factor=factor, X=X: cuda_solve.projectors(factor, X)
 
 
 def main() -> None:

@@ -16,19 +16,19 @@ from _clock import microseconds
 from gate_choice import trusting
 from torch import nn
 
-from vitlr import surfaces
-from vitlr.cost import count_params
-from vitlr.models import create_model
+from vitlr.anatomy import linears
+from vitlr.checkpoint.creation import create_model
+from vitlr.checkpoint.structure import restructure
+from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear
-from vitlr.structure import restructure
-from vitlr.surgery import fuse
+from vitlr.surgery.application import fuse
 
 MODEL = "vit_base_patch16_224"
 
 
 def low_rank(dense: nn.Module, share: float, step: int = 16) -> nn.Module:
     """A copy with random factors of uniform relative rank, of at most `share` of the parameters."""
-    shapes = {name: (linear.out_features, linear.in_features) for name, linear in surfaces.targets(dense).items()}
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.targets(dense).items()}
     fixed = count_params(dense) - sum(N * K for N, K in shapes.values())
     part = (share * count_params(dense) - fixed) / sum(N * K for N, K in shapes.values())
     layers = {}

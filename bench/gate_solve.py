@@ -13,10 +13,12 @@ import torch
 from _clock import microseconds
 from torch import Tensor
 
-from vitlr.ops import _cuda_solve, _cusolver, _dispatch, batched_solve
-from vitlr.ops.eigh import eigh
-from vitlr.solver import solve_batch
-from vitlr.subspace import leading_subspace
+from vitlr.ops.backends import cuda_solve, cusolver
+from vitlr.ops.dispatch import registry
+from vitlr.ops.linalg import batched_solve
+from vitlr.ops.linalg.eigenproblems import solve_batch
+from vitlr.ops.linalg.eigh import eigh
+from vitlr.ops.linalg.subspace import leading_subspace
 
 
 def problems(count: int, n: int, device: torch.device) -> Tensor:
@@ -40,7 +42,7 @@ def run(device: torch.device, count: int = 48, n: int = 768, rank: int = 128) ->
         "solve_batch fp32 with sweeps": lambda: solve_batch(M, precision="fp32"),
         f"leading_subspace fp32, rank {rank}": lambda: leading_subspace(M, rank),
     }
-    if _cusolver.why_not(device) is None:
+    if cusolver.why_not(device) is None:
         functions["cusolverDnXsyevBatched"] = lambda: eigh(M, "cusolver")
         functions["solve_batch by cuSOLVER"] = lambda: solve_batch(M, eigensolver=lambda K: eigh(K, "cusolver"))
     bases = {name: _basis(name, function(), rank) for name, function in functions.items()}
@@ -77,21 +79,21 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 def _of_pairs(M: Tensor, F: Tensor) -> dict[str, Callable[..., Any]]:
     """Every candidate of `batched_solve` that can run here."""
     key = batched_solve.Key(len(M), M.shape[-1], True, M.dtype, M.device)
-    able = [c for c in _dispatch.candidates(batched_solve.OP) if c.supports(key) is None]
+    able = [c for c in registry.candidates(batched_solve.OP) if c.supports(key) is None]
     return {f"{candidate.name}, of pairs": lambda run=candidate.run: run(M, F) for candidate in able}
 
 
 def _parts(M: Tensor, F: Tensor) -> dict[str, Callable[..., Any]]:
     """What "cuda.fused" consists of, but for the eigensolver, to be held against the predictions in the docs."""
     key = batched_solve.Key(len(M), M.shape[-1], True, M.dtype, M.device)
-    if _cuda_solve.why_not(key) is not None:
+    if cuda_solve.why_not(key) is not None:
         return {}
     shift = 1e-12 * batched_solve.mean_eigenvalue(F)
-    factor = _cuda_solve.cholesky(F, shift)
+    factor = cuda_solve.cholesky(F, shift)
     return {
-        "part: cholesky": lambda: _cuda_solve.cholesky(F, shift),
-        "part: congruence": lambda: _cuda_solve.congruence(factor.L, M),
-        "part: projectors": lambda: _cuda_solve.projectors(factor, M),
+        "part: cholesky": lambda: cuda_solve.cholesky(F, shift),
+        "part: congruence": lambda: cuda_solve.congruence(factor.L, M),
+        "part: projectors": lambda: cuda_solve.projectors(factor, M),
         "torch: cholesky": lambda: torch.linalg.cholesky_ex(F),
         "torch: congruence": lambda: factor.L.mT @ M @ factor.L,
         "torch: P": lambda: torch.linalg.solve_triangular(factor.L.mT, M, upper=True),
@@ -102,15 +104,15 @@ def captured(device: torch.device, count: int = 4, n: int = 200) -> list[dict[st
     """What of "cuda.fused" a CUDA graph holds: rows {part, problem}; problem is None where a replay gives the same."""
     M = problems(count, n, device)
     F = M.flip(-1, -2).contiguous() + torch.eye(n, dtype=M.dtype, device=device)
-    if _cuda_solve.why_not(batched_solve.Key(count, n, True, M.dtype, M.device)) is not None:
+    if cuda_solve.why_not(batched_solve.Key(count, n, True, M.dtype, M.device)) is not None:
         return []
     shift = 1e-12 * batched_solve.mean_eigenvalue(F)
-    factor = _cuda_solve.cholesky(F, shift)
+    factor = cuda_solve.cholesky(F, shift)
     parts: dict[str, Callable[[], Any]] = {
-        "cholesky": lambda: _cuda_solve.cholesky(F, shift),
-        "congruence": lambda: (_cuda_solve.congruence(factor.L, M),),
-        "projectors": lambda: _cuda_solve.projectors(factor, M),
-        "all, with cuSOLVER": lambda: _cuda_solve.enqueue(M, F, shift),
+        "cholesky": lambda: cuda_solve.cholesky(F, shift),
+        "congruence": lambda: (cuda_solve.congruence(factor.L, M),),
+        "projectors": lambda: cuda_solve.projectors(factor, M),
+        "all, with cuSOLVER": lambda: cuda_solve.enqueue(M, F, shift),
     }
     return [{"part": name, "problem": _capture(part)} for name, part in parts.items()]
 

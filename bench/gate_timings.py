@@ -19,7 +19,7 @@ from _clock import input_sets, microseconds
 from calls import Call
 from registry import geometry
 
-from vitlr.ops import _dispatch, _measured
+from vitlr.ops.dispatch import measured, registry
 
 BF16 = torch.bfloat16
 
@@ -154,9 +154,9 @@ def _row(timed: Timed, device: torch.device, wrong: frozenset[tuple[str, str]]) 
     return {
         "op": call.op,
         "call": call.label,
-        "key": _measured.describe(key),
+        "key": measured.describe(key),
         "us": {name: round(value, 3) for name, value in us.items()},
-        "floor_us": _dispatch._ops[call.op].roofline(key, _dispatch.ceilings_of(device)).floor_us,
+        "floor_us": registry._ops[call.op].roofline(key, registry.ceilings_of(device)).floor_us,
         "candidates": list(candidates),
     }
 

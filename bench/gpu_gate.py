@@ -243,7 +243,7 @@ def _told(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _tiny() -> Any:
-    from vitlr.models import create_model
+    from vitlr.checkpoint.creation import create_model
 
     return create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=5)
 
@@ -251,7 +251,7 @@ def _tiny() -> Any:
 def _write_table(report: dict[str, Any]) -> None:
     from _common import write_json
 
-    from vitlr.ops import _measured
+    from vitlr.ops.dispatch import measured
 
     rows = [{name: row[name] for name in ("op", "key", "us")} for row in report["timings"]]
     for row, timed in zip(rows, report["timings"], strict=True):
@@ -259,14 +259,14 @@ def _write_table(report: dict[str, Any]) -> None:
     facts = report["machine"]
     name = facts["gpu"] or "rehearsal"
     body = {"device": name, "date": facts["date"], "torch": facts["torch"], "rows": rows}
-    write_json(_measured.FOLDER / f"{_measured.file_name(name)}.json", body)
+    write_json(measured.FOLDER / f"{measured.file_name(name)}.json", body)
 
 
 def _result_file(report: dict[str, Any]) -> Path:
-    from vitlr.ops import _measured
+    from vitlr.ops.dispatch import measured
 
     facts = report["machine"]
-    return ROOT / "bench" / "results" / f"gpu_gate_{_measured.file_name(facts['gpu'] or 'none')}_{facts['date']}.json"
+    return ROOT / "bench" / "results" / f"gpu_gate_{measured.file_name(facts['gpu'] or 'none')}_{facts['date']}.json"
 
 
 def _title(text: str) -> None:

@@ -25,11 +25,11 @@ from _common import BUILD, CODE, ROOT, machine, parser, sources, write_json
 from torch import nn
 
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, load, plan, refine, save
-from vitlr.cost import count_params
-from vitlr.data import Loader, open_data
-from vitlr.progress import bar
+from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.data.loader import Loader, open_data
+from vitlr.measuring.cost import count_params
 from vitlr.refinement.recipe import make_recipe, parse_rungs
-from vitlr.statistics import DEFAULT, OBJECTIVES
+from vitlr.runtime.progress import bar
 
 
 @dataclasses.dataclass(frozen=True)

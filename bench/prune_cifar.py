@@ -27,9 +27,10 @@ from cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, 
 from prune_cifar_table import markdown
 from torch import nn
 
-from vitlr import apply, calibrate, cost, fuse, load, plan, save
-from vitlr.precision import amp_pays
-from vitlr.timing import throughput
+from vitlr import apply, calibrate, fuse, load, plan, save
+from vitlr.measuring import cost
+from vitlr.measuring.timing import throughput
+from vitlr.runtime.contexts import amp_pays
 from vitlr.training import TrainReport, train
 
 CACHE = BUILD / "prune_cifar"
@@ -85,7 +86,7 @@ def joint(run: Run, kept: str) -> tuple[nn.Module, int]:
 
 
 def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
-    from vitlr.vtp import prune
+    from vitlr.pruning.gated import prune
 
     recipe = replace(AFTERWARDS, epochs=1, seed=run.seed)
     small = prune(
@@ -95,7 +96,7 @@ def vtp(run: Run, kept: str) -> tuple[nn.Module, int]:
 
 
 def hybrid(run: Run, kept: str) -> tuple[nn.Module, int]:
-    from vitlr.hybrids import hybrid as published
+    from vitlr.pruning.hybrids import hybrid as published
 
     model = run.trained()
     recipe = replace(AFTERWARDS, epochs=1, seed=run.seed)

@@ -77,8 +77,8 @@ def main() -> None:
 
     import torch
 
-    from vitlr.ops._dispatch import H200
-    from vitlr.ops.lowrank_linear import roofline
+    from vitlr.ops.dispatch.registry import H200
+    from vitlr.ops.layers.lowrank_linear import roofline
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64, help="images")

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels then run in its interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from vitlr.models import create_model
+from vitlr.checkpoint.creation import create_model
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from vitlr.models import create_model
+from vitlr.checkpoint.creation import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +72,7 @@ def run_command(command: str) -> None:
         assert (ROOT / words[1]).is_file(), f"{command}: there is no such file"
         return
     assert words[0] == "vitlr", f"{command}: nobody runs this; teach test_docs.py to, or say who does"
-    from vitlr.cli import app
+    from vitlr.cli.app import app
 
     result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, f"{command}\nexit status {result.exit_code}\n{result.output}{result.exception!r}"

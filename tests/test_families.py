@@ -7,8 +7,9 @@ import torch
 from families import MODELS, arguments, make
 
 import vitlr
-from vitlr import cost, surfaces
-from vitlr.structure import structure
+from vitlr.anatomy import linears
+from vitlr.checkpoint.structure import structure
+from vitlr.measuring import cost
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -21,7 +22,7 @@ def test_every_family_is_compressed_saved_and_loaded(name, tmp_path):
         dense = model(x)
 
     stats = vitlr.calibrate(model, [x], objective=("loss", "normalized"))
-    assert len(stats.layers) == count and surfaces.bypassed(model).keys() == surfaces.bypassed(make(name)[0]).keys()
+    assert len(stats.layers) == count and linears.bypassed(model).keys() == linears.bypassed(make(name)[0]).keys()
     for objective in ("loss", "normalized"):
         plan = vitlr.plan(model, stats, "params:85%", objective=objective, rank_step=1)
         small = vitlr.apply(model, plan)

@@ -141,9 +141,9 @@ def test_residuals():
 
 def test_candidates():
     """The table of kernels names every candidate of every op, and no other."""
-    from vitlr.ops import _dispatch
+    from vitlr.ops.dispatch import registry
 
     page = (ROOT / "docs" / "kernels" / "README.md").read_text().split("\n## ")[0]
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")][1:]
     said = {op.strip(" `"): set(re.findall(r"`([\w.]+)`", names)) for _, op, _, names in lines}
-    assert said == {op: {c.name for c in _dispatch.candidates(op)} - {"torch"} for op in _dispatch._ops}
+    assert said == {op: {c.name for c in registry.candidates(op)} - {"torch"} for op in registry._ops}

@@ -1,8 +1,8 @@
 """A real pretrained ViT on real images, where they are there: what the tiny random models cannot show."""
 
 import vitlr
-from vitlr.baselines import BASELINES
-from vitlr.data import open_data
+from vitlr.data.loader import open_data
+from vitlr.decomposition.baselines import BASELINES
 
 
 def test_loss_and_allocation_keep_what_plain_svd_loses(shared_data):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import vitlr
-from vitlr import compression, cost
+from vitlr import compression
+from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.errors import InputError
-from vitlr.surfaces.mlps import narrowed_mlps
+from vitlr.measuring import cost
 
 STEPS = {"rank_step": 4, "width_step": 8}
 

@@ -1,6 +1,7 @@
 """Codes of a compact residual inside kernels: bytes to values on fp32, in registers.
 
-The layouts are those of `vitlr.ops._codes`: int8; int4, two to a byte, even column low, 8 added; fp8, bits of e4m3fn.
+The layouts are those of `vitlr.ops.layers.codes`: int8; int4, two to a byte, even column low, 8 added; fp8, bits of
+e4m3fn.
 """
 
 from __future__ import annotations

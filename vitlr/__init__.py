@@ -6,45 +6,45 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitlr.budgets import Budget, parse_budget
-    from vitlr.calibration import calibrate
-    from vitlr.checkpoint import load, save
+    from vitlr.calibration.loop import calibrate
+    from vitlr.calibration.statistics import Statistics
+    from vitlr.checkpoint.creation import create_model
+    from vitlr.checkpoint.files import load, save
     from vitlr.compression import compress
-    from vitlr.decomposition import decompose
+    from vitlr.decomposition.ranks import decompose
+    from vitlr.decomposition.spectra import Spectra
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
-    from vitlr.evaluation import evaluate
-    from vitlr.hybrids import hybrid
-    from vitlr.models import create_model
+    from vitlr.measuring.evaluation import evaluate
     from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
-    from vitlr.pipeline import apply, plan
-    from vitlr.plans import Plan
+    from vitlr.planning.budgets import Budget, parse_budget
+    from vitlr.planning.planner import plan
+    from vitlr.planning.plans import Plan
+    from vitlr.pruning.gated import prune
+    from vitlr.pruning.hybrids import hybrid
     from vitlr.refinement import refine
-    from vitlr.spectra import Spectra
-    from vitlr.statistics import Statistics
-    from vitlr.surgery import fuse, to_dense, unfuse
-    from vitlr.vtp import prune
+    from vitlr.surgery.application import apply, fuse, to_dense, unfuse
 
 __version__ = "0.1.0"
 
 # Public names by the module they live in, imported when first used: `vitlr --help` does not wait for torch.
 _HOMES = {
-    "budgets": ("Budget", "parse_budget"),
-    "calibration": ("calibrate",),
-    "checkpoint": ("load", "save"),
-    "decomposition": ("decompose",),
-    "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
-    "evaluation": ("evaluate",),
-    "models": ("create_model",),
-    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
+    "calibration.loop": ("calibrate",),
+    "calibration.statistics": ("Statistics",),
+    "checkpoint.creation": ("create_model",),
+    "checkpoint.files": ("load", "save"),
     "compression": ("compress",),
-    "pipeline": ("apply", "plan"),
-    "plans": ("Plan",),
-    "hybrids": ("hybrid",),
-    "vtp": ("prune",),
+    "decomposition.ranks": ("decompose",),
+    "decomposition.spectra": ("Spectra",),
+    "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
+    "measuring.evaluation": ("evaluate",),
+    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
+    "planning.budgets": ("Budget", "parse_budget"),
+    "planning.planner": ("plan",),
+    "planning.plans": ("Plan",),
+    "pruning.gated": ("prune",),
+    "pruning.hybrids": ("hybrid",),
     "refinement": ("refine",),
-    "spectra": ("Spectra",),
-    "statistics": ("Statistics",),
-    "surgery": ("fuse", "to_dense", "unfuse"),
+    "surgery.application": ("apply", "fuse", "to_dense", "unfuse"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -8,20 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from vitlr.allocation import check_options as check_allocation
-from vitlr.budgets import Budget, parse_budget
-from vitlr.calibration import calibrate
-from vitlr.decomposition import check_options as check_decomposition
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import DEFAULT, Statistics
+from vitlr.decomposition.mlp_widths import RIDGE
+from vitlr.decomposition.mlp_widths import check_options as check_widths
+from vitlr.decomposition.ranks import check_options as check_decomposition
 from vitlr.errors import InputError
-from vitlr.joint_allocation import check_options as check_joint_allocation
-from vitlr.pipeline import Progress, apply, needs_hidden, plan
-from vitlr.pruning.widths import RIDGE
-from vitlr.pruning.widths import check_options as check_widths
+from vitlr.planning.allocation import check_options as check_allocation
+from vitlr.planning.budgets import Budget, parse_budget
+from vitlr.planning.joint_allocation import check_options as check_joint_allocation
+from vitlr.planning.planner import Progress, needs_hidden, plan
 from vitlr.refinement import refine
 from vitlr.refinement.ladder import check_free
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.rounds import OPTIONS, check_rounds, narrowed
-from vitlr.statistics import DEFAULT, Statistics
+from vitlr.surgery.application import apply
 
 _CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
 _RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vitlr.budgets import Budget
-from vitlr.cost import Cost
+from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
-from vitlr.pipeline import apply, plan, sizes
-from vitlr.plans import Plan
-from vitlr.statistics import Statistics
+from vitlr.measuring.cost import Cost
+from vitlr.planning.budgets import Budget
+from vitlr.planning.planner import plan, sizes
+from vitlr.planning.plans import Plan
+from vitlr.surgery.application import apply
 
 METHODS = ("prune", "joint")  # those that may narrow MLPs
 OPTIONS = ("width_step", "compensate", "ridge", "damping")  # options of a plan that rounds share with it

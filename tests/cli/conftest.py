@@ -11,7 +11,7 @@ from commandline import NAME, TINY, Answer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from vitlr.cli import app
+from vitlr.cli.app import app
 
 
 @pytest.fixture(autouse=True)
@@ -80,5 +80,5 @@ def unread(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("too late")
 
-    monkeypatch.setattr("vitlr.commands._models.create_model", fail)
-    monkeypatch.setattr("vitlr.commands._statistics.open_data", fail)
+    monkeypatch.setattr("vitlr.cli.models.create_model", fail)
+    monkeypatch.setattr("vitlr.cli.statistics.open_data", fail)

@@ -8,7 +8,7 @@ from commandline import NAME, TINY, nothing_left
 from safetensors.torch import save_file
 
 import vitlr
-from vitlr import storage
+from vitlr.runtime import storage
 
 
 def test_what_can_be_refused_first_is(refused, squeeze, tmp_path, unread):
@@ -85,7 +85,7 @@ def test_a_model_without_linears(refused, image_folder, tmp_path):
 
 
 def test_patterns_are_checked_before_images_are_read(refused, squeeze, monkeypatch):
-    monkeypatch.setattr("vitlr.commands._statistics.open_data", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("vitlr.cli.statistics.open_data", lambda *a, **k: pytest.fail("too late"))
     assert "is not a regular expression" in refused(*squeeze(include="("))
     assert "matches no compressible linear" in refused(*squeeze(exclude="lstm"))
 

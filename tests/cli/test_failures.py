@@ -14,7 +14,7 @@ from commandline import nothing_left
 from safetensors.torch import save_file
 
 import vitlr
-from vitlr.statistics import Statistics
+from vitlr.calibration.statistics import Statistics
 
 
 def test_disk_full_is_status_1_and_leaves_nothing(run, squeeze, tmp_path):
@@ -64,7 +64,7 @@ def test_interrupted_calibration_goes_on_and_gives_the_same_file(
     """While images are read, in the middle of a batch, in the last batch; with a corrupt image in the first batch."""
     data = image_folder(name="holed", images=4)
     stats, out = tmp_path / "stats.safetensors", tmp_path / "small.safetensors"
-    from vitlr.data import spread
+    from vitlr.data.loader import spread
 
     files = sorted(data.rglob("*.jpg"))
     files[spread(20)[3]].write_bytes(b"no image")
@@ -73,7 +73,7 @@ def test_interrupted_calibration_goes_on_and_gives_the_same_file(
     whole = stats.read_bytes(), out.read_bytes()
     stats.unlink(), out.unlink()
 
-    owner = {"_decode": vitlr.data._Images, "backward": torch.Tensor}[where]
+    owner = {"_decode": vitlr.data.loader._Images, "backward": torch.Tensor}[where]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, kill(getattr(owner, where), at, number))
         answer = run(*again)
@@ -117,7 +117,7 @@ def test_statistics_cut_short_need_the_rest_of_the_same_images(run, refused, squ
 
 
 def test_rest_that_is_all_corrupt_ends_a_resumed_run(run, squeeze, tmp_path, monkeypatch, image_folder):
-    from vitlr.data import spread
+    from vitlr.data.loader import spread
 
     data, stats = image_folder(name="holed", images=4), tmp_path / "stats.safetensors"
     files = sorted(data.rglob("*.jpg"))
@@ -133,8 +133,8 @@ def test_rest_that_is_all_corrupt_ends_a_resumed_run(run, squeeze, tmp_path, mon
 def test_statistics_are_saved_on_the_way(run, squeeze, tmp_path, monkeypatch):
     """A kill that nothing can catch loses little: the file on disk follows the run, in a small share of its time."""
     stats, seen = tmp_path / "stats.safetensors", []
-    monkeypatch.setattr("vitlr.commands._statistics._LEAST", 0.0)
-    monkeypatch.setattr("vitlr.commands._statistics._SHARE", 1e9)
+    monkeypatch.setattr("vitlr.cli.statistics._LEAST", 0.0)
+    monkeypatch.setattr("vitlr.cli.statistics._SHARE", 1e9)
 
     def look(*args, **kwargs):
         seen.append(Statistics.load(stats).notes["files_done"] if stats.exists() else None)
@@ -145,13 +145,13 @@ def test_statistics_are_saved_on_the_way(run, squeeze, tmp_path, monkeypatch):
     assert run(*squeeze(stats=stats)).status == 0 and seen == [None, 8, 16]
     stats.unlink()
     seen.clear()
-    monkeypatch.setattr("vitlr.commands._statistics._LEAST", 5.0)
+    monkeypatch.setattr("vitlr.cli.statistics._LEAST", 5.0)
     assert run(*squeeze(stats=stats)).status == 0 and seen == [None, None, None]
 
 
 def test_sigterm_ends_the_program_with_130(squeeze, tmp_path):
     """Through `main`, in its own process, where no batch is in flight and no statistics are kept."""
-    driver = "import os, signal, vitlr.cli, vitlr.pipeline as p\n"
+    driver = "import os, signal, vitlr.cli, vitlr.planning.planner as p\n"
     driver += "p.plan = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\nvitlr.cli.main()"
     command = [sys.executable, "-c", driver, *map(str, squeeze())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

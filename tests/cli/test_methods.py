@@ -7,9 +7,9 @@ import json
 import pytest
 
 import vitlr
-from vitlr.commands import _statistics
-from vitlr.statistics import Statistics
-from vitlr.structure import structure
+from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.structure import structure
+from vitlr.cli import statistics
 
 STEPS = ("--width-step", "8", "--rank-step", "4")
 
@@ -72,13 +72,13 @@ def test_rounds_measure_as_before_and_leave_out_what_is_excluded(run, squeeze, t
     stats, seen = tmp_path / "s.safetensors", []
     measure = ("--stats", stats, "--method", "joint", *STEPS)
     run(*squeeze(*measure, "--objective", "loss", "--samples", "2", "--seed", "5", "--plan-only"))
-    calibrate = _statistics.calibrate
+    calibrate = statistics.calibrate
 
     def watched(*args, **options):
         seen.append((options["objective"], options["samples"], options["seed"]))
         return calibrate(*args, **options)
 
-    monkeypatch.setattr(_statistics, "calibrate", watched)
+    monkeypatch.setattr(statistics, "calibrate", watched)
     answer = run(*squeeze(*measure, "--rounds", "2", "--exclude", r"blocks\.0", "--json"))
     assert answer.status == 0 and seen == [("loss", 2, 5)]  # the first round's are in the file
     small = vitlr.load(tmp_path / "small.safetensors")

@@ -11,7 +11,7 @@ import pytest
 from commandline import KEYS, NAME, TINY, nothing_left
 
 import vitlr
-from vitlr.statistics import Statistics
+from vitlr.calibration.statistics import Statistics
 
 
 def test_help_names_every_command_and_version(run):

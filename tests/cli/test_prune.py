@@ -7,7 +7,7 @@ import torch
 from commandline import NAME, TINY, nothing_left
 
 import vitlr
-from vitlr.cost import count_params
+from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear
 from vitlr.training import state as training_state
 
@@ -145,7 +145,7 @@ def test_bad_usage_is_refused_early(refused, prune, monkeypatch, flags, options,
     def fail(*args, **kwargs):
         raise AssertionError("too late")
 
-    monkeypatch.setattr("vitlr.commands._models.create_model", fail)
+    monkeypatch.setattr("vitlr.cli.models.create_model", fail)
     assert said in refused(*prune(*flags, **options))
 
 

@@ -9,12 +9,13 @@ import torch
 from tolerance import assert_close_to
 
 from vitlr.errors import InputError
-from vitlr.ops import _cpu, _native, lowrank_linear, lowrank_mlp
-from vitlr.ops import lowrank_residual_linear as residual_linear
-from vitlr.ops._activations import ACTIVATIONS
-from vitlr.ops._codes import LARGEST, encode, groups, spread
+from vitlr.ops.backends import cpu, native
+from vitlr.ops.layers import lowrank_linear, lowrank_mlp
+from vitlr.ops.layers import lowrank_residual_linear as residual_linear
+from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.codes import LARGEST, encode, groups, spread
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason=f"native extension: {_native.why_not()}")
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"native extension: {native.why_not()}")
 
 DTYPES = [torch.float32, torch.bfloat16]
 # (M, K, D, N, r1, r2): one row, less than a tile, ragged everywhere, more than one chunk of K, several blocks of rows
@@ -32,7 +33,7 @@ SHAPES = [
 def isa(request, monkeypatch) -> str:
     monkeypatch.setenv("VITLR_CPU_ISA", request.param)
     try:
-        assert _native.isa_used() == request.param
+        assert native.isa_used() == request.param
     except InputError as reason:
         pytest.skip(str(reason))
     return request.param
@@ -86,13 +87,13 @@ def check(run, reference, args, *rest):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mlp(isa, threads, shape, dtype):
-    check(_cpu._mlp, lowrank_mlp.reference, mlp(shape, dtype), "gelu")
+    check(cpu._mlp, lowrank_mlp.reference, mlp(shape, dtype), "gelu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["first", "second", "dense", "bare"])
 def test_forms(isa, form, dtype):
-    check(_cpu._mlp, lowrank_mlp.reference, mlp(SHAPES[2], dtype, form), "gelu")
+    check(cpu._mlp, lowrank_mlp.reference, mlp(SHAPES[2], dtype, form), "gelu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -100,14 +101,14 @@ def test_forms(isa, form, dtype):
 def test_linear(isa, threads, shape, dtype):
     M, K, _, N, r, _ = shape
     args = [tensor(*size, dtype=dtype) for size in ((M, K), (r, K), (N, r), (N,), (M, N))]
-    check(_cpu._linear, lowrank_linear.reference, args, "silu")
-    check(_cpu._linear, lowrank_linear.reference, [*args[:3], None, None], "none")
+    check(cpu._linear, lowrank_linear.reference, args, "silu")
+    check(cpu._linear, lowrank_linear.reference, [*args[:3], None, None], "none")
 
 
 def curve(act, x):
     """act(x) for a vector x, through a chain: an identity of one column and one row."""
     one = torch.ones(1, 1, dtype=x.dtype)
-    return _cpu._linear(x[:, None], one, one, None, None, act)[:, 0]
+    return cpu._linear(x[:, None], one, one, None, None, act)[:, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +140,7 @@ def test_nan_and_inf_stay_in_their_rows(isa, dtype):
     for i in (1, 2, 4, 5):
         args[i] = args[i].abs()
     args[0][3, 5], args[0][11, 36] = torch.nan, torch.inf
-    y = _cpu._mlp(*args, "relu")
+    y = cpu._mlp(*args, "relu")
     assert y[3].isnan().all() and y[11].isinf().all()
     assert torch.isfinite(y[[m for m in range(30) if m not in (3, 11)]]).all()
 
@@ -147,7 +148,7 @@ def test_nan_and_inf_stay_in_their_rows(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(isa, dtype):
     x, *args = mlp((21, 50, 70, 34, 9, 8), dtype)
-    whole = _cpu._mlp(x, *args, "gelu")
+    whole = cpu._mlp(x, *args, "gelu")
     nan = torch.full_like(x, torch.nan)
     layouts = {
         "transposed": x.mT.contiguous().mT,
@@ -156,24 +157,24 @@ def test_strides(isa, dtype):
         "unaligned": torch.cat([nan[0, :1], x.flatten()])[1:].view(21, 50),
     }
     for name, other in layouts.items():
-        assert torch.equal(_cpu._mlp(other, *args, "gelu"), whole), name
+        assert torch.equal(cpu._mlp(other, *args, "gelu"), whole), name
     args = [a if a is None or a.dim() < 2 else torch.cat([a.mT, a.mT], 1).mT[: len(a)] for a in args]
-    assert torch.equal(_cpu._mlp(x, *args, "gelu"), whole)  # weights and residual in other strides
+    assert torch.equal(cpu._mlp(x, *args, "gelu"), whole)  # weights and residual in other strides
     args[-1] = args[-1].mT.contiguous().mT
-    assert torch.equal(_cpu._mlp(x, *args, "gelu"), whole)
+    assert torch.equal(cpu._mlp(x, *args, "gelu"), whole)
 
 
 def test_expanded_rows_and_batches(isa):
     args = mlp((1, 24, 40, 16, 6, 5), torch.float32)
-    one = _cpu._mlp(*args[:7], None, "gelu")
-    many = _cpu._mlp(args[0].expand(4, 25, 24), *args[1:7], None, "gelu")
+    one = cpu._mlp(*args[:7], None, "gelu")
+    many = cpu._mlp(args[0].expand(4, 25, 24), *args[1:7], None, "gelu")
     assert many.shape == (4, 25, 16) and torch.equal(many, one.expand(4, 25, 16))
 
 
 @pytest.mark.parametrize("rows", [(), (0,), (0, 3)], ids=str)
 def test_no_and_one_row(isa, rows):
     args = mlp((1, 24, 40, 16, 6, 5), torch.float32)
-    y = _cpu._mlp(torch.randn(*rows, 24), *args[1:7], None, "gelu")
+    y = cpu._mlp(torch.randn(*rows, 24), *args[1:7], None, "gelu")
     assert y.shape == (*rows, 16) and not y.isnan().any()
 
 
@@ -183,7 +184,7 @@ def test_threads_do_not_change_the_result(isa):
     try:
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
-            results.append(_cpu._mlp(*args, "gelu"))
+            results.append(cpu._mlp(*args, "gelu"))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -218,12 +219,12 @@ def residual_layer(M, K, N, r, group, form, dtype):
 )
 def test_residual_linear(isa, threads, form, M, K, N, r, group, dtype):
     args = residual_layer(M, K, N, r, group, form, dtype)
-    check(_cpu._residual_linear, residual_linear.reference, args, form, group)
+    check(cpu._residual_linear, residual_linear.reference, args, form, group)
 
 
 def test_peak_is_no_fantasy(isa):
     """A product of ours cannot be faster than multiply-adds between registers, nor a thousand times slower."""
-    assert 1e8 < _native.peak(torch.float32, 3) < 1e12
+    assert 1e8 < native.peak(torch.float32, 3) < 1e12
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
@@ -233,10 +234,10 @@ def test_a_forked_process_works_after_a_parallel_region():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = _cpu._mlp(*args, "gelu")
+        expected = cpu._mlp(*args, "gelu")
         child = os.fork()
         if child == 0:
-            os._exit(0 if torch.equal(_cpu._mlp(*args, "gelu"), expected) else 1)
+            os._exit(0 if torch.equal(cpu._mlp(*args, "gelu"), expected) else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)

@@ -18,7 +18,7 @@ import torch
 from setuptools import Distribution, Extension
 
 from vitlr.errors import InputError
-from vitlr.ops import _native
+from vitlr.ops.backends import native
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "csrc" / "nvcc.py").is_file():
@@ -209,17 +209,17 @@ def test_the_reason_is_told_where_the_module_is_missing(monkeypatch, tmp_path):
     def missing(name):
         raise ModuleNotFoundError(name)
 
-    _native._load_cuda.cache_clear()
-    monkeypatch.setattr(_native.importlib, "import_module", missing)
+    native._load_cuda.cache_clear()
+    monkeypatch.setattr(native.importlib, "import_module", missing)
     (tmp_path / "why.txt").write_text("BuildError: no nvcc at all\n")
-    monkeypatch.setattr(_native, "_CUDA_FAILURE", tmp_path / "why.txt")
+    monkeypatch.setattr(native, "_CUDA_FAILURE", tmp_path / "why.txt")
     try:
-        assert _native.cuda_why_not() == "vitlr._cuda was not built: BuildError: no nvcc at all"
-        assert _native.cuda_build_info() == {"why_not": _native.cuda_why_not()}
+        assert native.cuda_why_not() == "vitlr._cuda was not built: BuildError: no nvcc at all"
+        assert native.cuda_build_info() == {"why_not": native.cuda_why_not()}
         with pytest.raises(InputError, match="was not built: BuildError: no nvcc at all"):
-            _native.cuda()
+            native.cuda()
     finally:
-        _native._load_cuda.cache_clear()
+        native._load_cuda.cache_clear()
 
 
 LOG = """
@@ -266,12 +266,12 @@ def test_tensor_cores_of_each_architecture_are_used(real_nvcc, tmp_path):
         assert f"{instruction}.row.col.f64" in text and "cp.async.ca.shared.global" in text
 
 
-needs_module = pytest.mark.skipif(_native.cuda_why_not() is not None, reason=str(_native.cuda_why_not()))
+needs_module = pytest.mark.skipif(native.cuda_why_not() is not None, reason=str(native.cuda_why_not()))
 
 
 @needs_module
 def test_the_module_brings_its_runtime_and_no_library_of_cuda():
-    path = Path(_native.cuda().__file__)
+    path = Path(native.cuda().__file__)
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("no readelf")
@@ -285,18 +285,18 @@ def test_the_module_brings_its_runtime_and_no_library_of_cuda():
 
 @needs_module
 def test_what_was_built_is_told():
-    info = _native.cuda_build_info()
+    info = native.cuda_build_info()
     assert info["why_not"] is None and info["compiler"].startswith("nvcc ") and "sm_" in info["targets"]
-    assert _native.cuda().panel == 64
+    assert native.cuda().panel == 64
 
 
 @needs_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_driver_every_call_says_what_to_do():
-    refusal = _native.cuda_why_not(torch.device("cuda", 0)) or ""
+    refusal = native.cuda_why_not(torch.device("cuda", 0)) or ""
     assert "cudaErrorInsufficientDriver" in refusal or "cudaErrorNoDevice" in refusal
     assert "nvidia-smi" in refusal and "VITLR_BACKEND=torch" in refusal
-    nothing, module = (0, 0, 0, 0), _native.cuda()
+    nothing, module = (0, 0, 0, 0), native.cuda()
     for call, arguments in (
         (module.weighted_chain, (nothing, nothing, nothing, 1, 8, 8, 8, False, False, False, False)),
         (module.cholesky, (nothing, nothing, 0, 0, 0, 1, 8)),
@@ -318,8 +318,8 @@ def test_what_the_module_refuses_is_an_input_error(monkeypatch):
     class Module:
         chain = staticmethod(refuses)
 
-    monkeypatch.setattr(_native, "_load_cuda", lambda: Module())
+    monkeypatch.setattr(native, "_load_cuda", lambda: Module())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with pytest.raises(InputError, match="chain: X does not lie on CUDA device 3"):
-        _native.cuda_call("chain", "x", device=torch.device("cuda", 3))
+        native.cuda_call("chain", "x", device=torch.device("cuda", 3))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tolerance import assert_close_to
 
-from vitlr.ops import lowrank_linear, lowrank_mlp
-from vitlr.ops._activations import ACTIVATIONS
+from vitlr.ops.layers import lowrank_linear, lowrank_mlp
+from vitlr.ops.layers.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler that knows _Float16")
 

@@ -9,10 +9,10 @@ import torch
 from tolerance import assert_close_to
 
 from vitlr.errors import InputError
-from vitlr.ops import _native
-from vitlr.ops.gram import reference
+from vitlr.ops.backends import native
+from vitlr.ops.linalg.gram import reference
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason=f"native extension: {_native.why_not()}")
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"native extension: {native.why_not()}")
 
 SHAPES = [(1, 1), (1, 16), (63, 17), (197, 33), (127, 48), (128, 96), (129, 97), (1000, 130), (700, 203), (20, 801)]
 
@@ -21,7 +21,7 @@ SHAPES = [(1, 1), (1, 16), (63, 17), (197, 33), (127, 48), (128, 96), (129, 97),
 def isa(request, monkeypatch) -> str:
     monkeypatch.setenv("VITLR_CPU_ISA", request.param)
     try:
-        assert _native.build_info()["isa_used"] == request.param
+        assert native.build_info()["isa_used"] == request.param
     except InputError as reason:
         pytest.skip(str(reason))
     return request.param
@@ -52,7 +52,7 @@ def test_values(isa, threads, T, n, weighted):
     weight = torch.rand(T) if weighted else None
     truth, plain = exact(C, X, weight), C.clone()
     reference(plain, X, weight)
-    _native.gram(C, X, weight)
+    native.gram(C, X, weight)
     assert_close_to(C, plain, truth)
     assert torch.equal(C, C.mT)
 
@@ -62,14 +62,14 @@ def test_several_groups_of_blocks(isa):
     X, C = torch.randn(2100, 512), torch.zeros(512, 512, dtype=torch.float64)
     plain = torch.zeros_like(C)
     reference(plain, X)
-    _native.gram(C, X, None)
+    native.gram(C, X, None)
     assert_close_to(C, plain, exact(torch.zeros_like(C), X))
 
 
 def test_strides(isa):
     X = torch.randn(300, 50)
     whole = torch.zeros(50, 50, dtype=torch.float64)
-    _native.gram(whole, X, None)
+    native.gram(whole, X, None)
     layouts = {
         "transposed": X.mT.contiguous().mT,
         "every second column": torch.stack([X, torch.full_like(X, torch.nan)], 2).flatten(1)[:, ::2],
@@ -77,14 +77,14 @@ def test_strides(isa):
     }
     for name, x in layouts.items():
         C = torch.zeros_like(whole)
-        _native.gram(C, x, None)
+        native.gram(C, x, None)
         assert torch.equal(C, whole), name
 
 
 def test_expanded_rows(isa):
     row = torch.randn(1, 40)
     C = torch.zeros(40, 40, dtype=torch.float64)
-    _native.gram(C, row.expand(500, 40), None)
+    native.gram(C, row.expand(500, 40), None)
     torch.testing.assert_close(C, 500 * row.double().mT @ row.double(), rtol=1e-5, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_nothing_outside_is_read_or_written(isa):
     C = guarded[64:-64].view(n, n).zero_()
     memory = torch.full((T * n + 256,), torch.nan)
     X = memory[128:-128].view(T, n).normal_()
-    _native.gram(C, X, None)
+    native.gram(C, X, None)
     assert torch.isfinite(C).all()
     assert guarded[:64].isnan().all() and guarded[-64:].isnan().all()
 
@@ -107,7 +107,7 @@ def test_threads_do_not_change_the_result(isa):
         for count in (1, 2, 3, 8):
             torch.set_num_threads(count)
             results.append(torch.zeros(200, 200, dtype=torch.float64))
-            _native.gram(results[-1], X, None)
+            native.gram(results[-1], X, None)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -117,7 +117,7 @@ def test_accumulates_in_fp64(isa):
     """A small update on a large sum survives, as it would not in fp32."""
     C = torch.full((8, 8), 2.0**40, dtype=torch.float64)
     for _ in range(3):
-        _native.gram(C, torch.full((2, 8), 0.5), None)
+        native.gram(C, torch.full((2, 8), 0.5), None)
     assert torch.equal(C, torch.full((8, 8), 2.0**40 + 1.5, dtype=torch.float64))
 
 
@@ -125,7 +125,7 @@ def test_nan_and_inf_reach_their_rows_and_columns_only(isa):
     X = torch.randn(40, 37)
     X[3, 5] = torch.nan
     C = torch.zeros(37, 37, dtype=torch.float64)
-    _native.gram(C, X, None)
+    native.gram(C, X, None)
     bad = torch.zeros(37, 37, dtype=torch.bool)
     bad[5], bad[:, 5] = True, True
     assert torch.equal(C.isnan(), bad)
@@ -135,14 +135,14 @@ def test_nan_and_inf_reach_their_rows_and_columns_only(isa):
 def test_unknown_instruction_set_is_refused(monkeypatch, name):
     monkeypatch.setenv("VITLR_CPU_ISA", name)
     with pytest.raises(InputError, match=f"VITLR_CPU_ISA={name} .*portable"):
-        _native.gram(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, 2), None)
+        native.gram(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(3, 2), None)
     with pytest.raises(InputError, match="VITLR_CPU_ISA"):
-        _native.build_info()
+        native.build_info()
 
 
 def test_shares_the_thread_pool_of_torch():
     """Two OpenMP runtimes would spin against each other."""
-    if not _native.build_info()["openmp"]:
+    if not native.build_info()["openmp"]:
         pytest.skip("built without OpenMP")
     maps = Path("/proc/self/maps")
     if not maps.is_file():
@@ -153,11 +153,11 @@ def test_shares_the_thread_pool_of_torch():
 
 def test_says_why_an_instruction_set_is_used(monkeypatch):
     monkeypatch.delenv("VITLR_CPU_ISA", raising=False)
-    built, best = _native.build_info()["isa_compiled"], _native.best_isa()
-    why = _native.build_info()["isa_why"]
+    built, best = native.build_info()["isa_compiled"], native.best_isa()
+    why = native.build_info()["isa_why"]
     assert (why == "the best that was built, and this CPU runs it") == (best == built[-1])
     assert all(isa in why for isa in built[built.index(best) + 1 :])
-    monkeypatch.setattr(_native, "best_isa", lambda: "portable")
-    assert _native.build_info()["isa_why"] == f"this CPU does not run {', '.join(built[1:])}" or len(built) == 1
+    monkeypatch.setattr(native, "best_isa", lambda: "portable")
+    assert native.build_info()["isa_why"] == f"this CPU does not run {', '.join(built[1:])}" or len(built) == 1
     monkeypatch.setenv("VITLR_CPU_ISA", "portable")
-    assert _native.build_info()["isa_why"] == "VITLR_CPU_ISA asks for it"
+    assert native.build_info()["isa_why"] == "VITLR_CPU_ISA asks for it"

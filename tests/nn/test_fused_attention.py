@@ -13,7 +13,7 @@ from torch import nn
 import vitlr
 from vitlr.errors import InputError
 from vitlr.nn import FusedAttention, LowRankLinear
-from vitlr.surgery import fused_names
+from vitlr.surgery.application import fused_names
 
 K, HEADS = 24, 3
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitlr
-from vitlr import checkpoint, surgery
+from vitlr.checkpoint import files
 from vitlr.errors import InputError
 from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP
+from vitlr.surgery import application
 
 K, D = 12, 20
 MAKERS = {"split": SwiGLU, "packed": SwiGLUPacked, "gate last": GluMlp}
@@ -210,29 +211,29 @@ def test_a_whole_model_is_fused_saved_and_loaded(name, tmp_path):
             if hasattr(block.mlp, layer):
                 setattr(block.mlp, layer, LowRankLinear.from_linear(getattr(block.mlp, layer), 6))
     fused = vitlr.fuse(model, fold=False)  # tests/test_folding.py folds
-    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(surgery.fused_names(fused))
+    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(application.fused_names(fused))
     assert all(type(block.mlp) is LowRankGLU for block in fused.blocks)
     with torch.no_grad():
-        assert torch.equal(fused(x), model(x)) and torch.equal(surgery.unfuse(fused)(x), model(x))
-    checkpoint.save(fused, tmp_path / "m.safetensors", model_args=False)
+        assert torch.equal(fused(x), model(x)) and torch.equal(application.unfuse(fused)(x), model(x))
+    files.save(fused, tmp_path / "m.safetensors", model_args=False)
     dense = vit(name)
     if name == "eva02_base_patch14_224":
         for block in dense.blocks:
             block.mlp.norm = nn.Identity()
-    loaded = checkpoint.load(tmp_path / "m.safetensors", model=dense)
-    assert surgery.fused_names(loaded) == surgery.fused_names(fused)
+    loaded = files.load(tmp_path / "m.safetensors", model=dense)
+    assert application.fused_names(loaded) == application.fused_names(fused)
     with torch.no_grad():
         assert torch.equal(loaded(x), fused(x))
 
 
 def test_a_fused_model_of_timms_registry_rebuilds_itself(tmp_path):
     args = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5, "img_size": 28}
-    model = vitlr.models.create_model("vit_giant_patch14_dinov2", **args).eval()
+    model = vitlr.create_model("vit_giant_patch14_dinov2", **args).eval()
     for block in model.blocks:
         block.mlp.fc1 = LowRankLinear.from_linear(block.mlp.fc1, 6)
     fused, x = vitlr.fuse(model), torch.randn(2, 3, 28, 28)
-    checkpoint.save(fused, tmp_path / "m.safetensors")
-    loaded = checkpoint.load(tmp_path / "m.safetensors")
+    files.save(fused, tmp_path / "m.safetensors")
+    loaded = files.load(tmp_path / "m.safetensors")
     assert all(type(block.mlp) is LowRankGLU for block in loaded.blocks)
     with torch.no_grad():
         assert torch.equal(loaded(x), fused(x))
@@ -240,6 +241,6 @@ def test_a_fused_model_of_timms_registry_rebuilds_itself(tmp_path):
 
 def test_plain_mlps_are_none_of_its_business():
     module = mlp(Mlp)
-    assert LowRankMLP.why_not(module) is None and type(surgery.fused(module)) is LowRankMLP
+    assert LowRankMLP.why_not(module) is None and type(application.fused(module)) is LowRankMLP
     with pytest.raises(InputError, match=r"no LowRankMLP: .*; no LowRankGLU: "):
-        surgery.fused(nn.GELU())
+        application.fused(nn.GELU())

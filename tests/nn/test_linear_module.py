@@ -12,7 +12,7 @@ from tolerance import assert_close_to
 
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear
-from vitlr.ops.lowrank_linear import reference
+from vitlr.ops.layers.lowrank_linear import reference
 
 K, N, R = 24, 40, 6
 

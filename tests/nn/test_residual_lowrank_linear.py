@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vitlr
-from vitlr import surfaces
-from vitlr.cost import count_bytes, count_params
+from vitlr.anatomy import linears
+from vitlr.checkpoint.structure import restructure, structure
 from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.cost import count_bytes, count_params
 from vitlr.nn import LowRankMLP, ResidualLowRankLinear
-from vitlr.ops._codes import FORMS
-from vitlr.structure import restructure, structure, swap
+from vitlr.ops.layers.codes import FORMS
+from vitlr.runtime.modules import swap
 
 K, N, R, GROUP = 48, 36, 4, 16
 OP = "lowrank_residual_linear"
@@ -161,7 +162,7 @@ def test_what_has_no_factors():
 @pytest.fixture
 def compressed(tiny_vit):
     model = tiny_vit().eval()
-    for (name, linear), form in zip(list(surfaces.targets(model).items())[:4], FORMS, strict=True):
+    for (name, linear), form in zip(list(linears.targets(model).items())[:4], FORMS, strict=True):
         swap(model, name, ResidualLowRankLinear.from_linear(linear, 4, form, 16))
     return model
 
@@ -170,7 +171,7 @@ def test_models_with_it(compressed, images):
     y = compressed(images)
     names = [name for name, m in compressed.named_modules() if isinstance(m, ResidualLowRankLinear)]
     assert len(names) == 4
-    survey = surfaces.survey(compressed)
+    survey = linears.survey(compressed)
     listed = [*survey.targets, *survey.kept, *survey.hidden]
     assert not [name for name in listed if name.startswith(tuple(f"{n}." for n in names))]
     plain = vitlr.to_dense(compressed)
@@ -224,9 +225,9 @@ def test_hostile_codes_are_refused(compressed, tmp_path, monkeypatch):
     save_file(tensors, path, metadata)
     with pytest.raises(InputError, match="digest"):
         vitlr.load(path)
-    from vitlr import checkpoint
+    from vitlr.checkpoint import files
 
-    monkeypatch.setattr(checkpoint, "_digest", lambda *args: "sha256:forged")
+    monkeypatch.setattr(files, "_digest", lambda *args: "sha256:forged")
     vitlr.save(compressed, path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

@@ -10,14 +10,14 @@ import torch
 from families import MODELS, P14, make
 from torch import nn
 
-from vitlr.cost import count_params
+from vitlr.anatomy.attention import attentions
 from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates, scores
 from vitlr.pruning.sites import KINDS, layers, params, sites
-from vitlr.surfaces.attention import attentions
-from vitlr.surgery import to_dense
+from vitlr.surgery.application import to_dense
 
 
 def kinds_of(name: str) -> tuple[str, ...]:

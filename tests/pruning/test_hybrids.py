@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import vitlr
-from vitlr.cost import count_params
 from vitlr.errors import InputError
+from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.gates import gates
 
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(gated, tiny_vit, labelled, 
 def test_statistics_at_hand_are_used(tiny_vit, batches, labelled, quick, monkeypatch):
     model = tiny_vit()
     stats = vitlr.calibrate(model, batches)
-    monkeypatch.setattr("vitlr.hybrids.calibrate", None)
+    monkeypatch.setattr("vitlr.pruning.hybrids.calibrate", None)
     small = hybrid(model, labelled, 0.2, stats=stats, rank_step=1, recipe=quick, finetune=False)
     assert small.vitlr_hybrid.plan.fingerprint == stats.fingerprint
 

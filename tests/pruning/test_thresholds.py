@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitlr.cost import count_params
 from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.cost import count_params
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import add_gates, gates, remove_gates
 from vitlr.pruning.sites import KINDS

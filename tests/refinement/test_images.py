@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import vitlr
-from vitlr.data import open_data
+from vitlr.data.loader import open_data
 from vitlr.refinement.images import Proxy
 
 CHOICES = {"batch_size": 6, "seed": 3, "crop": 0.3, "jitter": 0.4, "mix": True}
@@ -96,7 +96,7 @@ def test_random_states_are_left_alone(proxy_images):
 
 
 def test_every_image_is_seen_once_in_an_epoch(proxy_images):
-    from vitlr.schedule import Schedule
+    from vitlr.data.seeds import Schedule
 
     drawn = list(itertools.chain.from_iterable(itertools.islice(Schedule(range(12), 5, 0, 0), 12)))
     positions, seeds = zip(*drawn, strict=True)

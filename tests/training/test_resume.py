@@ -44,7 +44,7 @@ def test_it_goes_on_to_the_same_bits(vit, loader, quick, tmp_path, choice, at):
 
 
 def test_data_of_files_goes_on_too(vit, image_folder, quick, tmp_path):
-    from vitlr.data import open_data
+    from vitlr.data.loader import open_data
 
     recipe = TrainRecipe(**quick, recovery_interval=1, aa="rand-m5", reprob=0.3)
     folder = image_folder(images=4, name="training")

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from tolerance import assert_close_to
 
-from vitlr.ops._activations import ACTIVATIONS
+from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.triton_kernels.activations import INSTRUCTIONS, activate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitlr.errors import InputError
-from vitlr.ops import _triton
+from vitlr.ops.backends import triton
 from vitlr.triton_kernels import targets
 
 
@@ -51,10 +51,10 @@ def test_no_gpu_is_said(monkeypatch):
     with pytest.raises(targets.Unsupported, match="torch sees no GPU"):
         targets.target_of(torch.device("cuda"))
     with pytest.raises(InputError, match="x is on cpu"):
-        _triton.config("targets", "target_of", torch.device("cpu"))
+        triton.config("targets", "target_of", torch.device("cpu"))
 
 
 def test_missing_triton_is_said(monkeypatch):
-    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="triton is not installed"):
-        _triton.config("tables", "nearest", torch.device("cuda"))
+        triton.config("tables", "nearest", torch.device("cuda"))

@@ -10,8 +10,8 @@ from tolerance import assert_close_to
 from torch import Tensor
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
-from vitlr.ops.gram import Key, gram_update_, reference
+from vitlr.ops.dispatch import registry
+from vitlr.ops.linalg.gram import Key, gram_update_, reference
 from vitlr.triton_kernels import gram, tables
 from vitlr.triton_kernels.symmetric import triangle
 from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
@@ -130,12 +130,12 @@ def test_what_it_refuses(triton_backend):
     with pytest.raises(Unsupported, match="wrong in Triton's interpreter"):
         gram.config(10, 5, False, torch.bfloat16, INTERPRETER)
     with pytest.raises(InputError, match="float64"):
-        _dispatch.select("gram_update_", Key(10, 5, dtype=torch.float64))
+        registry.select("gram_update_", Key(10, 5, dtype=torch.float64))
 
 
 def test_it_never_ran_and_is_not_the_default(monkeypatch):
     monkeypatch.delenv("VITLR_BACKEND", raising=False)
-    assert _dispatch.select("gram_update_", Key(100, 8)).backend != "triton"
+    assert registry.select("gram_update_", Key(100, 8)).backend != "triton"
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -9,8 +9,8 @@ import torch
 from tolerance import assert_close_to
 
 from vitlr import ops
-from vitlr.ops._activations import ACTIVATIONS
-from vitlr.ops.lowrank_glu import lowrank_glu, reference
+from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.lowrank_glu import lowrank_glu, reference
 from vitlr.triton_kernels import lowrank_glu as kernel
 from vitlr.triton_kernels import tables, targets
 from vitlr.triton_kernels.targets import TARGETS, Unsupported

@@ -10,8 +10,8 @@ from tolerance import assert_close_to
 
 from vitlr.nn import LowRankLinear
 from vitlr.ops import explain
-from vitlr.ops._activations import ACTIVATIONS
-from vitlr.ops.lowrank_linear import lowrank_linear, reference
+from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.lowrank_linear import lowrank_linear, reference
 from vitlr.triton_kernels import lowrank_linear as row_block
 from vitlr.triton_kernels import lowrank_linear_split as split
 from vitlr.triton_kernels import tables

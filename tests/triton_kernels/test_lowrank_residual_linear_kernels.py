@@ -8,9 +8,9 @@ from tolerance import assert_close_to
 
 from vitlr.errors import InputError
 from vitlr.ops import candidates, explain
-from vitlr.ops._codes import code_shape, dequantise, encode, groups, spread
-from vitlr.ops._dispatch import H200
-from vitlr.ops.lowrank_residual_linear import Key, lowrank_residual_linear, reference
+from vitlr.ops.dispatch.registry import H200
+from vitlr.ops.layers.codes import code_shape, dequantise, encode, groups, spread
+from vitlr.ops.layers.lowrank_residual_linear import Key, lowrank_residual_linear, reference
 from vitlr.triton_kernels import lowrank_residual_linear as kernels
 from vitlr.triton_kernels.targets import TARGETS, Unsupported
 

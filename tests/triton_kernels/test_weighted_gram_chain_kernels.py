@@ -8,9 +8,9 @@ from tolerance import assert_close_to
 from torch import Tensor
 
 from vitlr.errors import InputError
-from vitlr.ops import _dispatch
-from vitlr.ops.weighted_gram_chain import Key, reference
-from vitlr.ops.weighted_gram_chain import weighted_gram_chain as chain
+from vitlr.ops.dispatch import registry
+from vitlr.ops.linalg.weighted_gram_chain import Key, reference
+from vitlr.ops.linalg.weighted_gram_chain import weighted_gram_chain as chain
 from vitlr.triton_kernels import tables, weighted_gram_chain
 from vitlr.triton_kernels.targets import INTERPRETER, TARGETS, Unsupported
 
@@ -78,10 +78,10 @@ def test_what_it_refuses(triton_backend):
 
 def test_it_never_ran_and_is_not_the_default(monkeypatch):
     monkeypatch.delenv("VITLR_BACKEND", raising=False)
-    assert _dispatch.select("weighted_gram_chain", Key(2, 8, 8)).name == "torch"
+    assert registry.select("weighted_gram_chain", Key(2, 8, 8)).name == "torch"
     monkeypatch.setenv("VITLR_BACKEND", "cpu")
     with pytest.raises(InputError, match="no such candidate"):
-        _dispatch.select("weighted_gram_chain", Key(2, 8, 8))
+        registry.select("weighted_gram_chain", Key(2, 8, 8))
 
 
 def test_tiles_fit_every_card_and_come_from_the_table(monkeypatch):

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from vitlr.nn._plain import has_hooks, is_plain
 from vitlr.nn.lowrank_linear import LowRankLinear
-from vitlr.ops._activations import ACTIVATIONS
+from vitlr.ops.layers.activations import ACTIVATIONS
 
 # timm's own classes by name: this package does not import timm.
 _ACTIVATIONS = {

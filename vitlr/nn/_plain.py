@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from vitlr.ops._dispatch import constant_in_graphs
+from vitlr.ops.dispatch.registry import constant_in_graphs
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._fused import does_nothing, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
-from vitlr.ops import attention as op
+from vitlr.ops.layers import attention as op
 
 # Classes whose forward is known, by name: this package does not import timm.
 CLASSES = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._fused import LeafTracer, activation_name, does_nothing, factors, objection, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
-from vitlr.ops import lowrank_glu as op
+from vitlr.ops.layers import lowrank_glu as op
 
 if TYPE_CHECKING:
     from vitlr.nn.lowrank_linear import LowRankLinear

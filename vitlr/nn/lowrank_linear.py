@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import is_plain, is_transformed
-from vitlr.ops import lowrank_linear as op
-from vitlr.spectra import balance
+from vitlr.ops.layers import lowrank_linear as op
+from vitlr.ops.linalg.factors import balance
 
 
 class LowRankLinear(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._plain import is_plain, is_transformed
 from vitlr.nn.lowrank_linear import LowRankLinear
-from vitlr.ops import lowrank_residual_linear as op
-from vitlr.ops._autocast import compute_dtype
-from vitlr.ops._codes import ZERO, code_dtype, code_shape, dequantise, groups
+from vitlr.ops.dispatch.autocast import compute_dtype
+from vitlr.ops.layers import lowrank_residual_linear as op
+from vitlr.ops.layers.codes import ZERO, code_dtype, code_shape, dequantise, groups
 
 if TYPE_CHECKING:
-    from vitlr.statistics import LayerStatistics
+    from vitlr.ops.linalg.residuals import Measured
 
 GROUP = 64
 
@@ -25,7 +25,7 @@ class ResidualLowRankLinear(nn.Module):
     """`y = A (B x) + R x + b`: A = `up.weight` [N, r], B = `down.weight` [r, K], b = `up.bias` [N], R in `codes`.
 
     `residual` is the form of R [N, K]: int8, int4 or fp8 with a `scale` for every `group_size` columns of a row, or
-    blockdiag with blocks of `group_size` columns (`vitlr.ops._codes` has the layouts). Quantised codes are buffers of
+    blockdiag with blocks of `group_size` columns (`ops.layers.codes` has the layouts). Quantised codes are buffers of
     integers, which `.to(dtype)` and autocast leave alone; blocks are a parameter. Children and dispatch are those of
     `LowRankLinear`. Raises InputError for a rank outside 1..min(K, N) and a form or group size that does not fit.
     """
@@ -82,17 +82,17 @@ class ResidualLowRankLinear(nn.Module):
         rank: int,
         residual: str = "int8",
         group_size: int = GROUP,
-        statistics: LayerStatistics | None = None,
+        statistics: Measured | None = None,
         dtype: torch.dtype | None = None,
     ) -> ResidualLowRankLinear:
-        """The layer `W ≈ A B + R`, A B and R refined in turns (`vitlr.quantization`), solved in fp64.
+        """The layer `W ≈ A B + R`, A B and R refined in turns (`vitlr.ops.linalg.residuals`), solved in fp64.
 
         `statistics`, one layer of `vitlr.calibrate`'s, weighs errors by what the layer sees; without, all weights count
         alike. Same device, mode and, unless `dtype` says another, dtype as `linear`: from fp32 weights to a bf16 layer
         rounds once. Raises InputError for a rank, form or group size that does not fit, other statistics, or what is no
         linear; NumericalError for NaN or Inf.
         """
-        from vitlr.quantization import solve_parts  # it brings the solver and the statistics, which few layers need
+        from vitlr.ops.linalg.residuals import solve_parts  # it brings the solver, which few layers need
 
         if not isinstance(linear, nn.Linear):
             raise InputError(f"from_linear takes an nn.Linear, got {type(linear).__name__}")

@@ -1,20 +1,14 @@
-"""Operations: one file each, with its specification in plain torch and the kernels that may run in its place."""
+"""Operations: each with its specification in plain torch, and the kernels that may run in its place."""
 
-from vitlr.ops import (
-    _cpu,  # noqa: F401 (registers its candidates)
-    _cuda,  # noqa: F401 (registers its candidates)
-    _cuda_solve,  # noqa: F401 (registers its candidates)
-    _two_steps,  # noqa: F401 (registers its candidate)
-    attention,
-    batched_solve,
-    gram,
-    lowrank_glu,
-    lowrank_linear,
-    lowrank_mlp,
-    lowrank_residual_linear,
-    weighted_gram_chain,
+from vitlr.ops.backends import (
+    cpu,  # noqa: F401 (registers its candidates)
+    cuda,  # noqa: F401 (registers its candidates)
+    cuda_solve,  # noqa: F401 (registers its candidates)
+    two_steps,  # noqa: F401 (registers its candidate)
 )
-from vitlr.ops._dispatch import Candidate, Explanation, candidates, explain, register, select, unregister
+from vitlr.ops.dispatch.registry import Candidate, Explanation, candidates, explain, register, select, unregister
+from vitlr.ops.layers import attention, lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear
+from vitlr.ops.linalg import batched_solve, gram, weighted_gram_chain
 
 __all__ = [
     "Candidate",

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vitlr.anatomy.mlps import read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import SelectedLinear
-from vitlr.pruning.gates import gates, put
-from vitlr.pruning.removal import narrow_mlp
+from vitlr.pruning.gates import gates
 from vitlr.pruning.sites import Site
-from vitlr.surfaces.mlps import read_mlp
+from vitlr.runtime.modules import put
+from vitlr.surgery.mlps import narrow_mlp
 
 
 @torch.no_grad()

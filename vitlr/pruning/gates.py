@@ -8,11 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vitlr import surfaces
+from vitlr.anatomy import linears
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.pruning.sites import KINDS, Site, sites
+from vitlr.runtime.modules import put
 
 
 class Gate(nn.Module):
@@ -67,7 +68,7 @@ def add_gates(model: nn.Module, kinds: str | Iterable[str] = KINDS, *, inplace: 
         raise InputError(f"layer {hooked[0]} has hooks, and gates would change what they see; take them off first")
     if not inplace:
         model = copy.deepcopy(model)
-    surfaces.make_visible(model)
+    linears.make_visible(model)
     for site in found.values():
         like = next(model.get_submodule(site.name).parameters())
         gate = Gate(site, like.device, like.dtype)
@@ -115,9 +116,3 @@ def remove_gates(model: nn.Module, *, fold: bool = True, inplace: bool = False) 
             reads.weight.mul_(module.gate.a)
         put(model, name, linear.train(module.training))
     return model
-
-
-def put(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Set the module called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)

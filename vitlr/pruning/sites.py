@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from vitlr import surfaces
+from vitlr.anatomy import linears
+from vitlr.anatomy.attention import SUPPORTED as ATTENTIONS
+from vitlr.anatomy.attention import attentions
+from vitlr.anatomy.mlps import SUPPORTED as MLPS
+from vitlr.anatomy.mlps import find_mlps, refused_mlps
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear
-from vitlr.surfaces.attention import SUPPORTED as ATTENTIONS
-from vitlr.surfaces.attention import attentions
-from vitlr.surfaces.mlps import SUPPORTED as MLPS
-from vitlr.surfaces.mlps import find_mlps, refused_mlps
 
 KINDS = ("qkv", "proj", "fc1", "fc2")
 ATTENTION, FEED_FORWARD = KINDS[:2], KINDS[2:]
@@ -64,7 +64,7 @@ def sites(model: nn.Module, kinds: str | Iterable[str] = KINDS) -> dict[str, Sit
     asked = parse_kinds(kinds)
     heads, no_heads = attentions(model) if set(asked) & set(ATTENTION) else ({}, {})
     mlps, no_mlps = (find_mlps(model), refused_mlps(model)) if set(asked) & set(FEED_FORWARD) else ({}, {})
-    hidden = surfaces.survey(model).hidden
+    hidden = linears.survey(model).hidden
     found: list[Site] = []
     for name, a in heads.items():
         width = _read_width(model, a.inputs)

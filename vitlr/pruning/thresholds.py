@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.budgets import Budget, parse_budget
-from vitlr.cost import count_params
 from vitlr.errors import InputError
+from vitlr.measuring.cost import count_params
+from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.pruning.gates import gates, scores
 from vitlr.pruning.sites import ATTENTION, KINDS, Layer, Site, layers, params, saved_by_one
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitlr.data import Loader, spread
+from vitlr.data.loader import Loader, spread
+from vitlr.data.seeds import Schedule, derived_seed
 from vitlr.errors import InputError
-from vitlr.modes import seeded
-from vitlr.schedule import Schedule, derived_seed
+from vitlr.runtime.contexts import seeded
 
 MIN_IMAGES = 32
 _HELD_SHARE, _HELD_LEAST, _HELD_MOST = 0.15, 8, 512

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.inputs import to_model
-from vitlr.losses import check_reached, divergence, first_tensor
-from vitlr.modes import evaluation_mode
+from vitlr.data.batches import to_model
+from vitlr.measuring.losses import check_reached, divergence, first_tensor
 from vitlr.nn import LowRankLinear
-from vitlr.precision import autocast, device_of, plain_attention
 from vitlr.refinement.blocks import by_block, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.snapshots import Snapshots
+from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
+from vitlr.runtime.modules import device_of
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62

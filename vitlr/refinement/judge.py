@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vitlr.data.batches import to_model
 from vitlr.errors import NumericalError
-from vitlr.inputs import to_model
-from vitlr.losses import divergence, first_tensor, is_logits
-from vitlr.modes import evaluation_mode
+from vitlr.measuring.losses import divergence, first_tensor, is_logits
+from vitlr.runtime.contexts import evaluation_mode
 
 
 @dataclass(frozen=True)

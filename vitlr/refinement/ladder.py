@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitlr.anatomy.attention import fewer_heads
+from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
@@ -23,10 +25,8 @@ from vitlr.refinement.refit import refit
 from vitlr.refinement.report import Refinement, Rung
 from vitlr.refinement.residual import residual
 from vitlr.refinement.snapshots import Snapshots
-from vitlr.snapshots import copied, restore
-from vitlr.statistics import fingerprint
-from vitlr.surfaces.attention import fewer_heads
-from vitlr.surfaces.mlps import narrowed_mlps
+from vitlr.runtime.snapshots import copied, restore
+from vitlr.runtime.storage import fingerprint
 
 Progress = Callable[[int, "int | None"], None]
 

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlr.inputs import to_model
-from vitlr.modes import evaluation_mode
+from vitlr.data.batches import to_model
 from vitlr.nn import LowRankLinear
 from vitlr.refinement.blocks import comparable, finite, free_layers, free_norms, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.sums import ChannelSums, LayerSums
+from vitlr.runtime.contexts import evaluation_mode
 
 # Ridges towards the present A, in units of the mean eigenvalue of Σ z zᵀ; without end, only the bias moves.
 RIDGE, LESS, BIAS_ONLY = 1.0, 0.1, float("inf")

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from vitlr.inputs import to_model
-from vitlr.modes import evaluation_mode
+from vitlr.data.batches import to_model
 from vitlr.nn import LowRankLinear
-from vitlr.precision import device_of
+from vitlr.ops.linalg.factors import balance
 from vitlr.refinement.blocks import by_block, comparable, finite, free_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
-from vitlr.spectra import balance
+from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.modules import device_of
 
 _HELD_PART = 4  # every fourth image judges
 _TOKENS = 1024  # in a step

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitlr import snapshots
 from vitlr.refinement.report import Rung
-from vitlr.snapshots import restore, stored
+from vitlr.runtime import snapshots
+from vitlr.runtime.snapshots import restore, stored
 
 
 class Snapshots(snapshots.Snapshots):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitlr.data import Loader
+from vitlr.data.loader import Loader
+from vitlr.data.seeds import Schedule, derived_seed
 from vitlr.errors import InputError
-from vitlr.schedule import Schedule, derived_seed
 from vitlr.training.recipe import TrainRecipe
 
 Batch = tuple[Tensor, Tensor]

@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlr.data.batches import to_model
+from vitlr.data.seeds import derived_seed
 from vitlr.errors import InputError
-from vitlr.inputs import to_model
-from vitlr.losses import check_reached, divergence, first_tensor
-from vitlr.modes import evaluation_mode, seeded
+from vitlr.measuring.losses import check_reached, divergence, first_tensor
 from vitlr.nn import LowRankLinear
-from vitlr.precision import autocast, device_of, plain_attention
-from vitlr.schedule import derived_seed
-from vitlr.snapshots import Snapshots
-from vitlr.statistics import fingerprint
+from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
+from vitlr.runtime.modules import device_of
+from vitlr.runtime.snapshots import Snapshots
+from vitlr.runtime.storage import fingerprint
 from vitlr.training.batches import Batch, batches, reseed
 from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import TrainReport

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
-from vitlr.snapshots import Snapshots, copied, restore, stored
+from vitlr.runtime.snapshots import Snapshots, copied, restore, stored
 from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import Epoch, TrainReport
 

@@ -1,0 +1,167 @@
+"""Making models by name, and reading weights from files that may be anything."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vitlr.checkpoint.creation import create_model, load_weights, origin, read_weights
+from vitlr.errors import InputError
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+NAME = "vit_tiny_patch16_224"
+
+
+def test_remembers_how_it_was_made():
+    model = create_model(NAME, cache_dir="elsewhere", drop_rate=None, **TINY)
+    assert origin(model) == {"library": "timm", "name": NAME, "args": TINY}
+    assert origin(copy.deepcopy(model)) == origin(model)
+    assert not any(module.training for module in model.modules())
+    assert origin(torch.nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_225", "vit_tinny_patch16_224"])
+def test_unknown_name_shows_close_ones(name):
+    with pytest.raises(InputError, match=f"unknown model '{name}'.*{NAME}"):
+        create_model(name)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:timm/vit_tiny_patch16_224", "models/vit.safetensors", "C:\\vit"])
+def test_paths_are_no_names(name):
+    with pytest.raises(InputError, match="expected a timm name"):
+        create_model(name)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"wings": 2}, "wings"),
+        ({"embed_dim": 31}, "divisible"),
+        ({"checkpoint_path": "x"}, "checkpoint="),
+    ],
+)
+def test_arguments_the_model_does_not_take(args, said):
+    with pytest.raises(InputError, match=said) as caught:
+        create_model(NAME, **{**TINY, **args})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_pretrained_tag():
+    with pytest.raises(InputError, match="nobodys_tag"):
+        create_model(f"{NAME}.nobodys_tag")
+
+
+@pytest.mark.parametrize("wrapper", ["none", "safetensors", "model", "state_dict", "ema", "ddp", "safetensors_as_pth"])
+def test_checkpoint_gives_the_same_weights(tiny_vit, tmp_path, wrapper):
+    state = tiny_vit(seed=3).state_dict()
+    path = tmp_path / ("w.safetensors" if wrapper == "safetensors" else "w.pth")
+    content = {
+        "model": {"model": state, "args": argparse.Namespace(lr=0.1)},
+        "state_dict": {"state_dict": state, "epoch": 3},
+        "ema": {"state_dict": tiny_vit(seed=4).state_dict(), "state_dict_ema": state},
+        "ddp": {"state_dict": {f"module.{key}": tensor for key, tensor in state.items()}},
+    }.get(wrapper, state)
+    save_file(state, path) if wrapper.startswith("safetensors") else torch.save(content, path)
+    loaded = create_model(NAME, checkpoint=path, **TINY).state_dict()
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_checkpoint_under_its_authors_names(tmp_path):
+    swin = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
+    state = create_model("swin_tiny_patch4_window7_224", **swin).state_dict()
+    foreign = dict(state)
+    foreign["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.int64)
+    path = tmp_path / "swin.safetensors"
+    save_file(foreign, path)
+    loaded = create_model("swin_tiny_patch4_window7_224", checkpoint=path, **swin).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_checkpoint_that_does_not_fit_changes_nothing(tiny_vit, tmp_path):
+    path = tmp_path / "w.safetensors"
+    state = dict(tiny_vit(seed=3, num_classes=7).state_dict())
+    state["extra.weight"] = state.pop("norm.bias")
+    save_file(state, path)
+    model = tiny_vit()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(InputError) as caught:
+        load_weights(model, path, name="my_vit")
+    message = str(caught.value)
+    assert "does not fit my_vit" in message and "\n" not in message
+    assert "1 missing (norm.bias)" in message and "1 unexpected (extra.weight)" in message
+    assert "2 of another shape (head.weight [7, 32], expected [5, 32]" in message
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_checkpoint_of_another_image_size_is_refused(tiny_vit, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(tiny_vit(img_size=64).state_dict(), path)
+    with pytest.raises(InputError, match=r"pos_embed \[1, 65, 32\], expected \[1, 17, 32\]"):
+        load_weights(tiny_vit(), path)
+
+
+class Evil:
+    ran: bool = False
+
+    def __reduce__(self):
+        return (setattr, (Evil, "ran", True))
+
+
+def test_pickled_code_never_runs(tmp_path):
+    path = tmp_path / "evil.pth"
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(InputError, match="pickled objects are refused"):
+        read_weights(path)
+    assert not Evil.ran
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x80\x02garbage", b"PK\x03\x04cut"])
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    path = tmp_path / "w.pth"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(InputError, match=r"w\.pth"):
+            read_weights(path)
+
+
+def test_truncated_safetensors(tiny_vit, tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(tiny_vit().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(2)], {"model": {"a": "b"}}])
+def test_torch_files_without_weights(tmp_path, content):
+    path = tmp_path / "w.pth"
+    torch.save(content, path)
+    with pytest.raises(InputError, match="holds no weights"):
+        read_weights(path)
+
+
+def test_missing_checkpoint_and_folder(tmp_path):
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(InputError, match="cannot read checkpoint"):
+            read_weights(path)
+
+
+def test_a_vitlr_file_says_how_to_open_it(tmp_path):
+    path = tmp_path / "small.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"vitlr": "{}"})
+    with pytest.raises(InputError, match=r"vitlr\.load"):
+        read_weights(path)
+
+
+def test_the_real_checkpoint_fits(shared_data):
+    path = shared_data("vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors")
+    model = create_model(NAME, checkpoint=path)
+    assert sum(p.numel() for p in model.parameters()) == 5_717_416
+    assert torch.equal(model.state_dict()["blocks.11.mlp.fc2.weight"], read_weights(path)["blocks.11.mlp.fc2.weight"])

@@ -1,0 +1,114 @@
+"""The house: wings import only what lies below them, and no files import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import vitlr
+
+ROOT = Path(vitlr.__file__).parent
+
+# From the ground up; a wing may import those before it. CONTRIBUTING.md says what lives in each.
+WINGS = (
+    "errors",
+    "runtime",
+    "data",
+    "ops.dispatch",
+    "ops.layers",
+    "ops.linalg",
+    "ops.backends",
+    "ops",
+    "nn",
+    "anatomy",
+    "measuring",
+    "calibration",
+    "decomposition",
+    "planning",
+    "surgery",
+    "refinement",
+    "training",
+    "pruning",
+    "checkpoint",
+    "rounds",
+    "compression",
+    "cli",
+)
+
+
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name without `vitlr.`; the package's own file, which re-exports, is none."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and parts[0] != "triton_kernels":  # a package of its own, which imports nothing of ours
+            found[name] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules that a file imports anywhere in it, in functions and under TYPE_CHECKING too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    own = {name.removeprefix("vitlr.") for name in names if name.startswith("vitlr.")} & known.keys()
+    # `from vitlr.a import b` of a module b is an arrow to b, not to what its package re-exports.
+    return {name for name in own if not any(other.startswith(f"{name}.") for other in own)}
+
+
+def wing(module: str) -> str:
+    """The wing that a module lives in: the longest that its name begins with."""
+    return max((w for w in WINGS if module == w or module.startswith(f"{w}.")), key=len)
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imported(path, known) - {name} for name, path in known.items()}
+
+
+def test_every_module_lives_in_a_wing(arrows):
+    assert all(any(name == w or name.startswith(f"{w}.") for w in WINGS) for name in arrows)
+
+
+# Operations that still register the kernels of their back-ends; the list only gets shorter.
+CLIMBING = {
+    "ops.layers.lowrank_glu -> ops.backends.triton",
+    "ops.layers.lowrank_linear -> ops.backends.triton",
+    "ops.layers.lowrank_mlp -> ops.backends.triton",
+    "ops.layers.lowrank_residual_linear -> ops.backends.triton",
+    "ops.linalg.eigh -> ops.backends.cusolver",
+    "ops.linalg.gram -> ops.backends.native",
+    "ops.linalg.gram -> ops.backends.triton",
+    "ops.linalg.weighted_gram_chain -> ops.backends.triton",
+}
+
+
+def test_wings_import_only_what_lies_below(arrows):
+    upward = {
+        f"{name} -> {other}"
+        for name, others in sorted(arrows.items())
+        for other in sorted(others)
+        if WINGS.index(wing(other)) > WINGS.index(wing(name))
+    }
+    assert upward == CLIMBING, f"imports that climb: {', '.join(sorted(upward ^ CLIMBING))}"
+
+
+def test_no_files_import_each_other_in_a_circle(arrows):
+    try:
+        tuple(TopologicalSorter(arrows).static_order())
+    except CycleError as cause:
+        pytest.fail("a circle: " + " -> ".join(cause.args[1]))
+
+
+def test_the_package_itself_imports_nothing_heavy():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names} == {"importlib"}

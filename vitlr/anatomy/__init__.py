@@ -1,0 +1,1 @@
+"""What a model has: linears, MLPs and attentions, and what stands around them."""

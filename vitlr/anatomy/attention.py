@@ -1,0 +1,216 @@
+"""Self-attention whose value channels can be told apart: which linears make q, k and v, which one reads the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.nn import SelectedLinear
+from vitlr.nn.fused_attention import CLASSES
+from vitlr.runtime.modules import class_of, join
+
+SUPPORTED = "timm's ViT, EVA, BEiT and Swin attention and that of transformers' ViT, DeiT and DINOv2"
+
+SCORES_SUPPORTED = (
+    "timm's ViT and Swin attention without norms of q and k, and that of transformers' ViT, DeiT and DINOv2"
+)
+
+# Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
+_KNOWN = {
+    "timm.layers.attention.Attention",
+    "timm.layers.attention.AttentionRope",
+    "timm.models.vision_transformer.Attention",
+    "timm.models.eva.EvaAttention",
+    "timm.models.beit.Attention",
+    "timm.models.swin_transformer.WindowAttention",
+    "timm.models.swin_transformer_v2.WindowAttention",
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
+    "transformers.models.vit.modeling_vit.ViTAttention",
+    "transformers.models.deit.modeling_deit.DeiTAttention",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+}
+# Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
+_PLAIN_SCORES = {
+    "timm.layers.attention.Attention",
+    "timm.models.vision_transformer.Attention",
+    "timm.models.swin_transformer.WindowAttention",
+    "transformers.models.vit.modeling_vit.ViTAttention",
+    "transformers.models.deit.modeling_deit.DeiTAttention",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+}
+_PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
+_OUT = ("proj", "o_proj")
+_MARK = "vitlr_full_heads"  # on an attention that lost heads: how many it had before
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention by the names of its linears: `inputs` read the tokens, `output` reads the heads side by side.
+
+    Row `first + j` of the linear `value` makes channel j of the heads, `width` channels in all.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    value: str
+    first: int
+    output: str
+    width: int
+    heads: int
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of all its linears, the one that reads the heads last."""
+        return (*self.inputs, self.output)
+
+    @property
+    def queries_keys(self) -> tuple[str, ...]:
+        """Names of the linears that make queries and keys: one that makes the values too, or two."""
+        return self.inputs[:2]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads
+
+    def rows(self, keep: Tensor) -> dict[str, Tensor]:
+        """The rows of `inputs` that stay, ascending, where only the channels `keep` of the heads do.
+
+        Those of v go one by one. Those of q and k serve a whole head, and go with the last channel of it.
+        """
+        v = torch.zeros(self.width, dtype=torch.bool)
+        v[keep.cpu()] = True
+        qk = v.view(self.heads, -1).any(1).repeat_interleave(self.head_dim)
+        parts = [torch.cat([qk, qk, v])] if len(self.inputs) == 1 else [qk, qk, v]
+        return {name: part.nonzero().flatten() for name, part in zip(self.inputs, parts, strict=True)}
+
+    def whole(self, keep: Tensor) -> bool:
+        """Whether the channels `keep` are all those of some heads."""
+        return len(keep.unique()) == len((keep // self.head_dim).unique()) * self.head_dim
+
+
+def attentions(model: nn.Module) -> tuple[dict[str, Attention], dict[str, str]]:
+    """The attentions of a model by name, and what looks like one but is left alone, each with the reason."""
+    found: dict[str, Attention] = {}
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _looks_like_one(module):
+            continue
+        if class_of(module) not in _KNOWN:
+            refused[name] = f"{type(module).__qualname__} is not one that vitlr knows. Supported: {SUPPORTED}"
+            continue
+        answer = _read(name, module)
+        if isinstance(answer, str):
+            refused[name] = answer
+        else:
+            found[name] = answer
+    return found, refused
+
+
+def measurable(model: nn.Module, linears: Container[str]) -> tuple[dict[str, Attention], dict[str, str]]:
+    """The attentions whose channels can go, all of them among `linears`, and what keeps its width, with the reason."""
+    found, refused = attentions(model)
+    for name, attention in list(found.items()):
+        outside = [linear for linear in attention.linears if linear not in linears]
+        if outside:
+            refused[name] = f"{outside[0]} is not among the layers that are measured"
+            del found[name]
+    return found, refused
+
+
+def score_attentions(model: nn.Module, linears: Container[str]) -> dict[str, Attention]:
+    """The attentions whose queries and keys can be rotated, their linears among `linears`."""
+    refused = why_no_scores(model)
+    return {
+        name: attention
+        for name, attention in attentions(model)[0].items()
+        if name not in refused and all(linear in linears for linear in attention.queries_keys)
+    }
+
+
+def why_no_scores(model: nn.Module) -> dict[str, str]:
+    """The attentions whose scores are not plain products of what the linears made, each with the reason."""
+    found, refused = attentions(model)
+    for name in found:
+        module = model.get_submodule(name)
+        if class_of(module) not in _PLAIN_SCORES:
+            refused[name] = f"{type(module).__qualname__} does more to queries and keys than multiply them"
+        for norm in ("q_norm", "k_norm"):
+            if type(getattr(module, norm, nn.Identity())) is not nn.Identity:
+                refused[name] = f"its {norm} stands between the linear and the scores"
+    return refused
+
+
+def nothing(model: nn.Module, refused: Mapping[str, str], what: str = "value channels", supported: str = "") -> str:
+    """Why a model has no attention that could lose channels, or what else it could lose."""
+    reasons = [f"; {name}: {reason}" for name, reason in refused.items()]
+    return (
+        f"{type(model).__qualname__} has no attention whose {what} could go"
+        f"{reasons[0] if reasons else ''}. Supported: {supported or SUPPORTED}"
+    )
+
+
+def _looks_like_one(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention) or class_of(module) in _KNOWN:
+        return True
+    children = dict(module.named_children())
+    return any(out in children for out in _OUT) and any(part in children for part in ("qkv", "q_proj", "q", "kv"))
+
+
+def _read(name: str, module: nn.Module) -> Attention | str:
+    """The linears of a known attention, or why its channels are not one by one those of v."""
+    children = dict(module.named_children())
+    parts = next((parts for parts in _PARTS if all(part in children for part in parts)), None)
+    out = next((part for part in _OUT if part in children), None)
+    if parts is None or out is None:
+        return f"it has no {' or '.join('/'.join(parts) for parts in _PARTS)} beside a {' or '.join(_OUT)}"
+    if getattr(module, "gate", None) is not None:
+        return "a gate of its own multiplies what its projection reads"
+    if type(children.get("norm", nn.Identity())) is not nn.Identity:
+        return "a norm over its heads makes every channel depend on all"
+    taken = [part for part in (*parts, out) if isinstance(children[part], SelectedLinear)]
+    if taken:
+        return f"channels were taken out of {join(name, taken[0])} already"
+    sizes = {part: _size(children[part], "out_features") for part in parts}
+    width = _size(children[out], "in_features")
+    heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", 0))
+    if set(sizes.values()) != {3 * width // len(parts)} or type(heads) is not int or heads < 1 or width % heads:
+        return f"its heads share keys and values ({sizes} rows for {width} channels in {heads} heads)"
+    inputs = tuple(join(name, part) for part in parts)
+    return Attention(name, inputs, inputs[-1], 2 * width if len(parts) == 1 else 0, join(name, out), width, heads)
+
+
+def loses_heads(module: nn.Module) -> bool:
+    """Whether the forward of an attention is exact with fewer heads; else zeros stand for those that are gone.
+
+    timm's `Attention` is, since it reads its own `attn_dim`; others take the width of their input for it.
+    """
+    return class_of(module) in CLASSES and type(getattr(module, "attn_dim", None)) is int
+
+
+def set_heads(module: nn.Module, heads: int) -> None:
+    """Give an attention whose linears lost rows and columns fewer heads, and remember how many it had."""
+    before = int(module.num_heads)  # type: ignore[arg-type]
+    setattr(module, _MARK, getattr(module, _MARK, before))
+    module.attn_dim = int(module.attn_dim) // before * heads  # type: ignore[assignment,arg-type]
+    module.num_heads = heads  # type: ignore[assignment]
+
+
+def fewer_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Attentions that lost heads, by name: (heads now, heads before)."""
+    owners = {name: module.__dict__.get("_original", module) for name, module in model.named_modules()}
+    return {name: (int(m.num_heads), int(getattr(m, _MARK))) for name, m in owners.items() if hasattr(m, _MARK)}
+
+
+def attention_names(model: nn.Module) -> Iterator[str]:
+    """Names of the linears of every attention that vitlr knows, in module order."""
+    for attention in attentions(model)[0].values():
+        yield from attention.linears
+
+
+def _size(module: nn.Module, key: str) -> int:
+    size = getattr(module, key, 0)
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,198 @@
+"""Which linear layers of a model can be compressed, which stay dense by default, and which nobody can reach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitlr.anatomy import naming, timm
+from vitlr.anatomy.naming import Hidden
+from vitlr.errors import InputError
+from vitlr.nn import LowRankLinear, ResidualLowRankLinear
+from vitlr.runtime import modules
+
+__all__ = [
+    "Hidden",
+    "Surface",
+    "bypassed",
+    "classifier_names",
+    "hidden",
+    "is_scale",
+    "kept",
+    "make_visible",
+    "norms_before",
+    "scales_after",
+    "survey",
+    "targets",
+    "visible",
+]
+
+Patterns = str | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Every weight of a model that multiplies, in module order, under one of three headings."""
+
+    targets: dict[str, nn.Linear]
+    kept: dict[str, str]
+    """Linears that stay dense by default, with the reason."""
+    hidden: dict[str, Hidden]
+    """Weights that cannot be compressed at all, with the reason and their parameter count."""
+
+
+def survey(model: nn.Module) -> Surface:
+    """Sort the linears of `model` into targets, kept and hidden; layers compressed already are in none of them."""
+    heads = {id(m) for head in (*timm.classifiers(model), *_generic_classifiers(model)) for m in head.modules()}
+    queries = {id(m) for m in timm.constant_queries(model)}
+    unreachable = dict(naming.bypassed(model))
+    tied = naming.weights_of_many(model)
+    surface = Surface({}, {}, dict(naming.packed(model)))
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear)):
+            inside = (*inside, f"{name}.")
+        if not isinstance(module, nn.Linear) or name.startswith(inside):
+            continue
+        reason = unreachable.get(name)
+        dense = "the classifier" if id(module) in heads else naming.role(name)
+        if id(module) in queries:
+            dense = "its input is a learned constant, it sees no image"
+        if reason is None and dense is not None:
+            surface.kept[name] = dense
+            continue
+        reason = reason or naming.unusual(module)
+        names = tied.get(id(module._parameters.get("weight")))
+        if reason is None and names:
+            reason = f"its weight is tied: {' = '.join(names)}"
+        if reason is None:
+            surface.targets[name] = module
+        else:
+            surface.hidden[name] = Hidden(reason, sum(p.numel() for p in module.parameters()))
+    return surface
+
+
+def targets(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Linear]:
+    """Return the compressible linears of `model` by qualified name, in module order; a shared module appears once.
+
+    Only modules that are exactly `nn.Linear` count. Classifiers, embeddings and layers that no image feeds stay dense.
+    `include` restricts to names that match one of its regular expressions (`re.search`), `exclude` removes names.
+    Raises `InputError` for a bad expression, one that matches no linear, and where no layer is left.
+    """
+    surface = survey(model)
+    names = [*surface.targets, *surface.kept, *surface.hidden]
+    wanted = _compile(include, "include", list(surface.targets), surface)
+    unwanted = _compile(exclude, "exclude", names, surface)
+    found = {
+        name: linear
+        for name, linear in surface.targets.items()
+        if (not wanted or any(p.search(name) for p in wanted)) and not any(p.search(name) for p in unwanted)
+    }
+    if not found:
+        raise InputError(_nothing(model, surface))
+    return found
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the qualified names of the classifier's linears, in module order; () where there is none."""
+    return tuple(name for name, reason in survey(model).kept.items() if reason == "the classifier")
+
+
+def kept(model: nn.Module) -> dict[str, str]:
+    """Return the linears that stay dense by default, each with the reason."""
+    return survey(model).kept
+
+
+def hidden(model: nn.Module) -> dict[str, Hidden]:
+    """Return the weights that can be neither measured nor replaced, each with the reason and its parameter count."""
+    return survey(model).hidden
+
+
+def bypassed(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linears that the model reads past as it stands and that `visible` or `make_visible` brings back."""
+    return {
+        modules.join(name, "qkv"): attention.get_submodule("qkv")
+        for name, attention in timm.switchable(model)
+        if not getattr(attention, timm.SWITCH)
+    }
+
+
+@contextmanager
+def visible(model: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Make bypassed linears visible within the block, then put every switch back as it was; yield the names changed.
+
+    `F.linear(x, W, b)` becomes `qkv(x) + b`: the same function, rounded once more where BLAS adds the bias before it
+    rounds. Seen on logits of BEiT-B, EVA-giant and SwinV2-B blocks: at most 7e-16 in fp64, 3e-7 in fp32, 8e-3 in bf16.
+    """
+    changed = [attention for _, attention in timm.switchable(model) if not getattr(attention, timm.SWITCH)]
+    names = make_visible(model)
+    try:
+        yield names
+    finally:
+        for attention in changed:
+            setattr(attention, timm.SWITCH, False)
+
+
+def make_visible(model: nn.Module) -> tuple[str, ...]:
+    """Make bypassed linears visible for good; return the names of the linears this changed, () the second time."""
+    names = tuple(bypassed(model))
+    for _, attention in timm.switchable(model):
+        setattr(attention, timm.SWITCH, True)
+    return names
+
+
+def norms_before(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield (norm, low-rank layers) by name where the norm feeds those layers and nothing else."""
+    for norm, first, _, _ in timm.half_blocks(model):
+        if all(isinstance(model.get_submodule(name), LowRankLinear) for name in first):
+            yield norm, first
+
+
+def scales_after(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (layer scale, low-rank layer) by name where the scale multiplies what that layer returns, and only that."""
+    for _, _, last, scale in timm.half_blocks(model):
+        if is_scale(model.get_submodule(scale)) and isinstance(model.get_submodule(last), LowRankLinear):
+            yield scale, last
+
+
+def is_scale(module: nn.Module) -> bool:
+    """Whether a module is timm's layer scale, `x · gamma` by channel."""
+    return modules.class_of(module) in timm.SCALES
+
+
+def _generic_classifiers(model: nn.Module) -> list[nn.Module]:
+    """Guess by names only where the model cannot say: timm's own answer, also 'none', is final."""
+    return [] if callable(getattr(model, "get_classifier", None)) else naming.classifiers(model)
+
+
+def _compile(patterns: Patterns, option: str, names: list[str], surface: Surface) -> list[re.Pattern[str]]:
+    compiled = []
+    for pattern in (patterns,) if isinstance(patterns, str) else tuple(patterns or ()):
+        try:
+            regex = re.compile(pattern)
+        except (re.error, TypeError) as cause:
+            raise InputError(f"{option}: {pattern!r} is not a regular expression: {cause}") from cause
+        if not any(regex.search(name) for name in names):
+            raise InputError(f"{option}: {pattern!r} matches no compressible linear{_instead(regex, surface)}")
+        compiled.append(regex)
+    return compiled
+
+
+def _instead(regex: re.Pattern[str], surface: Surface) -> str:
+    for name, reason in (*surface.kept.items(), *((n, h.reason) for n, h in surface.hidden.items())):
+        if regex.search(name):
+            return f"; it matches {name}, which cannot be chosen: {reason}"
+    some = list(surface.targets)
+    return f"; names look like {some[0]}, {some[-1]}" if some else ""
+
+
+def _nothing(model: nn.Module, surface: Surface) -> str:
+    if surface.targets:
+        return "include and exclude leave no linear to compress; choose wider patterns"
+    for name, reason in (*((n, h.reason) for n, h in surface.hidden.items()), *surface.kept.items()):
+        return f"{type(model).__qualname__} has no linear that can be compressed; {name}: {reason}"
+    return f"{type(model).__qualname__} has no nn.Linear, so there is nothing to compress"

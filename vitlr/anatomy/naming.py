@@ -1,0 +1,94 @@
+"""What names and classes tell of any `nn.Module`: heads, embeddings, tables, weights that nobody can replace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitlr.runtime.modules import join
+
+_HEADS = re.compile(r"(head|heads|head_dist|fc|logits|score|lm_head|\w*classifier|(visual|text)_projection)")
+_EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|pixel_embed|embeddings?|embeds|stem)(\.|$)")
+_TABLE = re.compile(
+    r"(^|\.)(cpb_mlp|meta_mlp|continuous_position_bias_mlp|rel(ative)?_pos\w*|pos_(embed|proj|bias)\w*|rope\w*)(\.|$)"
+)
+
+# Modules whose forward hands `self.<child>.weight` to a function: hooks never fire and a replacement is never called.
+_BYPASSING = {
+    ("torchvision.models.swin_transformer", "ShiftedWindowAttention"): ("qkv", "proj"),
+    ("xformers.ops.swiglu_op", "SwiGLU"): ("w1", "w2", "w12", "w3"),
+    ("torch.nn.modules.activation", "MultiheadAttention"): ("out_proj",),
+    ("torch.nn.modules.transformer", "TransformerEncoderLayer"): ("linear1", "linear2"),
+}
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A weight that cannot be replaced: why, and how many parameters it holds."""
+
+    reason: str
+    parameters: int
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.parameters:,} parameters)"
+
+
+def classifiers(model: nn.Module) -> list[nn.Module]:
+    """Return the last linear of each child of `model` with a classifier's usual name (head, fc, classifier, ...)."""
+    found: list[nn.Module] = []
+    for name, child in model.named_children():
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        if _HEADS.fullmatch(name) and linears:
+            found.append(linears[-1])
+    return found
+
+
+def role(name: str) -> str | None:
+    """Say why a linear of this qualified name stays dense by default, or None."""
+    if _EMBEDDING.search(name):
+        return "an embedding"
+    if _TABLE.search(name):
+        return "computes a table of positions, it sees no image"
+    return None
+
+
+def bypassed(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield (name, reason) of the linears that their parent never calls but reads `.weight` of, with no remedy."""
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            for child in _BYPASSING.get((base.__module__, base.__qualname__), ()):
+                if isinstance(getattr(module, child, None), nn.Module):
+                    yield join(name, child), f"{base.__qualname__} reads its weight without calling it"
+
+
+def packed(model: nn.Module) -> Iterator[tuple[str, Hidden]]:
+    """Yield the projections that are a bare parameter (`in_proj_weight` and its kin) and no linear at all."""
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if re.fullmatch(r"(in|q|k|v)_proj_weight", key):
+                reason = f"{type(module).__qualname__} holds it as a bare parameter, not as an nn.Linear"
+                yield join(name, key), Hidden(reason, parameter.numel())
+
+
+def weights_of_many(model: nn.Module) -> dict[int, list[str]]:
+    """Map the id of each parameter that two or more modules own (tied weights) to its qualified names."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(join(name, key))
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def unusual(linear: nn.Linear) -> str | None:
+    """Say why a linear is not a plain one whose weight may be replaced by factors, or None."""
+    if type(linear) is not nn.Linear:
+        return f"it is a {type(linear).__qualname__}, not exactly nn.Linear"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters"
+    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain floating-point parameter"
+    return None

@@ -1,0 +1,1 @@
+"""Model and images to statistics: streaming moments of every layer."""

@@ -1,0 +1,228 @@
+"""Hooks on one linear layer that add up its moments while images flow through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.calibration.statistics import HIDDEN, SCORES, LayerStatistics
+from vitlr.errors import InputError
+from vitlr.measuring.losses import draws
+from vitlr.ops.linalg.gram import exact_products, gram_update_
+
+COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
+
+
+class Tap:
+    """Adds up the sums of one layer: moments in the forward pass, gradient moments in the backward pass.
+
+    `images` (of the batch in flight), `in_backward` and `sketch` are set by calibration, which asks for
+    `gradient_seen`; a forward pass that activation checkpointing repeats inside the backward pass is counted once.
+    """
+
+    def __init__(
+        self,
+        stats: LayerStatistics,
+        linear: nn.Linear,
+        collect: Collection[str],
+        leading: Collection[int],
+        queries: tuple[int, int] | None = None,
+    ) -> None:
+        self.stats, self.linear, self.collect = stats, linear, collect
+        self.leading = leading  # first dimension of the input for one image
+        self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
+        self.images = 0
+        self.in_backward = False
+        self.sketch: Tensor | None = None  # [images, at least size, COLUMNS], standard normal; for "fisher"
+        self.gradient_seen = False
+        self.by_image = "fisher" in collect
+        self.hidden_by_image = self.by_image and HIDDEN in collect and stats.side == "output"
+        self.weighted = "loss" in collect or self.by_image
+        self._allocate()
+        self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _allocate(self) -> None:
+        s, device = self.stats, self.linear.weight.device
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "moment": (s.size, s.size) if s.owner == s.name else None,
+            "input_sum": (s.in_features,),
+            "gradient": (s.size, s.size) if self.weighted else None,
+            "normalized": (s.size, s.size) if "normalized" in self.collect else None,
+            "image_moment": (s.size, s.size) if self.by_image else None,
+            "image_gradient": (s.size, s.size) if self.by_image else None,
+            "input_moment": (s.in_features, s.in_features) if "input_moment" in self.collect else None,
+            "input_abs": (s.in_features,) if "input_abs" in self.collect else None,
+            "row_gradient": (s.out_features,) if "row_gradient" in self.collect else None,
+            "image_input_moment": (s.in_features, s.in_features) if self.hidden_by_image else None,
+            "image_input_sum": (s.in_features,) if self.hidden_by_image else None,
+            "image_output_gradient": (1,) if self.hidden_by_image else None,
+        }
+        if self.queries is not None and self.weighted:
+            heads, d = self.queries
+            shapes |= dict.fromkeys(SCORES if self.by_image else SCORES[:2], (heads, d, d))
+        for key, shape in shapes.items():
+            old = getattr(s, key)
+            if shape is not None:
+                new = torch.zeros(shape, dtype=torch.float64, device=device) if old is None else old.to(device)
+                setattr(s, key, new)
+
+    @property
+    def _needs_gradient(self) -> bool:
+        return self.weighted or "row_gradient" in self.collect
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (self._needs_gradient and torch.is_grad_enabled()):
+            return None
+        x = args[0]
+        # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
+        # alone sends back, whoever else reads the same input.
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        if self.weighted and self.stats.side == "input":
+            x.register_hook(self._add_gradient)
+        if self.by_image and self.stats.side == "input":
+            seen = x.detach()
+            x.register_hook(lambda g: self._add_products(seen, g))
+        return (x, *args[1:])
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach()
+        if output.requires_grad:
+            if self.weighted and self.stats.side == "output":
+                output.register_hook(self._add_gradient)
+            if self.by_image and self.stats.side == "output":
+                y = self._without_bias(output.detach()).reshape(output.shape)
+                output.register_hook(lambda g: self._add_products(y, g))
+            if self.hidden_by_image:
+                output.register_hook(lambda g: self._add_hidden(x, g))
+            if self.queries is not None and self.weighted:
+                made = output.detach()
+                output.register_hook(lambda g: self._add_scores(made, g))
+            if "row_gradient" in self.collect:
+                output.register_hook(lambda g: self._add_row_gradient(g, x))
+        if not self.in_backward:
+            with torch.no_grad():
+                self._add_moments(x, output.detach())
+
+    def _add_moments(self, x: Tensor, output: Tensor) -> None:
+        s = self.stats
+        rows = x.reshape(-1, s.in_features)
+        s.tokens += rows.shape[0]
+        s.sum("input_sum").add_(rows.sum(0, dtype=torch.float32 if rows.dtype.itemsize <= 4 else None))
+        needs_output = s.side == "output" or "normalized" in self.collect
+        y = self._without_bias(output) if needs_output else output
+        small = y if s.side == "output" else rows
+        if s.owner == s.name:
+            gram_update_(s.sum("moment"), small)
+        if "normalized" in self.collect:
+            gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
+        if "input_moment" in self.collect:
+            gram_update_(s.sum("input_moment"), rows)
+        if "input_abs" in self.collect:
+            s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
+
+    def _without_bias(self, output: Tensor) -> Tensor:
+        y = output if self.linear.bias is None else output - self.linear.bias
+        return y.reshape(-1, self.stats.out_features)
+
+    def _per_image(self, rows: Tensor, leading: int) -> Tensor:
+        """Split rows by image, `[images, tokens of one, ...]`; `leading` is the first dimension they came with."""
+        if leading not in {self.images * one for one in self.leading}:
+            raise InputError(
+                f"layer {self.stats.name} sees inputs of leading size {leading} for {self.images} images and "
+                f"{sorted(self.leading)} for one: they cannot be told apart by image; leave it out with exclude=, or "
+                "use objective='loss' or 'output' without row_gradient"
+            )
+        return rows.reshape(self.images, -1, rows.shape[-1])
+
+    def _image_weights(self, y: Tensor, leading: int) -> Tensor:
+        """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
+        norms = torch.linalg.vector_norm(self._per_image(y, leading), dim=(1, 2), dtype=torch.float64)
+        weight = torch.where(norms > 0, norms.square().reciprocal(), 0.0)
+        return weight.repeat_interleave(y.shape[0] // self.images).to(torch.float32)
+
+    def _add_gradient(self, g: Tensor) -> None:
+        self.gradient_seen = True
+        gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
+
+    def _add_products(self, y: Tensor, g: Tensor) -> None:
+        """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`."""
+        self.gradient_seen = True
+        y, g = self._by_image(y), self._by_image(g)
+        with exact_products(y.device):
+            of_y, of_g = self._roots(g) @ y, self._roots(y) @ g
+        gram_update_(self.stats.sum("image_moment"), of_y.flatten(0, 1))
+        gram_update_(self.stats.sum("image_gradient"), of_g.flatten(0, 1))
+
+    def _add_hidden(self, h: Tensor, g: Tensor) -> None:
+        """`P Pᵀ` of every image's `P = Hᵀ G`, `P ḡ` and `‖ḡ‖²`, all by the same R: they must fit together."""
+        s = self.stats
+        h, g = self._by_image(h), self._by_image(g)
+        with exact_products(h.device):
+            R = self._roots(g)
+            rows, total = R @ h, R.sum(2)
+            s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)))
+        s.sum("image_output_gradient").add_(total.double().square().sum())
+        gram_update_(s.sum("image_input_moment"), rows.flatten(0, 1))
+
+    def _add_scores(self, y: Tensor, g: Tensor) -> None:
+        """Moments of q and of its gradient by head, and of every image's `P = Σ_tokens q gᵀ`."""
+        assert self.queries is not None
+        s, (heads, d) = self.stats, self.queries
+        y, g = y[..., : heads * d], g[..., : heads * d]
+        if self.by_image:
+            y, g = self._by_image(y), self._by_image(g)
+        else:
+            y, g = (t.reshape(1, -1, heads * d).to(torch.promote_types(t.dtype, torch.float32)) for t in (y, g))
+        y, g = (
+            t.unflatten(-1, self.queries).transpose(1, 2).contiguous() for t in (y, g)
+        )  # [images, heads, tokens, d]
+        with exact_products(y.device):
+            s.sum("score_moment").add_((y.mT @ y).sum(0))
+            s.sum("score_gradient").add_((g.mT @ g).sum(0))
+            if self.by_image:
+                P = y.mT @ g
+                s.sum("image_score_moment").add_((P @ P.mT).sum(0))
+                s.sum("image_score_gradient").add_((P.mT @ P).sum(0))
+
+    def _by_image(self, t: Tensor) -> Tensor:
+        t = self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t))
+        return t.to(torch.promote_types(t.dtype, torch.float32))
+
+    def _roots(self, g: Tensor) -> Tensor:
+        """`R [images, k, tokens]` with `RᵀR = G Gᵀ` where features or tokens are few, else on average: `R = (G Ω)ᵀ`.
+
+        Ω is an image's own Gaussian sketch of COLUMNS columns: `P Pᵀ = Hᵀ G Gᵀ H` then costs as many rows an image.
+        """
+        tokens, features = g.shape[1:]
+        if features <= COLUMNS:
+            return g.mT
+        if tokens <= COLUMNS:
+            return torch.linalg.qr(g.mT, mode="r").R
+        assert self.sketch is not None
+        return (g @ self.sketch[:, :features].to(g)).mT / COLUMNS**0.5
+
+    def _add_row_gradient(self, g: Tensor, x: Tensor) -> None:
+        """Row k of one image's `∂L/∂W = gᵀ x` has the squared norm `Σ_t g_tk (x xᵀ g)_tk`; take the cheaper form."""
+        self.gradient_seen = True
+        tokens = x.numel() // x.shape[-1] // max(self.images, 1)
+        g, x = (self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t)).float() for t in (g, x))
+        wide = tokens * sum(self.linear.weight.shape) > self.linear.weight.numel()
+        squares = (g.mT @ x).square().sum((0, 2)) if wide else ((x @ x.mT) @ g).mul_(g).sum((0, 1))
+        self.stats.sum("row_gradient").add_(squares)
+
+
+def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequence[Tensor | None]:
+    """What `_roots` needs for each loss of a batch, `[images, largest size, COLUMNS]` from the images' seeds."""
+    size = max((tap.stats.size for tap in taps if tap.by_image), default=0)
+    if size <= COLUMNS:
+        return [None] * samples
+    device = taps[0].linear.weight.device
+    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the targets'

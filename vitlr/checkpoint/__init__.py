@@ -1,0 +1,5 @@
+"""One safetensors file that rebuilds itself."""
+
+from vitlr.checkpoint.files import load, save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,259 @@
+"""One safetensors file that rebuilds its model: weights, where the model came from, and what was done to it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vitlr.anatomy import timm
+from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
+from vitlr.checkpoint.structure import restructure, structure
+from vitlr.errors import InputError
+from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.planning.plans import Plan
+from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
+from vitlr.surgery import application
+
+SCHEMA = 1
+_DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+_MAX_HIDDEN = 2**30  # bytes of tables that a rebuilt model may compute; the largest we know of takes 40 MiB
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    model_args: Mapping[str, Any] | Literal[False] | None = None,
+    plan: Plan | Mapping[str, Any] | None = None,
+    recipe: Any = None,
+    metrics: Any = None,
+) -> None:
+    """Write `model` to one safetensors file, atomically, so that `load(path)` gives bit-identical logits anywhere.
+
+    `model_args`: what timm's `create_model` was called with besides the name; known for models made by
+    `vitlr.create_model`, guessed otherwise (classes, channels, image size, pooling). The model is rebuilt from
+    them and compared before anything is written. False stores no origin: such a file, and one of a model that timm does
+    not know, is read with `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
+    Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
+    """
+    path = check_writable(path)
+    tensors, tied = _state(model)
+    info = getattr(model, "vitlr_info", None) or {}
+    header = {
+        "origin": None if model_args is False else find_origin(model, model_args),
+        "structure": structure(model),
+        "fused": application.fused_names(model),
+        "visible": [name for name, module in timm.switchable(model) if getattr(module, timm.SWITCH)],
+        "tied": tied,
+        "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if _casts(buffer)},
+        "dtype": str(next((t.dtype for t in tensors.values() if t.is_floating_point()), None)).removeprefix("torch."),
+        "data": _data_config(model),
+        "plan": plan.to_dict() if isinstance(plan, Plan) else plan if plan is not None else info.get("plan"),
+        "recipe": info.get("recipe") if recipe is None else recipe,
+        "metrics": metrics.to_dict() if hasattr(metrics, "to_dict") else metrics,
+        "versions": _versions(),
+    }
+    if header["origin"] is not None:
+        _verify(model, header)
+    try:
+        header = json.loads(json.dumps(header))
+    except (TypeError, ValueError) as cause:
+        raise InputError(f"plan, recipe and metrics must be plain JSON values: {cause}") from cause
+    save_tensors(path, tensors, {**header, "digest": _digest(tensors, header)}, kind="model", schema=SCHEMA)
+
+
+def load(
+    path: str | os.PathLike[str], *, model: nn.Module | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
+
+    `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
+    Shapes are compared before memory is taken, and a digest over header and tensors after reading.
+    Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
+    """
+    path = Path(path)
+    header = load_header(path, kind="model", schema=SCHEMA)
+    try:
+        return _load(path, header, model).to(device)
+    except InputError as cause:
+        raise cause if str(cause).startswith(str(path)) else InputError(f"{path}: {cause}") from cause
+
+
+def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
+    _check_header(header)
+    with safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    origin = header["origin"]
+    if model is not None:
+        rebuilt = _reshape(copy.deepcopy(model), header)
+        _check_fit(rebuilt, shapes, header["tied"])
+    elif origin is None:
+        raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
+    else:
+        origin = check_origin(origin)
+        _check_depth(origin, len(shapes))
+        _check_fit(_reshape(build(origin, "meta"), header), shapes, header["tied"])
+        rebuilt = _reshape(build(origin, "cpu"), header)
+    tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
+    if _digest(tensors, {key: value for key, value in header.items() if key != "digest"}) != header["digest"]:
+        raise InputError("its digest does not match what it holds: the file is damaged or was changed")
+    _fill(rebuilt, tensors, header)
+    if model is None:
+        rebuilt.vitlr_origin = origin
+        if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
+            rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
+    keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
+    rebuilt.vitlr_info = {key: header.get(key) for key in keys}  # type: ignore[assignment]
+    return rebuilt.eval()
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the state on the CPU without what is stored twice, and {name: first name} of tied parameters."""
+    owners = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    storages: set[int] = set()
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            raise InputError(f"{name} is {'on the meta device' if isinstance(value, Tensor) else 'not a tensor'}")
+        known = first.setdefault(id(owners.get(name, value)), name)
+        if known != name:
+            tied[name] = known
+            continue
+        tensor = value.detach().cpu().contiguous()
+        # safetensors refuses tensors that share memory; views of one storage are written as copies
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors, tied
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _casts(buffer: Tensor) -> bool:
+    """Whether `.half()` and the like reach this table, so that its dtype has to be kept."""
+    return buffer.dtype in _DTYPES.values()
+
+
+def _verify(model: nn.Module, header: dict[str, Any]) -> None:
+    """Rebuild as `load` will and refuse what differs."""
+    try:
+        twin = _reshape(build(header["origin"], "cpu"), header)
+        problem = differences(model, twin)
+    except InputError as cause:
+        problem = str(cause)
+    if problem is not None:
+        raise InputError(
+            f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
+            "arguments it was created with, or model_args=False to load it with load(path, model=...)"
+        )
+
+
+def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
+    """Do to a dense model, in place, what was done to the saved one: switches, low-rank layers, fused MLPs."""
+    with unfilled():
+        restructure(model, header["structure"])
+    for name, attention in timm.switchable(model):
+        swapped = isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear, SelectedLinear))
+        on = name in header["visible"] or swapped
+        setattr(attention, timm.SWITCH, on)
+    application.fuse_again(model, header["fused"])
+    return model
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
+    # clone: the file's tensors lie at any multiple of 8 bytes, where BLAS may round otherwise than in aligned memory
+    state = {name: tensor.clone() for name, tensor in tensors.items()}
+    aliases = {name: state[known] for name, known in header["tied"].items()}
+    model.load_state_dict(state | aliases, strict=True, assign=True)
+    for name, known in header["tied"].items():
+        (source, s), (target, t) = (n.rpartition(".")[::2] for n in (known, name))
+        setattr(model.get_submodule(target), t, getattr(model.get_submodule(source), s))
+    for name, module, key, buffer in list(hidden_buffers(model)):
+        if name in header["buffers"]:
+            module._buffers[key] = buffer.to(_DTYPES[header["buffers"][name]])
+
+
+def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    found = {**shapes, **{name: shapes.get(known, (-1,)) for name, known in tied.items()}}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            a, b = expected.get(name, "no such tensor"), found.get(name, "none")
+            raise InputError(f"tensor {name[:120]}: the model has {a}, the file has {b}")
+    taken = sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(model))
+    if taken > _MAX_HIDDEN:
+        raise InputError(f"its model computes tables of {taken} bytes, more than {_MAX_HIDDEN}; refused")
+
+
+def _check_depth(origin: Mapping[str, Any], tensors: int) -> None:
+    """Every block holds tensors, so a depth beyond their number is a lie that would take hours to build."""
+    for key in ("depth", "depths"):
+        value = origin["args"].get(key, 0)
+        values = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(v, int) for v in values) or sum(values) > tensors:
+            raise InputError(f"the model argument {key}={value!r} does not fit a file of {tensors} tensors")
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    kinds = {"structure": dict, "fused": list, "visible": list, "tied": dict, "buffers": dict, "data": dict}
+    for key, kind in {**kinds, "digest": str}.items():
+        if not isinstance(header.get(key), kind):
+            raise InputError(f"its header is damaged: {key} is missing or not a {kind.__name__}")
+    names = [*header["fused"], *header["visible"], *header["tied"].values()]
+    if "origin" not in header or not all(isinstance(name, str) for name in names):
+        raise InputError("its header is damaged: a name is not text, or the origin is missing")
+    if not all(isinstance(d, str) and d in _DTYPES for d in header["buffers"].values()):
+        raise InputError(f"its header is damaged: buffers has a dtype other than {', '.join(_DTYPES)}")
+    if not set(header["data"]) <= set(_DATA) or not all(_is_data(v) for v in header["data"].values()):
+        raise InputError("its header is damaged: the data config holds something unknown")
+
+
+def _is_data(value: Any) -> bool:
+    plain = value is None or isinstance(value, (int, float, str))
+    return plain or (isinstance(value, list) and len(value) <= 4 and all(isinstance(v, (int, float)) for v in value))
+
+
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        return {}
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return {key: config[key] for key in _DATA if key in config}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _versions() -> dict[str, str]:
+    try:
+        import timm
+    except ImportError:
+        return {"torch": torch.__version__}
+    return {"torch": torch.__version__, "timm": timm.__version__}
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Return the SHA-256 over the header's JSON and every tensor's name, dtype, shape and bytes, in order of names."""
+    body = {key: value for key, value in header.items() if key not in ("kind", "schema")}
+    sha = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return f"sha256:{sha.hexdigest()}"

@@ -1,0 +1,88 @@
+"""The command line: `vitlr inspect | compress | prune | finetune | validate | bench | doctor | demo`.
+
+Exit status: 0 done, 1 a run that failed, 2 bad usage or bad input, 130 interrupted. The result goes to stdout, all else
+to stderr. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitlr.cli.commands.bench import bench
+from vitlr.cli.commands.compress import compress
+from vitlr.cli.commands.finetune import finetune
+from vitlr.cli.commands.inspect import inspect
+from vitlr.cli.commands.prune import prune
+from vitlr.cli.commands.validate import validate
+from vitlr.cli.options import AsJson, Command
+from vitlr.cli.result import Result, guarded
+
+app = typer.Typer(
+    name="vitlr",
+    help="Compress trained Vision Transformers by activation-aware low rank, and run them faster.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def doctor(as_json: AsJson = False) -> Result:
+    """Say what is installed, what was built, what runs, and why not."""
+    from vitlr.cli.commands.doctor import diagnose, render
+
+    found = diagnose()
+    return Result(found, render(found))
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Train less.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Keep the files there.")] = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Train a small ViT on digits, compress it, and show what that changed; no download, a few minutes."""
+    from vitlr.cli.commands.demo import run
+
+    return Result(run(quick=quick, out=out, json=as_json), "")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import vitlr
+
+        typer.echo(f"vitlr {vitlr.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Say which.")] = False,
+) -> None:
+    pass
+
+
+for _command in (inspect, compress, prune, finetune, validate, bench, doctor, demo):
+    app.command(_command.__name__, cls=Command)(guarded(_command))
+
+
+def main() -> Any:
+    """Run the command line; SIGTERM ends it as an interrupt does, with no partial file."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return app()
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted", err=True)
+        sys.exit(130)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""`vitlr bench`: how fast a model runs, measured in turns against its dense self or another model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vitlr.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    FileOrModel,
+    ImgSize,
+    ModelKwargs,
+    NumClasses,
+    Precision,
+    model_arguments,
+)
+from vitlr.cli.result import Result, table
+from vitlr.errors import InputError, RunError
+
+
+def bench(
+    model: FileOrModel,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", "-b", metavar="N,N", help="One or more, in turn.")
+    ] = "1,64",
+    precision: Precision = "float32",
+    torchcompile: Annotated[bool, typer.Option("--torchcompile", help="Compile the models first.")] = False,
+    vs: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model. [default: the same one, dense]")
+    ] = None,
+    kernels: Annotated[
+        bool | None,
+        typer.Option(
+            "--kernels/--no-kernels",
+            help="Time it on plain torch and fused (vitlr.fuse), too. [default: if it has low-rank layers]",
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each; the fastest counts.")] = 10,
+    device: Device = None,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Measure throughput, and the speed-up over the dense model in one interleaved run.
+
+    What the kernels bring is shown too: the model on plain torch against the fused one.
+    """
+    sizes = _sizes(batch_size)
+    if torchcompile and kernels:
+        raise InputError("--kernels switches kernels off and on between calls, a compiled graph keeps them; drop one")
+    args = model_arguments(img_size, num_classes, model_kwargs)
+    import torch
+
+    from vitlr.checkpoint.structure import structure
+    from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
+    from vitlr.cli.plain_torch import PlainTorch
+    from vitlr.data.loader import data_config
+    from vitlr.measuring import cost, timing
+    from vitlr.ops.backends import native
+    from vitlr.runtime.progress import bar
+    from vitlr.surgery import application
+
+    where, dtype = parse_device(device), parse_precision(precision)
+    source = Source(checkpoint, args)
+    only_vs = names_a_file(model) and vs is not None and not names_a_file(vs)
+    networks = {"model": open_model(model, Source() if only_vs else source, device=where, weights=False).to(dtype)}
+    if vs is not None:
+        networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
+    elif any("rank" in entry for entry in structure(networks["model"]).values()):
+        networks["vs"] = application.to_dense(networks["model"])
+    shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
+    costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
+    runners: Any = {n: torch.compile(net, dynamic=False) for n, net in networks.items()} if torchcompile else networks
+    if kernels or (kernels is None and not torchcompile and structure(networks["model"])):
+        runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": application.fuse(networks["model"])}
+    rows: list[dict[str, Any]] = []
+    with bar("measuring", len(sizes), "batch sizes") as progress:
+        for size in sizes:
+            try:
+                times = timing.throughput(runners, size, input_size=shapes["model"], repeats=repeats)
+            except Exception as cause:
+                if torchcompile and type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                    raise RunError(
+                        f"torch.compile failed: {str(cause).strip().splitlines()[0]}; leave --torchcompile out"
+                    ) from cause
+                raise
+            rows.append({"batch_size": size, **_flat(times)})
+            progress(len(rows), len(sizes))
+    values: dict[str, Any] = {
+        "model": model,
+        "vs": vs or ("dense" if "vs" in networks else None),
+        "device": _describe(where),
+        "precision": precision,
+        "torchcompile": torchcompile,
+        "threads": torch.get_num_threads(),
+        "isa": native.build_info()["isa_used"],
+    }
+    for name, c in costs.items():
+        ending = "" if name == "model" else f"_{name}"
+        values |= {f"params{ending}": c.params, f"macs{ending}": c.macs, f"bytes{ending}": c.bytes}
+    values["results"] = rows
+    return Result(values, _text(values))
+
+
+def _sizes(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--batch-size {text!r} cannot be read, expected one or more whole numbers such as 1,64")
+    return [int(part) for part in parts]
+
+
+def _flat(times: dict[str, dict[str, float]]) -> dict[str, float]:
+    row = dict(times["model"])
+    for name in times.keys() - {"model"}:
+        row |= {f"{key}_{name}": value for key, value in times[name].items()}
+    if "vs" in times:
+        row["speedup"] = times["vs"]["batch_ms"] / times["model"]["batch_ms"]
+    if "fused" in times:
+        row["kernel_speedup"] = times["plain"]["batch_ms"] / times["fused"]["batch_ms"]
+    return row
+
+
+def _describe(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _text(values: dict[str, Any]) -> str:
+    compared = values["vs"] is not None
+    head = f"{values['model']} on {values['device']}, {values['precision']}, {values['threads']} threads"
+    lines = [head + (", compiled" if values["torchcompile"] else "")]
+    for key, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
+        line = f"  {key:<6} {values[key] / scale:9.3f} {unit}"
+        if compared:
+            other = values[f"{key}_vs"]
+            line += f", {values[key] / max(other, 1):.1%} of {values['vs']}'s {other / scale:.3f} {unit}"
+        lines.append(line)
+    header = ["batch", "images/s", "ms"] + [f"{values['vs']} images/s", "ms", "speed-up"] * compared
+    kernels = "kernel_speedup" in values["results"][0]
+    header += ["plain torch ms", "fused ms", "kernels"] * kernels
+    if kernels:
+        lines.append(f"  kernels for {values['isa'] or 'no CPU: not built'}; vitlr doctor says which run and why")
+    rows = []
+    for row in values["results"]:
+        cells = [str(row["batch_size"]), f"{row['images_per_second']:.1f}", f"{row['batch_ms']:.2f}"]
+        if compared:
+            cells += [f"{row['images_per_second_vs']:.1f}", f"{row['batch_ms_vs']:.2f}", f"{row['speedup']:.2f}x"]
+        if kernels:
+            cells += [f"{row['batch_ms_plain']:.2f}", f"{row['batch_ms_fused']:.2f}", f"{row['kernel_speedup']:.2f}x"]
+        rows.append(cells)
+    return "\n".join([*lines, table(header, rows)])

@@ -1,0 +1,117 @@
+"""`vitlr inspect`: which linears of a model can be compressed, which stay dense, which nobody can reach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitlr.cli.options import AsJson, Checkpoint, FileOrModel, ImgSize, ModelKwargs, NumClasses, model_arguments
+from vitlr.cli.result import Result, table
+
+_BYPASSED = "read past by the model; made visible exactly"
+
+
+def inspect(
+    model: FileOrModel,
+    checkpoint: Checkpoint = None,
+    img_size: ImgSize = None,
+    num_classes: NumClasses = None,
+    model_kwargs: ModelKwargs = None,
+    as_json: AsJson = False,
+) -> Result:
+    """Show which linears are compressible, which are bypassed, and what share of the parameters they hold."""
+    import torch
+
+    from vitlr.anatomy import linears
+    from vitlr.anatomy.attention import fewer_heads
+    from vitlr.anatomy.mlps import narrowed_mlps
+    from vitlr.checkpoint import origins
+    from vitlr.checkpoint.structure import structure
+    from vitlr.cli.models import Source, open_model
+    from vitlr.measuring import cost
+
+    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
+    with origins.unfilled():  # nothing here looks at a value
+        network = open_model(model, source, device=torch.device("cpu"), weights=False)
+    survey, bypassed = linears.survey(network), linears.bypassed(network)
+    total = cost.count_params(network)
+    targets = [
+        _row(name, m.out_features, m.in_features, m.weight.numel(), _BYPASSED if name in bypassed else "")
+        for name, m in survey.targets.items()
+    ]
+    low_rank = [
+        {
+            **_row(name, s["out_features"], s["in_features"], s["rank"] * (s["out_features"] + s["in_features"]), ""),
+            "rank": s["rank"],
+        }
+        for name, s in structure(network).items()
+        if "rank" in s
+    ]
+    narrowed = [
+        {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
+    ]
+    heads = [{"name": name, "heads": now, "full_heads": full} for name, (now, full) in fewer_heads(network).items()]
+    selected = [
+        {"name": name, **{key: s[key] for key in ("inputs", "in_features", "outputs", "out_features")}}
+        for name, s in structure(network).items()
+        if "inputs" in s
+    ]
+    kept = []
+    for name, reason in survey.kept.items():
+        linear: Any = network.get_submodule(name)
+        kept.append(_row(name, linear.out_features, linear.in_features, linear.weight.numel(), reason))
+    hidden = [{"name": name, "params": h.parameters, "reason": h.reason} for name, h in survey.hidden.items()]
+    share = sum(row["params"] for row in targets) / max(total, 1)
+    values = {
+        "model": model,
+        "params": total,
+        "share": share,
+        "layers": len(targets),
+        "targets": targets,
+        "low_rank": low_rank,
+        "narrowed": narrowed,
+        "heads": heads,
+        "selected": selected,
+        "kept": kept,
+        "hidden": hidden,
+    }
+    return Result(values, _text(values))
+
+
+def _row(name: str, n: int, k: int, params: int, note: str) -> dict[str, Any]:
+    return {"name": name, "out_features": n, "in_features": k, "params": params, "reason": note}
+
+
+def _text(values: dict[str, Any]) -> str:
+    total = max(values["params"], 1)
+    rows = []
+    headings = {"targets": "compressible", "low_rank": "low rank", "kept": "stays dense", "hidden": "out of reach"}
+    for key, heading in headings.items():
+        for row in values[key]:
+            shape = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""
+            note = f"rank {row['rank']}" if "rank" in row else row["reason"]
+            cells = (row["name"], heading, shape, f"{row['params']:,}", f"{row['params'] / total:.1%}", note)
+            rows.append(cells)
+    lines = [table(("layer", "", "W", "params", "share", "note"), rows, left=2)] if rows else []
+    counts = {key: sum(row["params"] for row in values[key]) for key in headings}
+    rest = values["params"] - sum(counts.values())
+    lines.append(f"{values['model']}: {values['params']:,} parameters; weights of linears:")
+    for key, heading in headings.items():
+        if values[key]:
+            lines.append(f"  {heading:<13} {len(values[key]):>4}  {counts[key]:>14,}  {counts[key] / total:6.1%}")
+    widths = [f"{row['name']} {row['width']} of {row['full_width']}" for row in values["narrowed"]]
+    if widths:
+        lines.append(f"  hidden widths kept: {', '.join(widths)}")
+    heads = [f"{row['name']} {row['heads']} of {row['full_heads']}" for row in values["heads"]]
+    if heads:
+        lines.append(f"  heads kept: {', '.join(heads)}")
+    channels = [
+        f"{row['name']} {row['inputs'] or row['in_features']} of {row['in_features']} in, "
+        f"{row['outputs'] or row['out_features']} of {row['out_features']} out"
+        for row in values["selected"]
+    ]
+    if channels:
+        lines.append(f"  channels kept: {'; '.join(channels)}")
+    lines.append(f"  everything else     {rest:>14,}  {rest / total:6.1%}")
+    if not values["targets"]:
+        lines.append("nothing here can be compressed")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""The models that a command line names: files that vitlr wrote, or timm names with their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitlr.checkpoint import files as checkpoint_file
+from vitlr.checkpoint.creation import create_model
+from vitlr.errors import InputError
+
+_WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a timm name becomes a model: `checkpoint` (None: timm's pretrained weights) and architecture arguments."""
+
+    checkpoint: Path | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+
+def names_a_file(name: str) -> bool:
+    """Whether `name` is meant as a file rather than as a timm name."""
+    return Path(name).is_file() or Path(name).suffix in _WEIGHT_FILES
+
+
+def open_model(name: str, source: Source, *, device: torch.device, weights: bool = True) -> nn.Module:
+    """The model `name` in eval mode on `device`; without `weights`, a timm model may keep its random ones.
+
+    Raises `InputError` for unknown names, files that are damaged or do not fit, and options a file has no use for.
+    """
+    if names_a_file(name):
+        if source.checkpoint is not None or source.args:
+            flag = "--checkpoint" if source.checkpoint is not None else f"the model argument {next(iter(source.args))}"
+            raise InputError(f"{flag} goes with a timm name; {name} is a file that knows its own model and weights")
+        return checkpoint_file.load(name, device=device)
+    pretrained = weights and source.checkpoint is None
+    return create_model(name, checkpoint=source.checkpoint, pretrained=pretrained, **source.args).to(device)
+
+
+def open_pair(
+    name: str,
+    source: Source,
+    reference: str | None,
+    reference_checkpoint: Path | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model `name` and the one it is compared with, both fed the same tensors.
+
+    One --checkpoint and one set of arguments are for the one model that needs them. Raises `InputError` as
+    `open_model` does, and for a reference that is fed otherwise.
+    """
+    if reference is None and reference_checkpoint is not None:
+        raise InputError("--reference-checkpoint goes with --reference")
+    by_name = not names_a_file(name)
+    reference_by_name = reference is not None and not names_a_file(reference)
+    theirs = Source(reference_checkpoint)
+    if reference_by_name:
+        theirs = Source(reference_checkpoint or (None if by_name else source.checkpoint), source.args)
+    network = open_model(name, source if by_name or not reference_by_name else Source(), device=device).to(dtype)
+    if reference is None:
+        return network, None
+    other = open_model(reference, theirs, device=device).to(dtype)
+    _check_same_input(network, other, reference)
+    return network, other
+
+
+def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None:
+    """Both models see the same tensors, so those must be made the same way."""
+    from vitlr.data.loader import data_config
+
+    ours, theirs = data_config(model), data_config(reference)
+    for key in ("input_size", "mean", "std"):
+        if ours[key] != theirs[key]:
+            raise InputError(
+                f"the reference {name} wants {key} {theirs[key]}, the model {ours[key]}; they cannot be compared"
+            )
+
+
+def parse_device(name: str | None) -> torch.device:
+    """cpu, cuda or cuda:N; None is the GPU where there is one. `InputError` for one that is unknown or not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as cause:
+        raise InputError(f"--device {name!r} is unknown, expected cpu, cuda or cuda:N") from cause
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name!r} is not supported, expected cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InputError(f"--device {name!r} is not there: torch sees {found} CUDA devices")
+    return device
+
+
+def parse_precision(name: str) -> torch.dtype:
+    """The dtype of that name; `InputError` for another."""
+    if name not in _PRECISIONS:
+        raise InputError(f"--precision {name!r} is unknown, expected {', '.join(_PRECISIONS)}")
+    return _PRECISIONS[name]

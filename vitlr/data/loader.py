@@ -1,0 +1,315 @@
+"""Images on disk to batches of tensors: timm's readers and transforms, with corrupt files counted, never replaced."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from vitlr.data.classes import label_images, num_classes, read_class_map, some
+from vitlr.errors import InputError
+from vitlr.runtime.contexts import seeded
+
+_logger = logging.getLogger(__name__)
+_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_WORKERS_PAY = 256  # images below which starting worker processes costs more than it saves
+
+
+class Loader:
+    """Batches `(images [B, C, H, W] float32, labels [B] int64)` of a data set, the same at every pass.
+
+    `images` counts the files, `skipped` the corrupt ones met so far: they are left out, never replaced, and named in
+    one warning at the end of the pass. A pass in which no file could be read raises `InputError`. The order is fixed
+    and any stretch of it is spread evenly over the sorted files (and so over the classes): see `spread`.
+    """
+
+    def __init__(self, dataset: _Images, path: str, batch_size: int, workers: int, pin_memory: bool) -> None:
+        self.dataset, self.path, self.batch_size, self.workers = dataset, path, batch_size, workers
+        self.images = len(dataset)
+        self._corrupt: dict[int, str] = {}
+        self._batches = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # starting a pass then draws nothing from the caller's random state
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def skipped(self) -> int:
+        return len(self._corrupt)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        known = self.skipped
+        read = 0
+        for images, labels, corrupt in self._batches:
+            self._corrupt.update(corrupt)
+            if len(labels):
+                read += len(labels)
+                yield images, labels
+        if not read:
+            raise InputError(f"none of the {self.images} images in {self.path} could be read: {self._examples()}")
+        self._warn(known)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the number of images, and of the names and labels of a thousand of them."""
+        some_of = [(self.dataset.reader.filename(i), label) for i, label in self.dataset.chosen[:1000]]
+        return f"{zlib.crc32(repr((self.images, some_of)).encode()):08x}"
+
+    def subset(self, positions: Sequence[int]) -> Loader:
+        """The images at these positions of the fixed order, transformed as here."""
+        return Loader(
+            self.dataset.subset(positions), self.path, self.batch_size, self.workers, self._batches.pin_memory
+        )
+
+    def augmented(self, batches: Iterable[Sequence[tuple[int, int]]], **transform: Any) -> Iterator[Tensor]:
+        """The images of `labelled`."""
+        yield from (images for images, _ in self.labelled(batches, **transform))
+
+    def labelled(
+        self, batches: Iterable[Sequence[tuple[int, int]]], **transform: Any
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """For every list of (position, seed) a batch `[B, C, H, W]` under timm's training transform, and its labels.
+
+        `transform` are the choices of `timm.data.create_transform` (scale, color_jitter, ...). They are drawn from the
+        seeds alone, so the same lists give the same pixels with any number of workers. Files that cannot be read are
+        left out, and named in one warning at the end.
+        """
+        known = self.skipped
+        loader = DataLoader(
+            self.dataset.augmented(**transform),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=self._batches.pin_memory,
+            generator=torch.Generator(),
+        )
+        try:
+            for images, labels, corrupt in loader:
+                self._corrupt.update(corrupt)
+                yield images, labels
+        finally:
+            self._warn(known)
+
+    def _warn(self, known: int) -> None:
+        if self.skipped > known:
+            count, examples = self.skipped, self._examples()
+            _logger.warning("skipped %d of %d images that could not be read: %s", count, self.images, examples)
+
+    def _examples(self) -> str:
+        return some(list(self._corrupt.values()))
+
+
+def open_data(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    class_map: str | os.PathLike[str] | Mapping[str, int] | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    limit: int | None = None,
+    skip: int = 0,
+    split: str = "validation",
+    need_labels: bool = False,
+) -> Loader:
+    """Open a folder, a .tar or `hfds/NAME` as timm does, with the evaluation transform of `model`.
+
+    `class_map` is a text file with one folder name a line in the model's class order (or {name: index}); images of
+    other folders are left out and reported. `skip` and `limit` choose `order[skip : skip + limit]` of the fixed order.
+    `split` names the split of an `hfds/` data set. With `need_labels` the classes must be the model's. `workers` is
+    the number of worker processes, 0 for none.
+
+    Raises `InputError` for data that is missing, empty or unreadable and for classes that do not fit.
+    """
+    if batch_size < 1 or skip < 0 or (limit is not None and limit < 1) or (workers is not None and workers < 0):
+        raise InputError(
+            f"batch_size={batch_size}, limit={limit}, skip={skip}, workers={workers}: "
+            "expected batch_size and limit >= 1, skip and workers >= 0"
+        )
+    path = os.fspath(path)
+    classes = num_classes(model)
+    names_to_class = None if class_map is None else read_class_map(class_map, classes)
+    reader, native, names = _open_reader(path, split)
+    labels = label_images(path, native, names, names_to_class, classes, need_labels)
+
+    kept = [(i, label) for i in spread(len(labels)) if (label := labels[i]) is not None]
+    chosen = kept[skip : None if limit is None else skip + limit]
+    if not chosen:
+        raise InputError(f"skip={skip} leaves none of the {len(kept)} images in {path}")
+    dataset = _Images(reader, chosen, data_config(model))
+    if workers is None:
+        workers = 0 if len(chosen) < _WORKERS_PAY else min(4, _cores())
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Loader(dataset, path, batch_size, workers, device.type == "cuda")
+
+
+def spread(count: int) -> list[int]:
+    """A fixed order of range(count) of which any stretch is nearly evenly spread: sorted by frac(j * golden ratio).
+
+    Files are sorted by class, so their first thousand may be a single class; the first thousand of this order are a
+    fair sample, and two stretches that do not overlap share no image.
+    """
+    return sorted(range(count), key=lambda j: j * _GOLDEN % 1.0)
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """timm's preprocessing for `model` (input_size, mean, std, crop, interpolation), at the size the model really has.
+
+    timm describes the pretrained weights; a model made with another img_size or in_chans is asked itself.
+    """
+    from timm.data import resolve_model_data_config
+
+    config: dict[str, Any] = dict(resolve_model_data_config(model))
+    args = (getattr(model, "vitlr_origin", None) or {}).get("args", {})
+    patches = getattr(model, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or args.get("img_size") or config["input_size"][-2:]
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    projection = getattr(patches, "proj", None)
+    channels = args.get("in_chans") or getattr(projection, "in_channels", None) or config["input_size"][0]
+    config["input_size"] = (int(channels), int(height), int(width))
+    for key in ("mean", "std"):
+        values = tuple(float(v) for v in config[key])
+        config[key] = values if len(values) == channels else (sum(values) / len(values),) * int(channels)
+    return config
+
+
+class _Images(Dataset[tuple[Any, Any, Any]]):
+    """Decoded and transformed images; a file that cannot be read comes back as (None, its index, what is wrong)."""
+
+    def __init__(self, reader: Any, chosen: Sequence[tuple[int, int]], config: Mapping[str, Any]) -> None:
+        from timm.data import create_transform
+
+        self.reader, self.chosen = reader, chosen  # (index in the reader, the model's class)
+        self.config = config
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
+        self.side = max(config["input_size"][-2:]) / (config["crop_pct"] or 1.0)
+        self.transform = create_transform(**config, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def subset(self, positions: Sequence[int]) -> _Images:
+        return _Images(self.reader, [self.chosen[i] for i in positions], self.config)
+
+    def augmented(self, **transform: Any) -> _Augmented:
+        return _Augmented(self, **transform)
+
+    def __getitem__(self, item: int) -> tuple[Any, Any, Any]:
+        return self.read(item, self.transform)
+
+    def read(self, item: int, transform: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+        index, label = self.chosen[item]
+        try:
+            image = self._decode(index)
+        except MemoryError:
+            raise
+        except Exception as cause:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+            return None, index, f"{self.reader.filename(index) or f'image {index}'} ({_reason(cause)})"
+        return transform(image), label, None
+
+    def _decode(self, index: int) -> Any:
+        from PIL import Image
+
+        with self.reader[index][0] as file, Image.open(file) as image:
+            width, height = image.size
+            long, short = max(width, height), max(min(width, height), 1)
+            # A one-pixel-high strip is small until its short side is scaled up to the model's.
+            if max(width * height, self.side**2 * long / short) > _MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are too many")
+            return image.convert(self.mode)
+
+
+class _Augmented(Dataset[tuple[Any, Any, Any]]):
+    """The same images under timm's training transform, asked for by (position, seed)."""
+
+    def __init__(self, images: _Images, **transform: Any) -> None:
+        from timm.data import create_transform
+
+        keys = ("input_size", "interpolation", "mean", "std")
+        config = {key: images.config[key] for key in keys}
+        if images.mode != "RGB":
+            transform["color_jitter"] = 0.0
+        self.images = images
+        try:
+            self.transform = create_transform(**config, is_training=True, **transform)
+        except (AssertionError, IndexError, KeyError, ValueError) as cause:
+            given = ", ".join(f"{key}={value!r}" for key, value in transform.items())
+            raise InputError(f"timm makes no training transform of {given}: {_reason(cause)}") from cause
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Any, Any, Any]:
+        position, seed = item
+        with seeded(seed):
+            return self.images.read(position, self.transform)
+
+
+def _collate(items: Sequence[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    images = [image for image, _, _ in items if image is not None]
+    labels = [label for image, label, _ in items if image is not None]
+    corrupt = {index: problem for image, index, problem in items if image is None}
+    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), corrupt
+
+
+def _open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
+    """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
+    from timm.data.readers import create_reader
+
+    prefix, _, rest = path.partition("/")
+    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
+    if not hub and not Path(path).exists():
+        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
+    if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
+        raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
+    try:
+        if hub:
+            reader = create_reader(path, split=split)
+            return reader, list(reader.dataset[reader.label_key]), dict(reader.class_to_idx)
+        if Path(path).is_dir():
+            reader = create_reader("", root=path)
+            reader.samples.sort()  # timm's natural order leaves a1 and a01 as the file system lists them
+            return reader, *_numbered([target for _, target in reader.samples], reader.class_to_idx)
+        # timm's index cache is a pickle beside the data: neither trusted nor written.
+        reader = create_reader("", root=path, cache_tarinfo=False)
+        return reader, *_numbered(reader.targets.tolist(), reader.class_name_to_idx)
+    except MemoryError:
+        raise
+    except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
+        hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
+        raise InputError(f"cannot read images from {path}: {hint}") from cause
+
+
+def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
+    """Classes in timm's natural order, ties (a1 and a01) by name: timm leaves those as a set happens to give them."""
+    from timm.utils.misc import natural_key
+
+    ordered = sorted(names, key=lambda name: (natural_key(name), name))
+    place = {names[name]: index for index, name in enumerate(ordered)}
+    return [place[target] for target in targets], {name: index for index, name in enumerate(ordered)}
+
+
+def _empty_hint(path: str, cause: Exception) -> str:
+    if "unpack" in str(cause) or "Found 0 images" in str(cause):
+        return "there are none (.jpg, .jpeg, .png) in it"
+    return _reason(cause)
+
+
+def _reason(cause: BaseException) -> str:
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

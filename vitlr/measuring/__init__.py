@@ -1,0 +1,1 @@
+"""What a model costs, how fast it is, how right it is."""

@@ -1,0 +1,88 @@
+"""What a model's answers are worth: losses drawn from the answers themselves, and the divergence of two models'."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlr.anatomy import linears
+from vitlr.errors import InputError, NumericalError
+
+
+def image_seeds(inputs: Sequence[Tensor], seed: int) -> list[int]:
+    """One seed per image, from its content in all tensors: batch size, order and merging then change no draw."""
+    seeds = [seed & 0xFFFFFFFF] * inputs[0].shape[0]
+    for images in inputs:
+        rows = images.detach().cpu().contiguous().view(torch.uint8).reshape(images.shape[0], -1).numpy()
+        seeds = [zlib.crc32(row.data, start) for row, start in zip(rows, seeds, strict=True)]
+    return seeds
+
+
+def draws(seeds: Sequence[int], samples: int, shape: Sequence[int], kind: Callable[..., Tensor]) -> Tensor:
+    """`samples` draws of `shape` for each seed, as `[samples, images, *shape]` on the CPU."""
+    rows = [kind((samples, *shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(rows, dim=1)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The logits of a Hugging Face output, the first tensor of a tuple or dict, or the tensor itself."""
+    if isinstance(output, Tensor):
+        return output
+    if getattr(output, "logits", None) is not None:
+        return output.logits
+    values = list(output.values()) if hasattr(output, "values") else output
+    if isinstance(values, (list, tuple)) and values:
+        return first_tensor(values[0])
+    raise InputError(f"the model returned {type(output).__name__}, expected a tensor; pass output_fn= to pick one")
+
+
+def is_logits(model: nn.Module, answer: Any) -> bool:
+    """Whether the answer is a classifier's `[images, classes]` rather than features."""
+    output = first_tensor(answer)
+    if output.ndim != 2 or output.shape[1] < 2:
+        return False
+    classes = getattr(model, "num_classes", None)
+    if classes is not None:
+        return bool(classes == output.shape[1])
+    return getattr(answer, "logits", None) is not None or bool(linears.classifier_names(model))
+
+
+def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples: int) -> list[Tensor]:
+    """`samples` scalar losses, each summed over the images, whose gradients' second moment is the Fisher matrix.
+
+    Logits z: `-log softmax(z)[t]` with the target t drawn from softmax(z), so that `½ E[(gᵀδ)²]` estimates the KL
+    divergence that a small change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
+    same expression estimates half the squared change of the normalised feature. Raises `NumericalError` where the
+    output is not finite.
+    """
+    output = first_tensor(answer)
+    if not torch.isfinite(output).all():
+        raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
+    if is_logits(model, answer):
+        uniform = draws(seeds, samples, (1,), torch.rand).double()
+        cumulative = output.detach().double().softmax(-1).cumsum(-1).cpu()
+        targets = torch.searchsorted(cumulative.expand(samples, -1, -1).contiguous(), uniform)
+        targets = targets.clamp_(max=output.shape[1] - 1).squeeze(-1).to(output.device)
+        return [F.cross_entropy(output.float(), target, reduction="sum") for target in targets]
+    features = F.normalize(output.float().flatten(1), dim=1)
+    noise = draws(seeds, samples, features.shape[1:], torch.randn).to(features)
+    return [(features * direction).sum() for direction in noise]
+
+
+def check_reached(loss: Tensor) -> None:
+    """`InputError` for a loss that depends on nothing trainable: `backward` would fail, or train nothing."""
+    if not loss.requires_grad:
+        raise InputError("no gradient reaches a parameter that is not frozen; set requires_grad where it should train")
+
+
+def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
+    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
+    if not logits:
+        return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
+    p, q = (expected / temperature).log_softmax(1), (answers / temperature).log_softmax(1)
+    return temperature**2 * (p.exp() * (p - q)).sum(1).mean()

@@ -1,0 +1,210 @@
+"""The only importer of the native extensions `vitlr._C` and `vitlr._cuda`: what was built, what runs, and why not.
+
+They take raw pointers, so everything about a tensor is checked by the callers in this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# torch first: it loads its own libgomp under the SONAME that the extension asks for, so both share one thread pool.
+import torch
+
+from vitlr.errors import InputError
+
+_FAILURE = Path(__file__).parents[2] / "_build_failure.txt"  # written by setup.py
+_CUDA_FAILURE = _FAILURE.with_name("_cuda_build_failure.txt")
+
+_C: Any = None
+_import_error: ImportError | None = None
+try:
+    _C = importlib.import_module("vitlr._C")
+except ImportError as cause:
+    _import_error = cause
+
+
+def available() -> bool:
+    """Whether the native extension is there and loads."""
+    return _C is not None
+
+
+def why_not() -> str | None:
+    """Why the native extension is not used, in one line; None where it is."""
+    if available():
+        return None
+    if _FAILURE.is_file():
+        return f"vitlr._C was not built: {_FAILURE.read_text().strip()}"
+    if isinstance(_import_error, ModuleNotFoundError):
+        return "vitlr._C was not built (VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree without an install)"
+    return f"vitlr._C was built but does not load: {_import_error}"
+
+
+def build_info() -> dict[str, Any]:
+    """What was compiled and what is used: `compiler`, `isa_compiled`, `isa_used`, `isa_why`, `openmp`.
+
+    Raises `InputError` if VITLR_CPU_ISA names an instruction set that was not built or does not run here.
+    """
+    if _C is None:
+        return {"compiler": None, "isa_compiled": (), "isa_used": None, "openmp": False}
+    return {**_C.build_info(), "isa_used": isa_used(), "isa_why": why_isa()}
+
+
+def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
+    """C += Xᵀ diag(weight) X on the CPU: C [n, n] fp64 contiguous, X [T, n] fp32, weight [T] fp32 contiguous ≥ 0."""
+    assert _C is not None, why_not()
+    pointer = 0 if weight is None else weight.data_ptr()
+    _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), isa_used())
+
+
+def pack(W: torch.Tensor, isa: str) -> torch.Tensor:
+    """W [N, K] fp32 or bf16, any strides, in the order in which `chain` of an instruction set reads it."""
+    assert _C is not None, why_not()
+    bf16, (N, K) = W.dtype == torch.bfloat16, W.shape
+    out = torch.empty(_C.packed_bytes(bf16, N, K, 0, isa), dtype=torch.uint8)
+    _C.pack(bf16, W.data_ptr(), *W.stride(), N, K, out.data_ptr(), isa)
+    return out
+
+
+def pack_codes(
+    codes: torch.Tensor, scale: torch.Tensor, K: int, group: int, form: int, isa: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of [N, K] (form 1: int8, 2: int4) and their scales, packed for `chain` like a weight in scale's dtype."""
+    assert _C is not None, why_not()
+    codes, scale = codes.contiguous(), scale.contiguous()
+    bf16, (N, groups) = scale.dtype == torch.bfloat16, scale.shape
+    out = torch.empty(_C.packed_bytes(bf16, N, K, form, isa), dtype=torch.uint8)
+    scales = torch.empty(_C.packed_bytes(bf16, N, 1, 1, isa) * groups)
+    pointers = (codes.data_ptr(), scale.data_ptr()), (out.data_ptr(), scales.data_ptr())
+    _C.pack_codes(bf16, *pointers[0], N, K, group, form, *pointers[1], isa)
+    return out, scales
+
+
+def chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor | None, isa: str) -> torch.Tensor:
+    """x [M, K] through layers `act(input Wᵀ + first input Rᵀ + bias)`, the last N wide, + residual [M, N] -> [M, N].
+
+    A layer is (W, R or None, pointer of a bias or 0, index of an activation), W and R the fields of packed weights:
+    (pointer, pointer of scales or 0, N, K, group, form). x in any strides, residual with rows in one piece.
+    """
+    assert _C is not None, why_not()
+    M, K = x.shape
+    y = x.new_empty((M, N))
+    more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    _C.chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+    return y
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, isa: str) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v: q [B, H, L, d], k and v [B, H, S, d], rows contiguous, fp32 or bf16 -> [B, L, H, d]."""
+    assert _C is not None, why_not()
+    B, H, L, d = q.shape
+    y = q.new_empty((B, L, H, d))
+    places = ((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v))
+    sizes = (B, H, L, k.shape[2], d)
+    bf16, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
+    _C.attention(bf16, *places, y.data_ptr(), *sizes, d**-0.5, threads, isa)
+    return y
+
+
+def fingerprint(W: torch.Tensor, samples: int) -> int:
+    """A hash of `samples` entries of a CPU matrix W spread evenly, or of all of them."""
+    assert _C is not None, why_not()
+    return _C.fingerprint(W.data_ptr(), W.element_size(), *W.shape, *W.stride(), samples)
+
+
+def peak(dtype: torch.dtype, repeats: int = 30) -> float:
+    """FLOP/s of one core with nothing but multiply-adds between registers: the best of `repeats` runs of some ms."""
+    assert _C is not None, why_not()
+    return _C.peak(dtype == torch.bfloat16, repeats, isa_used())
+
+
+def why_isa() -> str:
+    """Why `isa_used` is in use and no better one, in one line."""
+    assert _C is not None, why_not()
+    if os.environ.get("VITLR_CPU_ISA"):
+        return "VITLR_CPU_ISA asks for it"
+    built = list(_C.build_info()["isa_compiled"])  # each runs wherever the next one does
+    better = built[built.index(best_isa()) + 1 :]
+    return f"this CPU does not run {', '.join(better)}" if better else "the best that was built, and this CPU runs it"
+
+
+def best_isa() -> str | None:
+    """The best instruction set that was built and that this CPU runs, whatever VITLR_CPU_ISA says."""
+    return None if _C is None else _C.select_isa("")
+
+
+def isa_used() -> str:
+    """The instruction set in use: VITLR_CPU_ISA, or the best one of this CPU. Raises InputError for one that is not."""
+    try:
+        return _C.select_isa(os.environ.get("VITLR_CPU_ISA", ""))
+    except ValueError as cause:
+        raise InputError(str(cause)) from cause
+
+
+def cuda() -> Any:
+    """The extension `vitlr._cuda`, imported when first asked for. Raises InputError where it is missing."""
+    found = _load_cuda()
+    if isinstance(found, str):
+        raise InputError(found)
+    return found
+
+
+def cuda_why_not(device: torch.device | None = None) -> str | None:
+    """Why `vitlr._cuda` cannot be used, or not on a device, in one line; None where it can."""
+    found = _load_cuda()
+    if isinstance(found, str):
+        return found
+    if device is None:
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the tensors are on {device}, these kernels run on an NVIDIA GPU"
+    try:
+        capability(device)
+    except RuntimeError as cause:  # no driver, or one that is older than the runtime that was linked in
+        return str(cause)
+    return None
+
+
+def capability(device: torch.device) -> int:
+    """80 for compute capability 8.0, 90 for 9.0. Raises RuntimeError that says what to do where there is no driver."""
+    return cuda().capability(device_index(device))
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device; the current one where it has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def cuda_build_info() -> dict[str, Any]:
+    """What was compiled: `compiler`, `targets`, `runtime`; only `why_not` where nothing was."""
+    found = _load_cuda()
+    return {"why_not": found} if isinstance(found, str) else {**found.build_info(), "why_not": None}
+
+
+def cuda_call(name: str, *args: Any, device: torch.device) -> Any:
+    """A function of `vitlr._cuda` on the current stream of a device, which are its last two arguments.
+
+    Raises InputError where it refuses its arguments, RuntimeError naming the CUDA status where a call fails.
+    """
+    stream = torch.cuda.current_stream(device).cuda_stream
+    try:
+        with torch.cuda.device(device):  # both runtimes, torch's and ours, then agree on the current device
+            return getattr(cuda(), name)(*args, device_index(device), stream)
+    except ValueError as cause:
+        raise InputError(f"{name}: {cause}") from cause
+
+
+@cache
+def _load_cuda() -> Any:
+    """The module, or why there is none."""
+    try:
+        return importlib.import_module("vitlr._cuda")
+    except ModuleNotFoundError:
+        told = _CUDA_FAILURE.read_text().strip() if _CUDA_FAILURE.is_file() else None
+        return f"vitlr._cuda was not built: {told or 'VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree'}"
+    except ImportError as cause:
+        return f"vitlr._cuda was built but does not load: {' '.join(str(cause).split())}"

@@ -1,0 +1,74 @@
+"""Weights in the order in which the CPU kernels read them, kept for as long as the tensors they were made from.
+
+A packed copy belongs to one tensor object and is freed with it. It is made again when that tensor is no longer what it
+was: other memory, shape, dtype or version, or a write that torch did not count (through `.data`, NumPy, or to an
+inference tensor, which has no version) and that changes one of 64 entries looked at; of an inference tensor all are.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+from torch import Tensor
+
+from vitlr.ops.backends import native
+
+_SAMPLES = 64
+FORMS = {"int8": 1, "int4": 2}  # 0 is a weight as it is
+
+
+class Packed(NamedTuple):
+    """A packed [N, K]: what the native part takes for it, and the memory behind that."""
+
+    fields: tuple[int, int, int, int, int, int]  # pointer, pointer of the scales, N, K, group, form
+    memory: tuple[Tensor, ...]
+
+
+# id of the tensor -> (reference to it, its state, its packed copy)
+_entries: dict[int, tuple[weakref.ref[Tensor], tuple, Packed]] = {}
+
+
+def weight(W: Tensor, isa: str) -> Packed:
+    """W [N, K], fp32 or bf16, packed for an instruction set."""
+    state = (isa, *_state(W))
+    return _kept(W, state) or _keep(W, state, _pack(W, isa))
+
+
+def codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> Packed:
+    """The residual [N, K] of codes R and scales [N, groups], packed for an instruction set."""
+    state = (isa, group, form, *_state(R), *_state(scale))
+    return _kept(R, state) or _keep(R, state, _pack_codes(R, scale, K, group, form, isa))
+
+
+def count() -> int:
+    """How many packed copies are kept."""
+    return len(_entries)
+
+
+def _state(W: Tensor) -> tuple:
+    if W.is_inference():
+        return W.data_ptr(), None, W.shape, W.stride(), W.dtype, native.fingerprint(W, W.numel())
+    return W.data_ptr(), W._version, W.shape, W.stride(), W.dtype, native.fingerprint(W, _SAMPLES)
+
+
+def _kept(owner: Tensor, state: tuple) -> Packed | None:
+    entry = _entries.get(id(owner))
+    return entry[2] if entry is not None and entry[0]() is owner and entry[1] == state else None
+
+
+def _keep(owner: Tensor, state: tuple, packed: Packed) -> Packed:
+    key = id(owner)
+    # The reference calls back before its id can be another tensor's. One that is replaced here never does.
+    _entries[key] = (weakref.ref(owner, lambda _: _entries.pop(key, None)), state, packed)
+    return packed
+
+
+def _pack(W: Tensor, isa: str) -> Packed:
+    panels = native.pack(W, isa)
+    return Packed((panels.data_ptr(), 0, *W.shape, 1, 0), (panels,))
+
+
+def _pack_codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> Packed:
+    panels, scales = native.pack_codes(R, scale, K, group, FORMS[form], isa)
+    return Packed((panels.data_ptr(), scales.data_ptr(), scale.shape[0], K, group, FORMS[form]), (panels, scales))

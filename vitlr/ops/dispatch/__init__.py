@@ -1,0 +1,1 @@
+"""Which of an operation's kernels runs, and why."""

@@ -1,0 +1,1 @@
+"""What calibration and solving compute: Grams, eigenproblems, eliminations."""

@@ -1,0 +1,237 @@
+"""What will be done to every layer, and why: printed as a table, kept as JSON, applied later."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vitlr.decomposition.spectra import Spectra
+from vitlr.errors import InputError
+from vitlr.runtime.storage import atomic_path
+
+SCHEMA = 3  # 2 knows widths, 3 those of attention; plans without them are written as 1 or 2, as they always were
+METHODS = ("lowrank", "prune", "hybrid", "joint")
+KINDS = {
+    "mlp": "width",
+    "channels": "value",
+    "heads": "heads",
+    "scores": "q·k",
+}  # of widths, and what the table calls them
+_MAX_BYTES = 16 * 2**20
+
+
+_ROWS = ("layers", "widths")
+_NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its rank (None stays dense), the predicted error in the objective's unit, and the reason.
+
+    `kept_in` and `kept_out` are its sizes where its MLP is narrowed, else None.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int | None
+    tokens: float  # per image
+    error: float
+    reason: str
+    kept_in: int | None = None
+    kept_out: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) as they will be."""
+        return self.kept_out or self.out_features, self.kept_in or self.in_features
+
+    @property
+    def params(self) -> int:
+        """Weights kept: r (N + K), or N K where the layer stays dense (biases are not counted)."""
+        N, K = self.shape
+        return N * K if self.rank is None else self.rank * (N + K)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return round(self.params * self.tokens)
+
+
+@dataclass(frozen=True)
+class WidthPlan:
+    """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason.
+
+    Of an attention (`kind` "channels" or "heads") the same for its value channels, one by one or in whole heads, or
+    (`kind` "scores") for the directions in which queries meet keys, of all heads together.
+    """
+
+    name: str
+    full_width: int
+    width: int
+    error: float
+    reason: str
+    kind: str = "mlp"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
+
+    `spectra` travel with a plan that was just made; one read from JSON is applied with the statistics instead.
+    """
+
+    budget: str
+    objective: str
+    centred: bool
+    damping: float
+    layers: tuple[LayerPlan, ...]
+    fingerprint: str
+    params: int
+    params_kept: int
+    macs: int
+    macs_kept: int
+    bytes: int
+    bytes_kept: int
+    method: str = "lowrank"
+    widths: tuple[WidthPlan, ...] = ()
+    compensated: bool = True  # the second linears make up for the neurons that are gone
+    ridge: float = 0.0
+    spectra: Spectra | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every layer that is factorised."""
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    @property
+    def error(self) -> float:
+        """Predicted error of the whole model: the sum over layers and widths."""
+        return sum(layer.error for layer in self.layers) + sum(mlp.error for mlp in self.widths)
+
+    @property
+    def narrowed(self) -> dict[str, int]:
+        """Width of every MLP that loses neurons and every attention that loses channels or directions."""
+        return {mlp.name: mlp.width for mlp in self.widths if mlp.width < mlp.full_width}
+
+    @property
+    def attention(self) -> str | None:
+        """Whether attention may lose "scores", "channels" or "heads", or nothing."""
+        return next((row.kind for row in self.widths if row.kind != "mlp"), None)
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything at all is to be done."""
+        return bool(self.ranks or self.narrowed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, without the spectra."""
+        new = _NEW if self.method == "lowrank" else ()
+        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, "spectra", *new)}
+        layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
+        if new:
+            return {"schema": 1, **body, "layers": layers}
+        widths = [asdict(row) for row in self.widths]
+        if self.attention is None:
+            for row in widths:
+                del row["kind"]
+        return {"schema": 2 if self.attention is None else SCHEMA, **body, "layers": layers, "widths": widths}
+
+    def to_json(self) -> str:
+        """The same plan gives the same bytes."""
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, body: Any) -> Plan:
+        """Read what `to_dict` gave; raises `InputError` where something is missing, of the wrong kind or newer."""
+        try:
+            schema = body["schema"]
+            if schema not in range(1, SCHEMA + 1):
+                raise InputError(f"this plan has schema {schema}, this vitlr reads up to {SCHEMA}; make the plan again")
+            layers = tuple(LayerPlan(**layer) for layer in body["layers"])
+            names = {f.name for f in fields(cls)} - {"spectra", *_ROWS} - (set(_NEW) if schema == 1 else set())
+            widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema > 1 else ()
+            plan = cls(layers=layers, widths=widths, **{name: body[name] for name in names})
+        except (KeyError, TypeError) as cause:
+            raise InputError(f"this is not a vitlr plan: {cause}") from cause
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        """Raise `InputError` for values that no plan has: they may come from anywhere."""
+        if self.method not in METHODS:
+            raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
+        for mlp in self.widths:
+            if any(type(w) is not int for w in (mlp.width, mlp.full_width)) or not 1 <= mlp.width <= mlp.full_width:
+                raise InputError(f"{mlp.name}: width {mlp.width!r:.80} does not fit {mlp.full_width!r:.80}")
+            if mlp.kind not in KINDS:
+                raise InputError(f"{mlp.name}: a width of {mlp.kind!r:.80}, expected one of {', '.join(KINDS)}")
+        for layer in self.layers:
+            for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
+                if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
+                    raise InputError(f"layer {layer.name}: {kept!r:.80} of {full} features cannot be kept")
+            if layer.rank is not None and (type(layer.rank) is not int or not 1 <= layer.rank <= min(layer.shape)):
+                N, K = layer.shape
+                raise InputError(f"layer {layer.name}: rank {layer.rank!r} does not fit {N}x{K}")
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` gave."""
+        try:
+            body = json.loads(text)
+        except (ValueError, RecursionError) as cause:
+            raise InputError(f"this plan is not JSON ({cause}); make it again") from cause
+        return cls.from_dict(body)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON, atomically."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote."""
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise InputError(f"{path} has more than {_MAX_BYTES} bytes; that is no plan")
+            return cls.from_json(path.read_text())
+        except (OSError, UnicodeDecodeError) as cause:
+            raise InputError(f"cannot read the plan {path}: {cause}") from cause
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [f"{'layer':<{width}}  {'W':>11}  {'rank':>5}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.shape))
+            rank = "dense" if layer.rank is None else str(layer.rank)
+            lines.append(
+                f"{layer.name:<{width}}  {shape:>11}  {rank:>5}  {layer.error:>9.3g}  {layer.params:>10,}  "
+                f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
+            )
+        for mlp in self.widths:
+            kept = f"{mlp.width}/{mlp.full_width}"
+            lines.append(
+                f"{mlp.name:<{width}}  {kept:>11}  {KINDS[mlp.kind]:>5}  {mlp.error:>9.3g}  {'':>10}  {'':>8}  "
+                f"{mlp.reason}"
+            )
+        narrowed = ""
+        for what, rows in (
+            ("MLPs", [row for row in self.widths if row.kind == "mlp"]),
+            ("attentions", [row for row in self.widths if row.kind != "mlp"]),
+        ):
+            if rows:
+                narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
+        lines.append(
+            f"{self.budget}, objective {self.objective}: {len(self.ranks)} of {len(self.layers)} layers factorised, "
+            f"{narrowed}predicted error {self.error:.4g}"
+        )
+        for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
+            before, after = getattr(self, what), getattr(self, f"{what}_kept")
+            lines.append(
+                f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({after / before:.1%} kept)"
+            )
+        return "\n".join(lines)

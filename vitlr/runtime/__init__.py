@@ -1,0 +1,1 @@
+"""What has no model and no stage: files, snapshots, progress, contexts."""

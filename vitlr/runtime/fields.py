@@ -1,0 +1,141 @@
+"""Options as values: a field says its default, its help and its bounds once; Python and the shell read them there."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any, TypeVar, get_type_hints
+
+from vitlr.errors import InputError
+
+O = TypeVar("O", bound="Options")  # noqa: E741 (the type of the options themselves)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field allows, and how the shell asks for it."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    among: Sequence[Any] | None = None
+    flag: str | None = None  # "" for options that only Python has; None for the field's name
+    metavar: str | None = None
+
+    def expected(self, kind: str) -> str:
+        """In words, for a message."""
+        if self.among is not None:
+            return f"one of {', '.join(map(str, self.among))}"
+        bounds = [
+            f"from {self.low:g}" + ("" if self.high is not None else " on") if self.low is not None else "",
+            f"to {self.high:g}" if self.high is not None else "",
+            f"above {self.above:g}" if self.above is not None else "",
+            f"below {self.below:g}" if self.below is not None else "",
+        ]
+        return " ".join([f"a {kind}", *filter(None, bounds)])
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value of the right type lies within the bounds; NaN never does."""
+        if self.among is not None:
+            return value in self.among
+        return (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def option(default: Any, help: str, **bounds: Any) -> Any:
+    """A field of an `Options` class; `bounds` are those of `Option`."""
+    return field(default=default, metadata={"option": Option(help, **bounds)})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of the options of a stage: every field is checked when it is set, and what is unknown is refused.
+
+    A field's type decides what it takes: `int` whole numbers (numpy's too), `float` finite numbers, `bool` and `str`
+    just those; with `| None` it may be left open. Any other type is checked by `check` of the class.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            object.__setattr__(self, item.name, _checked(item, hints[item.name], getattr(self, item.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `InputError` for values that do not go together."""
+
+    @classmethod
+    def of(cls: type[O], options: O | None = None, /, **changes: Any) -> O:
+        """`options`, or the defaults, with these changes; `InputError` for names and values that it does not know."""
+        cls.check_names(changes)
+        return replace(options, **changes) if options is not None else cls(**changes)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of all fields."""
+        return tuple(item.name for item in fields(cls))
+
+    @classmethod
+    def check_names(cls, given: Sequence[str] | dict[str, Any]) -> None:
+        """Raise `InputError` for the first name that is no field."""
+        unknown = [name for name in given if name not in cls.names()]
+        if unknown:
+            raise InputError(f"unknown option {unknown[0]!r}, expected some of {', '.join(cls.names())}")
+
+
+def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
+    """The value as its type; `InputError` where it is not of it, or out of bounds."""
+    said: Option = item.metadata["option"]
+    kinds = getattr(hint, "__args__", (hint,))
+    if value is None and type(None) in kinds:
+        return None
+    for kind, word in ((bool, "true or false"), (int, "whole number"), (float, "number"), (str, "word")):
+        if kind not in kinds:
+            continue
+        try:
+            found = _READ[kind](value)
+        except (TypeError, ValueError):
+            found = None
+        if found is not None and said.holds(found):
+            return found
+        if len(set(kinds) - {type(None)}) == 1:
+            expected = "true or false" if kind is bool else said.expected(word)
+            raise InputError(f"{item.name}={value!r}, expected {expected}")
+    return value
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _float(value: Any) -> float:
+    if isinstance(value, (bool, str)):
+        raise TypeError
+    found = float(value)
+    if found != found or found in (float("inf"), float("-inf")):
+        raise ValueError
+    return found
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+_READ = {bool: _bool, int: _int, float: _float, str: _str}

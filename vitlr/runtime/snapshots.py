@@ -1,0 +1,89 @@
+"""Training that can be cut short: its state as safetensors in a folder, and only ever read back by the same run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.errors import InputError
+from vitlr.runtime.storage import check_writable, load_tensors, save_tensors
+
+SCHEMA = 1
+
+
+class Snapshots:
+    """What a run has reached, in `folder` (None keeps nothing).
+
+    `run` describes the run: weights it starts from, images, choices; `kind` says what wrote the files. Raises
+    `InputError` where the folder cannot be written or holds another run.
+    """
+
+    kind = "training"
+
+    def __init__(self, folder: str | os.PathLike[str] | None, run: Mapping[str, Any]) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.run = dict(run)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as cause:
+                raise InputError(f"cannot keep snapshots in {self.folder}: {cause.strerror or cause}") from cause
+            check_writable(self.folder / "state.safetensors")
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Keep tensors and plain values under `name`, in place of what was there, atomically."""
+        if self.folder is not None:
+            stored = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+            header = {"run": self.run, "state": dict(state)}
+            save_tensors(self._path(name), stored, header, kind=self.kind, schema=SCHEMA)
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
+        if self.folder is None or not self._path(name).exists():
+            return None
+        tensors, header = load_tensors(self._path(name), kind=self.kind, schema=SCHEMA)
+        kept = header.get("run")
+        if kept != self.run:
+            what, was, now = _difference(kept, self.run)
+            raise InputError(
+                f"{self._path(name)} is of another run: its {what} was {was!r}, now it is {now!r}; "
+                "name another folder, or remove that file"
+            )
+        return tensors, header["state"]
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+
+def _difference(was: Any, now: Mapping[str, Any], of: str = "") -> tuple[str, Any, Any]:
+    """The first entry in which two descriptions of a run differ: its name, what it was, what it is now."""
+    known = was if isinstance(was, dict) else {}
+    key = next((key for key in now if known.get(key) != now[key]), None)
+    if key is None:
+        return of or "run", was, now
+    if isinstance(now[key], dict) and isinstance(known.get(key), dict):
+        return _difference(known[key], now[key], f"{of}{key} ")
+    return of + key, known.get(key), now[key]
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of parameters and buffers, to come back to."""
+    return {name: tensor.detach().clone() for name, tensor in stored(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `copied` gave, in place."""
+    for name, tensor in stored(model).items():
+        tensor.copy_(tensors[name])

@@ -1,0 +1,1 @@
+"""A plan to a model: modules swapped, narrowed, fused, and put back."""

@@ -1,0 +1,89 @@
+"""Removing hidden neurons for good: fewer rows in the first linears, fewer columns in the second."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.anatomy.mlps import Mlp, read_mlp
+from vitlr.errors import InputError
+from vitlr.nn import LowRankLinear, ResidualLowRankLinear
+
+
+@torch.no_grad()
+def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """Keep the hidden neurons `keep [h]` of an MLP and remove the others, in place.
+
+    Rows `keep` of the first linears (gate and value alike) and their biases, columns `keep` of the second stay; where a
+    layer is a `LowRankLinear` they are rows of `up` and columns of `down`. `weight` replaces what reads the hidden
+    neurons, to make up for those removed: W₂ `[N, h]`, or B₂ `[r, h]` of a low-rank fc2; `bias [N]` likewise replaces
+    b₂. A pair whose rank no longer fits becomes the plain linear that it multiplies to.
+
+    Raises `InputError`, and changes nothing, where the module is no such MLP, indices or shapes do not fit, or a layer
+    has a residual.
+    """
+    mlp = mlp if isinstance(mlp, Mlp) else read_mlp(mlp)
+    keep = _checked(mlp, keep, weight, bias)
+    full, width = mlp.full_width, len(keep)
+    rows = mlp.rows(keep)
+    for name in mlp.first:
+        linear = _ready(mlp, name, len(rows))
+        out = linear.up if isinstance(linear, LowRankLinear) else linear
+        _replace(out, "weight", out.weight[rows.to(out.weight.device)])
+        if out.bias is not None:
+            _replace(out, "bias", out.bias[rows.to(out.bias.device)])
+        linear.out_features = out.out_features = len(rows)
+    second = _ready(mlp, mlp.second, width)
+    into, out = (second.down, second.up) if isinstance(second, LowRankLinear) else (second, second)
+    _replace(into, "weight", into.weight[:, keep.to(into.weight.device)] if weight is None else weight)
+    if bias is not None:
+        _replace(out, "bias", bias)
+    second.in_features = into.in_features = width
+    mlp.mark(full)
+
+
+def _checked(mlp: Mlp, keep: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The indices, if everything fits."""
+    label = mlp.name or type(mlp.module).__qualname__
+    for name in (*mlp.first, mlp.second):
+        linear = mlp.module.get_submodule(name)
+        if isinstance(linear, ResidualLowRankLinear):
+            raise InputError(f"{label}: {name} has a residual; remove neurons first, then make residuals")
+        if type(linear) not in (nn.Linear, LowRankLinear):
+            raise InputError(f"{label}: {name} is a {type(linear).__name__}, not a plain linear")
+    if keep.dim() != 1 or keep.dtype not in (torch.int64, torch.int32) or not len(keep):
+        raise InputError(f"{label}: keep is {keep.dtype} {list(keep.shape)}, expected at least one index [h]")
+    keep = keep.to(device="cpu", dtype=torch.int64)  # the model may be on the meta device
+    if int(keep.min()) < 0 or int(keep.max()) >= mlp.width or len(keep.unique()) < len(keep):
+        raise InputError(f"{label}: keep must name neurons from 0 to {mlp.width - 1}, each at most once")
+    fc2 = mlp.fc2
+    rank = fc2.rank if isinstance(fc2, LowRankLinear) else None
+    shape = (rank if rank is not None else int(fc2.out_features), len(keep))  # type: ignore[arg-type]
+    if weight is not None and tuple(weight.shape) != shape:
+        raise InputError(f"{label}: weight is {list(weight.shape)}, expected {list(shape)}")
+    if weight is not None and rank is not None and rank > len(keep):
+        raise InputError(f"{label}: {len(keep)} neurons cannot feed a rank of {rank}; multiply the factors out first")
+    old = (fc2.up if isinstance(fc2, LowRankLinear) else fc2).bias
+    has = list(old.shape) if isinstance(old, Tensor) else "none"
+    if bias is not None and list(bias.shape) != has:
+        raise InputError(f"{label}: bias is {list(bias.shape)}, that of its second linear is {has}")
+    return keep
+
+
+def _ready(mlp: Mlp, name: str, limit: int) -> nn.Linear | LowRankLinear:
+    """A layer of the MLP, multiplied out where it has a rank above `limit`."""
+    linear = mlp.module.get_submodule(name)
+    assert isinstance(linear, (nn.Linear, LowRankLinear))
+    if isinstance(linear, LowRankLinear) and linear.rank > limit:
+        frozen = not linear.up.weight.requires_grad
+        linear = linear.to_linear().requires_grad_(not frozen)
+        parent, _, child = name.rpartition(".")
+        setattr(mlp.module.get_submodule(parent), child, linear)
+    return linear
+
+
+def _replace(linear: nn.Linear, key: str, value: Tensor) -> None:
+    """A new parameter in place of an old one: of its dtype, device and `requires_grad`."""
+    old = getattr(linear, key)
+    new = value.detach().to(device=old.device, dtype=old.dtype, copy=True).contiguous()
+    setattr(linear, key, nn.Parameter(new, requires_grad=old.requires_grad))
