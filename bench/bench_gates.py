@@ -14,8 +14,8 @@ import time
 
 import timm
 import torch
-from _common import finish, parser
 
+from bench.common import finish, parser
 from vitlr import cost
 from vitlr.pruning.gates import add_gates, gates
 from vitlr.pruning.thresholds import choose

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from _common import finish, parser, verdict
 from torch import Tensor, nn
 
+from bench.common import finish, parser, verdict
 from vitlr import surfaces
 from vitlr.cost import count_macs, count_params
 from vitlr.models import create_model

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import data_folder, finish, parser
-from compare_methods import CHECKPOINT, MODEL
 from torch import Tensor, nn
 
+from bench.common import data_folder, finish, parser
+from bench.compare_methods import CHECKPOINT, MODEL
 from vitlr.calibration import calibrate
 from vitlr.data import open_data
 from vitlr.errors import InputError

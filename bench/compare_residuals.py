@@ -14,9 +14,9 @@ import math
 from pathlib import Path
 
 import torch
-from _common import data_folder, finish, parser
 from torch import Tensor, nn
 
+from bench.common import data_folder, finish, parser
 from vitlr.calibration import calibrate
 from vitlr.data import open_data
 from vitlr.evaluation import evaluate

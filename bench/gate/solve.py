@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _clock import microseconds
 from torch import Tensor
 
+from bench.cases.clock import microseconds
 from vitlr.ops import _cuda_solve, _cusolver, _dispatch, batched_solve
 from vitlr.ops.eigh import eigh
 from vitlr.solver import solve_batch
