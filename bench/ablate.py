@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _accuracy import CHECKPOINT, MODEL, Recorded, calibration_tar, validation, weights_digest
-from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from torch import nn
 
+from bench._accuracy import CHECKPOINT, MODEL, Recorded, calibration_tar, validation, weights_digest
+from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
 from vitlr.calibration.statistics import OBJECTIVES
 from vitlr.data.loader import Loader, open_data

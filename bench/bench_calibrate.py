@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _common import finish, parser, peak_bytes, verdict
 from torch import Tensor, nn
 
+from bench.common import finish, parser, peak_bytes, verdict
 from vitlr.calibration.loop import calibrate
 from vitlr.checkpoint.creation import create_model
 from vitlr.measuring.timing import compare
@@ -63,7 +63,8 @@ def variants(model: nn.Module, loader: list[Tensor]) -> dict[str, Callable[[], o
 
 def peak(given: argparse.Namespace, variant: str) -> float:
     """MB that a fresh process peaks at when it runs one variant."""
-    command = [sys.executable, __file__, "--only", variant, "--model", given.model, "--threads", str(given.threads)]
+    command = [sys.executable, "-m", __spec__.name, "--only", variant, "--model", given.model]
+    command += ["--threads", str(given.threads)]
     command += ["--images", str(min(given.images, 2 * given.batch_size)), "--batch-size", str(given.batch_size)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out.splitlines()[-1])["peak"] / 1e6

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import calls
 import torch
 import torch.nn.functional as F
-from _common import finish, parser
-from calls import Call
 
+from bench.cases import calls
+from bench.cases.calls import Call
+from bench.common import finish, parser
 from vitlr.measuring.timing import compare
 from vitlr.ops.dispatch import registry
 

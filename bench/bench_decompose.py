@@ -10,9 +10,9 @@ machine meet all of them.
 from __future__ import annotations
 
 import torch
-from _common import VIT_B, finish, parser, verdict
 from torch import Tensor, nn
 
+from bench.common import VIT_B, finish, parser, verdict
 from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition.baselines import svd_llm_factors
 from vitlr.decomposition.ranks import decompose

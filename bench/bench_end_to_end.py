@@ -15,9 +15,9 @@ from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
-from _common import finish, parser, verdict
 from torch import Tensor, nn
 
+from bench.common import finish, parser, verdict
 from vitlr.checkpoint.creation import create_model
 from vitlr.compression import compress
 from vitlr.measuring.cost import count_macs, count_params

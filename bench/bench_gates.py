@@ -14,8 +14,8 @@ import time
 
 import timm
 import torch
-from _common import finish, parser
 
+from bench.common import finish, parser
 from vitlr.measuring import cost
 from vitlr.pruning.gated import cut_off
 from vitlr.pruning.gates import add_gates, gates

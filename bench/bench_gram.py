@@ -1,6 +1,6 @@
 """The Gram update against torch's fp32 GEMM of the same product: `pytest bench/bench_gram.py`.
 
-The ratio is that of two functions taking turns in one process (`measuring.timing.compare`, least of all rounds):
+The ratio is that of two functions taking turns in one process (`timing.compare`, least of all rounds):
 `torch.mm(Xᵀ, X)` in fp32, which does twice the work, keeps fp32 sums and adds nothing up, over `gram_update_`. The
 floor is half of the GEMM's time, the triangle at the GEMM's own FLOP rate: a ratio of 2. pytest-benchmark's own
 table times each of them apart; its JSON (`--benchmark-json FILE`) holds the ratios as `extra_info`.

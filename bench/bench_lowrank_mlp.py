@@ -4,7 +4,7 @@
     four        the specification, four F.linear and F.gelu (`vitlr.ops.lowrank_mlp.reference`)
     op          `vitlr.ops.lowrank_mlp`, by whatever dispatch chooses (VITLR_BACKEND=triton asks for the kernel)
 
-each eager and compiled. Ratios are those of functions taking turns in one process (`measuring.timing.compare`, least of
+each eager and compiled. Ratios are those of functions taking turns in one process (`timing.compare`, least of
 all rounds); pytest-benchmark's own table times each apart, and its JSON (`--benchmark-json FILE`) holds ratio, floor
 and candidate as `extra_info`. Without a GPU the shapes are small and the dtype is fp32.
 """

@@ -1,6 +1,6 @@
 """The CPU kernels of `lowrank_mlp` against plain torch: `pytest bench/bench_lowrank_mlp_cpu.py`.
 
-ViT-B shapes. In turns in one process (`measuring.timing.compare`, least of all rounds): the op, four `F.linear` and an
+ViT-B shapes. In turns in one process (`timing.compare`, least of all rounds): the op, four `F.linear` and an
 `F.gelu` eagerly, and the same compiled. "peak" is what one core reaches with nothing but multiply-adds between
 registers, measured in the same run (FMA in fp32, dpbf16 in bf16 where the CPU has it), times the threads: the floor is
 the FLOPs at that rate. The JSON of pytest-benchmark (`--benchmark-json FILE`) holds the figures as `extra_info`.

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from itertools import product
 
 import torch
-from _common import VIT_B, finish, parser
 from torch import Tensor
 
+from bench.common import VIT_B, finish, parser
 from vitlr import ops
 from vitlr.measuring.timing import compare
 from vitlr.nn import ResidualLowRankLinear

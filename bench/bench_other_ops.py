@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import calls
-import gate_correctness
 import pytest
 import torch
-from _clock import input_sets, microseconds
-from calls import Call
 
+from bench.cases import calls, correctness
+from bench.cases.calls import Call
+from bench.cases.clock import input_sets, microseconds
 from vitlr.ops.dispatch import registry
 
 CUDA = torch.cuda.is_available()
@@ -43,7 +42,7 @@ def pairs() -> Iterator[tuple[Call, str]]:
 
 @pytest.mark.parametrize(("call", "name"), pairs(), ids=lambda value: value.label if isinstance(value, Call) else value)
 def test_candidate(benchmark: Callable, capsys: pytest.CaptureFixture, call: Call, name: str) -> None:
-    wrong = [row["problem"] for row in gate_correctness.check_call(call, DEVICE) if row["candidate"] == name]
+    wrong = [row["problem"] for row in correctness.check_call(call, DEVICE) if row["candidate"] == name]
     assert wrong in ([], [None]), wrong
     sets = input_sets(call.make, DEVICE)
     run = call.candidates(sets[0])

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _accuracy import CHECKPOINT, MODEL
-from _common import BUILD, CODE, data_folder, finish, parser
 
+from bench._accuracy import CHECKPOINT, MODEL
+from bench.common import BUILD, CODE, data_folder, finish, parser
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.data.loader import open_data

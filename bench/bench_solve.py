@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from _common import ROOT, finish, parser
+
+from bench.common import ROOT, finish, parser
 
 sys.path.insert(0, str(Path(ROOT) / "tests"))
 import spectra_cases

@@ -18,9 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from _common import finish, parser, verdict
 from torch import Tensor, nn
 
+from bench.common import finish, parser, verdict
 from vitlr.anatomy import linears
 from vitlr.checkpoint.creation import create_model
 from vitlr.checkpoint.structure import restructure

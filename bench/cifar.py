@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import BUILD, ROOT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bench.common import BUILD, ROOT
 from vitlr import create_model, evaluate
 from vitlr.runtime.storage import atomic_path
 from vitlr.training import TrainRecipe

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import data_folder, finish, parser
-from compare_methods import CHECKPOINT, MODEL
 from torch import Tensor, nn
 
+from bench.common import data_folder, finish, parser
+from bench.compare_methods import CHECKPOINT, MODEL
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.checkpoint.creation import create_model

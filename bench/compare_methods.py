@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
-from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
-from compare_tables import markdown
 from torch import nn
 
+from bench._accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
+from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare_tables import markdown
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import EXTRAS, OBJECTIVES, Statistics
 from vitlr.checkpoint.creation import create_model

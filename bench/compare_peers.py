@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration, validation, weights_digest
-from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
+from bench._accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration, validation, weights_digest
+from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.measuring.cost import count_params

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
-from compare_methods import CHECKPOINT, MODEL, Kept, Recorded
 from torch import nn
 
+from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare_methods import CHECKPOINT, MODEL, Kept, Recorded
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model

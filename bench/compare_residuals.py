@@ -14,9 +14,9 @@ import math
 from pathlib import Path
 
 import torch
-from _common import data_folder, finish, parser
 from torch import Tensor, nn
 
+from bench.common import data_folder, finish, parser
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import LayerStatistics
 from vitlr.checkpoint.creation import create_model

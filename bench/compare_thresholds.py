@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import finish, parser
-from cifar import AFTERWARDS, Cifar, find_archive
-from prune_cifar import L1, Run
 
+from bench.cifar import AFTERWARDS, Cifar, find_archive
+from bench.common import finish, parser
+from bench.prune_cifar import L1, Run
 from vitlr import evaluate, prune
 from vitlr.pruning.thresholds import THRESHOLDS, table
 

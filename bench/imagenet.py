@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import BUILD, CODE, ROOT, machine, parser, sources, write_json
 from torch import nn
 
+from bench.common import BUILD, CODE, ROOT, machine, parser, sources, write_json
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, load, plan, refine, save
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.data.loader import Loader, open_data

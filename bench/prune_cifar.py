@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import BUILD, ROOT, machine, parser, write_json
-from cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
-from prune_cifar_table import markdown
 from torch import nn
 
+from bench.cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
+from bench.common import BUILD, ROOT, machine, parser, write_json
+from bench.prune_cifar_table import markdown
 from vitlr import apply, calibrate, fuse, load, plan, save
 from vitlr.measuring import cost
 from vitlr.measuring.timing import throughput

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-ablate = importlib.import_module("ablate")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ablate = importlib.import_module("bench.ablate")
 
 
 def test_every_variant_is_one_step_from_the_default_or_from_joint_with_fisher():

@@ -20,10 +20,8 @@ pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):
     """The script on 256 training and 20 test images, a ViT of two blocks and one epoch from nothing."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    import cifar
-    import prune_cifar
-
+    monkeypatch.syspath_prepend(str(BENCH.parent))
+    from bench import cifar, prune_cifar
     from vitlr.training import TrainRecipe
 
     draw = torch.Generator().manual_seed(0)
@@ -91,7 +89,7 @@ ARMS = ("vtp", "low_rank", "hybrid", "joint")
 
 
 def test_relative_errors_and_their_interval(experiment):
-    from prune_cifar_table import interval, relative_errors
+    from bench.prune_cifar_table import interval, relative_errors
 
     dense = {0: {"after": {"error": 20.0}}, 1: {"after": {"error": 25.0}}}
     rows = [{"seed": 0, "after": {"error": 22.0}}, {"seed": 1, "after": {"error": 25.0}}]

@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-registry = importlib.import_module("registry")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+shapes = importlib.import_module("bench.cases.shapes")
 
 
 def _linears(model: torch.nn.Module) -> dict[str, list[tuple[int, int, int]]]:
@@ -33,17 +33,17 @@ def _linears(model: torch.nn.Module) -> dict[str, list[tuple[int, int, int]]]:
     return found
 
 
-@pytest.mark.parametrize("name", sorted({g.model for g in registry.GEOMETRIES}))
+@pytest.mark.parametrize("name", sorted({g.model for g in shapes.GEOMETRIES}))
 def test_geometry(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()
         found = _linears(model)
-    expected = [linear for linear in registry.linears() if linear.model.partition(".")[0] == name]
+    expected = [linear for linear in shapes.linears() if linear.model.partition(".")[0] == name]
     assert expected
     for linear in expected:
         assert (linear.K, linear.N, linear.tokens) in found[linear.layer], (linear, set(found[linear.layer]))
 
 
 def test_ranks_stay_below_break_even():
-    for linear in registry.linears():
+    for linear in shapes.linears():
         assert linear.ranks and all(r * (linear.K + linear.N) < linear.K * linear.N for r in linear.ranks)

@@ -15,12 +15,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import calls
 import torch
-from calls import Call
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from bench.cases import calls
+from bench.cases.calls import Call
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from tolerance import assert_close_to
 
 PARTS = 24

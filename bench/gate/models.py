@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _clock import microseconds
-from gate_choice import trusting
 from torch import nn
 
+from bench.cases.clock import microseconds
+from bench.gate.choice import trusting
 from vitlr.anatomy import linears
 from vitlr.checkpoint.creation import create_model
 from vitlr.checkpoint.structure import restructure

@@ -62,7 +62,7 @@ def _processor() -> str:
 def sources() -> str:
     """Twelve hex digits of the code that makes the figures: all of vitlr, its extension and this folder."""
     digest = hashlib.sha256()
-    for pattern in ("vitlr/**/*.py", "vitlr/*.so", "bench/*.py"):
+    for pattern in ("vitlr/**/*.py", "vitlr/*.so", "bench/**/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]

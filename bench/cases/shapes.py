@@ -1,6 +1,6 @@
-"""Shapes that kernels meet in real models: `python bench/registry.py [--batch 64]` prints them with their floors.
+"""Shapes that kernels meet in real models: `python -m bench.cases.shapes [--batch 64]` prints them with their floors.
 
-Geometries are those of timm's models of these names (`tests/bench/test_registry.py` compares); ranks are the ones that
+Geometries are those of timm's models of these names (`tests/bench/test_shapes.py` compares); ranks are the ones that
 plans keep, up to the break-even rank, from which on the dense layer has fewer FLOPs.
 """
 

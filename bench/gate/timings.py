@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import calls
 import torch
 import torch.nn.functional as F
-from _clock import input_sets, microseconds
-from calls import Call
-from registry import geometry
 
+from bench.cases import calls
+from bench.cases.calls import Call
+from bench.cases.clock import input_sets, microseconds
+from bench.cases.shapes import geometry
 from vitlr.ops.dispatch import measured, registry
 
 BF16 = torch.bfloat16

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _clock import microseconds
 from torch import Tensor
 
+from bench.cases.clock import microseconds
 from vitlr.ops.backends import cuda_solve, cusolver
 from vitlr.ops.dispatch import registry
 from vitlr.ops.linalg import batched_solve

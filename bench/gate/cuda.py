@@ -1,7 +1,7 @@
 """The gate's part for csrc/cuda: what ptxas says of every kernel, and compute-sanitizer over every CUDA candidate.
 
 python bench/gpu_gate.py --sanitize       on a GPU, with compute-sanitizer of the CUDA toolkit: memcheck and racecheck
-compute-sanitizer --tool memcheck --error-exitcode 9 python bench/gate_cuda.py      the same by hand
+compute-sanitizer --tool memcheck --error-exitcode 9 python bench/cuda.py      the same by hand
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("memcheck", "racecheck")
 PLACES = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 
@@ -69,7 +69,7 @@ def sanitize() -> list[str]:
         return ["torch sees no GPU"]
     found = []
     for name in TOOLS:
-        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, str(Path(__file__).resolve())]
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench.gate.cuda"]
         # Blocks that torch cuts from its large ones have no bounds that memcheck could see.
         environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -81,14 +81,12 @@ def sanitize() -> list[str]:
 
 def runs(device: torch.device) -> Iterator[tuple[str, Any]]:
     """Every CUDA candidate that can run here, by name, on small ragged shapes."""
-    import calls
-    import gate_correctness
-
+    from bench.cases import calls, correctness
     from vitlr.ops.backends import cuda_solve
 
     chains = [calls.chain(2, m, k, torch.float64, device) for m, k in ((1, 5), (70, 133), (300, 64))]
     for dtype in (torch.bfloat16, torch.float16):
-        for call in (*gate_correctness.small(device, dtype), *chains):
+        for call in (*correctness.small(device, dtype), *chains):
             args = call.make(0)
             for name, run in call.candidates(args).items():
                 if name.startswith("cuda"):

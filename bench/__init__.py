@@ -1,0 +1,1 @@
+"""What produces the figures of docs/measured.md, and the gate that every kernel has to pass."""
