@@ -1,9 +1,9 @@
 """One command that says whether the GPU kernels are right, and how fast: under nine minutes on one GPU, no network.
 
-    python bench/gpu_gate.py [--json FILE] [--write-table]      on a GPU: all of it
-    python bench/gpu_gate.py --compile-only                     anywhere: what needs no GPU
-    python bench/gpu_gate.py --rehearse                         steps 3 to 5 on a CPU, on tiny shapes
-    python bench/gpu_gate.py --sanitize                         on a GPU: the CUDA kernels under compute-sanitizer
+    python -m bench.gate [--json FILE] [--write-table]      on a GPU: all of it
+    python -m bench.gate --compile-only                     anywhere: what needs no GPU
+    python -m bench.gate --rehearse                         steps 3 to 5 on a CPU, on tiny shapes
+    python -m bench.gate --sanitize                         on a GPU: the CUDA kernels under compute-sanitizer
 
 1. every kernel compiled for sm_80, sm_90 (gfx942 reported): no spill, shared memory, tensor cores, registers; csrc/cuda
    where there is nvcc

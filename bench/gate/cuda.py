@@ -1,6 +1,6 @@
 """The gate's part for csrc/cuda: what ptxas says of every kernel, and compute-sanitizer over every CUDA candidate.
 
-python bench/gpu_gate.py --sanitize       on a GPU, with compute-sanitizer of the CUDA toolkit: memcheck and racecheck
+python -m bench.gate --sanitize       on a GPU, with compute-sanitizer of the CUDA toolkit: memcheck and racecheck
 compute-sanitizer --tool memcheck --error-exitcode 9 python bench/cuda.py      the same by hand
 """
 

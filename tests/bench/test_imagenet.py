@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import vitlr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-imagenet = importlib.import_module("bench.imagenet")
+imagenet = importlib.import_module("bench.trained.imagenet")
 
 TINY = ["img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2", "num_classes=4"]
 

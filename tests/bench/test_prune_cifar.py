@@ -1,4 +1,4 @@
-"""The experiment of bench/prune_cifar.py on a handful of images, and the arithmetic of its table."""
+"""The experiment of bench/trained/prune_cifar.py on a handful of images, and the arithmetic of its table."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not BENCH.is_dir(), reason="bench/ is not beside
 def experiment(tmp_path, monkeypatch):
     """The script on 256 training and 20 test images, a ViT of two blocks and one epoch from nothing."""
     monkeypatch.syspath_prepend(str(BENCH.parent))
-    from bench import cifar, prune_cifar
+    from bench.trained import cifar, prune_cifar
     from vitlr.training import TrainRecipe
 
     draw = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ ARMS = ("vtp", "low_rank", "hybrid", "joint")
 
 
 def test_relative_errors_and_their_interval(experiment):
-    from bench.prune_cifar_table import interval, relative_errors
+    from bench.trained.tables import interval, relative_errors
 
     dense = {0: {"after": {"error": 20.0}}, 1: {"after": {"error": 25.0}}}
     rows = [{"seed": 0, "after": {"error": 22.0}}, {"seed": 1, "after": {"error": 25.0}}]

@@ -1,4 +1,4 @@
-"""Where the CPU kernels pay: `python bench/bench_cpu_grid.py [--ops linear mlp residual] [--threads N] [--all]`.
+"""Where the CPU kernels pay: `python -m bench.micro.cpu_grid [--ops linear mlp residual] [--threads N] [--all]`.
 
 Widths of ViT-Ti to ViT-L, 50 to 1576 rows, fp32 and bf16. For every call that dispatch gives to the CPU kernel
 (`--all`: every call that it can run) the time of plain torch over the op's, in turns in one process, least of all

@@ -1,6 +1,6 @@
 """How much faster ViT-B is at `params:40%` with uniform ranks: compressed against dense, interleaved in one process.
 
-    python bench/bench_end_to_end.py [--cases float32:8 float32:1 bfloat16:8] [--repeats 10] [--threads N] [--json FILE]
+    python -m bench.micro.end_to_end [--cases float32:8 float32:1 bfloat16:8] [--repeats 10] [--threads N] [--json FILE]
 
 Random weights and images: ranks are uniform, so the time does not depend on them. The logits of the compressed model
 are checked against those of its own dense product before anything is timed. In turns: the dense model, the compressed

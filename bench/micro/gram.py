@@ -1,4 +1,4 @@
-"""The Gram update against torch's fp32 GEMM of the same product: `pytest bench/bench_gram.py`.
+"""The Gram update against torch's fp32 GEMM of the same product: `pytest bench/micro/gram.py`.
 
 The ratio is that of two functions taking turns in one process (`timing.compare`, least of all rounds):
 `torch.mm(Xᵀ, X)` in fp32, which does twice the work, keeps fp32 sums and adds nothing up, over `gram_update_`. The

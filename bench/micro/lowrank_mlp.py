@@ -1,4 +1,4 @@
-"""A low-rank MLP against the dense one and against four linears: `pytest bench/bench_lowrank_mlp.py`.
+"""A low-rank MLP against the dense one and against four linears: `pytest bench/micro/lowrank_mlp.py`.
 
     dense       fc1, GELU, fc2 as the model had them
     four        the specification, four F.linear and F.gelu (`vitlr.ops.lowrank_mlp.reference`)

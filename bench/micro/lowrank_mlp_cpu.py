@@ -1,4 +1,4 @@
-"""The CPU kernels of `lowrank_mlp` against plain torch: `pytest bench/bench_lowrank_mlp_cpu.py`.
+"""The CPU kernels of `lowrank_mlp` against plain torch: `pytest bench/micro/lowrank_mlp_cpu.py`.
 
 ViT-B shapes. In turns in one process (`timing.compare`, least of all rounds): the op, four `F.linear` and an
 `F.gelu` eagerly, and the same compiled. "peak" is what one core reaches with nothing but multiply-adds between

@@ -1,6 +1,6 @@
 """Published methods against ours on the real ViT-Ti, without any training: one table, Markdown and JSON.
 
-    python bench/compare_methods.py [--data FOLDER] [--budgets 90 80 70 60 50] [--methods ...] [--out docs/results]
+    python -m bench.compare.methods [--data FOLDER] [--budgets 90 80 70 60 50] [--methods ...] [--out docs/results]
 
 One calibration over the calibration images serves every method. Each method gives spectra; each is then planned with
 uniform ranks (every layer keeps the same share) and with our allocation (the knapsack over its own energies), applied,
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench._accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
-from bench.compare_tables import markdown
+from bench.compare.tables import markdown
+from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import EXTRAS, OBJECTIVES, Statistics
 from vitlr.checkpoint.creation import create_model

@@ -1,6 +1,7 @@
 """Refinement of the real ViT-Ti: every rung alone and all together, before and after, on images nobody learnt from.
 
-    python bench/bench_refine.py [--data FOLDER] [--budgets 80 60] [--method joint] [--ladders joint] [--minutes 60]
+    python -m bench.compare.refinement [--data FOLDER] [--budgets 80 60] [--method joint] [--ladders joint]
+        [--minutes 60]
 
 One calibration serves every budget. The 1300 validation images are looked at once per model, for the table; what is
 kept and when to stop is decided on held-out calibration images. Statistics and snapshots are kept in bench/build, so
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from bench._accuracy import CHECKPOINT, MODEL
 from bench.common import BUILD, CODE, data_folder, finish, parser
+from bench.compare.vit_tiny import CHECKPOINT, MODEL
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.data.loader import open_data

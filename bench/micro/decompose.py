@@ -1,6 +1,6 @@
 """Time `decompose` on all 48 matrices of ViT-B against the SVD-LLM chain and a plain loop of `torch.linalg.eigh`.
 
-    python bench/bench_decompose.py [--depth 12] [--repeats 3] [--threads N] [--json FILE]
+    python -m bench.micro.decompose [--depth 12] [--repeats 3] [--threads N] [--json FILE]
 
 Weights and moments are drawn with decaying spectra: the time does not depend on the images. Before any timing, the
 "output" objective is checked against the chain's own losses. One round runs every variant once, so slow drifts of the

@@ -1,6 +1,6 @@
 """Widths, ranks and both on the real ViT-Ti, without any training: one table, Markdown and JSON.
 
-    python bench/compare_pruning.py [--data FOLDER] [--budgets 90 80 70 60 50] [--objective fisher] [--out docs/results]
+    python -m bench.compare.widths [--data FOLDER] [--budgets 90 80 70 60 50] [--objective fisher] [--out docs/results]
 
 One calibration with hidden moments serves every row. Validation images are for these figures only: ridge and scale of
 the widths' losses were chosen on held-out calibration images (docs/method.md). Statistics, decoded images and finished
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
-from bench.compare_methods import CHECKPOINT, MODEL, Kept, Recorded
+from bench.compare.methods import CHECKPOINT, MODEL, Kept, Recorded
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
@@ -152,7 +152,7 @@ def markdown(body: dict[str, Any]) -> str:
         "",
         f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
         f"{', '.join(sorted({r['code'] for r in body['rows']}))}. "
-        f"Made by `python bench/compare_pruning.py --objective {body['objective']}`; "
+        f"Made by `python -m bench.compare.widths --objective {body['objective']}`; "
         f"figures, ranks, widths in `{_name(body['objective'])}.json`.",
     ]
     for budget in dict.fromkeys(r["budget"] for r in body["rows"]):

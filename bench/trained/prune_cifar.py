@@ -1,8 +1,8 @@
 """Pruning by learnt gates, low rank, their hybrid and the joint budget on CIFAR-10, before and after fine-tuning.
 
-    python bench/prune_cifar.py [--data FOLDER] [--arms ...] [--fewer 50 44 60] [--seeds 0 1 2]
-    python bench/prune_cifar.py --speed 50 --threads 1
-    python bench/prune_cifar.py --report
+    python -m bench.trained.prune_cifar [--data FOLDER] [--arms ...] [--fewer 50 44 60] [--seeds 0 1 2]
+    python -m bench.trained.prune_cifar --speed 50 --threads 1
+    python -m bench.trained.prune_cifar --report
 
 A ViT is trained for ten epochs, and everything then made of it gets two more, the dense model too: `low_rank` and
 `joint` two of fine-tuning, `vtp` and `hybrid` one of their gates and one of fine-tuning. `narrow` is a smaller ViT that
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
 from bench.common import BUILD, ROOT, machine, parser, write_json
-from bench.prune_cifar_table import markdown
+from bench.trained.cifar import AFTERWARDS, BATCH_SIZE, FROM_NOTHING, SHAPE, Cifar, accuracy, find_archive, vit
+from bench.trained.tables import markdown
 from vitlr import apply, calibrate, fuse, load, plan, save
 from vitlr.measuring import cost
 from vitlr.measuring.timing import throughput

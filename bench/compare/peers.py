@@ -1,7 +1,7 @@
 """Installable peers against ours on the real ViT-Ti, without fine-tuning: same images, same number of parameters.
 
     pip install ptdeco torch-pruning
-    python bench/compare_peers.py [--data FOLDER] [--budgets 90 80 60] [--peers ...] [--stats FILE] [--out docs/results]
+    python -m bench.compare.peers [--data FOLDER] [--budgets 90 80 60] [--peers ...] [--stats FILE] [--out docs/results]
 
 torch-pruning (structured pruning; magnitude, Taylor and isomorphic Taylor, with and without the embedding) is given
 the pruning ratio that just fits a budget. ptdeco (falor, dwain) takes thresholds and no budget, so it says how small
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from bench._accuracy import CHECKPOINT, MODEL, Kept, Recorded, calibration, validation, weights_digest
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration, validation, weights_digest
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.measuring.cost import count_params
@@ -249,7 +249,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"{ptdeco['metric_images']} images, falor's covariances from {ptdeco['falor_steps']} batches of as many), "
         "and ours beside it is planned for that size.",
         "",
-        f"Made by `python bench/compare_peers.py`, code {', '.join(sorted({r['code'] for r in body['rows']}))}.",
+        f"Made by `python -m bench.compare.peers`, code {', '.join(sorted({r['code'] for r in body['rows']}))}.",
         "",
         "| budget | method | parameters kept | top-1 (95 %) | agreement | KL | seconds |",
         "|---|---|---|---|---|---|---|",

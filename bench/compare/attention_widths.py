@@ -1,6 +1,6 @@
 """Whether narrower attention helps: MLP widths (and ranks) with and without value channels or heads of attention.
 
-    python bench/compare_attention_widths.py [--data FOLDER] [--images 700] [--judge 300] [--budgets 90 80 70 60]
+    python -m bench.compare.attention_widths [--data FOLDER] [--images 700] [--judge 300] [--budgets 90 80 70 60]
 
 ViT-Ti, no training. Of the 1000 calibration images the first `--images` are measured and all others judge: KL from the
 dense model, and its difference from the plan without attention widths, image by image. No validation image is read.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.common import data_folder, finish, parser
-from bench.compare_methods import CHECKPOINT, MODEL
+from bench.compare.methods import CHECKPOINT, MODEL
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
 from vitlr.checkpoint.creation import create_model

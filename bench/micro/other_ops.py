@@ -1,4 +1,4 @@
-"""Gated MLPs, residual layers and `W C Wᵀ`, every candidate that runs here: `pytest bench/bench_other_ops.py [-k glu]`.
+"""Gated MLPs, residual layers and `W C Wᵀ`, every candidate that runs here: `pytest bench/micro/other_ops.py [-k glu]`.
 
 Shapes of real models, small on a CPU. All candidates of a call take turns in one process (`_clock.microseconds`: CUDA
 graphs over rotated inputs on a GPU, plain calls on a CPU); pytest-benchmark's own table times each of them apart, and

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-ablate = importlib.import_module("bench.ablate")
+ablate = importlib.import_module("bench.compare.ablation")
 
 
 def test_every_variant_is_one_step_from_the_default_or_from_joint_with_fisher():

@@ -1,6 +1,6 @@
 """`A (B x) + R x + b` against the dense linear it replaces, and every candidate against plain torch.
 
-    python bench/bench_lowrank_residual_linear.py [--dtype bfloat16] [--images 1 8 64] [--json FILE]
+    python -m bench.micro.lowrank_residual_linear [--dtype bfloat16] [--images 1 8 64] [--json FILE]
 
 On the GPU that is there, else on the CPU. All take turns in one process (`timing.compare`), on random data, after
 each was held against fp64; a kernel that is wrong stops the script. On a GPU every function is one CUDA graph over

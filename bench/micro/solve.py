@@ -1,6 +1,6 @@
 """Time the symmetric eigenproblems of a whole model: one by one, as a batch, and by products alone.
 
-    python bench/bench_solve.py [--n 768] [--batch 48] [--ranks 128,256] [--device cuda] [--repeats 5] [--json FILE]
+    python -m bench.micro.solve [--n 768] [--batch 48] [--ranks 128,256] [--device cuda] [--repeats 5] [--json FILE]
 
 The default is 48 problems of n = 768 (ViT-B) on a GPU, 8 of n = 192 (ViT-Ti) on a CPU. The spectra decay as those of
 `tests/spectra_cases.py` do. Before any timing, every solver's loss is held against fp64's. On a GPU the batched call of

@@ -1,4 +1,4 @@
-"""The low-rank linear against two `F.linear` and against the dense layer: `pytest bench/bench_lowrank_linear.py`.
+"""The low-rank linear against two `F.linear` and against the dense layer: `pytest bench/micro/lowrank_linear.py`.
 
 Every candidate that can run here takes turns with plain torch's two products and with the dense layer in one process
 (`timing.compare`); the ratios are of the fastest turns, above 1 where the candidate is faster. The floor is the

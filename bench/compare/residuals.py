@@ -1,6 +1,6 @@
 """What a compact residual does to a real ViT-Ti: output error, size and agreement for every form and rank.
 
-    python bench/compare_residuals.py [--data FOLDER] [--json FILE]
+    python -m bench.compare.residuals [--data FOLDER] [--json FILE]
 
 Factors and codes come from 64 calibration images; errors and logits are measured on 100 others. The error is the root
 mean square over the 48 linears of `√(Σ ‖(W - Ŵ) x‖² / Σ ‖W x‖²)`, all parts in bf16 except the codes. r = 0 is round

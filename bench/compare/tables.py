@@ -38,7 +38,7 @@ def markdown(body: Mapping[str, Any]) -> str:
         f"{machine['torch']}, {machine['date']}; the one calibration pass that collects what all of them need took "
         f"{body['calibration_seconds']:.0f} s. Code {body['code']}.",
         "",
-        "Made by `python bench/compare_methods.py`; figures and ranks in `compare_methods.json`.",
+        "Made by `python -m bench.compare.methods`; figures and ranks in `compare_methods.json`.",
     ]
     for budget in dict.fromkeys(r["budget"] for r in body["rows"]):
         rows = [r for r in body["rows"] if r["budget"] == budget]

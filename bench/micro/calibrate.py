@@ -1,6 +1,6 @@
 """What calibration of ViT-B costs beyond the passes it rides on: time, and peak memory in a process of its own.
 
-    python bench/bench_calibrate.py [--images 64] [--batch-size 8] [--repeats 3] [--threads N] [--json FILE]
+    python -m bench.micro.calibrate [--images 64] [--batch-size 8] [--repeats 3] [--threads N] [--json FILE]
 
 Activations only is compared with the plain forward passes; with gradient moments with forward and backward passes
 that compute the gradients of the linears' inputs and of no weight. Any weights will do, so they are random. Whole

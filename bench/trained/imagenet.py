@@ -1,6 +1,6 @@
 """The papers' DeiT-B tables, on a machine with ImageNet: one command from the dense model to the comparison.
 
-    python bench/imagenet.py --train /data/imagenet/train --val /data/imagenet/val --device cuda --workers 16
+    python -m bench.trained.imagenet --train /data/imagenet/train --val /data/imagenet/val --device cuda --workers 16
 
 Calibrates on some training images without their labels, plans every budget, refines, validates on all validation
 images, and sets the result beside what the papers report. Images lie in a folder a class, in a .tar of such folders,

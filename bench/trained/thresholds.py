@@ -1,6 +1,6 @@
 """Where the thresholds over learnt gates fall, and what that costs before any fine-tuning, on CIFAR-10.
 
-    python bench/compare_thresholds.py [--data FOLDER] [--kept params:56% params:50%]
+    python -m bench.trained.thresholds [--data FOLDER] [--kept params:56% params:50%]
 
 The ViT and the one epoch of gates are those of prune_cifar.py, seed 0, whose snapshots are used where they are there.
 Accuracy is that on 5000 training images, every tenth: test images are for the final table only.
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from bench.cifar import AFTERWARDS, Cifar, find_archive
 from bench.common import finish, parser
-from bench.prune_cifar import L1, Run
+from bench.trained.cifar import AFTERWARDS, Cifar, find_archive
+from bench.trained.prune_cifar import L1, Run
 from vitlr import evaluate, prune
 from vitlr.pruning.thresholds import THRESHOLDS, table
 

@@ -61,7 +61,7 @@ def markdown(body: Mapping[str, Any]) -> str:
     lines += ["", *_speed(body["speed"])] if body.get("speed") else []
     lines += [line for note in body["notes"] for line in ("", note)]
     return "\n".join(
-        [*lines, "", "Made by `python bench/prune_cifar.py`; figures in `bench/results/prune_cifar.json`.", ""]
+        [*lines, "", "Made by `python -m bench.trained.prune_cifar`; figures in `bench/results/prune_cifar.json`.", ""]
     )
 
 

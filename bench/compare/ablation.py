@@ -1,6 +1,7 @@
 """What decides the accuracy of a compressed ViT-Ti: one factor at a time around one base, several seeds.
 
-    python bench/ablate.py [--data FOLDER] [--budgets 90 80 70 60 50 40] [--seeds 3] [--rungs refit residual joint all]
+    python -m bench.compare.ablation [--data FOLDER] [--budgets 90 80 70 60 50 40] [--seeds 3]
+        [--rungs refit residual joint all]
 
 The base is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
 moves one choice: the objective, the allocation (uniform, widths, hybrid, joint), the number of images (64, 250), the
@@ -29,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench._accuracy import CHECKPOINT, MODEL, Recorded, calibration_tar, validation, weights_digest
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.vit_tiny import CHECKPOINT, MODEL, Recorded, calibration_tar, validation, weights_digest
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
 from vitlr.calibration.statistics import OBJECTIVES
 from vitlr.data.loader import Loader, open_data
@@ -164,7 +165,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"Rungs: {body['steps']} steps where joint. {facts['processor']}, {facts['threads']} thread(s), torch "
         f"{facts['torch']}, {facts['date']}.",
         "",
-        f"Made by `python bench/ablate.py`, code {', '.join(sorted({r['code'] for r in rows}))}.",
+        f"Made by `python -m bench.compare.ablation`, code {', '.join(sorted({r['code'] for r in rows}))}.",
     ]
     for key, title in (("top1", "top-1"), ("agreement", "agreement"), ("kl", "KL"), ("seconds", "processor seconds")):
         lines += ["", f"## {title}", "", f"| | {' | '.join(budgets)} |", f"|---{'|---' * len(budgets)}|"]

@@ -1,6 +1,6 @@
 """How much faster ViT-B is at half its parameters: narrower MLPs, with and without low-rank attention, against dense.
 
-    python bench/bench_widths.py [--kept 0.5] [--batch-size 4] [--repeats 10] [--threads 1] [--json FILE]
+    python -m bench.micro.widths [--kept 0.5] [--batch-size 4] [--repeats 10] [--threads 1] [--json FILE]
 
 Random weights and images: the time does not depend on which neurons or directions stay. In turns, in one process, on
 CPU seconds: on one thread they are the time that a machine with nothing else to do would take.

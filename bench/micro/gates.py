@@ -1,6 +1,6 @@
 """How much faster removed channels make a ViT: by kinds of gates, by tile, at half of the parameters.
 
-    python bench/bench_gates.py [--model vit_small_patch16_224] [--kept params:50%] [--batch-size 8] [--threads 1]
+    python -m bench.micro.gates [--model vit_small_patch16_224] [--kept params:50%] [--batch-size 8] [--threads 1]
 
 Gates are drawn, not learnt: training decides which channels go, their number what running costs. Models take turns in
 one process; the ratio is that of their fastest turns to the dense one's, in CPU seconds of the process, which a busy

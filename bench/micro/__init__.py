@@ -1,0 +1,1 @@
+"""How fast single kernels and stages are, beside what they replace."""

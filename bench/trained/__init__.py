@@ -1,0 +1,1 @@
+"""What training makes of it: CIFAR-10 here, ImageNet for those who have it."""
