@@ -1,0 +1,190 @@
+"""Both windows on a CPU, in Triton's interpreter, on tiny shapes, with every fault put in on purpose.
+
+A supervisor does window 1 and is killed at a random second; a second one goes on from its lines and does both to the
+end. Then everything is asked for: each fault by its name and nothing of it timed or chosen, every other task with its
+result, no process left over, and a report from the lines alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.cases import calls
+from bench.cases.calls import Call
+from bench.common import ROOT
+from bench.gate import lines, report
+from bench.gate.faults import FAULTS
+from bench.gate.lines import Line
+from bench.gate.plan import LINEAR, MLP, check, dtype_name, row
+from bench.gate.run import file_of
+from bench.gate.tasks import Group, Phase, Task, Window
+
+CPU = torch.device("cpu")
+FP32, FP16 = torch.float32, torch.float16
+HANGS = 2.0  # seconds after which a candidate that hangs on purpose is given up
+
+
+def window(number: int) -> Window:
+    """A window in miniature: the same kinds of tasks, phases, lanes and deadlines."""
+    return _first() if number == 1 else _second()
+
+
+def _linear(M: int, dtype: torch.dtype = FP32) -> Call:
+    return calls.linear(M, 32, 48, 16, dtype, CPU)
+
+
+def _first() -> Window:
+    mlp, gram = calls.mlp(20, 32, 40, 32, 16, 16, FP32, CPU), calls.gram(40, 24, FP32, CPU)
+    right = [
+        Group("linear", [check(_linear(M, dtype), "triton.row_block") for M in (17, 33) for dtype in (FP32, FP16)]),
+        Group("mlp", [check(mlp, "triton.row_block")]),
+        Group("gram", [check(gram, "triton.split_rows")]),
+    ]
+    early = [name for name in FAULTS if name != "fault.hangs_later"]  # that one is right until it is timed
+    wrong = [Group(name, [_quick(check(_linear(M), name)) for M in (17, 18, 33)]) for name in early]
+    rivals = ("dense", "dense epilogue", "torch epilogue")
+    timed = [row(mlp, "mlp", rivals), _quick(row(_linear(33), "linear", ("dense",)))]
+    ceilings = Group("ceilings", [Task("ceilings", "copy and product", anew=True)])
+    return Window(
+        "rehearsed window 1",
+        [
+            Phase("ceilings", 30, lambda found: [ceilings]),
+            Phase("checks", 150, lambda found: [*right, *wrong], lanes=3),
+            Phase("times", 60, lambda found: [Group("times", timed)]),
+        ],
+    )
+
+
+def _quick(task: Task) -> Task:
+    """With a deadline that is short, for who may hang on purpose."""
+    return Task(task.kind, task.call, task.op, task.candidate, task.dtype, task.given, HANGS, task.seconds)
+
+
+def _second() -> Window:
+    mlp = calls.mlp(24, 32, 40, 32, 16, 16, FP32, CPU)
+    rivals = ("dense", "dense epilogue", "torch epilogue", "dense compiled", "torch compiled")
+    compiles = [
+        Task("compile", f"{name}, {mlp.label}", MLP, name, "float32", {"call": mlp, "rival": name}, 60)
+        for name in rivals[3:]
+    ]
+    tiny = {"batch": 2, "make": _tiny}
+    models = [
+        Task("model", f"{plan} batch 2 {mode}", given={"plan": plan, "mode": mode, **tiny}, deadline=60)
+        for plan, mode in (("ranks 8", "graph"), ("params:60%", "graph"), ("joint", "graph"), ("joint", "compiled"))
+    ]
+    sizes = {"count": 3, "n": 48, "rank": 8}
+    solvers = [
+        Task("solve", name, "batched_solve", name, "float64", {"solver": name, **sizes})
+        for name in ("torch.linalg.eigh, batched", "solve_batch fp64", "torch, of pairs", "cuda.fused, of pairs")
+    ]
+    return Window(
+        "rehearsed window 2",
+        [
+            Phase("precompile", 60, lambda found: [Group("compile", compiles)]),
+            Phase("MLPs", 60, lambda found: [Group("MLPs", [row(mlp, "mlp", rivals)])]),
+            Phase("models", 60, lambda found: [Group("models", models)]),
+            Phase("solve", 30, lambda found: [Group("solve", solvers)]),
+            Phase("choice", 30, lambda found: [Group("choice", [Task("choice", "of every row")])]),
+        ],
+    )
+
+
+def _tiny() -> torch.nn.Module:
+    from vitlr.models import create_model
+
+    return create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, num_classes=5)
+
+
+def rehearse(out: Path, seed: int = 0) -> list[str]:
+    """All of it; what did not come out as it should."""
+    missing = []
+    after = random.Random(seed).uniform(6.0, 12.0)  # imports take some of it
+    killed = out / "killed"
+    missing += _killed(killed, after)
+    first, second = out / "one", out / "two"
+    _gate(["--window", "1", "--out", str(first), "--after", str(file_of(killed, 1))]).wait()
+    _gate(["--window", "2", "--out", str(second), "--after", str(file_of(first, 1))]).wait()
+    found = lines.read(file_of(second, 2))
+    missing += _unnamed(found) + _incomplete(found) + _used(found)
+    written = report.write(file_of(second, 2), out)
+    missing += [] if all(path.is_file() for path in written) else ["the report is not there"]
+    return missing
+
+
+def _gate(arguments: Sequence[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "bench.gate", "--rehearse", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+
+
+def _killed(out: Path, after: float) -> list[str]:
+    """Kill a supervisor after some seconds; whom it left behind."""
+    gate = _gate(["--window", "1", "--out", str(out)])
+    time.sleep(after)
+    gate.send_signal(signal.SIGKILL)
+    gate.wait()
+    time.sleep(0.5)
+    left = [line["pid"] for line in lines.read(file_of(out, 1)) if line["what"] == "start" and _alive(line["pid"])]
+    print(f"the supervisor was killed after {after:.1f} s, {len(lines.read(file_of(out, 1)))} lines", flush=True)
+    return [f"worker {pid} outlived its supervisor" for pid in sorted(set(left))]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def _unnamed(found: Sequence[Line]) -> list[str]:
+    """Faults that were not found, or not by their name."""
+    told = []
+    for name, (_, fault, detail) in FAULTS.items():
+        these = [line for line in lines.faults(found) if line["candidate"] == name]
+        print(f"{name}: " + "; ".join(f"{line['fault']} ({line['detail'][:70]})" for line in these))
+        if not any(line["fault"] == fault and detail in line["detail"] for line in these):
+            told.append(f"{name} was to be named {fault} with {detail!r}, found {these}")
+    others = {line["candidate"] for line in lines.faults(found)} - set(FAULTS)
+    return told + [f"{name} did nothing wrong and was blamed" for name in others]
+
+
+def _incomplete(found: Sequence[Line]) -> list[str]:
+    """Tasks that should have a result and have none, and lines left that should not be."""
+    done = lines.results(found)
+    told = []
+    for number in (1, 2):
+        for phase in window(number).phases:
+            for task in (task for group in phase.groups(()) for task in group.tasks):
+                stopped = (task.op, task.candidate) in lines.stopped(found)
+                if task.id not in done and not stopped:
+                    told.append(f"{task.id} has no result")
+                if task.id in done and done[task.id].get("fault") and task.candidate not in FAULTS:
+                    told.append(f"{task.id}: {done[task.id]['fault']}, {done[task.id]['detail']}")
+    ends = {"fault.hangs", "fault.aborts", "fault.segfaults", "fault.sticky"}
+    if ends != {name for _, name in lines.stopped(found)}:
+        told.append(f"two deaths stopped {sorted(lines.stopped(found))}, expected {sorted(ends)}")
+    return told
+
+
+def _used(found: Sequence[Line]) -> list[str]:
+    """Where a candidate with a fault was timed or chosen after all; and rows without one that was right."""
+    told = []
+    for line in lines.results(found).values():
+        text = json.dumps(line.get("value"))
+        if line["kind"] in ("row", "choice") and "fault." in text:
+            told.append(f"{line['id']} uses what failed: {text}")
+        if line["kind"] == "row" and "triton." not in text:
+            told.append(f"{line['id']} has no time of a kernel: {text}")
+    for dtype in (dtype_name(FP32),):
+        told += [f"{name} is not excluded" for name in FAULTS if (LINEAR, name, dtype) not in lines.excluded(found)]
+    return told
