@@ -19,7 +19,10 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+START = time.monotonic()
 
 
 def main() -> int:
@@ -39,6 +42,10 @@ def main() -> int:
     given = parser.parse_args()
     if given.rehearse or given.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    os.environ.setdefault(
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+    )  # to ask for a GPU must not touch CUDA: workers are forked
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # rivals have one kernel each: a pool starts for longer
     if given.window and given.out is None:
         parser.error("--window needs --out DIR")
     if given.after is not None and not given.after.is_file():
@@ -95,7 +102,7 @@ def _window(given: argparse.Namespace) -> int:
     else:
         window = (plan.window_one, plan.window_two)[given.window - 1](device)
     print(tasks.table(window), flush=True)
-    path = run(window, given.window, given.out, given.after, device)
+    path = run(window, given.window, given.out, given.after, device, START)
     found = lines.read(path)
     written = report.write(path, given.out)
     print("\n".join(f"written: {one}" for one in (path, *written)), flush=True)

@@ -69,12 +69,13 @@ def check(worker: Worker, task: Task) -> Answer:
 
 def _refusal(call: Call, name: str, args: tuple) -> str | None:
     """Why a candidate does not take a call; None where it does."""
-    found = {candidate.name: candidate for candidate in _dispatch.candidates(call.op)}
+    found, name = {candidate.name: candidate for candidate in _dispatch.candidates(call.op)}, name.partition(" ")[0]
     return found[name].supports(call.key(args)) if name in found else f"{call.op} has no candidate {name}"
 
 
 def _runs(call: Call, task: Task) -> Callable[..., Any]:
-    run = {candidate.name: candidate.run for candidate in _dispatch.candidates(call.op)}[task.candidate]
+    name = task.candidate.partition(" ")[0]  # "cuda.sm90 debug" is cuda.sm90 as well
+    run = {candidate.name: candidate.run for candidate in _dispatch.candidates(call.op)}[name]
     plan = task.given.get("plan")
     if plan is None:
         return run
@@ -215,7 +216,8 @@ def compile(worker: Worker, task: Task) -> Answer:
 def sweep(worker: Worker, task: Task) -> Answer:
     """Times of a CUDA kernel by forced plans, each checked first, beside the plan that the model picks."""
     call: Call = task.given["call"]
-    if (task.op, task.candidate, task.dtype) in lines.excluded(lines.read(worker.book)):
+    bad = lines.excluded(lines.read(worker.book))
+    if (task.op, task.candidate, task.dtype) in bad:
         return {"skipped": "it failed the gate"}
     sets = input_sets(call.make, worker.device)
     refusal = _refusal(call, task.candidate, sets[0])
@@ -227,8 +229,10 @@ def sweep(worker: Worker, task: Task) -> Answer:
     own = tuple(_native.cuda().lowrank_sm90_plan(key.M, key.K, key.D, key.N, key.r1, key.r2, key.residual, device)[:5])
     runs = {}
     for plan in dict.fromkeys((own, *plans(key.M, max(key.r1, key.r2)))):
-        label = f"{plan}{' (own)' if plan == own else ''}"
-        with _Blamed(worker, f"check plan {plan}", task.op, f"{task.candidate} {plan}", task.dtype) as held:
+        label, who = f"{plan}{' (own)' if plan == own else ''}", f"{task.candidate} {plan} {call.label}"
+        if (task.op, who, task.dtype) in bad:
+            continue
+        with _Blamed(worker, "check", task.op, who, task.dtype) as held:
             function = functools.partial(_cuda.run_mlp, plan=plan)
             judge(function, sets[0], plain, exact, worker.device)
             run = prepared(function, sets, worker.device)

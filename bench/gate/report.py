@@ -34,8 +34,12 @@ def write(path: Path, out: Path | None = None) -> list[Path]:
 
 def red(found: Sequence[Line]) -> list[str]:
     """What has to be mended, in one line each."""
+    every: dict[tuple[str, ...], list[Line]] = {}
+    for f in lines.faults(found):
+        every.setdefault((f["op"], f["candidate"], f["dtype"], f["fault"]), []).append(f)
     told = [
-        f"{f['op']} {f['candidate']} {f['dtype']}: {f['fault']}, {f['detail']} ({f['id']})" for f in lines.faults(found)
+        f"{op} {candidate} {dtype}: {fault}, {len(these)}x; first: {these[0]['id']}: {these[0]['detail'][:300]}"
+        for (op, candidate, dtype, fault), these in every.items()
     ]
     for line in lines.results(found).values():
         if line.get("fault") and not line["candidate"]:

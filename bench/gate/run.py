@@ -18,12 +18,12 @@ def file_of(out: Path, number: int) -> Path:
     return out / f"window{number}.jsonl"
 
 
-def run(window: Window, number: int, out: Path, after: Path | None, device: torch.device) -> Path:
-    """Run a window, after what `after` holds; the file of its lines, which holds both."""
+def run(window: Window, number: int, out: Path, after: Path | None, device: torch.device, start: float) -> Path:
+    """Run a window that began at `start`, after what `after` holds; the file of its lines, which holds both."""
     before = lines.read(after) if after is not None else []
     book = Book(file_of(out, number), before)
     book.write(
         "window", name=window.name, seconds=window.seconds, at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     )
-    Supervisor(book, device).run(window)
+    Supervisor(book, device, start).run(window)
     return book.path

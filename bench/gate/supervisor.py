@@ -47,11 +47,11 @@ class _Lane:
 class Supervisor:
     """One window on one device, its lines going into a book."""
 
-    def __init__(self, book: Book, device: torch.device) -> None:
+    def __init__(self, book: Book, device: torch.device, start: float) -> None:
         self.book, self.device = book, device
         self.lanes: list[_Lane] = []
         self.first = len(book.lines)  # what an earlier run found lies before
-        self.start = time.monotonic()
+        self.start = start
 
     def run(self, window: Window) -> None:
         """All phases; each ends on time, and so does the window."""
@@ -214,7 +214,7 @@ class Supervisor:
         if known:
             self._fault(task.id, lane.stage, fault, detail)
         lane.tries += 1
-        if known and not task.candidate and lane.tries < AGAIN:
+        if known and lane.stage["candidate"] != task.candidate and lane.tries < AGAIN:
             lane.todo.insert(0, lane.group.tasks.index(task))
         else:
             self._result(task, {"fault": fault, "detail": detail, "seconds": time.monotonic() - lane.begun})
@@ -246,18 +246,27 @@ class Supervisor:
         """End a worker and its children at once; its exit status, negative for a signal. 0 where there is none."""
         if not lane.pid:
             return 0
-        pid, status = os.waitpid(lane.pid, os.WNOHANG)
-        if pid == 0:
-            time.sleep(0.05)  # an end of file can come a moment before the exit
-            pid, status = os.waitpid(lane.pid, os.WNOHANG)
+        status = _reaped(lane.pid, 0.05)  # an end of file can come a moment before the exit
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(lane.pid, signal.SIGKILL)
-        if pid == 0:
-            _, status = os.waitpid(lane.pid, 0)
+        if status is None:
+            status = _reaped(lane.pid, 1.0)  # a kernel that spins for ever can hold it longer: nobody waits for that
         os.close(lane.to)
         os.close(lane.back)
         lane.pid = lane.to = lane.back = 0
-        return os.waitstatus_to_exitcode(status)
+        return -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status)
+
+
+def _reaped(pid: int, seconds: float) -> int | None:
+    """The status of a process that ends within some seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.005)
 
 
 def _said(output: Any, most: int = 600) -> str:

@@ -85,6 +85,8 @@ def serve(group: Group, device: torch.device, book: Path, read: int, write: int,
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before it could be told
         return
+    if torch.cuda._is_in_bad_fork():
+        raise RuntimeError("CUDA was touched before the worker was forked")
     faulthandler.enable(all_threads=False)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what a crash leaves is its line
     from bench.gate import jobs
@@ -98,6 +100,8 @@ def serve(group: Group, device: torch.device, book: Path, read: int, write: int,
         for number in numbers:
             task = group.tasks[int(number)]
             answer = _done(worker, task, getattr(jobs, task.kind))
+            if device.type == "cuda" and answer.get("fault") != "sticky":
+                torch.cuda.empty_cache()  # others share the card
             say({"result": answer})
             if answer.get("fault") == "sticky":
                 return
