@@ -276,7 +276,8 @@ def autotune(worker: Worker, task: Task) -> Answer:
         try:
             _runs(call, task)(*args)
             synchronise(worker.device)
-            return {"value": {"call": call.label, "rows": list(tables.measured(task.op))}}
+            rows = list(tables.measured(task.op)) if task.given["keep"] else []
+            return {"value": {"call": call.label, "rows": rows}}
         finally:
             del os.environ[tables.VARIABLE], os.environ["XDG_CACHE_HOME"]
             tables.measured.cache_clear()

@@ -146,7 +146,7 @@ def _sweeps(found: Sequence[Line]) -> str:
         if line["kind"] == "sweep" and line.get("value"):
             us = sorted(line["value"]["us"].items(), key=lambda item: item[1])
             cells.append((line["value"]["call"], ", ".join(f"{plan} {time:.1f}" for plan, time in us)))
-        if line["kind"] == "autotune" and line.get("value"):
+        if line["kind"] == "autotune" and line.get("value") and line["value"]["rows"]:
             configs = [str(row["config"]) for row in line["value"]["rows"]]
             cells.append((f"{line['value']['call']}, tiles of {line['candidate']}", "; ".join(configs)))
     return _table(("call", "µs by (R, warpgroups, CTAs, clusters, groups)"), cells)

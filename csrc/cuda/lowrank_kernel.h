@@ -58,7 +58,7 @@ void launch(const Maps<CUtensorMap>& maps, const Sizes& sizes, const Plan& plan,
   config.attrs = &cluster;
   config.numAttrs = 1;
 #ifdef VITLR_BOUNDED_WAITS
-  Hang* const note = hang_of_this_process();
+  Hang* const note = allocated_hang();
   check(cudaMemcpyToSymbol(hang_note, &note, sizeof note), "the note of the debug build");
 #endif
   check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of a low-rank kernel");

@@ -60,7 +60,10 @@ int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, de
 
 void register_lowrank_sm90(py::module_& m) {
 #ifdef VITLR_BOUNDED_WAITS
-  m.def("hung", [] { return told(*hang_of_this_process()); });  // who waited for what, or nothing
+  m.def("hung", [] {  // who waited for what; empty where nothing hung
+    const Hang* note = hang_of_this_process();
+    return note == nullptr ? std::string() : told(*note);
+  });
 #endif
   m.def("lowrank_sm90_plan", [](int M, int K, int D, int N, int r1, int r2, bool residual, int device) {
     LowrankParams p{};

@@ -218,7 +218,7 @@ def lowrank_linear(fake, M=197, K=3072, N=768, r=128, **given):
         (lowrank_mlp, {"M": 197, "r1": 64, "r2": 8}, 32, 256, "TileILi64ELi1EEELb1"),
         (lowrank_linear, {}, 32, 256, "TileILi128ELi1EEELb0"),
         (lowrank_linear, {"M": 1, "K": 8, "N": 8, "r": 8}, 1, 256, "TileILi64ELi1EEELb0"),
-        (lowrank_mlp, {"plan": (128, 1, 8, 16, 1)}, 128, 256, "TileILi128ELi1EEELb1"),  # as given, not as the model says
+        (lowrank_mlp, {"plan": (128, 1, 8, 16, 1)}, 128, 256, "TileILi128ELi1EEELb1"),  # as given
         (lowrank_mlp, {"plan": (256, 2, 1, 7, 1)}, 7, 384, "TileILi256ELi2EEELb1"),
         (lowrank_linear, {"plan": (128, 1, 2, 5, 3)}, 10, 256, "TileILi128ELi1EEELb0"),
     ],
@@ -264,6 +264,21 @@ def test_lowrank_kernels_refuse_before_a_launch(fake, call, given, message):
     with pytest.raises(ValueError, match=message):
         call(fake, **given)
     assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
+def test_every_plan_that_the_gate_forces_is_launched(fake):
+    if not (ROOT / "bench").is_dir():
+        pytest.skip("bench/ is not beside the tests")
+    sys.path.insert(0, str(ROOT))
+    gate, jobs = (importlib.import_module(f"bench.gate.{name}") for name in ("plan", "jobs"))
+    plans = [(plan, *shape) for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS)]
+    plans += [(plan, 12608, 768, 3072, 768, r, r) for r in gate.RANKS for plan in jobs.plans(12608, r)]
+    for plan, *shape in plans:
+        lowrank_mlp(fake, *shape, plan=plan)
+    for plan, shape in gate.LINEARS:
+        lowrank_linear(fake, *shape, plan=plan)
+    assert len(fake.launches()) == len(plans) + len(gate.LINEARS)
+    assert any(plan[2] > 1 for plan, *_ in plans) and {plan[:2] for plan, *_ in plans} == set(jobs.TILES)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])
