@@ -7,7 +7,10 @@ output written once, barriers balanced and free of deadlock, results independent
 from __future__ import annotations
 
 import ctypes
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import emulated_lowrank as emulated
 import pytest
@@ -20,6 +23,7 @@ from vitlr.ops._activations import ACTIVATIONS
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler that knows _Float16")
 
 BF16, FP16 = torch.bfloat16, torch.float16
+ROOT = Path(__file__).parents[2]
 
 
 def tensor(*shape, dtype=BF16):
@@ -204,3 +208,14 @@ def test_a_bounded_wait_passes_late_but_not_never():
     assert wait(8, 10, 100) == 8
     assert wait(1000, 10, 100) == 0, "it gives up"
     assert wait(2, 10**9, 100) == 2, "a thread that did not run for longer than its patience asks once more"
+
+
+def test_every_plan_that_the_gate_forces_is_right():
+    if not (ROOT / "bench").is_dir():
+        pytest.skip("bench/ is not beside the tests")
+    sys.path.insert(0, str(ROOT))
+    gate = importlib.import_module("bench.gate.plan")
+    for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS):
+        check(mlp(*shape), plan)
+    for plan, (M, K, N, r) in gate.LINEARS:
+        check(linear(M, K, N, r), plan)
