@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.common import write_json
-from bench.gate import choice, lines, solve
+from bench.gate import choice, lines, models, solve
 from bench.gate.lines import Line
 from vitlr.ops import _dispatch, _measured
 
@@ -46,6 +46,9 @@ def red(found: Sequence[Line]) -> list[str]:
             told.append(f"{line['id']}: {line['fault']}, {line['detail']}")
         if line["kind"] == "solve" and line.get("value"):
             told += solve.failures(line["value"])
+        if line["kind"] == "model" and line.get("value"):
+            off = [row["off"] for row in line["value"] if row["off"] is not None]
+            told += [f"{line['id']}: with kernels {one:.2g} off plain products" for one in off if not one <= models.OFF]
         if line["kind"] == "build" and line.get("value"):
             told += [f"{kernel} spills" for kernel in line["value"]["spilled"]]
         if line["kind"] == "choice" and line.get("value"):
