@@ -24,9 +24,10 @@ from bench.cases import calls
 from bench.cases.calls import Call
 from bench.common import ROOT
 from bench.gate import lines, report
+from bench.gate.checks import LINEAR, MLP, check
 from bench.gate.faults import FAULTS
 from bench.gate.lines import Line
-from bench.gate.plan import LINEAR, MLP, check, dtype_name, row
+from bench.gate.plan import row
 from bench.gate.run import file_of
 from bench.gate.tasks import Group, Phase, Task, Window
 
@@ -190,6 +191,5 @@ def _used(found: Sequence[Line]) -> list[str]:
             told.append(f"{line['id']} uses what failed: {text}")
         if line["kind"] == "row" and "triton." not in text:
             told.append(f"{line['id']} has no time of a kernel: {text}")
-    for dtype in (dtype_name(FP32),):
-        told += [f"{name} is not excluded" for name in FAULTS if (LINEAR, name, dtype) not in lines.excluded(found)]
-    return told
+    bad = lines.excluded(found)
+    return told + [f"{name} is not excluded" for name in FAULTS if (LINEAR, name, "float32") not in bad]

@@ -49,7 +49,7 @@ def red(found: Sequence[Line]) -> list[str]:
         if line["kind"] == "model" and line.get("value"):
             off = [row["off"] for row in line["value"] if row["off"] is not None]
             told += [f"{line['id']}: with kernels {one:.2g} off plain products" for one in off if not one <= models.OFF]
-        if line["kind"] == "build" and line.get("value"):
+        if line["kind"] == "build" and line.get("value") and "debug" not in line["call"]:
             told += [f"{kernel} spills" for kernel in line["value"]["spilled"]]
         if line["kind"] == "choice" and line.get("value"):
             told += [

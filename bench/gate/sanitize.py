@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import calls
 from bench.common import ROOT
-from bench.gate.plan import CLUSTERS, ITEMS, LINEARS, TILES
+from bench.gate.checks import CLUSTERS, ITEMS, LINEARS, TILES
 from vitlr.ops import _cuda, _cuda_solve, _dispatch
 
 TOOLS = ("memcheck", "racecheck")

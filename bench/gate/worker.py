@@ -64,6 +64,25 @@ class Worker:
             raise Fault("sticky", f"the process is lost: {told(cause)}") from cause
 
 
+class Blamed:
+    """What a candidate raises inside is its fault, and the job goes on: unless the device no longer answers."""
+
+    def __init__(self, worker: Worker, doing: str, op: str, candidate: str, dtype: str) -> None:
+        self.worker, self.who, self.ok = worker, (op, candidate, dtype), False
+        worker.begin(doing, *self.who)
+
+    def __enter__(self) -> Blamed:
+        return self
+
+    def __exit__(self, kind: Any, cause: BaseException | None, trace: Any) -> bool:
+        self.ok = cause is None
+        if cause is None or not isinstance(cause, Exception):
+            return False
+        self.worker.settle()
+        self.worker.blame(*self.who, cause)
+        return True
+
+
 def described(cause: BaseException) -> dict[str, str]:
     return {"fault": kind_of(cause), "detail": told(cause)}
 

@@ -20,8 +20,8 @@ if not (ROOT / "bench").is_dir():
     pytest.skip("bench/ is not beside the tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-lines, plan, report, jobs = (
-    importlib.import_module(f"bench.gate.{name}") for name in ("lines", "plan", "report", "jobs")
+lines, plan, report, tuning = (
+    importlib.import_module(f"bench.gate.{name}") for name in ("lines", "plan", "report", "tuning")
 )
 
 WINDOWS = {1: plan.window_one(torch.device("cuda")), 2: plan.window_two(torch.device("cuda"))}
@@ -143,7 +143,7 @@ def test_only_what_went_wrong_on_the_cuda_kernels_is_bisected():
 
 @pytest.mark.parametrize("r", [64, 128, 192, 256])
 def test_swept_plans_hold_the_rank_and_stay_on_the_card(r):
-    for R, warpgroups, ranks, clusters, groups in jobs.plans(12608, r):
+    for R, warpgroups, ranks, clusters, groups in tuning.plans(12608, r):
         assert r == R and warpgroups in (1, 2, 3) and ranks * clusters <= 132 and groups == 1
 
 

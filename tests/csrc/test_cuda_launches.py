@@ -270,15 +270,15 @@ def test_every_plan_that_the_gate_forces_is_launched(fake):
     if not (ROOT / "bench").is_dir():
         pytest.skip("bench/ is not beside the tests")
     sys.path.insert(0, str(ROOT))
-    gate, jobs = (importlib.import_module(f"bench.gate.{name}") for name in ("plan", "jobs"))
+    gate, tuning = (importlib.import_module(f"bench.gate.{name}") for name in ("checks", "tuning"))
     plans = [(plan, *shape) for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS)]
-    plans += [(plan, 12608, 768, 3072, 768, r, r) for r in gate.RANKS for plan in jobs.plans(12608, r)]
+    plans += [(plan, 12608, 768, 3072, 768, r, r) for r in gate.RANKS for plan in tuning.plans(12608, r)]
     for plan, *shape in plans:
         lowrank_mlp(fake, *shape, plan=plan)
     for plan, shape in gate.LINEARS:
         lowrank_linear(fake, *shape, plan=plan)
     assert len(fake.launches()) == len(plans) + len(gate.LINEARS)
-    assert any(plan[2] > 1 for plan, *_ in plans) and {plan[:2] for plan, *_ in plans} == set(jobs.TILES)
+    assert any(plan[2] > 1 for plan, *_ in plans) and {plan[:2] for plan, *_ in plans} == set(tuning.TILES)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])

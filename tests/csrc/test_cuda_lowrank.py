@@ -214,7 +214,7 @@ def test_every_plan_that_the_gate_forces_is_right():
     if not (ROOT / "bench").is_dir():
         pytest.skip("bench/ is not beside the tests")
     sys.path.insert(0, str(ROOT))
-    gate = importlib.import_module("bench.gate.plan")
+    gate = importlib.import_module("bench.gate.checks")
     for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS):
         check(mlp(*shape), plan)
     for plan, (M, K, N, r) in gate.LINEARS:
