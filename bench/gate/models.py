@@ -92,6 +92,7 @@ def run(
     plan: str,
     batch: int,
     mode: str = "graph",
+    names: tuple[str, ...] = ("dense", "products", "fused"),
     make: Callable[[], nn.Module] = lambda: create_model(MODEL),
 ) -> list[dict[str, Any]]:
     """Rows {plan, batch, model, mode, images_per_s, peak_mb, off} of the dense model and of the compressed one.
@@ -109,7 +110,7 @@ def run(
         small = planned(kept["made"], plan).eval()
         pair = {"products": two_gemms(small), "fused": fuse(small)}
         kept |= {"plan": plan, **{name: model.to(device, dtype) for name, model in pair.items()}}
-    models = {name: kept[name] for name in ("dense", "products", "fused")}
+    models = {name: kept[name] for name in names}
     size = (3, *kept["made"].patch_embed.img_size)
     x = torch.randn(batch, *size, device=device, dtype=dtype)
     functions, outputs = {}, {}
@@ -117,6 +118,8 @@ def run(
         begin(f"{name}, {mode}")
         functions[name] = _in_mode(model, mode, x)
         outputs[name] = functions[name](x).double()
+    if mode != "graph":
+        outputs["products"] = kept["products"](x).double()
     off = float((outputs["fused"] - outputs["products"]).norm() / outputs["products"].norm())
     begin("turns")
     us = microseconds(functions, [(x,)], device, rounds=10, graphs=mode != "eager")

@@ -158,7 +158,8 @@ def _sweeps(found: Sequence[Line]) -> str:
 def _models(found: Sequence[Line]) -> str:
     cells: list[tuple[object, ...]] = []
     for line in lines.results(found).values():
-        rows = (line.get("value") or ()) if line["kind"] == "model" else ()
+        told = line["kind"] == "model" and "compiler's cache" not in line["call"]
+        rows = (line.get("value") or ()) if told else ()
         for r in rows:
             dense = next(row["images_per_s"] for row in rows if row["model"] == "dense")  # of the same turns
             peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"

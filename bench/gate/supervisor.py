@@ -121,7 +121,7 @@ class Supervisor:
         fresh = not lane.pid
         if fresh:
             self._fork(lane)
-        lane.task, lane.stage = task, {"op": task.op, "candidate": task.candidate, "dtype": task.dtype}
+        lane.task, lane.stage = task, {}  # until the job says whose turn it is, nobody is to blame
         lane.begun = time.monotonic()
         lane.deadline = lane.begun + task.deadline + (READY if fresh and self.device.type == "cuda" else 0)
         self.book.write("start", id=task.id, kind=task.kind, group=lane.group.name, pid=lane.pid)
