@@ -185,14 +185,14 @@ def test_a_compressed_model_can_be_compressed_further(calibrated, batches):
 def test_compress_refines_with_the_same_images(tiny_vit):
     model, images = tiny_vit(), [torch.randn(40, 3, 32, 32)]
     options = {"rank_step": 4, "steps": 4, "every": 2, "batch_size": 8, "lr": 1e-3, "seed": 1}
-    small = vitlr.compress(model, images, "params:60%", rungs=["joint"], **options)
+    small = vitlr.compress(model, images, "params:60%", rungs=["distil"], **options)
     (rung,) = small.vitlr_refinement.rungs
-    assert rung.name == "joint" and rung.steps == 4
+    assert rung.name == "distil" and rung.steps == 4
     before = {name: p.clone() for name, p in model.named_parameters()}
-    again = vitlr.compress(model, images, "params:60%", rungs=["joint"], inplace=True, **options)
+    again = vitlr.compress(model, images, "params:60%", rungs=["distil"], inplace=True, **options)
     assert again is model and set(dict(model.named_parameters())) != set(before)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
-    dense = vitlr.compress(tiny_vit(), images, "params:100%", rungs="joint")
+    dense = vitlr.compress(tiny_vit(), images, "params:100%", rungs="distil")
     assert not hasattr(dense, "vitlr_refinement")
 
 
@@ -204,7 +204,7 @@ def test_compress_refuses_bad_refinement_before_any_image(tiny_vit):
     for options, said in (
         ({"rungs": "all"}, "rung"),
         ({"steps": 0}, "steps"),
-        ({"rungs": "joint"}, "uses this loader"),
+        ({"rungs": "distil"}, "uses this loader"),
     ):
         with pytest.raises(InputError, match=said):
             vitlr.compress(tiny_vit(), unread(), "params:60%", **options)

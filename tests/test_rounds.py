@@ -71,12 +71,12 @@ def test_refinement_compares_with_the_dense_model(tiny_vit):
             "params:70%",
             method="joint",
             rounds=2,
-            rungs=["joint"],
+            rungs=["distil"],
             inplace=inplace,
             **quick,
             **STEPS,
         )
-        assert small.vitlr_refinement.rungs[-1].name == "joint"
+        assert small.vitlr_refinement.rungs[-1].name == "distil"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def compress(
     """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
 
     More `rounds` ("prune" and "joint") narrow MLPs part of the way, calibrate what is left and go on, each at the price
-    of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A `seed`
+    of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "regrow" or "distil". A `seed`
     goes to calibration and refinement. Budget and options are checked before any image is read. Raises what the stages
     raise.
     """

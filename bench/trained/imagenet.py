@@ -208,9 +208,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args.add_argument(
         "--refine",
         nargs="*",
-        default=["joint"],
+        default=["distil"],
         metavar="RUNG",
-        help="refit, residual, joint (all up to it), only-RUNG",
+        help="refit, regrow, distil (all up to it), only-RUNG",
     )
     args.add_argument("--images", type=int, default=4096, help="training images to look at")
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")

@@ -161,9 +161,9 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     assert any("width" in entry for entry in structure(small).values())
     images = [torch.randn(40, 3, 32, 32)]
     better = vitlr.compress(
-        model, images, "params:80%", method="prune", rungs="joint", steps=2, every=1, batch_size=8, **STEPS
+        model, images, "params:80%", method="prune", rungs="distil", steps=2, every=1, batch_size=8, **STEPS
     )
-    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "joint"]
+    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "distil"]
     pruned = vitlr.compress(model, batches, method="prune", prune_rate=0.5, **STEPS)
     assert {entry.keys() == {"width"} for entry in structure(pruned).values()} == {True}
 

@@ -47,4 +47,4 @@ def pair(_pair):
 def quick() -> dict:
     """Choices with which every rung takes a fraction of a second."""
     quick = {"steps": 24, "every": 8, "batch_size": 8, "lr": 1e-3, "warmup": 2, "ema": 0.8, "amp": False}
-    return {**quick, "residual_steps": 30, "proxy_images": 32}
+    return {**quick, "regrow_steps": 30, "proxy_images": 32}

@@ -38,13 +38,13 @@ class RefineRequest:
 
     def check(self, data: str | None, plan_only: bool) -> None:
         """Refuse what cannot be refined before anything is read."""
-        if "joint" not in self.rungs:
+        if "distil" not in self.rungs:
             for flag, value in (("--steps", self.steps), ("--minutes", self.minutes), ("--lr", self.lr)):
                 if value is not None:
-                    raise InputError(f"{flag} goes with --refine joint")
+                    raise InputError(f"{flag} goes with --refine distil")
         if not self.rungs:
             if self.resume is not None:
-                raise InputError("--resume goes with --refine refit, residual or joint")
+                raise InputError("--resume goes with --refine refit, regrow or distil")
             return
         if plan_only:
             raise InputError("--refine needs a model, and --plan-only makes none; leave one of them out")

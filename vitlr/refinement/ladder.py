@@ -18,12 +18,12 @@ from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.images import Proxy
-from vitlr.refinement.joint import joint
+from vitlr.refinement.distil import distil
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.report import Refinement, Rung
-from vitlr.refinement.residual import residual
+from vitlr.refinement.regrow import regrow
 from vitlr.refinement.snapshots import Snapshots
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
@@ -36,7 +36,7 @@ def refine(
     reference: nn.Module,
     loader: Iterable[Any],
     *,
-    rungs: str | Sequence[str] = "joint",
+    rungs: str | Sequence[str] = "distil",
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
@@ -44,7 +44,7 @@ def refine(
 ) -> nn.Module:
     """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
 
-    `rungs` "refit", "residual" or "joint" runs all up to that one, a sequence exactly those; `options` are the fields
+    `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those; `options` are the fields
     of `vitlr.refinement.Recipe` (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held out
     and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
     back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
@@ -103,13 +103,13 @@ def _climb(
             if name == "refit":
                 steps, note = refit(model, reference, proxy, judge, recipe, advance)
                 images = min(recipe.proxy_images, proxy.count)
-            elif name == "residual":
-                steps, note = residual(model, reference, proxy, judge, recipe, advance)
+            elif name == "regrow":
+                steps, note = regrow(model, reference, proxy, judge, recipe, advance)
                 images = min(recipe.proxy_images, proxy.count)
             else:
-                steps, note = joint(model, reference, proxy, judge, recipe, snapshots, advance)
+                steps, note = distil(model, reference, proxy, judge, recipe, snapshots, advance)
                 images = proxy.count
-            if name != "joint" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
+            if name != "distil" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
                 note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
             kept = after.kl < before.kl
@@ -129,7 +129,7 @@ def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has no residual."""
     if lowrank_layers(model):
         return wanted
-    useful = tuple(rung for rung in wanted if rung != "residual")
+    useful = tuple(rung for rung in wanted if rung != "regrow")
     narrower = narrowed_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
     if not (narrower or fewer_heads(model)) or (wanted and not useful):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
@@ -149,8 +149,8 @@ def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> N
     if wanted:
         check_free(model)
         movable = [*free_layers(model), *(free_norms(model, reference) if "refit" in wanted else ())]
-        if "joint" not in wanted and not movable:
-            raise InputError("every low-rank layer has a frozen parameter; refit and residual leave such layers alone")
+        if "distil" not in wanted and not movable:
+            raise InputError("every low-rank layer has a frozen parameter; refit and regrow leave such layers alone")
     if torch.is_inference_mode_enabled():
         raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")
 

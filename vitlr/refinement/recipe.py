@@ -9,7 +9,9 @@ from typing import Any
 
 from vitlr.errors import InputError
 
-RUNGS = ("refit", "residual", "joint")
+RUNGS = ("refit", "regrow", "distil")
+WORDS = {"residual": "regrow", "joint": "distil"}  # what rungs were called before: still understood, and read in files
+RENAMED = {"residual_share": "regrow_share", "residual_steps": "regrow_steps"}  # and options
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Recipe:
 
     seed            of the order of the images, their augmentation and all random starts
     batch_size      images in a step
-    steps           of the joint rung, at most as many as `minutes` have room for, timed on the first ones
+    steps           of the rung distil, at most as many as `minutes` have room for, timed on the first ones
     lr              peak learning rate of AdamW, after `warmup` steps, then a cosine down to 0; `weight_decay`
     features        weight of the normalised squared error of the blocks' outputs beside the KL of the answers
     temperature     of the logits in that KL
@@ -28,9 +30,9 @@ class Recipe:
     clip            largest norm of the gradient
     every           steps between two looks at the held-out images; after `patience` looks without gain it stops
     amp             bfloat16 autocast; None where it is known to pay (CUDA, and CPUs with AVX512-BF16 or AMX)
-    residual_share  share of a layer's rank that the learnt residual takes, `residual_steps` its steps per layer,
+    regrow_share    share of a layer's rank that the rung regrow learns anew, `regrow_steps` its steps per layer,
                     `parallel` its inputs: those of the dense network, otherwise of the compressed one
-    proxy_images    images that the refit and the residual look at (their tokens of one block are kept in memory)
+    proxy_images    images that the refit and regrow look at (their tokens of one block are kept in memory)
     """
 
     seed: int = 0
@@ -50,8 +52,8 @@ class Recipe:
     every: int = 50
     patience: int = 10
     amp: bool | None = None
-    residual_share: float = 0.125
-    residual_steps: int = 200
+    regrow_share: float = 0.125
+    regrow_steps: int = 200
     parallel: bool = False
     proxy_images: int = 64
 
@@ -74,7 +76,7 @@ class Recipe:
 
     @property
     def most_steps(self) -> int | None:
-        """Steps of the joint rung, None where only the time says."""
+        """Steps of the rung distil, None where only the time says."""
         return 1000 if self.steps is None and self.minutes is None else self.steps
 
 
@@ -95,8 +97,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("clip", _TINY, 1e30),
     ("every", 1, math.inf),
     ("patience", 1, math.inf),
-    ("residual_share", _TINY, 1 - _TINY),
-    ("residual_steps", 1, math.inf),
+    ("regrow_share", _TINY, 1 - _TINY),
+    ("regrow_steps", 1, math.inf),
     ("proxy_images", 8, math.inf),
 )
 
@@ -108,6 +110,7 @@ def choices() -> set[str]:
 
 def make_recipe(options: dict[str, Any]) -> Recipe:
     """The recipe of these choices; `InputError` for one that is unknown or out of range."""
+    options = {RENAMED.get(key, key): value for key, value in options.items()}
     unknown = set(options) - choices()
     if unknown:
         raise InputError(f"refine does not know {min(unknown)!r}; it takes {', '.join(sorted(choices()))}")
@@ -115,14 +118,16 @@ def make_recipe(options: dict[str, Any]) -> Recipe:
 
 
 def parse_rungs(rungs: str | Sequence[str]) -> tuple[str, ...]:
-    """The rungs up to the named one ("joint" is all three, "none" none), or exactly those of a sequence, in order."""
+    """The rungs up to the named one ("distil" is all three, "none" none), or exactly those of a sequence, in order."""
     known = f"expected none, {', '.join(RUNGS)}"
     if isinstance(rungs, str):
         if rungs == "none":
             return ()
-        if rungs not in RUNGS:
+        last = WORDS.get(rungs, rungs)
+        if last not in RUNGS:
             raise InputError(f"unknown rung {rungs!r}, {known}")
-        return RUNGS[: RUNGS.index(rungs) + 1]
+        return RUNGS[: RUNGS.index(last) + 1]
+    rungs = [WORDS.get(rung, rung) for rung in rungs]
     unknown = [rung for rung in rungs if rung not in RUNGS]
     if unknown:
         raise InputError(f"unknown rung {unknown[0]!r}, {known}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitlr.refinement.judge import Distance
+from vitlr.refinement.recipe import WORDS
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Rung:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Rung:
         ends = {key: _distance(body[key]) for key in ("before", "after")}
-        return cls(**{**body, **ends})
+        return cls(**{**body, **ends, "name": WORDS.get(body["name"], body["name"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a distance without end, of answers that were NaN, is null."""

@@ -1,9 +1,10 @@
-"""Refinement that can be cut short: finished rungs, and the state of the joint one."""
+"""Refinement that can be cut short: finished rungs, and the state of the distilling one."""
 
 from __future__ import annotations
 
 from torch import nn
 
+from vitlr.refinement.recipe import RENAMED, WORDS
 from vitlr.refinement.report import Rung
 from vitlr.runtime import snapshots
 from vitlr.runtime.snapshots import restore, stored
@@ -13,6 +14,7 @@ class Snapshots(snapshots.Snapshots):
     """What a refinement has reached; see `vitlr.snapshots`."""
 
     kind = "refinement"
+    words = {**WORDS, **RENAMED}
 
     def save_rung(self, rung: Rung, model: nn.Module) -> None:
         """Keep the model as it left a rung, and drop what that rung kept on the way."""

@@ -95,17 +95,17 @@ def compress(
         ),
     ] = 1,
     refine: Annotated[
-        str, typer.Option(metavar="RUNG", help="Repair the error afterwards, up to: none, refit, residual or joint.")
+        str, typer.Option(metavar="RUNG", help="Repair the error afterwards, up to: none, refit, regrow or distil.")
     ] = "none",
     resume: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep snapshots of the refinement there, and go on from them."),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Steps of the joint rung. [default: 1000]")
+        int | None, typer.Option(metavar="N", min=1, help="Steps of the rung distil. [default: 1000]")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(metavar="T", help="Time for the joint rung, instead of --steps.")
+        float | None, typer.Option(metavar="T", help="Time for the rung distil, instead of --steps.")
     ] = None,
     lr: Annotated[float | None, typer.Option(metavar="X", help="Its peak learning rate. [default: 0.0001]")] = None,
     limit: Limit = None,

@@ -26,7 +26,7 @@ _NO_END = 2**62
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def joint(
+def distil(
     model: nn.Module,
     reference: nn.Module,
     proxy: Proxy,
@@ -171,10 +171,10 @@ class _Run:
             tensors |= {f"weight.{name}": p, f"mean.{name}": self.mean[i], f"best.{name}": self.best[i]}
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
         state: dict[str, Any] = {key: getattr(self, key) for key in _STATE}
-        self.snapshots.save("joint", tensors, state)
+        self.snapshots.save("distil", tensors, state)
 
     def _resume(self) -> bool:
-        found = self.snapshots.load("joint")
+        found = self.snapshots.load("distil")
         if found is None:
             return False
         tensors, state = found

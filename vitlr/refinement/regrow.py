@@ -29,7 +29,7 @@ _TOKENS = 1024  # in a step
 _LR = 3e-3  # of Adam, in units where inputs have size 1
 
 
-def residual(
+def regrow(
     model: nn.Module,
     reference: nn.Module,
     proxy: Proxy,
@@ -55,11 +55,11 @@ def residual(
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, LowRankLinear)
-            share = round(recipe.residual_share * layer.rank)
+            share = round(recipe.regrow_share * layer.rank)
             if 1 <= share < layer.rank:
                 generator = torch.Generator().manual_seed(recipe.seed)
-                kept += learn(layer, tokens[name], share, recipe.residual_steps, generator)
-                steps += recipe.residual_steps
+                kept += learn(layer, tokens[name], share, recipe.regrow_steps, generator)
+                steps += recipe.regrow_steps
         kl = judge(model).kl if kept else math.inf
         if kl < nearest:
             nearest, learnt = kl, learnt + kept
