@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 from torch import nn
 
 from vitlr.refinement.recipe import RENAMED, WORDS
@@ -14,7 +16,7 @@ class Snapshots(snapshots.Snapshots):
     """What a refinement has reached; see `vitlr.snapshots`."""
 
     kind = "refinement"
-    words = {**WORDS, **RENAMED}
+    words = MappingProxyType({**WORDS, **RENAMED})
 
     def save_rung(self, rung: Rung, model: nn.Module) -> None:
         """Keep the model as it left a rung, and drop what that rung kept on the way."""
