@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import DEFAULT, Statistics
+from vitlr.calibration.options import DEFAULT
+from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.mlp_widths import RIDGE
 from vitlr.decomposition.mlp_widths import check_options as check_widths
 from vitlr.decomposition.ranks import check_options as check_decomposition

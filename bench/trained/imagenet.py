@@ -25,7 +25,7 @@ from torch import nn
 
 from bench.common import BUILD, CODE, ROOT, machine, parser, sources, write_json
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, load, plan, refine, save
-from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.data.loader import Loader, open_data
 from vitlr.measuring.cost import count_params
 from vitlr.refinement.recipe import make_recipe, parse_rungs

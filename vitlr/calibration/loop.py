@@ -13,17 +13,9 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
+from vitlr.calibration.options import DEFAULT, GRADIENT_OBJECTIVES, OBJECTIVES
 from vitlr.calibration.probe import Probe, probe
-from vitlr.calibration.statistics import (
-    DEFAULT,
-    EXTRAS,
-    GRADIENT_OBJECTIVES,
-    HIDDEN,
-    OBJECTIVES,
-    VALUES,
-    LayerStatistics,
-    Statistics,
-)
+from vitlr.calibration.statistics import EXTRAS, HIDDEN, VALUES, LayerStatistics, Statistics
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses

@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import DEFAULT, HIDDEN, VALUES, Statistics
+from vitlr.calibration.options import DEFAULT
+from vitlr.calibration.statistics import HIDDEN, VALUES, Statistics
 from vitlr.cli.result import Interrupted
 from vitlr.data.loader import Loader, data_config, open_data
 from vitlr.errors import InputError

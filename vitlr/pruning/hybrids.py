@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vitlr.anatomy import linears
 from vitlr.anatomy.attention import SUPPORTED, attention_names, attentions
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import DEFAULT, Statistics
+from vitlr.calibration.options import DEFAULT
+from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.planning import planner

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vitlr.errors import InputError
 
@@ -22,6 +23,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     among: Sequence[Any] | None = None
+    words: Mapping[str, str] | None = None  # old words for some of these, which are taken as well
     flag: str | None = None  # "" for options that only Python has; None for the field's name
     metavar: str | None = None
 
@@ -29,6 +31,8 @@ class Option:
         """In words, for a message."""
         if self.among is not None:
             return f"one of {', '.join(map(str, self.among))}"
+        if self.above is not None and self.below is not None:
+            return f"a {kind} between {self.above:g} and {self.below:g}"
         bounds = [
             f"from {self.low:g}" + ("" if self.high is not None else " on") if self.low is not None else "",
             f"to {self.high:g}" if self.high is not None else "",
@@ -93,9 +97,11 @@ class Options:
 def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
     """The value as its type; `InputError` where it is not of it, or out of bounds."""
     said: Option = item.metadata["option"]
-    kinds = getattr(hint, "__args__", (hint,))
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
+    if isinstance(value, str) and said.words and said.words.get(value) in (said.among or ()):
+        value = said.words[value]
     for kind, word in ((bool, "true or false"), (int, "whole number"), (float, "number"), (str, "word")):
         if kind not in kinds:
             continue
@@ -107,7 +113,8 @@ def _checked(item: Field[Any], hint: Any, value: Any) -> Any:
             return found
         if len(set(kinds) - {type(None)}) == 1:
             expected = "true or false" if kind is bool else said.expected(word)
-            raise InputError(f"{item.name}={value!r}, expected {expected}")
+            what = f"{item.name}={value!r}" if said.among is None else f"unknown {item.name} {value!r}"
+            raise InputError(f"{what}, expected {expected}")
     return value
 
 

@@ -120,7 +120,7 @@ def compress(
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
     from vitlr.anatomy import linears
-    from vitlr.calibration.statistics import DEFAULT
+    from vitlr.calibration.options import DEFAULT
     from vitlr.checkpoint import files as checkpoint_file
     from vitlr.checkpoint import origins
     from vitlr.cli.destinations import check_destinations
@@ -230,7 +230,7 @@ def compress(
 
 def _check_choices(objective: str | None, uniform: bool, rank_buckets: int | None, centred: bool) -> None:
     """What the stages would refuse too, but only after the images have been read."""
-    from vitlr.calibration.statistics import OBJECTIVES
+    from vitlr.calibration.options import OBJECTIVES
 
     if objective is not None and objective not in OBJECTIVES:
         raise InputError(f"--objective {objective!r} is unknown, expected one of {', '.join(OBJECTIVES)}")
