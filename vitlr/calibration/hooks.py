@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.calibration.statistics import HIDDEN, SCORES, LayerStatistics
+from vitlr.calibration.options import HIDDEN
+from vitlr.calibration.statistics import SCORES, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_

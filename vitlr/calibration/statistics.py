@@ -19,10 +19,7 @@ from vitlr.runtime import storage
 from vitlr.runtime.storage import fingerprint
 
 SCHEMA = 1
-HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
-VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
 _EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
-EXTRAS = (*_EXTRA_SUMS, HIDDEN, VALUES)
 _LONG = ("input_sum", "input_abs", "image_input_sum")
 BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # of "fisher" with these two
 SCORES = ("score_moment", "score_gradient", "image_score_moment", "image_score_gradient")

@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from vitlr.errors import VitlrError
+from vitlr.errors import Interrupted, VitlrError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -26,10 +26,6 @@ class Result:
 
     values: dict[str, Any]
     text: str
-
-
-class Interrupted(KeyboardInterrupt):
-    """An interrupt whose message says what was kept."""
 
 
 @contextlib.contextmanager

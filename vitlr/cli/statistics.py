@@ -17,11 +17,10 @@ from typing import Any
 from torch import nn
 
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import DEFAULT
-from vitlr.calibration.statistics import HIDDEN, VALUES, Statistics
-from vitlr.cli.result import Interrupted
+from vitlr.calibration.options import DEFAULT, HIDDEN, VALUES
+from vitlr.calibration.statistics import Statistics
 from vitlr.data.loader import Loader, data_config, open_data
-from vitlr.errors import InputError
+from vitlr.errors import InputError, Interrupted
 from vitlr.runtime.progress import bar
 
 _SHARE = 0.05  # of the time that may go into saving on the way
