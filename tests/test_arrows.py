@@ -33,7 +33,6 @@ WINGS = (
     "training",
     "pruning",
     "checkpoint",
-    "rounds",
     "compression",
     "cli",
 )
