@@ -14,8 +14,8 @@ from vitlr import InputError
 from vitlr.nn import LowRankLinear
 from vitlr.refinement import Recipe
 from vitlr.refinement import distil as distil_rung
-from vitlr.refinement.images import Proxy
 from vitlr.refinement.distil import _Run
+from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Distance, Judge
 
 

@@ -23,6 +23,7 @@ from vitlr.calibration.statistics import (
     VALUES,
     LayerStatistics,
     Statistics,
+    share_moments,
 )
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.errors import InputError
@@ -123,7 +124,7 @@ def calibrate(
                 )
             run.whole = False
             for tap in taps:
-                tap.images, tap.in_backward = images, False
+                tap.forward(images)
             with torch.set_grad_enabled(needs_gradient):
                 output = call(model, inputs)
                 if needs_gradient:
@@ -155,7 +156,7 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
-            tap.in_backward, tap.sketch = True, sketched[index]
+            tap.backward(sketched[index])
         if not loss.requires_grad:
             raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
         loss.backward(retain_graph=index + 1 < len(losses))
@@ -237,8 +238,6 @@ def _total(loader: Any) -> int | None:
 
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
-        for key, tensor in list(layer.sums()):
-            setattr(layer, key, tensor.cpu())
-    for layer in stats.layers.values():
-        layer.moment = stats.layers[layer.owner].moment
+        layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+    share_moments(stats.layers)
     return stats

@@ -17,13 +17,13 @@ from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
-from vitlr.refinement.images import Proxy
 from vitlr.refinement.distil import distil
+from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
 from vitlr.refinement.refit import refit
-from vitlr.refinement.report import Refinement, Rung
 from vitlr.refinement.regrow import regrow
+from vitlr.refinement.report import Refinement, Rung
 from vitlr.refinement.snapshots import Snapshots
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
