@@ -29,10 +29,11 @@ from vitlr.data.batches import call, count_images, image_shape, one_image, tenso
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
+from vitlr.runtime.words import some
 
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
-Progress = Callable[[int, "int | None"], None]
 
 
 def calibrate(
@@ -163,7 +164,7 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:
         raise InputError(
-            f"no gradient arrives at {len(cut_off)} layers ({', '.join(cut_off[:4])}{', …' * (len(cut_off) > 4)}): "
+            f"no gradient arrives at {len(cut_off)} layers ({some(cut_off)}): "
             "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
             "calibrate with objective='output'"
         )

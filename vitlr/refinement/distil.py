@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.snapshots import Snapshots
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
@@ -33,7 +33,7 @@ def distil(
     judge: Judge,
     recipe: Recipe,
     snapshots: Snapshots,
-    progress: Callable[[int, int | None], None],
+    progress: Progress,
 ) -> tuple[int, str]:
     """Train in place on `KL(dense ‖ model) + features · Σ_blocks ‖h − h̃‖² / ‖h − mean h‖² / blocks`; (steps, a note).
 

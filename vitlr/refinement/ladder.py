@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,10 +25,9 @@ from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung
 from vitlr.refinement.snapshots import Snapshots
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
-
-Progress = Callable[[int, "int | None"], None]
 
 
 def refine(

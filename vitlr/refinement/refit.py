@@ -16,6 +16,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.sums import ChannelSums, LayerSums
 from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.progress import Progress
 
 # Ridges towards the present A, in units of the mean eigenvalue of Σ z zᵀ; without end, only the bias moves.
 RIDGE, LESS, BIAS_ONLY = 1.0, 0.1, float("inf")
@@ -29,7 +30,7 @@ def refit(
     proxy: Proxy,
     judge: Judge,
     recipe: Recipe,
-    progress: Callable[[int, int | None], None],
+    progress: Progress,
 ) -> tuple[int, str]:
     """In place, module after module, each judged by the whole network; (modules tried, a note).
 

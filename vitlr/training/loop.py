@@ -20,6 +20,7 @@ from vitlr.measuring.losses import check_reached, divergence, first_tensor
 from vitlr.nn import LowRankLinear
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.training.batches import Batch, batches, reseed
@@ -53,7 +54,7 @@ def train(
     callbacks: Sequence[Callable[[TrainStep], None]] = (),
     validate: Callable[[nn.Module], float] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> TrainReport:
     """Train `model` in place on `(1 - w) task + w T² KL(reference ‖ model) + penalty(model)`; w = 0 without reference.
 
