@@ -40,6 +40,8 @@ def data_folder(given: Path | None = None) -> Path:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, torch, threads, the day. No names of hosts or people."""
+    from vitlr.runtime.machine import processor
+
     return {
         "processor": f"{processor()} ({os.cpu_count()} visible)",
         "isa": torch.backends.cpu.get_cpu_capability(),
