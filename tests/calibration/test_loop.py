@@ -62,7 +62,7 @@ def test_every_row_of_the_table_is_collected_when_asked_for_in_the_shape_it_says
     bare = calibrate(tiny_vit(), [images], objective="output")
     assert {key for layer in bare.layers.values() for key, _ in layer.sums()} == {"moment", "input_sum"}
     with pytest.raises(AttributeError, match="has no 'momentum'"):
-        bare.layers["blocks.0.attn.qkv"].momentum
+        _ = bare.layers["blocks.0.attn.qkv"].momentum
 
 
 @pytest.mark.parametrize("width", [32, 64])  # with more and with fewer tokens than half the width
