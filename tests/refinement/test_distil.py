@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from vitlr import InputError
 from vitlr.nn import LowRankLinear
 from vitlr.refinement import Recipe
 from vitlr.refinement import distil as distil_rung
-from vitlr.refinement.distil import _Run
+from vitlr.refinement.distil import Distilling, rate
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Distance, Judge
 
@@ -62,8 +61,7 @@ def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, distil, monk
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
     def rates(total):
-        recipe = Recipe(warmup=4)
-        return [_Run._schedule(SimpleNamespace(step=k, total=total, recipe=recipe)) for k in range(total or 8)]
+        return [rate(k, total, warmup=4) for k in range(total or 8)]
 
     assert rates(24)[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert rates(24)[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
@@ -102,6 +100,18 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(distil, tmp_path, at):
     again = distil(resume=tmp_path / "snapshots", progress=lambda *_: pytest.fail("it had finished"))
     assert same(again, whole)
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["after_distil.safetensors"]
+
+
+def test_a_snapshot_that_holds_less_than_is_needed_is_refused(distil, tmp_path, monkeypatch):
+    def cut(done, total):
+        if done == 9:
+            raise Cut
+
+    with monkeypatch.context() as earlier, pytest.raises(Cut):
+        earlier.setattr(Distilling, "values", ("note",))
+        distil(resume=tmp_path, progress=cut)
+    with pytest.raises(InputError, match=r"distil.safetensors was kept in the middle of a run by an earlier vitlr"):
+        distil(resume=tmp_path)
 
 
 def test_snapshots_of_another_run_are_refused(distil, tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 import vitlr
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.sums import ChannelSums, LayerSums
+from vitlr.refinement.refit import ChannelSums, LayerSums
 
 
 def test_the_solution_is_that_of_anchored_least_squares():

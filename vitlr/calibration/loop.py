@@ -18,7 +18,7 @@ from vitlr.calibration.hooks import Tap, sketches
 from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, VALUES, Calibration
 from vitlr.calibration.probe import Probe, probe
 from vitlr.calibration.resuming import images_of, resumed
-from vitlr.calibration.statistics import LayerStatistics, Statistics
+from vitlr.calibration.statistics import LayerStatistics, Statistics, share_moments
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses
@@ -26,6 +26,7 @@ from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
+from vitlr.runtime.words import some
 
 
 @keywords(Calibration)
@@ -121,7 +122,7 @@ def calibrate(
                 )
             run.whole = False
             for tap in taps:
-                tap.images, tap.in_backward = images, False
+                tap.forward(images)
             with torch.set_grad_enabled(needs_gradient):
                 output = call(model, inputs)
                 if needs_gradient:
@@ -153,14 +154,14 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
-            tap.in_backward, tap.sketch = True, sketched[index]
+            tap.backward(sketched[index])
         if not loss.requires_grad:
             raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
         loss.backward(retain_graph=index + 1 < len(losses))
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:
         raise InputError(
-            f"no gradient arrives at {len(cut_off)} layers ({', '.join(cut_off[:4])}{', …' * (len(cut_off) > 4)}): "
+            f"no gradient arrives at {len(cut_off)} layers ({some(cut_off)}): "
             "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
             "calibrate with objective='output'"
         )
@@ -233,8 +234,6 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
-        for key, tensor in list(layer.sums()):
-            setattr(layer, key, tensor.cpu())
-    for layer in stats.layers.values():
-        layer.moment = stats.layers[layer.owner].moment
+        layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+    share_moments(stats.layers)
     return stats

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.data.batches import to_model
-from vitlr.measuring.losses import check_reached, divergence, first_tensor
+from vitlr.measuring.losses import divergence, first_tensor
 from vitlr.nn import LowRankLinear
 from vitlr.refinement.blocks import by_block, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
-from vitlr.refinement.snapshots import Snapshots
+from vitlr.refinement.report import Snapshots
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
+from vitlr.runtime.snapshots import restore
+from vitlr.training.state import State
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def distil(
@@ -33,7 +33,7 @@ def distil(
     judge: Judge,
     recipe: Recipe,
     snapshots: Snapshots,
-    progress: Callable[[int, int | None], None],
+    progress: Progress,
 ) -> tuple[int, str]:
     """Train in place on `KL(dense ‖ model) + features · Σ_blocks ‖h − h̃‖² / ‖h − mean h‖² / blocks`; (steps, a note).
 
@@ -43,7 +43,7 @@ def distil(
     for module in model.modules():
         if isinstance(module, LowRankLinear) and all(p.requires_grad for p in module.parameters()):
             module.balance()
-    run = _Run(model, judge, recipe, snapshots)
+    state = Distilling(model, judge, recipe, snapshots)
     names = list(by_block(model)) if recipe.features else []
     blocks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     device = device_of(model)
@@ -66,133 +66,80 @@ def distil(
         watched(reference, names, lambda name, x, y: blocks[0].__setitem__(name, y)),
         watched(model, names, lambda name, x, y: blocks[1].__setitem__(name, y)),
     ):
-        batches = proxy.mixed(recipe.batch_size, recipe.seed, run.step, recipe.crop, recipe.color_jitter, recipe.mixup)
-        while not run.over:
+        start = state.updates
+        batches = proxy.mixed(recipe.batch_size, recipe.seed, start, recipe.crop, recipe.color_jitter, recipe.mixup)
+        while not state.over:
             images = next(batches)
-            if len(images):
-                run.take(loss_of(images))
-            run.step += 1
-            run.look()
-            progress(run.step, run.total)
-    run.finish()
-    return run.step, run.note
+            if len(images) and state.add(loss_of(images)):
+                state.update()
+            else:
+                state.updates += 1
+            state.look()
+            progress(state.updates, state.total)
+    restore(model, state.best)
+    return state.updates, state.note
 
 
-class _Run:
-    """The state of training: weights, their running mean, the best of it, the optimiser, the step."""
+class Distilling(State):
+    """The state of the rung: AdamW, a rate that warms up and falls, looks at the held-out images, early stopping."""
+
+    name, unit = "distil", "step"
+    values = (*State.values, "total", "since_best", "curve")
 
     def __init__(self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots) -> None:
-        self.model, self.judge, self.recipe, self.snapshots = model, judge, recipe, snapshots
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = list(self.weights.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        self.mean = [p.detach().clone() for p in self.parameters]
-        self.best = [p.detach().clone() for p in self.parameters]
-        self.step, self.total, self.since_best = 0, recipe.most_steps, 0
-        self.note, self.seconds = "", 0.0
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        super().__init__(model, optimizer, snapshots, mean=True)
+        self.distance, self.recipe = judge, recipe
+        self.total, self.since_best = recipe.most_steps, 0
         self.curve: list[list[float]] = []
         self.start = time.monotonic()
-        if not self._resume():
-            self.best_kl = judge(model).kl
-            self.curve.append([0, self.best_kl])
+        if not self.resume():
+            self.best_validation = -judge(model).kl
+            self.curve.append([0, -self.best_validation])
         self.look_seconds = time.monotonic() - self.start
 
-    @property
-    def over(self) -> bool:
-        return bool(self.note) or (self.total is not None and self.step >= self.total)
-
-    def take(self, loss: Tensor) -> None:
-        """One step of AdamW; a loss that is no number leaves the weights alone and ends the run."""
-        check_reached(loss)
-        if not math.isfinite(float(loss.detach())):
-            self.note = f"the loss was {float(loss.detach())} at step {self.step + 1}: stopped, kept the best before it"
-            return
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+    def schedule(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * self._schedule()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        # The mean of the first steps would otherwise remember the start for too long.
-        decay = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
-        torch._foreach_lerp_(self.mean, [p.detach() for p in self.parameters], 1 - decay)
+            group["lr"] = self.recipe.lr * rate(self.updates, self.total, self.recipe.warmup)
+
+    def clip(self, parameters: list[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+
+    def decay(self) -> float:
+        """The mean of the first steps would otherwise remember the start for too long."""
+        return min(self.recipe.ema, (self.updates + 1) / (self.updates + 10))
 
     def look(self) -> None:
         """Every now and then: judge the running mean, keep it if it is the best, save a snapshot."""
-        if self.step == 1:
+        if self.updates == 1:
             self.start = time.monotonic()  # the first step starts workers and fills caches
-        if self.step == _TIMED and self.recipe.minutes is not None:
+        if self.updates == _TIMED and self.recipe.minutes is not None:
             self.total = min(self._affordable(self.recipe.minutes), self.total or self.recipe.most_steps or _NO_END)
-        if self.note or not (self.over or self.step % self.recipe.every == 0):
+        if self.note or not (self.over or self.updates % self.recipe.every == 0):
             return
-        raw = [p.detach().clone() for p in self.parameters]
-        self._set(self.mean)
-        kl = self.judge(self.model).kl
-        self._set(raw)
-        self.curve.append([self.step, kl])
-        if kl < self.best_kl:
-            self.best_kl, self.since_best = kl, 0
-            self.best = [mean.clone() for mean in self.mean]
-        else:
-            self.since_best += 1
-            if self.since_best >= self.recipe.patience:
-                self.note = f"no gain on held-out images for {self.since_best} looks: stopped early"
-        self._save()
-
-    def finish(self) -> None:
-        """Leave the best weights in the model."""
-        self._set(self.best)
-
-    def _schedule(self) -> float:
-        """Warm-up to 1, then a cosine down to 0."""
-        total = math.inf if self.total is None else self.total
-        warm = min(self.recipe.warmup, total / 2)
-        if self.step < warm:
-            return (self.step + 1) / (warm + 1)
-        if self.total is None:
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (self.step - warm) / max(self.total - warm, 1)))
+        with self.judged() as model:
+            kl = self.distance(model).kl
+        self.curve.append([self.updates, kl])
+        self.since_best = 0 if self.judge(-kl) else self.since_best + 1
+        if self.since_best >= self.recipe.patience:
+            self.note = f"no gain on held-out images for {self.since_best} looks: stopped early"
+        self.save()
 
     def _affordable(self, minutes: float) -> int:
         each = (time.monotonic() - self.start) / (_TIMED - 1) + self.look_seconds / self.recipe.every
-        return max(self.step, int(60 * minutes / each))
-
-    @torch.no_grad()
-    def _set(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values, strict=True):
-            p.copy_(value)
-
-    def _save(self) -> None:
-        if self.snapshots.folder is None:
-            return
-        tensors: dict[str, Tensor] = {}
-        for i, name in enumerate(self.weights):
-            p = self.parameters[i]
-            tensors |= {f"weight.{name}": p, f"mean.{name}": self.mean[i], f"best.{name}": self.best[i]}
-            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state.get(p, {}).items()}
-        state: dict[str, Any] = {key: getattr(self, key) for key in _STATE}
-        self.snapshots.save("distil", tensors, state)
-
-    def _resume(self) -> bool:
-        found = self.snapshots.load("distil")
-        if found is None:
-            return False
-        tensors, state = found
-        for key in _STATE:
-            setattr(self, key, state[key])
-        for i, name in enumerate(self.weights):
-            p = self.parameters[i]
-            self.mean[i].copy_(tensors[f"mean.{name}"])
-            self.best[i].copy_(tensors[f"best.{name}"])
-            with torch.no_grad():
-                p.copy_(tensors[f"weight.{name}"])
-            if f"step.{name}" in tensors:
-                moved = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in moved.items()}
-        return True
+        return max(self.updates, int(60 * minutes / each))
 
 
-_STATE = ("step", "total", "since_best", "best_kl", "curve", "note")
+def rate(step: int, total: int | None, warmup: int) -> float:
+    """Warm-up to 1 over at most half of all steps, then a cosine down to 0; 1 as long as `total` is not known."""
+    whole = math.inf if total is None else total
+    warm = min(warmup, whole / 2)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if total is None:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 def _relative(expected: Tensor, found: Tensor) -> Tensor:

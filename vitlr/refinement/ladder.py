@@ -23,8 +23,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
-from vitlr.refinement.report import Refinement, Rung
-from vitlr.refinement.snapshots import Snapshots
+from vitlr.refinement.report import Refinement, Rung, Snapshots
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore

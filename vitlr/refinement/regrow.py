@@ -8,7 +8,6 @@ from a zero left and a random right factor. Merging is exact, `[A₁ A₂][B₁;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +22,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
 
 _HELD_PART = 4  # every fourth image judges
 _TOKENS = 1024  # in a step
@@ -35,7 +35,7 @@ def regrow(
     proxy: Proxy,
     judge: Judge,
     recipe: Recipe,
-    progress: Callable[[int, int | None], None],
+    progress: Progress,
 ) -> tuple[int, str]:
     """In place, block after block; (steps, a note).
 

@@ -45,7 +45,7 @@ class Snapshots:
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
-        path = None if self.folder is None else self._found(name)
+        path = None if self.folder is None else self.found(name)
         if path is None:
             return None
         tensors, header = load_tensors(path, kind=self.kind, schema=SCHEMA)
@@ -62,7 +62,7 @@ class Snapshots:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
 
-    def _found(self, name: str) -> Path | None:
+    def found(self, name: str) -> Path | None:
         """The file of that name, or of a name that it had before; None where there is none."""
         older = [name.replace(now, was) for was, now in self.words.items() if now in name]
         return next((path for path in map(self._path, [name, *older]) if path.exists()), None)
