@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vitlr.checkpoint.creation import create_model
     from vitlr.checkpoint.files import load, save
     from vitlr.compression import compress
-    from vitlr.decomposition.ranks import decompose
+    from vitlr.decomposition.solving import decompose
     from vitlr.decomposition.spectra import Spectra
     from vitlr.errors import InputError, NumericalError, RunError, VitlrError
     from vitlr.measuring.evaluation import evaluate
@@ -33,7 +33,7 @@ _HOMES = {
     "checkpoint.creation": ("create_model",),
     "checkpoint.files": ("load", "save"),
     "compression": ("compress",),
-    "decomposition.ranks": ("decompose",),
+    "decomposition.solving": ("decompose",),
     "decomposition.spectra": ("Spectra",),
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "measuring.evaluation": ("evaluate",),

@@ -11,24 +11,19 @@ from torch import nn
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import DEFAULT
 from vitlr.calibration.statistics import Statistics
-from vitlr.decomposition.mlp_widths import RIDGE
-from vitlr.decomposition.mlp_widths import check_options as check_widths
-from vitlr.decomposition.ranks import check_options as check_decomposition
 from vitlr.errors import InputError
-from vitlr.planning.allocation import check_options as check_allocation
 from vitlr.planning.budgets import Budget, parse_budget
-from vitlr.planning.joint_allocation import check_options as check_joint_allocation
-from vitlr.planning.planner import Progress, needs_hidden, plan
+from vitlr.planning.options import Planning
+from vitlr.planning.planner import plan
 from vitlr.refinement import refine
 from vitlr.refinement.ladder import check_free
 from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
 from vitlr.rounds import OPTIONS, check_rounds, narrowed
+from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
 
 _CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
-_RANKS = {"uniform", "ranks", "rank_step", "min_rank", "rank_buckets"}
-_WIDTHS = {*_RANKS, "method", "prune_rate", "width_step", "width_scale", "centred", "attention"}
-_PLAN = {*_WIDTHS, "damping", "compensate", "ridge"}
+_PLAN = set(Planning.names()) - {"objective", "include", "exclude"}
 _REFINE = choices() | {"resume"}
 
 
@@ -46,10 +41,10 @@ def compress(
 ) -> nn.Module:
     """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
 
-    More `rounds` ("prune" and "joint") narrow MLPs part of the way, calibrate what is left and go on, each at the price
-    of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A `seed`
-    goes to calibration and refinement. Budget and options are checked before any image is read. Raises what the stages
-    raise.
+    More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is left and go on, each for the
+    price of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A
+    `seed` goes to calibration and refinement. Budget and options are checked before any image is read. Raises what the
+    stages raise.
     """
     if budget is not None:
         budget = parse_budget(budget)
@@ -60,20 +55,15 @@ def compress(
     measured = {key: value for key, value in options.items() if key in _CALIBRATE}
     planned = {key: value for key, value in options.items() if key in _PLAN}
     refined = {key: value for key, value in options.items() if key in _REFINE}
-    method = planned.get("method", "lowrank")
-    if method == "lowrank":
-        check_allocation(budget, **{key: value for key, value in planned.items() if key in _RANKS})
-    check_joint_allocation(budget, **{"method": method} | {k: v for k, v in planned.items() if k in _WIDTHS})
-    if method != "lowrank":
-        check_widths(objective, planned.get("ridge", RIDGE))
-    check_decomposition(objective, bool(planned.get("centred")), planned.get("damping") or 0.0)
-    check_rounds(rounds, method, budget)
+    planning = Planning.of(objective=objective, **{"method": "lowrank"} | planned)
+    planning.check_budget(budget)
+    check_rounds(rounds, str(planning.method), budget)
     make_recipe({key: value for key, value in refined.items() if key != "resume"})
     if parse_rungs(rungs):
         check_free(model)
     if (rounds > 1 or parse_rungs(rungs)) and isinstance(loader, Iterator):
         raise InputError("calibration uses this loader up, what follows needs it again; pass a list or a DataLoader")
-    hidden = needs_hidden(method, planned.get("attention"))
+    hidden = planning.hidden
 
     def measure(network: nn.Module) -> Statistics:
         return calibrate(network, loader, objective=objective, hidden=hidden, progress=progress, **measured)
@@ -84,7 +74,7 @@ def compress(
     if budget is not None and rounds > 1:
         how = {key: value for key, value in planned.items() if key in OPTIONS}
         small, stats, budget = narrowed(model, stats, budget, rounds, measure, inplace=inplace, **how)
-    chosen = plan(small, stats, budget, **planned)
+    chosen = plan(small, stats, budget, options=planning)
     small = apply(small, chosen, inplace=inplace or rounds > 1)
     # A budget that all layers fit into leaves no error to repair.
     if not parse_rungs(rungs) or (rounds == 1 and not chosen.changes):

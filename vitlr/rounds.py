@@ -16,7 +16,7 @@ from vitlr.planning.planner import plan, sizes
 from vitlr.planning.plans import Plan
 from vitlr.surgery.application import apply
 
-METHODS = ("prune", "joint")  # those that may narrow MLPs
+METHODS = ("widths", "joint")  # those that may narrow MLPs
 OPTIONS = ("width_step", "compensate", "ridge", "damping")  # options of a plan that rounds share with it
 
 
@@ -50,7 +50,7 @@ def narrowed(
     share = min(budget.limit(total) / total, 1.0)
     for done in range(1, rounds):
         part = Budget(budget.quantity, total * share ** (done / rounds), False)
-        chosen = plan(model, stats, part, method="prune", **options)
+        chosen = plan(model, stats, part, method="widths", **options)
         model = apply(model, chosen, inplace=inplace or done > 1)
         stats = measure(model)
     return model, stats, Budget(budget.quantity, budget.limit(total), False)

@@ -105,7 +105,13 @@ def hybrid(
     measured = _measured(model, stats, loader if calibration is None else calibration, objective, resume)
     try:
         plan = planner.plan(
-            model, measured, wanted, uniform=uniform, rank_step=rank_step, include=_exactly(names) or None
+            model,
+            measured,
+            wanted,
+            method="lowrank",
+            uniform=uniform,
+            rank_step=rank_step,
+            include=_exactly(names) or None,
         )
     except InputError as cause:
         if kinds is None:

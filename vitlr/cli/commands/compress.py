@@ -55,19 +55,19 @@ def compress(
         str,
         typer.Option(
             metavar="NAME",
-            help="lowrank: ranks. prune: hidden widths of MLPs. hybrid: widths for MLPs, ranks for all else. "
+            help="lowrank: ranks. widths: hidden widths of MLPs. widths+ranks: widths for MLPs, ranks for all else. "
             "joint: both for all.",
         ),
     ] = "lowrank",
     prune_rate: Annotated[
-        float | None, typer.Option(metavar="X", help="With hybrid: the share of hidden neurons to remove.")
+        float | None, typer.Option(metavar="X", help="With widths+ranks: the share of hidden neurons to remove.")
     ] = None,
     prune_attention: Annotated[
         str | None,
         typer.Option(
             metavar="WHAT",
-            help="With prune or joint, what attention may lose: scores (directions of queries and keys; joint does so "
-            "by default), channels of its values, heads, or none.",
+            help="With widths or joint, what attention may lose: query_keys (directions of queries and keys; joint "
+            "does so by default), channels of its values, heads, or none.",
         ),
     ] = None,
     width_step: Annotated[int, typer.Option(metavar="N", min=1, help="Widths are multiples of N.")] = 16,
@@ -91,7 +91,7 @@ def compress(
         typer.Option(
             metavar="N",
             min=1,
-            help="With prune or joint: narrow MLPs part of the way, measure again, go on. Each costs a calibration.",
+            help="With widths or joint: narrow MLPs part of the way, measure again, go on. Each costs a calibration.",
         ),
     ] = 1,
     refine: Annotated[
@@ -127,23 +127,29 @@ def compress(
     from vitlr.cli.models import Source, open_model, parse_device
     from vitlr.cli.refinement import RefineRequest
     from vitlr.cli.statistics import Request, exactly, statistics_for
-    from vitlr.decomposition.mlp_widths import RIDGE
-    from vitlr.decomposition.mlp_widths import check_options as check_widths
     from vitlr.planning import planner
     from vitlr.planning.budgets import parse_budget
-    from vitlr.planning.joint_allocation import check_options
+    from vitlr.planning.options import Planning
     from vitlr.rounds import check_rounds, narrowed, of_the_whole
     from vitlr.runtime.progress import bar
 
     wanted = parse_budget(budget)
     given = objective or (DEFAULT if stats is None or not stats.exists() else None)  # else that of the statistics
     _check_choices(given, uniform, rank_buckets, centred)
-    widths: dict[str, Any] = {"method": method, "prune_rate": prune_rate, "width_step": width_step}
-    widths["attention"] = prune_attention
-    check_options(wanted, **widths, uniform=uniform, rank_buckets=rank_buckets, centred=centred)
-    if method != "lowrank":
-        check_widths(given or DEFAULT, RIDGE)
-    check_rounds(rounds, method, wanted)
+    planning = Planning(
+        objective=given,
+        method=method,
+        prune_rate=prune_rate,
+        attention=prune_attention,
+        width_step=width_step,
+        uniform=uniform,
+        rank_step=rank_step,
+        min_rank=min_rank,
+        rank_buckets=rank_buckets,
+        centred=centred,
+    )
+    planning.check_budget(wanted)
+    check_rounds(rounds, str(planning.method), wanted)
     if rounds > 1 and (data is None or plan_out is not None):
         missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
         raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
@@ -158,7 +164,7 @@ def compress(
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
     layers = tuple(linears.targets(network, include or None, exclude or None))
-    hidden = planner.needs_hidden(method, prune_attention)
+    hidden = planning.hidden
     request = Request(data, class_map, limit, batch_size, workers, objective, samples, seed, layers, stats, hidden)
     measured = statistics_for(network, request)
     images = measured.images
@@ -179,14 +185,8 @@ def compress(
             network,
             measured,
             left,
-            objective=objective,
-            uniform=uniform,
-            rank_step=rank_step,
-            min_rank=min_rank,
-            rank_buckets=rank_buckets,
-            centred=centred,
+            options=planning,
             progress=progress,
-            **widths,
             include=exactly(layers) if len(layers) < len(measured.layers) else None,
         )
     plan = of_the_whole(plan, wanted, whole)
