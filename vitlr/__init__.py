@@ -15,7 +15,7 @@ _HOMES = {
     "checkpoint.creation": ("create_model",),
     "checkpoint.files": ("load", "save"),
     "compression": ("compress",),
-    "decomposition.ranks": ("decompose",),
+    "decomposition.solving": ("decompose",),
     "decomposition.spectra": ("Spectra",),
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "measuring.evaluation": ("evaluate",),

@@ -12,7 +12,7 @@ from vitlr.checkpoint.creation import create_model as create_model
 from vitlr.checkpoint.files import load as load
 from vitlr.checkpoint.files import save as save
 from vitlr.compression import Measure, Watch
-from vitlr.decomposition.ranks import decompose as decompose
+from vitlr.decomposition.solving import decompose as decompose
 from vitlr.decomposition.spectra import Spectra as Spectra
 from vitlr.errors import InputError as InputError
 from vitlr.errors import NumericalError as NumericalError
@@ -159,7 +159,23 @@ def plan(
     options: Planning | None = None,
     spectra: Spectra | None = None,
     progress: Progress | None = None,
-    changes: Any,
+    objective: str | None = None,
+    centred: bool | None = None,
+    damping: float | None = None,
+    compensate: bool = True,
+    ridge: float = 0.001,
+    method: str | None = None,
+    uniform: bool = False,
+    ranks: Mapping[str, int] | None = None,
+    rank_step: int = 16,
+    min_rank: int = 1,
+    rank_buckets: int | None = None,
+    prune_rate: float | None = None,
+    width_step: int = 16,
+    width_scale: float = 1.0,
+    attention: str | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
 ) -> Plan: ...
 def prune(
     model: nn.Module,
