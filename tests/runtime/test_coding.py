@@ -46,7 +46,7 @@ def test_what_is_damaged_is_refused():
             unpack(wrong, 20, 30)
     with pytest.raises(InputError, match="do not hold 20x31"):
         unpack(packed, 20, 31)
-    with pytest.raises(InputError, match="expected torch.uint8"):
+    with pytest.raises(InputError, match=r"expected torch\.uint8"):
         unpack(codes, 20, 30)
 
 

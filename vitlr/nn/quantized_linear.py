@@ -19,7 +19,7 @@ _RANGE = 1000  # of an exponent: 2^±125
 class QuantizedLinear(nn.Module):
     """`y = W x + b` with `W_ij = q_ij · 2^((r_i + c_j) / 8)`: int8 codes q [N, K], a step for every row and column.
 
-    `codes` [N, K] int8, `row_exponent` [N] and `column_exponent` [K] int16, `bias` [N] as in `nn.Linear`. Integers only,
+    `codes` [N, K] int8, `row_exponent` [N] and `column_exponent` [K] int16, `bias` [N] as in `nn.Linear`: integers,
     which `.to(dtype)` and autocast leave alone, so the weight is the same in every dtype up to its rounding. How many
     bits a weight takes is a matter of the file, which stores codes by their frequency (`runtime.coding`); in memory it
     takes eight. No gradient reaches the codes; the input's is `Wᵀ g`, the bias's as ever.

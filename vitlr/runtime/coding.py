@@ -1,4 +1,4 @@
-"""Integers of few bits' worth as bytes of a file: Huffman codes of zlib, read back exactly and never beyond their size."""
+"""Integers worth few bits as bytes of a file: Huffman codes of zlib, read back exactly and never beyond their size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _RAW = -zlib.MAX_WBITS  # no header, no checksum: the file that holds the bytes 
 def pack(codes: Tensor) -> Tensor:
     """int8 codes `[N, K]` as uint8 `[n]`: column by column, so that neighbours are spread alike; Huffman codes only.
 
-    What is spread like a normal distribution repeats nothing, so a search for repetitions would find none. The bytes are
+    What is spread like a normal distribution repeats nothing, so a search for repetitions finds none. The bytes are
     6 % more than the codes' entropy at 2 bits a code, 2 % at 3: a Huffman code is whole bits. The same codes give the
     same bytes.
     """

@@ -67,7 +67,7 @@ def test_feedback_on_both_sides_loses_least():
 
 def test_without_correlations_it_rounds_to_nearest():
     W, step, *_ = case(20, 30)
-    codes, A = round_to_steps(W, step, *(Side.of(torch.eye(n, dtype=torch.float64), 0.1) for n in W.shape))
+    codes, _ = round_to_steps(W, step, *(Side.of(torch.eye(n, dtype=torch.float64), 0.1) for n in W.shape))
     assert torch.equal(codes, (W / step).round().to(torch.int16))
 
 
