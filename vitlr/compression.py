@@ -200,6 +200,8 @@ def read_options(
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and deciding.settled is not None:
         measuring = replace(measuring, hidden=deciding.hidden)
+    if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
+        measuring = replace(measuring, extras=(*measuring.extras, *missing))
     return Stages(
         goal, measuring, deciding, Recipe.of(recipe, **own(Recipe, changes)), parse_rungs(rungs), rounds, asked
     )

@@ -16,6 +16,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition
 from vitlr.decomposition.query_key_widths import measured_query_keys, solve_query_keys
 from vitlr.decomposition.ranks import solve_ranks
+from vitlr.decomposition.roundings import Rounding, measured_linears, solve_roundings
 from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError
@@ -59,6 +60,8 @@ def solve(
 ) -> Spectra:
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
+    Of the kind "rounding" are the levels that weights may be rounded to.
+
     `known` ones are kept. What cannot be solved is refused before anything is. Raises `InputError` for statistics of
     another model and those that lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
     """
@@ -68,7 +71,9 @@ def solve(
     options = options or Decomposition()
     tasks: dict[str, Callable[[], Narrowing]] = {}
     widths: dict[str, Narrowing] = {}
-    for kind in kinds:
+    rounds = "rounding" in kinds and not (known is not None and known.roundings)
+    roundings = {} if known is None else dict(known.roundings)
+    for kind in (kind for kind in kinds if kind != "rounding"):
         old = {} if known is None else {name: width for name, width in known.widths.items() if width.kind == kind}
         fitting = {name: width for name, width in old.items() if width.fits(options)}
         widths |= fitting
@@ -76,17 +81,23 @@ def solve(
             tasks |= _tasks(kind, parts, stats, objective, options)
     layers = {} if known is None else dict(known.layers)
     ranks = solve_ranks(parts, stats, objective, device) if known is None else iter(())
-    solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, (task() for task in tasks.values()))
-    total = len(tasks) + (len(stats.layers) if known is None else 0)
+    if rounds:
+        measured_linears(stats, objective)
+    rounded = solve_roundings(parts, stats, objective) if rounds else iter(())
+    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, (task() for task in tasks.values()), rounded)
+    total = len(tasks) + len(stats.layers) * ((known is None) + rounds)
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
+        elif isinstance(spectrum, Rounding):
+            roundings[spectrum.name] = spectrum
         else:
             widths[spectrum.name] = spectrum
         if progress is not None:
             progress(done, total)
     in_order = {name: layers[name] for name in stats.layers} if known is None else layers
-    return Spectra(in_order, objective.name, stats.fingerprint, objective.centred, objective.damping, widths)
+    made = objective.name, stats.fingerprint, objective.centred, objective.damping
+    return Spectra(in_order, *made, widths, roundings)
 
 
 def _tasks(

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.compact import power
 
-STEPS = 8  # of an exponent in a factor of two: a step is at most 4.4 % off what it should be
 LARGEST = 127  # of a code
 _RANGE = 1000  # of an exponent: 2^±125
 
@@ -103,7 +103,4 @@ class QuantizedLinear(nn.Module):
 
 def step(row_exponent: Tensor, column_exponent: Tensor) -> Tensor:
     """`2^((r_i + c_j) / 8)` [N, K] in float32: what one more in a code adds to the weight."""
-    exponent = row_exponent[:, None].to(torch.int32) + column_exponent
-    # Powers of two are exact, and the eighths are eight constants: the same on every machine.
-    eighths = torch.exp2(torch.arange(STEPS, dtype=torch.float64) / STEPS).float().to(exponent.device)
-    return torch.ldexp(eighths[exponent % STEPS], exponent.div(STEPS, rounding_mode="floor"))
+    return power(row_exponent[:, None].to(torch.int32) + column_exponent)

@@ -18,10 +18,11 @@ FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each t
 
 
 class Choice(NamedTuple):
-    """What may become of an item; the bits of its weights would stand here too, with a cost and a loss of their own."""
+    """What may become of an item."""
 
     width: int | None  # of an MLP or attention; a linear alone has none
     ranks: tuple[int | None, ...]  # of each of its linears; None stays dense
+    level: int | None = None  # that the weight of a linear alone is rounded to; None leaves it
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Sizes:
     tokens: Mapping[str, float]
     itemsize: Mapping[str, int]
     has_bias: Mapping[str, bool]
+    rest: int = 0  # bytes that all else takes where weights are rounded
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,12 @@ class Offers:
 
     def items(self) -> Iterator[Item]:
         """One for every MLP or attention that may get narrower, and for every other linear, in the layers' order."""
-        narrowings = () if self.method == "lowrank" else self.spectra.widths.values()
+        narrowings = () if self.method in ("lowrank", "bits") else self.spectra.widths.values()
         of = {name: narrowing for narrowing in narrowings for name in (*narrowing.first, narrowing.second)}
         for name in self.spectra.layers:
             narrowing = of.get(name)
             if narrowing is None:
-                yield self.linear(name)
+                yield self.rounded(name) if self.method == "bits" else self.linear(name)
             elif name == narrowing.second:
                 yield self._narrowed(narrowing)
 
@@ -83,6 +85,19 @@ class Offers:
             factored = self.method != "widths" and name in self.wanted
             ranks = [*(self.ranks(*self.shape(None, name, None)) if factored else []), None]
         return self._extended(start, name, ranks)
+
+    def rounded(self, name: str) -> Item:
+        """One linear at every level, and left as it is."""
+        ladder = self.spectra.roundings[name].ladder if name in self.wanted else {}
+        cost, loss = np.array([*ladder.values(), (self.cost(None, name, None, None), 0.0)]).T
+        item = Item((name,), None, [Choice(None, (None,), level) for level in (*ladder, None)], Prices(cost, loss))
+        return item.only(worth_having(item.prices))
+
+    def outside(self, items: Collection[Item]) -> float:
+        """What lies outside of all items: as it is, or as it will be where weights are rounded."""
+        if self.method == "bits":
+            return self.sizes.rest
+        return float(getattr(self.sizes.total, self.quantity)) - sum(self.dense(item) for item in items)
 
     def _narrowed(self, narrowing: Narrowing) -> Item:
         """An MLP or attention: every width alone, and some of them, evenly spread, with ranks; what is worth having."""

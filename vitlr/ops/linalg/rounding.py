@@ -42,6 +42,14 @@ class Side:
         root = R.diagonal()
         return cls(order, (R / root).tril(-1), root.square())
 
+    def by_entry(self) -> tuple[Tensor, Tensor]:
+        """D and `D · diag(M⁻¹)`, the variance that errors have once they are made up for, entry by entry unsorted."""
+        one = torch.eye(len(self.D), dtype=self.D.dtype, device=self.D.device)
+        X = torch.linalg.solve_triangular(one + self.L, one, upper=False, unitriangular=True)
+        spread = (X.square() / self.D[:, None]).sum(0) * self.D
+        back = self.order.argsort()
+        return self.D[back], spread[back]
+
 
 def round_to_steps(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
     """Codes `[N, K]` of `W ≈ codes · step` and the errors A whose weighted squares are the loss.

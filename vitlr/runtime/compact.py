@@ -1,0 +1,123 @@
+"""Tensors in as few bytes as give them back to the last bit: what was rounded is stored by what it was rounded to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vitlr.errors import InputError
+from vitlr.runtime.coding import pack, unpack
+
+HALF, CODES, EXPONENT = "half", "codes", "exponent"  # after a "|" in the names of a file's tensors
+STEPS = 8  # of an exponent in a factor of two
+_LEAST = 4096  # entries of a matrix that rows of 8 bits are worth it for
+_TOP = 127
+
+
+def rounded(value: Tensor) -> Tensor:
+    """float32 to what few bytes hold: matrices to 8 bits a row, `q · 2^(e / 8)`, all else to float16.
+
+    What is of another dtype, or beyond float16, stays as it is.
+    """
+    if value.dtype != torch.float32 or not torch.isfinite(value).all():
+        return value
+    if _is_matrix(value):
+        codes, exponent = _by_rows(value)
+        return _from_rows(codes, exponent, value.shape)
+    half = value.half()
+    return half.float() if torch.isfinite(half).all() else value
+
+
+def stored(value: Tensor) -> dict[str, Tensor]:
+    """What a file holds of a tensor, by what its name ends in: codes, float16, or the tensor itself, never less."""
+    value = value.detach().cpu()
+    if value.dtype == torch.int8 and value.ndim == 2:
+        return {f"|{CODES}": pack(value)}
+    if value.dtype == torch.float32:
+        half = value.half()
+        if torch.equal(half.float(), value):
+            return {f"|{HALF}": half}
+        if _is_matrix(value) and torch.isfinite(value).all():
+            codes, exponent = _by_rows(value)
+            for up in (0, 1):  # a row of which the largest code is 116 may have had the next exponent
+                exponent = exponent + up
+                codes = _codes(value, exponent)
+                if torch.equal(_from_rows(codes, exponent, value.shape), value):
+                    return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
+    return {"": value}
+
+
+def restored(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of which a file holds these parts; `shapes` are those of the model.
+
+    Raises `InputError` for parts that make no tensor of the shape; no more memory is taken than that asks for.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, form = key.partition("|")
+        parts.setdefault(name, {})[form] = tensor
+    return {name: _restored(name, found, shapes.get(name)) for name, found in parts.items()}
+
+
+def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> Tensor:
+    if set(found) == {""}:
+        return found[""]
+    if shape is None:
+        raise InputError(f"tensor {name:.120}: the model has no such tensor")
+    if set(found) == {HALF} and found[HALF].dtype == torch.float16:
+        return found[HALF].float()
+    rows = _rows(shape)
+    if CODES not in found or len(shape) < 2:
+        raise InputError(f"tensor {name:.120}: the file holds no form of it that is known")
+    try:
+        codes = unpack(found[CODES], *rows)
+    except InputError as cause:
+        raise InputError(f"tensor {name:.120}: {cause}") from cause
+    if set(found) == {CODES}:
+        return codes
+    exponent = found.get(EXPONENT)
+    if set(found) != {CODES, EXPONENT} or exponent is None:
+        raise InputError(f"tensor {name:.120}: the file holds no form of it that is known")
+    fits = exponent.dtype == torch.int16 and exponent.shape == rows[:1]
+    if not fits or int(exponent.int().abs().max()) > 1000:
+        raise InputError(f"tensor {name:.120}: its exponents are damaged; get the file again")
+    return _from_rows(codes, exponent, shape)
+
+
+def _is_matrix(value: Tensor) -> bool:
+    return value.ndim > 1 and value.numel() >= _LEAST and value.numel() > 16 * _rows(tuple(value.shape))[0]
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of a weight, its outputs; of a table `[1, tokens, channels]`, its tokens."""
+    entries = 1
+    for size in shape:
+        entries *= size
+    rows = shape[0] if shape[0] > 1 else entries // shape[-1]
+    return rows, entries // max(rows, 1)
+
+
+def _by_rows(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[rows, columns]` and the least exponents that keep them within ±127."""
+    largest = value.reshape(_rows(tuple(value.shape))).double().abs().amax(1).clamp_min(2.0**-120)
+    exponent = (STEPS * (largest / _TOP).log2()).ceil().to(torch.int16)
+    return _codes(value, exponent), exponent
+
+
+def _codes(value: Tensor, exponent: Tensor) -> Tensor:
+    step = power(exponent).double()[:, None]
+    return (value.reshape(len(exponent), -1) / step).round().clamp(-_TOP, _TOP).to(torch.int8)
+
+
+def _from_rows(codes: Tensor, exponent: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return (codes * power(exponent)[:, None]).reshape(shape)
+
+
+def power(exponent: Tensor) -> Tensor:
+    """`2^(e / 8)` in float32 of integers e."""
+    # Powers of two are exact, and the eighths are eight constants: the same on every machine.
+    eighths = torch.exp2(torch.arange(STEPS, dtype=torch.float64) / STEPS).float().to(exponent.device)
+    exponent = exponent.to(torch.int32)
+    return torch.ldexp(eighths[exponent % STEPS], exponent.div(STEPS, rounding_mode="floor"))
