@@ -13,7 +13,7 @@ from vitlr.anatomy.attention import Attention, fewer_heads, loses_heads
 from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.mlps import Mlp, narrowed_mlps, read_mlp
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.modules import swap
@@ -26,7 +26,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     `{mlp: {"width"}}` for narrowed MLPs, `{attention: {"heads"}}` for attentions that lost heads, `{linear: {"inputs",
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
-    its `"residual"` (the form) and `"group_size"` as well.
+    its `"residual"` (the form) and `"group_size"` as well. Layers of integers have `"quantized"` in the rank's place.
     """
     layers = {
         name: {
@@ -42,6 +42,16 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+    }
+    layers |= {
+        name: {
+            "quantized": True,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.bias is not None,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
     widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
@@ -78,6 +88,10 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
         if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
             raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
         rank, bias = entry.get("rank"), entry.get("bias")
+        if "quantized" in entry:
+            if entry["quantized"] is not True or type(bias) is not bool:
+                raise InputError(f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}")
+            continue
         limit = min(expected.values())
         if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
             raise InputError(
@@ -93,16 +107,7 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
         for name, entry in selections.items():
             swap(model, name, _selected(modules[f"{name}.linear"], entry))
         for name, entry in factors.items():
-            w = modules[name].weight
-            shape = (entry["in_features"], entry["out_features"], entry["rank"])
-            low: nn.Module
-            if "residual" in entry:
-                low = ResidualLowRankLinear(
-                    *shape, entry["residual"], entry["group_size"], entry["bias"], device=w.device, dtype=w.dtype
-                )
-            else:
-                low = LowRankLinear(*shape, entry["bias"], device=w.device, dtype=w.dtype)
-            swap(model, name, low.train(modules[name].training))
+            swap(model, name, _factored(modules[name], entry).train(modules[name].training))
     return model
 
 
@@ -112,6 +117,19 @@ def _checked_linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
     if type(linear) is not nn.Linear:
         raise InputError(f"layer {name!r} is no linear layer of this model")
     return linear
+
+
+def _factored(linear: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
+    """The layer of factors or of integers that stands for a linear, unfilled."""
+    like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    shape = entry["in_features"], entry["out_features"]
+    if "quantized" in entry:
+        return QuantizedLinear(*shape, entry["bias"], **like)
+    if "residual" in entry:
+        return ResidualLowRankLinear(
+            *shape, entry["rank"], entry["residual"], entry["group_size"], entry["bias"], **like
+        )
+    return LowRankLinear(*shape, entry["rank"], entry["bias"], **like)
 
 
 def _sizes(linear: nn.Linear) -> dict[str, int]:

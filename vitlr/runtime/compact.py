@@ -24,8 +24,7 @@ def rounded(value: Tensor) -> Tensor:
     if value.dtype != torch.float32 or not torch.isfinite(value).all():
         return value
     if _is_matrix(value):
-        codes, exponent = _by_rows(value)
-        return _from_rows(codes, exponent, value.shape)
+        return value if _found_rows(value)[2] else _from_rows(*_by_rows(value), value.shape)
     half = value.half()
     return half.float() if torch.isfinite(half).all() else value
 
@@ -40,12 +39,9 @@ def stored(value: Tensor) -> dict[str, Tensor]:
         if torch.equal(half.float(), value):
             return {f"|{HALF}": half}
         if _is_matrix(value) and torch.isfinite(value).all():
-            codes, exponent = _by_rows(value)
-            for up in (0, 1):  # a row of which the largest code is 116 may have had the next exponent
-                exponent = exponent + up
-                codes = _codes(value, exponent)
-                if torch.equal(_from_rows(codes, exponent, value.shape), value):
-                    return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
+            codes, exponent, exact = _found_rows(value)
+            if exact:
+                return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
     return {"": value}
 
 
@@ -59,6 +55,18 @@ def restored(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
         name, _, form = key.partition("|")
         parts.setdefault(name, {})[form] = tensor
     return {name: _restored(name, found, shapes.get(name)) for name, found in parts.items()}
+
+
+def shapes(parts: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Those of the tensors that parts of these shapes make; codes make what `whole` says, or `restored` refuses them."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, shape in parts.items():
+        name, _, form = key.partition("|")
+        if form in ("", HALF):
+            found[name] = shape
+        elif form == CODES:
+            found[name] = whole.get(name, ())
+    return found
 
 
 def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> Tensor:
@@ -101,9 +109,25 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _by_rows(value: Tensor) -> tuple[Tensor, Tensor]:
     """Codes `[rows, columns]` and the least exponents that keep them within ±127."""
-    largest = value.reshape(_rows(tuple(value.shape))).double().abs().amax(1).clamp_min(2.0**-120)
+    largest = value.reshape(_rows(tuple(value.shape))).double().abs().amax(1).clamp_min(2.0**-110)
     exponent = (STEPS * (largest / _TOP).log2()).ceil().to(torch.int16)
     return _codes(value, exponent), exponent
+
+
+def _found_rows(value: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Codes and exponents of what `rounded` gave, and whether they are it.
+
+    The least exponent may be one off where the largest code is 127 (by float32) or 116 (rounded down from 116.46).
+    """
+    _, least = _by_rows(value)
+    rows = value.reshape(len(least), -1)
+    exponent, exact = least.clone(), torch.zeros(len(least), dtype=torch.bool)
+    for off in (0, -1, 1):
+        tried = _from_rows(_codes(value, least + off), least + off, rows.shape)
+        same = (tried == rows).all(1) & ~exact
+        exponent[same] = least[same] + off
+        exact |= same
+    return _codes(value, exponent), exponent, bool(exact.all())
 
 
 def _codes(value: Tensor, exponent: Tensor) -> Tensor:
