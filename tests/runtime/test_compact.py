@@ -27,6 +27,16 @@ def test_what_is_rounded_comes_back_to_the_last_bit(shape, scale):
     assert torch.equal(rounded(value), value)
 
 
+@pytest.mark.parametrize("middle", [0, -700, 3000])
+def test_exponents_come_back(middle):
+    value = (torch.randn(300) * 12 + middle).round().short()
+    parts = named(stored(value))
+    assert torch.equal(restored(parts, {"w": (300,)})["w"], value) and parts["w|codes"].nbytes < 300
+    assert [*stored(torch.tensor([0, 300]).short())] == [""]
+    with pytest.raises(InputError, match="packed codes"):
+        restored(parts, {"w": (301,)})
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rounding_stays_near(shape):
     value = torch.randn(shape)

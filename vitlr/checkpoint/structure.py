@@ -90,7 +90,9 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
         rank, bias = entry.get("rank"), entry.get("bias")
         if "quantized" in entry:
             if entry["quantized"] is not True or type(bias) is not bool:
-                raise InputError(f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}")
+                raise InputError(
+                    f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}"
+                )
             continue
         limit = min(expected.values())
         if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:

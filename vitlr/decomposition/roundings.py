@@ -22,6 +22,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear, step
 from vitlr.ops.linalg.rounding import Side, round_to_steps
 from vitlr.ops.linalg.threads import in_threads
+from vitlr.runtime import compact
 from vitlr.runtime.coding import pack
 
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
@@ -90,15 +91,15 @@ class Rounding:
         error = (codes - wanted).square_().mul_(steps.square())
         loss = float(self.D[0] @ error.double() @ self.D[1][some])
         share = K / steps.shape[1]
-        overhead = rows.nbytes + columns.nbytes
+        overhead = sum(part.nbytes for e in (rows, columns) for part in compact.stored(e).values())
         return share * len(pack(codes.to(torch.int8))) + overhead, share * loss
 
     def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer of integers at a level, its bias moved by what the inputs' mean makes of the error."""
         rows, columns = self.exponents(level)
-        sides = _sides(self.layer, self.objective, self.has_bias)
+        outputs, inputs = _sides(self.layer, self.objective, self.has_bias)
         W, steps = weight.detach().cpu().double(), step(rows, columns).double()
-        codes, _ = round_to_steps(W, steps, *sides, largest=LARGEST)
+        codes, _ = round_to_steps(W, steps, outputs, inputs, LARGEST)
         if bias is not None:
             mean = self.layer.sum("input_sum").cpu().double() / max(self.layer.tokens, 1)
             bias = (bias.detach().double().cpu() + (W - codes * steps) @ mean).to(bias.dtype)
@@ -147,4 +148,6 @@ def _sides(layer: LayerStatistics, objective: Objective, has_bias: bool) -> Iter
         try:
             yield Side.of(M if M.any() else _NOTHING * torch.eye(len(M)), DAMPING)
         except NumericalError as cause:
-            raise NumericalError(f"layer {layer.name}, moment of the {what}: {cause}; calibrate again in float32") from cause
+            raise NumericalError(
+                f"layer {layer.name}, moment of the {what}: {cause}; calibrate again in float32"
+            ) from cause

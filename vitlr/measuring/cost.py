@@ -16,7 +16,6 @@ from vitlr.runtime import compact
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.modules import like
 
-
 _WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent")
 
 
@@ -31,9 +30,11 @@ class Cost:
 
 def count_params(model: nn.Module) -> int:
     """Number of parameters, tied ones once; quantised weights count, however they are stored."""
-    residuals = [m for m in model.modules() if isinstance(m, ResidualLowRankLinear) and m.scale is not None]
-    quantised = [*residuals, *(m for m in model.modules() if isinstance(m, QuantizedLinear))]
-    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in quantised)
+    total = sum(p.numel() for p in model.parameters())
+    for m in model.modules():
+        if isinstance(m, QuantizedLinear) or (isinstance(m, ResidualLowRankLinear) and m.scale is not None):
+            total += m.in_features * m.out_features
+    return total
 
 
 def count_bytes(model: nn.Module) -> int:

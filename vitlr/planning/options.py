@@ -20,12 +20,13 @@ WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks
 
 @dataclass(frozen=True)
 class Planning(Decomposition):
-    """What is chosen under a budget, and how: ranks, widths, both, or bits; `Decomposition` says how they are solved."""
+    """What is chosen under a budget, and how: ranks, widths, both, or bits; `Decomposition` says how it is solved."""
 
     method: str | None = option(
         None,
         "lowrank: ranks. widths: hidden widths of MLPs. widths+ranks: widths for MLPs, ranks for all else. "
-        "joint: both for all. bits: weights are rounded, under a budget of bytes. [default: joint where the model's MLPs are known and measured, else lowrank]",
+        "joint: both for all. bits: weights are rounded, under a budget of bytes. "
+        "[default: joint where the model's MLPs are known and measured, else lowrank]",
         among=METHODS,
         words=WORDS,
         metavar="NAME",

@@ -39,9 +39,9 @@ def plan(
     """Decide, without changing anything, which layer keeps which rank, width or bits under a budget of what is KEPT.
 
     `changes` are the fields of `Planning`, on top of `options`. `method`: "lowrank" chooses ranks, "widths" the hidden
-    widths of MLPs, "widths+ranks" widths of MLPs and ranks of all else (arXiv 2203.13444), "joint" both for all, "bits" to what their
-    weights are rounded, under a budget of bytes, from statistics with the extra "rounding"; by
-    default the best that model and statistics allow, and the plan says why (`Plan.why`). Widths need statistics with
+    widths of MLPs, "widths+ranks" widths of MLPs and ranks of all else (arXiv 2203.13444), "joint" both for all, "bits"
+    to what weights are rounded, under a budget of bytes, from statistics with the extra "rounding"; by default
+    the best that model and statistics allow, and the plan says why (`Plan.why`). Widths need statistics with
     hidden moments; `compensate` folds removed neurons into those that stay, by regression with `ridge`, which is
     relative to their mean variance. `attention` ("widths" and "joint") also lets every attention lose directions of
     queries and keys ("query_keys", the default with "joint" where the statistics hold what it needs; "none" forbids

@@ -251,10 +251,7 @@ class Plan:
         done = f"{len(self.levels)} of {len(self.layers)} layers rounded, "
         if not by_bits:
             done = f"{len(self.ranks)} of {len(self.layers)} layers factorised, "
-        lines.append(
-            f"{self.budget}, objective {self.objective}: {done}"
-            f"{narrowed}predicted error {self.error:.4g}"
-        )
+        lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
         for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
             before, after = getattr(self, what), getattr(self, f"{what}_kept")
             lines.append(

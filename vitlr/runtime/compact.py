@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,10 +31,19 @@ def rounded(value: Tensor) -> Tensor:
 
 
 def stored(value: Tensor) -> dict[str, Tensor]:
-    """What a file holds of a tensor, by what its name ends in: codes, float16, or the tensor itself, never less."""
+    """What a file holds of a tensor, by what its name ends in: codes, float16, or the tensor itself, never less.
+
+    Numbers in int16 that lie within 8 bits of each other are codes about their middle, which goes first.
+    """
     value = value.detach().cpu()
     if value.dtype == torch.int8 and value.ndim == 2:
         return {f"|{CODES}": pack(value)}
+    if value.dtype == torch.int16 and value.ndim == 1 and len(value):
+        middle = (value.amin() + value.amax()) // 2
+        if int((value - middle).abs().max()) <= _TOP:
+            return {
+                f"|{CODES}": pack(torch.cat([middle.view(1).view(torch.int8), (value - middle).to(torch.int8)])[None])
+            }
     if value.dtype == torch.float32:
         half = value.half()
         if torch.equal(half.float(), value):
@@ -58,7 +68,7 @@ def restored(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
 
 
 def shapes(parts: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Those of the tensors that parts of these shapes make; codes make what `whole` says, or `restored` refuses them."""
+    """Those of the tensors that parts of these shapes make; codes make what `whole` says, or are refused later."""
     found: dict[str, tuple[int, ...]] = {}
     for key, shape in parts.items():
         name, _, form = key.partition("|")
@@ -76,13 +86,13 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
         raise InputError(f"tensor {name:.120}: the model has no such tensor")
     if set(found) == {HALF} and found[HALF].dtype == torch.float16:
         return found[HALF].float()
-    rows = _rows(shape)
+    if set(found) == {CODES} and len(shape) == 1:
+        numbers = _unpacked(name, found[CODES], 1, shape[0] + 2)[0]
+        return numbers[2:].to(torch.int16) + numbers[:2].view(torch.int16)
     if CODES not in found or len(shape) < 2:
         raise InputError(f"tensor {name:.120}: the file holds no form of it that is known")
-    try:
-        codes = unpack(found[CODES], *rows)
-    except InputError as cause:
-        raise InputError(f"tensor {name:.120}: {cause}") from cause
+    rows = _rows(shape) if len(found) > 1 else (shape[0], math.prod(shape[1:]))
+    codes = _unpacked(name, found[CODES], *rows)
     if set(found) == {CODES}:
         return codes
     exponent = found.get(EXPONENT)
@@ -94,15 +104,20 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
     return _from_rows(codes, exponent, shape)
 
 
+def _unpacked(name: str, packed: Tensor, rows: int, columns: int) -> Tensor:
+    try:
+        return unpack(packed, rows, columns)
+    except InputError as cause:
+        raise InputError(f"tensor {name:.120}: {cause}") from cause
+
+
 def _is_matrix(value: Tensor) -> bool:
     return value.ndim > 1 and value.numel() >= _LEAST and value.numel() > 16 * _rows(tuple(value.shape))[0]
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """Of a weight, its outputs; of a table `[1, tokens, channels]`, its tokens."""
-    entries = 1
-    for size in shape:
-        entries *= size
+    entries = math.prod(shape)
     rows = shape[0] if shape[0] > 1 else entries // shape[-1]
     return rows, entries // max(rows, 1)
 
