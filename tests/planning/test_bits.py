@@ -132,8 +132,8 @@ def test_damaged_files_are_refused(rounded, tmp_path):
     structure, wild = header["structure"], torch.full((144,), 2000, dtype=torch.int16)
     damages = (
         ({f"{name}.codes|codes": tensors[f"{name}.codes|codes"][:-9]}, {}, "packed codes"),
-        ({f"{name}.row_exponent|codes": None, f"{name}.row_exponent": wild}, {}, "row_exponent reaches"),
-        ({f"{name}.row_exponent|codes": None, f"{name}.row_exponent": wild.float()}, {}, "expected torch.int16"),
+        ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild}, {}, "row_exponent reaches"),
+        ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild.float()}, {}, "expected torch.int16"),
         ({f"{name}.codes|nonsense": torch.zeros(3)}, {}, "no form of it that is known|the file has none"),
         ({}, {name: {**structure[name], "quantized": 3}}, "quantized and bias must be"),
         ({}, {name: {**structure[name], "in_features": 7}}, "expected .*the file says"),

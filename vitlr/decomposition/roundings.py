@@ -23,7 +23,7 @@ from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear, step
 from vitlr.ops.linalg.rounding import Side, round_to_steps
 from vitlr.ops.linalg.threads import in_threads
 from vitlr.runtime import compact
-from vitlr.runtime.coding import pack
+from vitlr.runtime.coding import size
 
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 LADDER = 2  # eighths of a power of two from one level to the next: a quarter of a bit
@@ -92,7 +92,7 @@ class Rounding:
         loss = float(self.D[0] @ error.double() @ self.D[1][some])
         share = K / steps.shape[1]
         overhead = sum(part.nbytes for e in (rows, columns) for part in compact.stored(e).values())
-        return share * len(pack(codes.to(torch.int8))) + overhead, share * loss
+        return share * size(codes.to(torch.int8)) + overhead, share * loss
 
     def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer of integers at a level, its bias moved by what the inputs' mean makes of the error."""

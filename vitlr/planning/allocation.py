@@ -28,8 +28,8 @@ def allocate(spectra: Spectra, sizes: Sizes, budget: Budget | None, options: Pla
 
     `options.method`: "lowrank" (or None) changes ranks only, "widths" widths only, "widths+ranks" widths of MLPs and
     ranks of everything else (arXiv 2203.13444); "joint" offers MLPs every combination; "bits" rounds weights.
-    Ranks are multiples of `rank_step` from `min_rank` up to where low rank stops being smaller than dense; widths multiples of `width_step`,
-    and at least one step of everything stays. Equal spectra give an equal plan.
+    Ranks are multiples of `rank_step` from `min_rank` up to where low rank stops being smaller than dense; widths
+    multiples of `width_step`, and at least one step of everything stays. Equal spectra give an equal plan.
 
     Raises `InputError` where the budget cannot be reached, saying what can be, and for bad arguments.
     """

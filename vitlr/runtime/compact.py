@@ -11,7 +11,7 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.runtime.coding import pack, unpack
 
-HALF, CODES, EXPONENT = "half", "codes", "exponent"  # after a "|" in the names of a file's tensors
+HALF, NEAR, CODES, EXPONENT = "half", "near", "codes", "exponent"  # after a "|" in the names of a file's tensors
 STEPS = 8  # of an exponent in a factor of two
 _LEAST = 4096  # entries of a matrix that rows of 8 bits are worth it for
 _TOP = 127
@@ -33,7 +33,7 @@ def rounded(value: Tensor) -> Tensor:
 def stored(value: Tensor) -> dict[str, Tensor]:
     """What a file holds of a tensor, by what its name ends in: codes, float16, or the tensor itself, never less.
 
-    Numbers in int16 that lie within 8 bits of each other are codes about their middle, which goes first.
+    Numbers in int16 within 8 bits of each other are stored by how far they are from their middle, which goes first.
     """
     value = value.detach().cpu()
     if value.dtype == torch.int8 and value.ndim == 2:
@@ -41,9 +41,7 @@ def stored(value: Tensor) -> dict[str, Tensor]:
     if value.dtype == torch.int16 and value.ndim == 1 and len(value):
         middle = (value.amin() + value.amax()) // 2
         if int((value - middle).abs().max()) <= _TOP:
-            return {
-                f"|{CODES}": pack(torch.cat([middle.view(1).view(torch.int8), (value - middle).to(torch.int8)])[None])
-            }
+            return {f"|{NEAR}": torch.cat([middle.view(1).view(torch.int8), (value - middle).to(torch.int8)])}
     if value.dtype == torch.float32:
         half = value.half()
         if torch.equal(half.float(), value):
@@ -74,6 +72,8 @@ def shapes(parts: Mapping[str, tuple[int, ...]], whole: Mapping[str, tuple[int, 
         name, _, form = key.partition("|")
         if form in ("", HALF):
             found[name] = shape
+        elif form == NEAR:
+            found[name] = (shape[0] - 2,) if len(shape) == 1 else shape
         elif form == CODES:
             found[name] = whole.get(name, ())
     return found
@@ -86,13 +86,15 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
         raise InputError(f"tensor {name:.120}: the model has no such tensor")
     if set(found) == {HALF} and found[HALF].dtype == torch.float16:
         return found[HALF].float()
-    if set(found) == {CODES} and len(shape) == 1:
-        numbers = _unpacked(name, found[CODES], 1, shape[0] + 2)[0]
-        return numbers[2:].to(torch.int16) + numbers[:2].view(torch.int16)
+    if set(found) == {NEAR} and found[NEAR].dtype == torch.int8 and found[NEAR].ndim == 1 and len(found[NEAR]) > 2:
+        return found[NEAR][2:].to(torch.int16) + found[NEAR][:2].clone().view(torch.int16)
     if CODES not in found or len(shape) < 2:
         raise InputError(f"tensor {name:.120}: the file holds no form of it that is known")
     rows = _rows(shape) if len(found) > 1 else (shape[0], math.prod(shape[1:]))
-    codes = _unpacked(name, found[CODES], *rows)
+    try:
+        codes = unpack(found[CODES], *rows)
+    except InputError as cause:
+        raise InputError(f"tensor {name:.120}: {cause}") from cause
     if set(found) == {CODES}:
         return codes
     exponent = found.get(EXPONENT)
@@ -102,13 +104,6 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
     if not fits or int(exponent.int().abs().max()) > 1000:
         raise InputError(f"tensor {name:.120}: its exponents are damaged; get the file again")
     return _from_rows(codes, exponent, shape)
-
-
-def _unpacked(name: str, packed: Tensor, rows: int, columns: int) -> Tensor:
-    try:
-        return unpack(packed, rows, columns)
-    except InputError as cause:
-        raise InputError(f"tensor {name:.120}: {cause}") from cause
 
 
 def _is_matrix(value: Tensor) -> bool:
