@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def rounds_rest(self) -> bool:
-        """Whether all other weights and biases are rounded as well, to 8 bits a row and to float16."""
+        """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
         return self.method == "bits" and self.bytes_kept < self.bytes
 
     @property

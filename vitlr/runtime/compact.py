@@ -13,12 +13,13 @@ from vitlr.runtime.coding import pack, unpack
 
 HALF, NEAR, CODES, EXPONENT = "half", "near", "codes", "exponent"  # after a "|" in the names of a file's tensors
 STEPS = 8  # of an exponent in a factor of two
-_LEAST = 4096  # entries of a matrix that rows of 8 bits are worth it for
-_TOP = 127
+_LEAST = 4096  # entries of a matrix that this is worth it for
+_TOP = 63  # of a code: 7 bits a row of embeddings and heads cost 0.0006 nats on a ViT-Ti (docs/method.md)
+_NEAR = 127
 
 
 def rounded(value: Tensor) -> Tensor:
-    """float32 to what few bytes hold: matrices to 8 bits a row, `q · 2^(e / 8)`, all else to float16.
+    """float32 to what few bytes hold: matrices to 7 bits a row, `q · 2^(e / 8)`, all else to float16.
 
     What is of another dtype, or beyond float16, stays as it is.
     """
@@ -36,17 +37,17 @@ def stored(value: Tensor) -> dict[str, Tensor]:
     Numbers in int16 within 8 bits of each other are stored by how far they are from their middle, which goes first.
     """
     value = value.detach().cpu()
-    if value.dtype == torch.int8 and value.ndim == 2:
+    if value.dtype == torch.int8 and value.ndim == 2 and value.numel():
         return {f"|{CODES}": pack(value)}
     if value.dtype == torch.int16 and value.ndim == 1 and len(value):
         middle = (value.amin() + value.amax()) // 2
-        if int((value - middle).abs().max()) <= _TOP:
+        if int((value - middle).abs().max()) <= _NEAR:
             return {f"|{NEAR}": torch.cat([middle.view(1).view(torch.int8), (value - middle).to(torch.int8)])}
     if value.dtype == torch.float32:
         half = value.half()
         if torch.equal(half.float(), value):
             return {f"|{HALF}": half}
-        if _is_matrix(value) and torch.isfinite(value).all():
+        if torch.isfinite(value).all() and _is_matrix(value):
             codes, exponent, exact = _found_rows(value)
             if exact:
                 return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
@@ -111,42 +112,44 @@ def _is_matrix(value: Tensor) -> bool:
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Of a weight, its outputs; of a table `[1, tokens, channels]`, its tokens."""
-    entries = math.prod(shape)
-    rows = shape[0] if shape[0] > 1 else entries // shape[-1]
-    return rows, entries // max(rows, 1)
+    """Of a weight, its outputs; of a table `[1, tokens, channels]`, its channels, of which some are large."""
+    rows = shape[0] if shape[0] > 1 else shape[-1]
+    return rows, math.prod(shape) // max(rows, 1)
+
+
+def _matrix(value: Tensor) -> Tensor:
+    return value.reshape(len(value), -1) if len(value) > 1 else value.reshape(-1, value.shape[-1]).mT
 
 
 def _by_rows(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes `[rows, columns]` and the least exponents that keep them within ±127."""
-    largest = value.reshape(_rows(tuple(value.shape))).double().abs().amax(1).clamp_min(2.0**-110)
+    """Codes `[rows, columns]` and the least exponents that keep them within ±63."""
+    largest = _matrix(value).double().abs().amax(1).clamp_min(2.0**-110)
     exponent = (STEPS * (largest / _TOP).log2()).ceil().to(torch.int16)
-    return _codes(value, exponent), exponent
+    return _codes(_matrix(value), exponent), exponent
 
 
 def _found_rows(value: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Codes and exponents of what `rounded` gave, and whether they are it.
 
-    The least exponent may be one off where the largest code is 127 (by float32) or 116 (rounded down from 116.46).
+    The least exponent may be one off where the largest code is 63 (by float32) or 57 or 58 (rounded from 57.8).
     """
-    _, least = _by_rows(value)
-    rows = value.reshape(len(least), -1)
+    rows, (_, least) = _matrix(value), _by_rows(value)
     exponent, exact = least.clone(), torch.zeros(len(least), dtype=torch.bool)
     for off in (0, -1, 1):
-        tried = _from_rows(_codes(value, least + off), least + off, rows.shape)
+        tried = _codes(rows, least + off) * power(least + off)[:, None]
         same = (tried == rows).all(1) & ~exact
         exponent[same] = least[same] + off
         exact |= same
-    return _codes(value, exponent), exponent, bool(exact.all())
+    return _codes(rows, exponent), exponent, bool(exact.all())
 
 
-def _codes(value: Tensor, exponent: Tensor) -> Tensor:
-    step = power(exponent).double()[:, None]
-    return (value.reshape(len(exponent), -1) / step).round().clamp(-_TOP, _TOP).to(torch.int8)
+def _codes(rows: Tensor, exponent: Tensor) -> Tensor:
+    return (rows / power(exponent).double()[:, None]).round().clamp(-_TOP, _TOP).to(torch.int8)
 
 
 def _from_rows(codes: Tensor, exponent: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return (codes * power(exponent)[:, None]).reshape(shape)
+    rows = codes * power(exponent)[:, None]
+    return rows.reshape(shape) if shape[0] > 1 else rows.mT.reshape(shape)
 
 
 def power(exponent: Tensor) -> Tensor:
