@@ -119,14 +119,9 @@ def markdown(body: dict[str, Any]) -> str:
 def _line(row: dict[str, Any], body: dict[str, Any]) -> str:
     bits = 8 * (row.get("planned_bytes", row["bytes"]) - body["rest"]) / body["weights_rounded"]
     predicted = f"{row['predicted_error']:.3f}" if "predicted_error" in row else ""
-    cells = [
-        f"{row['bytes'] / 1e6:.3f}",
-        f"{bits:.2f}",
-        _interval(row),
-        f"{row['top5']:.2f}",
-        f"{row['agreement']:.2f}",
-    ]
-    return f"| {row['method']} | {' | '.join([*cells, f'{row["kl"]:.4f}', predicted])} |"
+    cells = [row["method"], f"{row['bytes'] / 1e6:.3f}", f"{bits:.2f}", _interval(row)]
+    cells += [f"{row['top5']:.2f}", f"{row['agreement']:.2f}", f"{row['kl']:.4f}", predicted]
+    return f"| {' | '.join(cells)} |"
 
 
 def _interval(row: dict[str, Any]) -> str:
