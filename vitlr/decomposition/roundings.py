@@ -30,7 +30,7 @@ LADDER = 2  # eighths of a power of two from one level to the next: a quarter of
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
 _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask of it comes on top
 _NOTHING = 1e-12  # of every direction where none was seen
-_SAMPLE = 2**18  # codes of a layer that its bytes are estimated from
+_SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
 
 
 @dataclass(frozen=True, eq=False)
