@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from vitlr.pruning import narrow_mlp
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
+Entry = Mapping[str, Any]
+
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What was done to a dense model, as plain values.
@@ -28,53 +31,165 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
     its `"residual"` (the form) and `"group_size"` as well.
     """
-    layers = {
-        name: {
-            "rank": module.rank,
-            "in_features": module.in_features,
-            "out_features": module.out_features,
-            "bias": module.up.bias is not None,
-            **(
-                {"residual": module.residual, "group_size": module.group_size}
-                if isinstance(module, ResidualLowRankLinear)
-                else {}
-            ),
-        }
-        for name, module in model.named_modules()
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
-    }
-    selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
-    widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
-    heads = {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
-    return {**widths, **heads, **selected, **layers}
+    return {name: entry for kind in KINDS for name, entry in kind.found(model).items()}
 
 
-def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     """Narrow the named MLPs and attentions, take channels out of linears, put low-rank ones in: unfilled, in place.
 
     Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
     fit, and widths, channels and ranks out of range; the model is then untouched.
     """
-    modules = dict(model.named_modules())
-    widths = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "width" in entry}
-    selections = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "inputs" in entry}
-    heads = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "heads" in entry}
-    others = {*widths, *selections, *heads}
-    factors = {name: entry for name, entry in layers.items() if name not in others}
-    mlps = {name: _checked_mlp(modules, name, entry) for name, entry in widths.items()}
-    sizes = {id(module): new for mlp in mlps.values() for module, new in _narrowed_sizes(mlp, widths[mlp.name])}
-    attentions = {name: _checked_attention(model, name, entry) for name, entry in heads.items()}
-    for attention, keep in attentions.values():
+    dense = _Dense(model)
+    kinds = {name: _kind(entry) for name, entry in layers.items()}
+    changes = [kind.checked(dense, name, layers[name]) for kind in KINDS for name in layers if kinds[name] is kind]
+    linears.make_visible(model)
+    with torch.no_grad():
+        for change in changes:
+            change.do(dense)
+    return model
+
+
+class _Dense:
+    """The model before any change: its modules, those that a change will make, and the sizes that one will leave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules = model, dict(model.named_modules())
+        self.narrowed: dict[int, dict[str, int]] = {}
+
+    def linear(self, name: str) -> nn.Linear:
+        """The plain linear of that name, if there is one."""
+        linear = self.modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise InputError(f"layer {name!r} is no linear layer of this model")
+        return linear
+
+    def sizes(self, linear: nn.Linear) -> dict[str, int]:
+        """Those that a linear has once MLPs and attentions are narrow."""
+        now = {"in_features": linear.in_features, "out_features": linear.out_features}
+        return {**now, **self.narrowed.get(id(linear), {})}
+
+
+@dataclass
+class _Narrow:
+    """An MLP that is narrower."""
+
+    key = "width"
+    mlp: Mlp
+    width: int
+
+    @staticmethod
+    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
+        return {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
+
+    @classmethod
+    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Narrow:
+        if name not in dense.modules:
+            raise InputError(f"{name!r} is no MLP of this model")
+        mlp, width = read_mlp(dense.modules[name], name), entry["width"]
+        if type(width) is not int or not 1 <= width <= mlp.width:
+            raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
+        dense.narrowed |= {id(linear): {"out_features": width * (2 if mlp.packed else 1)} for linear in mlp.fc1}
+        dense.narrowed[id(mlp.fc2)] = {"in_features": width}
+        return cls(mlp, width)
+
+    def do(self, dense: _Dense) -> None:
+        narrow_mlp(self.mlp, torch.arange(self.width))
+
+
+@dataclass
+class _Heads:
+    """An attention that has fewer heads."""
+
+    key = "heads"
+    attention: Attention
+    keep: Tensor
+
+    @staticmethod
+    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
+        return {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
+
+    @classmethod
+    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Heads:
+        attention, heads = known_attentions(dense.model)[0].get(name), entry["heads"]
+        if attention is None or not loses_heads(dense.model.get_submodule(name)):
+            raise InputError(f"{name!r} is no attention of this model that could lose heads")
+        if type(heads) is not int or not 1 <= heads <= attention.heads:
+            raise InputError(f"attention {name}: {heads!r:.80} heads, expected 1 to {attention.heads}")
+        keep = torch.arange(heads * attention.head_dim)  # as many; which ones the state will say
         rows = attention.rows(keep)
-        sizes |= {id(modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
-        sizes[id(modules[attention.output])] = {"in_features": len(keep)}
-    for name, entry in selections.items():
-        linear = modules[name] = _checked_linear(modules, name)
-        _check_selection(name, {**_sizes(linear), **sizes.get(id(linear), {})}, entry)
-        modules[f"{name}.linear"] = _left(linear, entry)
-    for name, entry in factors.items():
-        linear = _checked_linear(modules, name)
-        expected = {**_sizes(linear), **sizes.get(id(linear), {})}
+        dense.narrowed |= {id(dense.modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
+        dense.narrowed[id(dense.modules[attention.output])] = {"in_features": len(keep)}
+        return cls(attention, keep)
+
+    def do(self, dense: _Dense) -> None:
+        narrow_attention(dense.model, self.attention, self.keep)
+
+
+@dataclass
+class _Selected:
+    """A linear with channels taken out."""
+
+    key = "inputs"
+    name: str
+    entry: Entry
+
+    @staticmethod
+    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
+        return {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
+
+    @classmethod
+    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Selected:
+        linear = dense.linear(name)
+        sizes = dense.sizes(linear)
+        if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
+            raise InputError(f"layer {name}: expected {sizes} and a bias or none, the file says {entry!r}")
+        for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
+            left = entry.get(key)
+            if left is not None and (type(left) is not int or not 1 <= left <= size):
+                raise InputError(f"layer {name}: {key} {left!r:.80}, expected 1 to {size} channels or none taken out")
+        K, N = entry["inputs"] or entry["in_features"], entry["outputs"] or entry["out_features"]
+        w = linear.weight
+        left = nn.Linear(K, N, entry["bias"], device=w.device, dtype=w.dtype).train(linear.training)
+        dense.modules[f"{name}.linear"] = left  # which may be low-rank in its turn
+        return cls(name, entry)
+
+    def do(self, dense: _Dense) -> None:
+        entry = self.entry
+        channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
+        left = dense.modules[f"{self.name}.linear"]
+        swap(dense.model, self.name, SelectedLinear(left, entry["in_features"], entry["out_features"], *channels))
+
+
+@dataclass
+class _LowRank:
+    """A linear of low rank, with a residual or without."""
+
+    key = "rank"
+    name: str
+    entry: Entry
+
+    @staticmethod
+    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
+        return {
+            name: {
+                "rank": module.rank,
+                "in_features": module.in_features,
+                "out_features": module.out_features,
+                "bias": module.up.bias is not None,
+                **(
+                    {"residual": module.residual, "group_size": module.group_size}
+                    if isinstance(module, ResidualLowRankLinear)
+                    else {}
+                ),
+            }
+            for name, module in model.named_modules()
+            if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+        }
+
+    @classmethod
+    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _LowRank:
+        expected = dense.sizes(dense.linear(name))
         if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
             raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
         rank, bias = entry.get("rank"), entry.get("bias")
@@ -84,88 +199,27 @@ def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn
                 f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
             )
         _check_residual(name, entry)
-    linears.make_visible(model)
-    with torch.no_grad():
-        for name, mlp in mlps.items():
-            narrow_mlp(mlp, torch.arange(widths[name]["width"]))
-        for attention, keep in attentions.values():
-            narrow_attention(model, attention, keep)
-        for name, entry in selections.items():
-            swap(model, name, _selected(modules[f"{name}.linear"], entry))
-        for name, entry in factors.items():
-            w = modules[name].weight
-            shape = (entry["in_features"], entry["out_features"], entry["rank"])
-            low: nn.Module
-            if "residual" in entry:
-                low = ResidualLowRankLinear(
-                    *shape, entry["residual"], entry["group_size"], entry["bias"], device=w.device, dtype=w.dtype
-                )
-            else:
-                low = LowRankLinear(*shape, entry["bias"], device=w.device, dtype=w.dtype)
-            swap(model, name, low.train(modules[name].training))
-    return model
+        return cls(name, entry)
+
+    def do(self, dense: _Dense) -> None:
+        entry, linear = self.entry, dense.linear(self.name)
+        like: Any = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        shape = (entry["in_features"], entry["out_features"], entry["rank"])
+        low: nn.Module
+        if "residual" in entry:
+            low = ResidualLowRankLinear(*shape, entry["residual"], entry["group_size"], entry["bias"], **like)
+        else:
+            low = LowRankLinear(*shape, entry["bias"], **like)
+        swap(dense.model, self.name, low.train(linear.training))
 
 
-def _checked_linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
-    """The plain linear of that name, if there is one."""
-    linear = modules.get(name)
-    if type(linear) is not nn.Linear:
-        raise InputError(f"layer {name!r} is no linear layer of this model")
-    return linear
+KINDS = (_Narrow, _Heads, _Selected, _LowRank)
+"""In the order in which they are done: each may change what those before it left."""
 
 
-def _sizes(linear: nn.Linear) -> dict[str, int]:
-    return {"in_features": linear.in_features, "out_features": linear.out_features}
-
-
-def _check_selection(name: str, sizes: Mapping[str, int], entry: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless what a file says of the channels of a linear fits it."""
-    if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
-        raise InputError(f"layer {name}: expected {dict(sizes)} and a bias or none, the file says {entry!r}")
-    for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
-        left = entry.get(key)
-        if left is not None and (type(left) is not int or not 1 <= left <= size):
-            raise InputError(f"layer {name}: {key} {left!r:.80}, expected 1 to {size} channels or none taken out")
-
-
-def _left(linear: nn.Linear, entry: Mapping[str, Any]) -> nn.Linear:
-    """What is left of a linear, unfilled."""
-    K, N = entry["inputs"] or entry["in_features"], entry["outputs"] or entry["out_features"]
-    w = linear.weight
-    return nn.Linear(K, N, entry["bias"], device=w.device, dtype=w.dtype).train(linear.training)
-
-
-def _selected(linear: nn.Module, entry: Mapping[str, Any]) -> SelectedLinear:
-    """A linear with channels taken out, which ones the state will say."""
-    channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
-    return SelectedLinear(linear, entry["in_features"], entry["out_features"], *channels)
-
-
-def _checked_mlp(modules: Mapping[str, nn.Module], name: str, entry: Mapping[str, Any]) -> Mlp:
-    """The MLP that a file calls narrowed, if there is one and its width fits."""
-    if name not in modules:
-        raise InputError(f"{name!r} is no MLP of this model")
-    mlp, width = read_mlp(modules[name], name), entry["width"]
-    if type(width) is not int or not 1 <= width <= mlp.width:
-        raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
-    return mlp
-
-
-def _checked_attention(model: nn.Module, name: str, entry: Mapping[str, Any]) -> tuple[Attention, Tensor]:
-    """An attention that a file says has fewer heads, with as many of its channels, if it can."""
-    attention, heads = known_attentions(model)[0].get(name), entry["heads"]
-    if attention is None or not loses_heads(model.get_submodule(name)):
-        raise InputError(f"{name!r} is no attention of this model that could lose heads")
-    if type(heads) is not int or not 1 <= heads <= attention.heads:
-        raise InputError(f"attention {name}: {heads!r:.80} heads, expected 1 to {attention.heads}")
-    return attention, torch.arange(heads * attention.head_dim)
-
-
-def _narrowed_sizes(mlp: Mlp, entry: Mapping[str, Any]) -> Iterator[tuple[nn.Module, dict[str, int]]]:
-    """The sizes that narrowing will change, linear by linear."""
-    for linear in mlp.fc1:
-        yield linear, {"out_features": entry["width"] * (2 if mlp.packed else 1)}
-    yield mlp.fc2, {"in_features": entry["width"]}
+def _kind(entry: Any) -> Any:
+    """What an entry says was done, by the key that only such entries have; low rank where it is none of the others."""
+    return next((kind for kind in KINDS if isinstance(entry, Mapping) and kind.key in entry), _LowRank)
 
 
 def _check_residual(name: str, entry: Mapping[str, Any]) -> None:
