@@ -33,7 +33,6 @@ WINGS = (
     "refinement",
     "pruning",
     "checkpoint",
-    "rounds",
     "compression",
     "cli",
 )

@@ -82,10 +82,10 @@ def test_refinement_compares_with_the_dense_model(tiny_vit):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"rounds": 2}, r"rounds=2 narrows MLPs .* method='lowrank'"),
-        ({"rounds": 2, "method": "hybrid"}, "method='hybrid'"),
-        ({"rounds": 0, "method": "joint"}, "rounds=0, expected 1 to 8"),
-        ({"rounds": 9, "method": "joint"}, "rounds=9, expected 1 to 8"),
+        ({"rounds": 2, "method": "lowrank"}, r"rounds=2 narrows MLPs .* method='lowrank'"),
+        ({"rounds": 2, "method": "widths+ranks"}, r"method='widths\+ranks'"),
+        ({"rounds": 0, "method": "joint"}, "rounds=0, expected a whole number from 1 to 8"),
+        ({"rounds": 9, "method": "joint"}, "rounds=9, expected a whole number from 1 to 8"),
         ({"rounds": 1.5, "method": "joint"}, "rounds=1.5, expected"),
     ],
 )

@@ -43,7 +43,7 @@ _HOMES = {
     "planning.plans": ("Plan",),
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
-    "refinement": ("refine",),
+    "refinement.ladder": ("refine",),
     "surgery.application": ("apply", "fuse", "to_dense", "unfuse"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

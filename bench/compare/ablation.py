@@ -33,7 +33,7 @@ from torch import nn
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Recorded, calibration_tar, validation, weights_digest
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
-from vitlr.calibration.statistics import OBJECTIVES
+from vitlr.calibration.options import OBJECTIVES
 from vitlr.data.loader import Loader, open_data
 from vitlr.planning.plans import METHODS
 

@@ -20,7 +20,7 @@ import torch
 from bench.common import BUILD, CODE, data_folder, finish, parser
 from bench.compare.vit_tiny import CHECKPOINT, MODEL
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
-from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.data.loader import open_data
 from vitlr.planning.plans import METHODS
 from vitlr.runtime.progress import bar

@@ -7,9 +7,9 @@ import json
 import pytest
 
 import vitlr
+from vitlr import compression
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.structure import structure
-from vitlr.cli import statistics
 
 STEPS = ("--width-step", "8", "--rank-step", "4")
 
@@ -28,7 +28,7 @@ def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
 
 def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(run, refused, squeeze, tmp_path):
     stats, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
-    run(*squeeze("--stats", stats, "--plan-only"))
+    run(*squeeze("--stats", stats, "--method", "lowrank", "--plan-only"))
     assert Statistics.load(stats).extras == ()
     assert "hold no moments of hidden neurons" in refused(*squeeze("--stats", stats, "--method", "joint"))
     stats.unlink()
@@ -41,17 +41,17 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--method", "magic"), "unknown method 'magic'"),
+        (("--method", "magic"), "unknown --method 'magic'"),
         (("--method", "hybrid", "--prune-rate", "1.5"), "between 0 and 1"),
-        (("--method", "joint", "--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
+        (("--method", "joint", "--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
-        (("--method", "joint", "--prune-attention", "all"), "expected one of scores, channels, heads, none"),
-        (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and method='prune' or 'joint'"),
-        (("--rounds", "2"), "does not go with method='lowrank'"),
-        (("--method", "joint", "--rounds", "9"), "expected 1 to 8"),
+        (("--method", "joint", "--prune-attention", "all"), "expected one of query_keys, channels, heads, none"),
+        (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and --method 'widths' or 'joint'"),
+        (("--rounds", "2", "--method", "lowrank"), "does not go with --method 'lowrank'"),
+        (("--method", "joint", "--rounds", "9"), "--rounds 9, expected a whole number from 1 to 8"),
         (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),
-        (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
-        (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),
+        (("--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
+        (("--method", "joint", "--uniform"), "--uniform goes with --method 'lowrank' only"),
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
@@ -72,15 +72,17 @@ def test_rounds_measure_as_before_and_leave_out_what_is_excluded(run, squeeze, t
     stats, seen = tmp_path / "s.safetensors", []
     measure = ("--stats", stats, "--method", "joint", *STEPS)
     run(*squeeze(*measure, "--objective", "loss", "--samples", "2", "--seed", "5", "--plan-only"))
-    calibrate = statistics.calibrate
+    calibrate = compression.calibrate
 
     def watched(*args, **options):
-        seen.append((options["objective"], options["samples"], options["seed"]))
+        asked = options["options"]
+        seen.append((asked.objective, asked.samples, asked.seed, options["resume"]))
         return calibrate(*args, **options)
 
-    monkeypatch.setattr(statistics, "calibrate", watched)
+    monkeypatch.setattr(compression, "calibrate", watched)
     answer = run(*squeeze(*measure, "--rounds", "2", "--exclude", r"blocks\.0", "--json"))
-    assert answer.status == 0 and seen == [("loss", 2, 5)]  # the first round's are in the file
+    assert answer.status == 0 and seen[1:] == [("loss", 2, 5, None)]  # the first round's are in the file
+    assert seen[0][-1] == stats
     small = vitlr.load(tmp_path / "small.safetensors")
     assert {name.split(".")[1] for name in structure(small)} == {"1"}
 

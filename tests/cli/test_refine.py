@@ -65,8 +65,8 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         ({"refine": "none", "steps": None}, "--lr goes with --refine"),
         ({"refine": "regrow"}, "--steps goes with --refine distil"),
         ({"data": None}, "--refine needs images"),
-        ({"minutes": -1}, "minutes=-1"),
-        ({"lr": -1}, "lr=-1"),
+        ({"minutes": -1}, "--minutes -1"),
+        ({"lr": -1}, "--lr -1"),
     ],
 )
 def test_bad_usage_is_refused_early(refused, refine, unread, options, said):

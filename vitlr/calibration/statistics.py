@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitlr.calibration.options import DEFAULT
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.residuals import Metric
@@ -18,12 +19,6 @@ from vitlr.runtime import storage
 from vitlr.runtime.storage import fingerprint
 
 SCHEMA = 1
-OBJECTIVES = ("fisher", "loss", "output", "normalized")
-DEFAULT = OBJECTIVES[0]  # nearest to the dense model at every budget tried (docs/results/ablate.md)
-GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
-HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
-VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
-EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES)
 
 
 @dataclass(frozen=True)

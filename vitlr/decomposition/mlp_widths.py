@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy.mlps import SUPPORTED, Mlp, find_mlps
-from vitlr.calibration.statistics import GRADIENT_OBJECTIVES, LayerStatistics, Statistics
+from vitlr.calibration.options import GRADIENT_OBJECTIVES
+from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition.objectives import damped, pair
 from vitlr.decomposition.spectra import LayerSpectrum
 from vitlr.errors import InputError, NumericalError

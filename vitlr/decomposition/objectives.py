@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitlr.calibration.statistics import GRADIENT_OBJECTIVES, LayerStatistics, Statistics
+from vitlr.calibration.options import GRADIENT_OBJECTIVES
+from vitlr.calibration.statistics import LayerStatistics, Statistics
 
 
 def pair(

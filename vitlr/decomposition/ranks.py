@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitlr.calibration.statistics import OBJECTIVES, LayerStatistics, Statistics
+from vitlr.calibration.options import OBJECTIVES
+from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition.objectives import damped, pair
 from vitlr.decomposition.spectra import LayerSpectrum, Spectra
 from vitlr.errors import InputError, NumericalError

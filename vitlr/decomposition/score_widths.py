@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy.attention import SCORES_SUPPORTED, Attention, nothing, score_attentions, why_no_scores
-from vitlr.calibration.statistics import GRADIENT_OBJECTIVES, SCORES, LayerStatistics, Statistics
+from vitlr.calibration.options import GRADIENT_OBJECTIVES
+from vitlr.calibration.statistics import SCORES, LayerStatistics, Statistics
 from vitlr.decomposition.mlp_widths import RIDGE, check_options
 from vitlr.decomposition.objectives import balanced
 from vitlr.errors import InputError, NumericalError

@@ -22,12 +22,35 @@ from vitlr.planning.allocation import Sizes, allocate
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.joint_allocation import WIDTH_SCALE, allocate_jointly
 from vitlr.planning.joint_allocation import check_options as check_joint_allocation
+from vitlr.planning.options import WORDS, Planning
 from vitlr.planning.plans import Plan
+from vitlr.runtime.fields import names_of
 
 Progress = Callable[[int, "int | None"], None]
 
 
 def plan(
+    model: nn.Module,
+    stats: Statistics,
+    budget: str | Budget | None = None,
+    *,
+    options: Planning | None = None,
+    spectra: Spectra | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Plan:
+    """`planned` with options as a value or as keywords."""
+    chosen = Planning.of(options, **changes)
+    chosen.check_budget(None if budget is None else parse_budget(budget))
+    given = {key: getattr(chosen, key) for key in names_of(Planning)}
+    old = {new: word for word, new in WORDS.items()}
+    has_hidden = "hidden" in stats.extras
+    given["method"] = old.get(m := chosen.settled or ("joint" if has_hidden else "lowrank"), m)
+    given["attention"] = old.get(chosen.attention, chosen.attention)
+    return planned(model, stats, budget, spectra=spectra, progress=progress, **given)
+
+
+def planned(
     model: nn.Module,
     stats: Statistics,
     budget: str | Budget | None = None,

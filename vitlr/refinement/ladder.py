@@ -20,15 +20,17 @@ from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.distil import distil
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
-from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
+from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
+from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
 
 
+@keywords(Recipe)
 def refine(
     model: nn.Module,
     reference: nn.Module,
@@ -38,13 +40,14 @@ def refine(
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    recipe: Recipe | None = None,
+    **changes: Any,
 ) -> nn.Module:
     """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
 
-    `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those; `options` are the fields
-    of `vitlr.refinement.Recipe` (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held out
-    and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
+    `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those. How is said by a
+    `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held
+    out and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
     back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
     workers.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
@@ -54,7 +57,7 @@ def refine(
     fused, in half precision, frozen throughout or reached by no gradient, and snapshots of another run;
     `NumericalError` where the dense model's answers, or what is measured at a layer, are not finite.
     """
-    recipe, wanted = make_recipe(options), parse_rungs(rungs)
+    recipe, wanted = Recipe.of(recipe, **changes), parse_rungs(rungs)
     wanted = _with_work(model, wanted)
     _check(model, reference, wanted)
     model = model if inplace else copy.deepcopy(model)

@@ -18,6 +18,7 @@ from vitlr.errors import InputError
 from vitlr.measuring.losses import divergence, first_tensor
 from vitlr.nn import LowRankLinear
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
+from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
@@ -42,6 +43,7 @@ class TrainStep:
     lr: float
 
 
+@keywords(TrainRecipe)
 def train(
     model: nn.Module,
     loader: Iterable[Any],
@@ -54,8 +56,11 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> TrainReport:
     """Train `model` in place on `(1 - w) task + w T² KL(reference ‖ model) + penalty(model)`; w = 0 without reference.
+
+    `recipe` says how, or keywords of its names do.
 
     `loader` yields `(images [B, C, H, W], labels [B])`: one of `vitlr.data.open_data`, which is then shuffled and
     augmented as the recipe says, or any that has a length and can be gone through again, which does that itself.
@@ -70,7 +75,7 @@ def train(
     Raises `InputError` for loaders without length, images or fitting labels, models without trainable parameters that
     a gradient reaches or in half precision, references with other classes, and snapshots of another run.
     """
-    recipe = TrainRecipe() if recipe is None else recipe
+    recipe = TrainRecipe.of(recipe, **changes)
     _check(model, reference)
     source = batches(loader, recipe)
     per_epoch = source.per_epoch // recipe.grad_accum_steps
