@@ -81,14 +81,7 @@ def test_every_module_lives_in_a_wing(arrows):
 
 # Operations that still register the kernels of their back-ends; the list only gets shorter.
 CLIMBING = {
-    "ops.layers.lowrank_glu -> ops.backends.triton",
-    "ops.layers.lowrank_linear -> ops.backends.triton",
-    "ops.layers.lowrank_mlp -> ops.backends.triton",
-    "ops.layers.lowrank_residual_linear -> ops.backends.triton",
     "ops.linalg.eigh -> ops.backends.cusolver",
-    "ops.linalg.gram -> ops.backends.native",
-    "ops.linalg.gram -> ops.backends.triton",
-    "ops.linalg.weighted_gram_chain -> ops.backends.triton",
 }
 
 

@@ -172,4 +172,4 @@ def _limit(key: batched_solve.Key) -> str | None:
 
 
 register(weighted_gram_chain.OP, Candidate("cuda.tensor_cores", why_not, chain, worth=slow))
-register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve, worth=slow))  # type: ignore[arg-type]
+register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve, worth=slow))

@@ -57,6 +57,11 @@ class Roofline:
     bytes: int
     floor_us: float | None
 
+    @classmethod
+    def of(cls, flops: int, size: int, dtype: torch.dtype, ceilings: Ceilings | None) -> Roofline:
+        """Of FLOPs in a dtype and `size` bytes, under the ceilings of a device."""
+        return cls(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -64,15 +69,15 @@ class Candidate:
 
     `name` is the back-end, or back-end and variant: `torch`, `triton.row_block`.
     `supports(key)` is None if it can run there, else the reason why not; `key.M` is None while a graph with unknown
-    rows is traced: the question is then whether it can run for some M. `run` takes the op's arguments and returns a
-    contiguous result. `ran_on` names the hardware it has been tested on: none, and it runs only where it is asked for
+    rows is traced: the question is then whether it can run for some M. `run` takes the op's arguments and returns its
+    result, contiguous. `ran_on` names the hardware it has been tested on: none, and it runs only where it is asked for
     by name. `worth(key)` is None if it pays there, else the reason why not. `floor(key, ceilings)` is its own best
     time in µs.
     """
 
     name: str
     supports: Callable[[Any], str | None]
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     ran_on: tuple[str, ...] = ()
     worth: Callable[[Any], str | None] = lambda key: None
     floor: Callable[[Any, Ceilings], float | None] | None = None
