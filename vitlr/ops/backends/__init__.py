@@ -5,4 +5,4 @@
 from vitlr.ops.backends.triton import lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear  # noqa: F401
 from vitlr.ops.backends import cpu  # noqa: F401
 from vitlr.ops.backends.triton import linalg  # noqa: F401
-from vitlr.ops.backends import cuda, cuda_solve, two_steps  # noqa: F401
+from vitlr.ops.backends import cuda, cuda_solve, cusolver, two_steps  # noqa: F401
