@@ -155,6 +155,7 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "weighted_gram_chain": {"b": _BLOCKS, "m": _WIDTH, "k": _WIDTH, "device": device},
         "attention": {"M": 12 * _ROWS, "S": 197, "d": 64, **on},
         "batched_solve": {"b": 4 * _BLOCKS, "n": _WIDTH, "device": device},
+        "eigh": {"b": 4 * _BLOCKS, "n": _WIDTH, "device": device},
         "lowrank_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK},
         "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
