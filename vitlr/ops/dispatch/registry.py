@@ -10,7 +10,9 @@ alone, or says why none can: nothing falls back silently.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +110,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _chosen: dict[tuple, Candidate] = {}
+_inside: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def register_op(
@@ -144,12 +147,27 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return tuple(_op(op).candidates)
 
 
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose among the candidates of one back-end for as long as this lasts, as `VITLR_BACKEND=name` would."""
+    before = _inside.set(name)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
+
+def _wanted(override: Override) -> str | None:
+    """The back-end that this context asks for, else what the op's environment variable says."""
+    return (_inside.get() if override is BACKEND else None) or os.environ.get(override.variable)
+
+
 def select(op: str, key: Any, wanted: str | None = None) -> Candidate:
     """The candidate that runs on `key`. Raises InputError if the one that is wanted cannot.
 
     `wanted`: a back-end; by default what the op's environment variable says, `VITLR_BACKEND` for all but `eigh`.
     """
-    wanted = wanted or os.environ.get(_op(op).override.variable)
+    wanted = wanted or _wanted(_op(op).override)
     entry = (op, key, wanted)
     chosen = _chosen.get(entry)
     if chosen is None:
@@ -305,7 +323,7 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
         refusal = candidate.supports(key)
         why = refusal or _objection(op, candidate, key) or ""
         if candidate is chosen:
-            wanted = os.environ.get(entry.override.variable)
+            wanted = _wanted(entry.override)
             why = f"chosen: {entry.override.variable}={wanted}" if wanted else "chosen"
         elif not why:
             why = f"{chosen.name} is preferred"
