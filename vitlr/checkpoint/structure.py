@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitlr.anatomy import linears
-from vitlr.anatomy.attention import Attention, fewer_heads, loses_heads
 from vitlr.anatomy.attention import attentions as known_attentions
-from vitlr.anatomy.mlps import Mlp, narrowed_mlps, read_mlp
+from vitlr.anatomy.attention import fewer_heads, loses_heads
+from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
@@ -21,6 +20,7 @@ from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
 Entry = Mapping[str, Any]
+Do = Callable[[], Any]  # what is left to do once all is checked
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -31,7 +31,25 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
     its `"residual"` (the form) and `"group_size"` as well.
     """
-    return {name: entry for kind in KINDS for name, entry in kind.found(model).items()}
+    layers = {
+        name: {
+            "rank": module.rank,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.up.bias is not None,
+            **(
+                {"residual": module.residual, "group_size": module.group_size}
+                if isinstance(module, ResidualLowRankLinear)
+                else {}
+            ),
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+    }
+    selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
+    widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
+    heads = {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
+    return {**widths, **heads, **selected, **layers}
 
 
 def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
@@ -42,11 +60,13 @@ def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     """
     dense = _Dense(model)
     kinds = {name: _kind(entry) for name, entry in layers.items()}
-    changes = [kind.checked(dense, name, layers[name]) for kind in KINDS for name in layers if kinds[name] is kind]
+    changes = [
+        change(dense, name, layers[name]) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind
+    ]
     linears.make_visible(model)
     with torch.no_grad():
-        for change in changes:
-            change.do(dense)
+        for do in changes:
+            do()
     return model
 
 
@@ -70,156 +90,87 @@ class _Dense:
         return {**now, **self.narrowed.get(id(linear), {})}
 
 
-@dataclass
-class _Narrow:
+def _narrow(dense: _Dense, name: str, entry: Entry) -> Do:
     """An MLP that is narrower."""
-
-    key = "width"
-    mlp: Mlp
-    width: int
-
-    @staticmethod
-    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
-        return {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
-
-    @classmethod
-    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Narrow:
-        if name not in dense.modules:
-            raise InputError(f"{name!r} is no MLP of this model")
-        mlp, width = read_mlp(dense.modules[name], name), entry["width"]
-        if type(width) is not int or not 1 <= width <= mlp.width:
-            raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
-        dense.narrowed |= {id(linear): {"out_features": width * (2 if mlp.packed else 1)} for linear in mlp.fc1}
-        dense.narrowed[id(mlp.fc2)] = {"in_features": width}
-        return cls(mlp, width)
-
-    def do(self, dense: _Dense) -> None:
-        narrow_mlp(self.mlp, torch.arange(self.width))
+    if name not in dense.modules:
+        raise InputError(f"{name!r} is no MLP of this model")
+    mlp, width = read_mlp(dense.modules[name], name), entry["width"]
+    if type(width) is not int or not 1 <= width <= mlp.width:
+        raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
+    dense.narrowed |= {id(linear): {"out_features": width * (2 if mlp.packed else 1)} for linear in mlp.fc1}
+    dense.narrowed[id(mlp.fc2)] = {"in_features": width}
+    return lambda: narrow_mlp(mlp, torch.arange(width))
 
 
-@dataclass
-class _Heads:
-    """An attention that has fewer heads."""
-
-    key = "heads"
-    attention: Attention
-    keep: Tensor
-
-    @staticmethod
-    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
-        return {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
-
-    @classmethod
-    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Heads:
-        attention, heads = known_attentions(dense.model)[0].get(name), entry["heads"]
-        if attention is None or not loses_heads(dense.model.get_submodule(name)):
-            raise InputError(f"{name!r} is no attention of this model that could lose heads")
-        if type(heads) is not int or not 1 <= heads <= attention.heads:
-            raise InputError(f"attention {name}: {heads!r:.80} heads, expected 1 to {attention.heads}")
-        keep = torch.arange(heads * attention.head_dim)  # as many; which ones the state will say
-        rows = attention.rows(keep)
-        dense.narrowed |= {id(dense.modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
-        dense.narrowed[id(dense.modules[attention.output])] = {"in_features": len(keep)}
-        return cls(attention, keep)
-
-    def do(self, dense: _Dense) -> None:
-        narrow_attention(dense.model, self.attention, self.keep)
+def _fewer_heads(dense: _Dense, name: str, entry: Entry) -> Do:
+    """An attention that has fewer heads: as many of its channels, which ones the state will say."""
+    attention, heads = known_attentions(dense.model)[0].get(name), entry["heads"]
+    if attention is None or not loses_heads(dense.model.get_submodule(name)):
+        raise InputError(f"{name!r} is no attention of this model that could lose heads")
+    if type(heads) is not int or not 1 <= heads <= attention.heads:
+        raise InputError(f"attention {name}: {heads!r:.80} heads, expected 1 to {attention.heads}")
+    keep = torch.arange(heads * attention.head_dim)
+    rows = attention.rows(keep)
+    dense.narrowed |= {id(dense.modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
+    dense.narrowed[id(dense.modules[attention.output])] = {"in_features": len(keep)}
+    return lambda: narrow_attention(dense.model, attention, keep)
 
 
-@dataclass
-class _Selected:
-    """A linear with channels taken out."""
-
-    key = "inputs"
-    name: str
-    entry: Entry
-
-    @staticmethod
-    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
-        return {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
-
-    @classmethod
-    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _Selected:
-        linear = dense.linear(name)
-        sizes = dense.sizes(linear)
-        if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
-            raise InputError(f"layer {name}: expected {sizes} and a bias or none, the file says {entry!r}")
-        for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
-            left = entry.get(key)
-            if left is not None and (type(left) is not int or not 1 <= left <= size):
-                raise InputError(f"layer {name}: {key} {left!r:.80}, expected 1 to {size} channels or none taken out")
-        K, N = entry["inputs"] or entry["in_features"], entry["outputs"] or entry["out_features"]
-        w = linear.weight
-        left = nn.Linear(K, N, entry["bias"], device=w.device, dtype=w.dtype).train(linear.training)
-        dense.modules[f"{name}.linear"] = left  # which may be low-rank in its turn
-        return cls(name, entry)
-
-    def do(self, dense: _Dense) -> None:
-        entry = self.entry
-        channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
-        left = dense.modules[f"{self.name}.linear"]
-        swap(dense.model, self.name, SelectedLinear(left, entry["in_features"], entry["out_features"], *channels))
+def _select(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear with channels taken out, which ones the state will say; what is left of it may have low rank."""
+    linear = dense.linear(name)
+    sizes = dense.sizes(linear)
+    if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
+        raise InputError(f"layer {name}: expected {sizes} and a bias or none, the file says {entry!r}")
+    for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
+        count = entry.get(key)
+        if count is not None and (type(count) is not int or not 1 <= count <= size):
+            raise InputError(f"layer {name}: {key} {count!r:.80}, expected 1 to {size} channels or none taken out")
+    K, N = entry["in_features"], entry["out_features"]
+    left = _like(linear, nn.Linear, entry["inputs"] or K, entry["outputs"] or N, entry["bias"])
+    dense.modules[f"{name}.linear"] = left
+    channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
+    return lambda: swap(dense.model, name, SelectedLinear(left, K, N, *channels))
 
 
-@dataclass
-class _LowRank:
+def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
     """A linear of low rank, with a residual or without."""
-
-    key = "rank"
-    name: str
-    entry: Entry
-
-    @staticmethod
-    def found(model: nn.Module) -> dict[str, dict[str, Any]]:
-        return {
-            name: {
-                "rank": module.rank,
-                "in_features": module.in_features,
-                "out_features": module.out_features,
-                "bias": module.up.bias is not None,
-                **(
-                    {"residual": module.residual, "group_size": module.group_size}
-                    if isinstance(module, ResidualLowRankLinear)
-                    else {}
-                ),
-            }
-            for name, module in model.named_modules()
-            if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
-        }
-
-    @classmethod
-    def checked(cls, dense: _Dense, name: str, entry: Entry) -> _LowRank:
-        expected = dense.sizes(dense.linear(name))
-        if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
-            raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
-        rank, bias = entry.get("rank"), entry.get("bias")
-        limit = min(expected.values())
-        if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
-            raise InputError(
-                f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
-            )
-        _check_residual(name, entry)
-        return cls(name, entry)
-
-    def do(self, dense: _Dense) -> None:
-        entry, linear = self.entry, dense.linear(self.name)
-        like: Any = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        shape = (entry["in_features"], entry["out_features"], entry["rank"])
-        low: nn.Module
-        if "residual" in entry:
-            low = ResidualLowRankLinear(*shape, entry["residual"], entry["group_size"], entry["bias"], **like)
-        else:
-            low = LowRankLinear(*shape, entry["bias"], **like)
-        swap(dense.model, self.name, low.train(linear.training))
+    linear = dense.linear(name)
+    expected = dense.sizes(linear)
+    if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
+        raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
+    rank, bias = entry.get("rank"), entry.get("bias")
+    limit = min(expected.values())
+    if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
+        raise InputError(
+            f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
+        )
+    _check_residual(name, entry)
+    shape = (entry["in_features"], entry["out_features"], rank)
+    if "residual" in entry:
+        form = entry["residual"], entry["group_size"]
+        return lambda: swap(dense.model, name, _like(linear, ResidualLowRankLinear, *shape, *form, bias))
+    return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
 
 
-KINDS = (_Narrow, _Heads, _Selected, _LowRank)
-"""In the order in which they are done: each may change what those before it left."""
+CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
+    "width": _narrow,
+    "heads": _fewer_heads,
+    "inputs": _select,
+    "rank": _factorise,
+}
+"""By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""
 
 
-def _kind(entry: Any) -> Any:
-    """What an entry says was done, by the key that only such entries have; low rank where it is none of the others."""
-    return next((kind for kind in KINDS if isinstance(entry, Mapping) and kind.key in entry), _LowRank)
+def _kind(entry: Any) -> str:
+    """The kind of change that an entry speaks of; low rank where it is none of the others."""
+    return next((kind for kind in CHANGES if isinstance(entry, Mapping) and kind in entry), "rank")
+
+
+def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A module of that kind where the linear is, of its dtype and mode."""
+    made = kind(*arguments, device=linear.weight.device, dtype=linear.weight.dtype)
+    return made.train(linear.training)
 
 
 def _check_residual(name: str, entry: Mapping[str, Any]) -> None:
