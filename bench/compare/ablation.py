@@ -35,7 +35,7 @@ from bench.compare.vit_tiny import CHECKPOINT, MODEL, Recorded, calibration_tar,
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
 from vitlr.calibration.options import OBJECTIVES
 from vitlr.data.loader import Loader, open_data
-from vitlr.planning.plans import METHODS
+from vitlr.planning.options import METHODS
 
 HELD = 150
 LADDERS: dict[str, Any] = {"refit": ["refit"], "regrow": ["regrow"], "distil": ["distil"], "all": "distil"}

@@ -33,7 +33,7 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
 from vitlr.decomposition.baselines import BASELINES
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.decomposition.spectra import Spectra
 from vitlr.measuring.cost import count_params
 from vitlr.measuring.evaluation import Metrics, evaluate

@@ -22,7 +22,7 @@ from bench.compare.vit_tiny import CHECKPOINT, MODEL
 from vitlr import InputError, Statistics, apply, calibrate, create_model, evaluate, plan, refine, save
 from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.data.loader import open_data
-from vitlr.planning.plans import METHODS
+from vitlr.planning.options import METHODS
 from vitlr.runtime.progress import bar
 
 LADDERS = {"refit": ["refit"], "regrow": ["regrow"], "distil": ["distil"], "all": "distil"}

@@ -57,7 +57,7 @@ def test_a_norm_is_solved_channel_by_channel():
 def test_a_spoilt_norm_is_repaired_even_where_no_layer_is_low_rank(tiny_vit, proxy_images, quick):
     dense = tiny_vit()
     dense.head.weight.data *= 4
-    narrow = vitlr.compress(dense, proxy_images, "params:80%", method="prune", width_step=8)
+    narrow = vitlr.compress(dense, proxy_images, "params:80%", method="widths", width_step=8)
     with torch.no_grad():
         narrow.blocks[1].norm2.bias += 1
     refined = vitlr.refine(narrow, dense, proxy_images, rungs="regrow", **quick)

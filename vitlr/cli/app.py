@@ -73,7 +73,7 @@ _EXAMPLES = {
     "inspect": "vitlr inspect vit_tiny_patch16_224",
     "compress": "vitlr compress vit_tiny_patch16_224 --data train --limit 1000 \\\n"
     "    --budget params:80% --out small.safetensors",
-    "prune": "vitlr prune vit_tiny_patch16_224 --data train --rate 0.3 --out pruned.safetensors",
+    "prune": "vitlr prune vit_tiny_patch16_224 --data train --rate 0.3 \\\n    --out pruned.safetensors",
     "finetune": "vitlr finetune small.safetensors --data train --val-data val --epochs 10 \\\n"
     "    --reference vit_tiny_patch16_224 --out tuned.safetensors",
     "validate": "vitlr validate small.safetensors --data val --class-map synsets.txt \\\n"

@@ -133,7 +133,7 @@ class Command(TyperCommand):
             if record is not None:
                 title = getattr(parameter, "rich_help_panel", None) or "Other"
                 sections.setdefault(title, []).append(record)
-        for title, records in sections.items():
+        for title, records in sorted(sections.items(), key=lambda section: section[0] == "Other"):
             with formatter.section(title):
                 formatter.write_dl(records)
 

@@ -43,3 +43,6 @@ def check_objective(objective: str | None, *, centred: bool = False, widths: boo
         )
     if widths and objective == "normalized":  # its unit is another one than that of the hidden moments
         raise InputError("objective='normalized' weighs whole images, hidden moments are of tokens; use 'loss'")
+    if widths and (centred or objective not in (None, *OBJECTIVES)):
+        what = f"objective {objective!r}" if objective not in (None, *OBJECTIVES) else "centred=True"
+        raise InputError(f"{what} is of ranks alone, narrower layers have no such spectra")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class Planning(Decomposition):
     @property
     def settled(self) -> str | None:
         """The method as far as the options alone settle it: "lowrank" where they ask for what only ranks have."""
-        return self.method or ("lowrank" if self._of_ranks() or self.objective == "normalized" else None)
+        return self.method or ("lowrank" if self.of_ranks() or self.objective == "normalized" else None)
 
     @property
     def hidden(self) -> bool | str:
@@ -83,7 +84,7 @@ class Planning(Decomposition):
                 f"attention={self.attention!r} goes with a budget and method='widths' or 'joint', not with {how}"
             )
         if method in ("widths", "widths+ranks", "joint"):
-            for given in self._of_ranks():
+            for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
             check_objective(self.objective, widths=True)
         if self.ranks is not None and (self.uniform or self.rank_buckets):
@@ -102,7 +103,27 @@ class Planning(Decomposition):
             other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
             raise InputError(f"give a budget such as 'params:40%'{other}")
 
-    def _of_ranks(self) -> list[str]:
+    def matching(self, names: Sequence[str]) -> set[str]:
+        """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""
+        wanted = set(names)
+        for patterns, keep in ((self.include, True), (self.exclude, False)):
+            if patterns is None:
+                continue
+            hits: set[str] = set()
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                try:
+                    found = {name for name in names if re.search(pattern, name)}
+                except re.error as cause:
+                    raise InputError(f"pattern {pattern!r} is no regular expression ({cause})") from cause
+                if not found:
+                    raise InputError(f"pattern {pattern!r} matches no layer; the first are {', '.join([*names][:3])}")
+                hits |= found
+            wanted = wanted & hits if keep else wanted - hits
+        if not wanted:
+            raise InputError("include= and exclude= together leave no layer to compress")
+        return wanted
+
+    def of_ranks(self) -> list[str]:
         """What was asked for that only ranks have."""
         asked = {
             "uniform=True": self.uniform,

@@ -123,6 +123,8 @@ def compress(
     images = None if data is None else open_data(data, network, **read)
 
     def decided(plan: Any) -> None:
+        if plan.why:
+            typer.echo(f"method {plan.method}: {plan.why}", err=True)
         if plan_out is not None:
             plan.save(plan_out)
 
