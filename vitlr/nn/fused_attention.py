@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._fused import does_nothing, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import attention as op
 
 # Classes whose forward is known, by name: this package does not import timm.
@@ -82,8 +84,10 @@ class FusedAttention(nn.Module):
 
     @torch.jit.unused
     def _dispatched(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is None and not is_causal and op.has_kernels() and not is_transformed() and op.kernel_chosen(q, k):
-            return op.attention(q, k, v)
+        if attn_mask is None and not is_causal and has_kernels(op.OP) and not is_transformed():
+            keys = None if torch.compiler.is_compiling() else k.shape[2]
+            if kernel_chosen(op.OP, q, keys, self.head_dim):
+                return op.attention(q, k, v)
         return self._plain(q, k, v, attn_mask, is_causal)
 
     def to_attention(self) -> nn.Module:

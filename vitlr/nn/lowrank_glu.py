@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._fused import LeafTracer, activation_name, does_nothing, factors, objection, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import lowrank_glu as op
 
 if TYPE_CHECKING:
@@ -86,13 +88,14 @@ class LowRankGLU(nn.Module):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
-        if op.has_kernels() and not is_transformed():
+        if has_kernels(op.OP) and not is_transformed():
             name, pair, last = activation_name(self.act), self._gate_and_value(), factors(self.fc2)
             if name and pair and last and not has_hooks(self.act):
                 (Bg, Ag, bg), (Bv, Av, bv), shared = pair
                 rg, rv = (None if A is None else B.shape[0] for B, A in ((Bg, Ag), (Bv, Av)))
                 width, r2 = self.fc2.in_features, getattr(self.fc2, "rank", None)
-                if op.kernel_chosen(x, Bg.shape[1], width, self.fc2.out_features, rg, rv, r2, shared, name):
+                sizes = (Bg.shape[1], width, self.fc2.out_features)
+                if kernel_chosen(op.OP, x, *sizes, rg, rv, r2, shared, name, False):
                     return op.lowrank_glu(x, Bg, Ag, bg, Bv, Av, bv, *last, None, name)
         return self._children(x)
 

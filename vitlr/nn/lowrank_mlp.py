@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.nn._fused import LeafTracer, activation_name, does_nothing, factors, objection, restored, with_children
 from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import lowrank_mlp as op
 
 if TYPE_CHECKING:
@@ -58,11 +60,12 @@ class LowRankMLP(nn.Module):
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
         fc1, act, fc2 = self.fc1, self.act, self.fc2
-        if op.has_kernels() and not is_transformed():
+        if has_kernels(op.OP) and not is_transformed():
             name, first, second = activation_name(act), factors(fc1), factors(fc2)
             if name and first and second and not has_hooks(act):
+                sizes = (fc1.in_features, fc1.out_features, fc2.out_features)
                 ranks = (getattr(fc1, "rank", None), getattr(fc2, "rank", None))
-                if op.kernel_chosen(x, fc1.in_features, fc1.out_features, fc2.out_features, *ranks, name):
+                if kernel_chosen(op.OP, x, *sizes, *ranks, name, False):
                     return op.lowrank_mlp(x, *first, *second, None, name)
         return fc2(act(fc1(x)))
 

@@ -162,4 +162,4 @@ def test_floors_of_a_vit_b():
     cluster = cuda.planned_floor(key(M=12608), (128, 3, 2, 66, 1, 0.0), registry.H200)
     single = cuda.planned_floor(key(M=50432), (128, 3, 1, 132, 1, 0.0), registry.H200)
     assert cluster == pytest.approx(34.7, abs=0.1) and single == pytest.approx(126.1, abs=0.2)
-    assert single > lowrank_mlp.roofline(50432, 768, 3072, 768, 128, 128, BF16, registry.H200).floor_us
+    assert single > lowrank_mlp.roofline(key(M=50432), registry.H200).floor_us

@@ -172,6 +172,21 @@ def test_every_shipped_table_is_of_known_ops():
             assert set(row["key"]) == fields and all(us > 0 for us in row["us"].values())
 
 
+def test_a_back_end_can_be_asked_for_in_one_place(monkeypatch):
+    with fake_kernel("lowrank_linear"):
+        kernel = chosen()
+        with registry.backend("torch"):
+            assert chosen() == "torch" and "chosen: VITLR_BACKEND=torch" in str(
+                ops.explain("lowrank_linear", **SMALL._asdict())
+            )
+            monkeypatch.setenv("VITLR_BACKEND", kernel)
+            assert chosen() == "torch"  # the nearer word counts
+        assert chosen() == kernel != "torch"
+        with pytest.raises(ZeroDivisionError), registry.backend("torch"):
+            raise ZeroDivisionError
+        assert chosen() == kernel
+
+
 def test_torch_can_be_forced(monkeypatch):
     monkeypatch.setenv("VITLR_BACKEND", "torch")
     with fake_kernel("lowrank_linear"):
