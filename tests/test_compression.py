@@ -10,7 +10,7 @@ import vitlr
 from vitlr import InputError, LowRankLinear, LowRankMLP, Plan, Statistics
 from vitlr.checkpoint.structure import restructure, structure
 from vitlr.measuring import cost
-from vitlr.surgery.application import fused_names
+from vitlr.surgery.fusion import fused_names
 
 
 @pytest.fixture

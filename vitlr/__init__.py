@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vitlr.pruning.gated import prune
     from vitlr.pruning.hybrids import hybrid
     from vitlr.refinement import refine
-    from vitlr.surgery.application import apply, fuse, to_dense, unfuse
+    from vitlr.surgery.application import apply
+    from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,8 @@ _HOMES = {
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
     "refinement": ("refine",),
-    "surgery.application": ("apply", "fuse", "to_dense", "unfuse"),
+    "surgery.application": ("apply",),
+    "surgery.fusion": ("fuse", "to_dense", "unfuse"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -56,19 +56,19 @@ def test_keys_stay_and_the_original_comes_back_with_the_weights_of_now():
     fused = copy.deepcopy(fused)  # what surgery does
     with torch.no_grad():
         fused.fc1.up.weight.mul_(2)
-    back = fused.to_mlp()
+    back = fused.back()
     assert type(back) is Mlp and back.note == "kept"
     assert [name for name, _ in back.named_children()] == [name for name, _ in module.named_children()]
     assert torch.equal(back(x), fused(x)) and not torch.equal(back(x), module(x))
     assert LowRankMLP.why_not(back) is None
     assert not any(child.training for child in back.modules())
     fused.train()
-    assert all(child.training for child in fused.to_mlp().modules())
+    assert all(child.training for child in fused.back().modules())
 
 
 def test_moves_and_casts_reach_what_comes_back():
     fused = LowRankMLP(mlp()).to(torch.bfloat16)
-    assert {p.dtype for p in fused.to_mlp().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in fused.back().parameters()} == {torch.bfloat16}
     assert len(list(fused.modules())) == 1 + 3 + 3 + 1  # itself, two layers and their children, the activation
 
 
@@ -243,5 +243,5 @@ def test_what_comes_back_shares_no_hooks_with_the_original():
     module = mlp()
     fused, seen = LowRankMLP(module), []
     module.register_forward_hook(lambda *_: seen.append(1))
-    fused.to_mlp()(torch.randn(2, K))
+    fused.back()(torch.randn(2, K))
     assert not seen

@@ -17,7 +17,7 @@ from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates, scores
 from vitlr.pruning.sites import KINDS, layers, params, sites
-from vitlr.surgery.application import to_dense
+from vitlr.surgery.fusion import to_dense
 
 
 def kinds_of(name: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from vitlr.pruning.sites import KINDS, parse_kinds
 from vitlr.pruning.thresholds import Cut, check_wanted, choose
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
-from vitlr.surgery.application import unfuse
+from vitlr.surgery.fusion import unfuse
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
 
 L1 = 1e-4  # λ of arXiv 2104.08500 on DeiT-B
