@@ -100,6 +100,19 @@ class Swapped(SwiGLU):
         return self.fc2(self.fc1_g(x) * self.act(self.fc1_x(x)))
 
 
+class Rows(GluMlp):
+    """Takes the first two rows of fc1's output, not the halves of its columns."""
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(self.act(h[0]) * h[1])
+
+
+class Masked(SwiGLU):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
 def hooked():
     module = mlp()
     module.register_forward_hook(lambda *_: None)
@@ -118,6 +131,8 @@ def hooked():
         (lambda: mlp(Ungated), "its forward is fc2(act(fc1_g(x)) * fc1_g(x))"),
         (lambda: mlp(Swapped), "its forward is fc2(act(fc1_x(x)) * fc1_g(x))"),
         (lambda: mlp(Branching), "cannot be traced"),
+        (lambda: mlp(Rows), "getitem>(fc1(x), 1) * act("),
+        (lambda: mlp(Masked), "its forward is x, mask -> fc2("),
         (lambda: mlp(Mlp), "its forward is fc2(act(fc1(x)))"),
         (lambda: mlp("packed", use_conv=True, low=()), "fc1 is a Conv2d"),
         (lambda: LowRankGLU(mlp()), "it is one already"),

@@ -96,6 +96,11 @@ class Branching(Mlp):
         return super().forward(x) if x.sum() > 0 else x
 
 
+class Masked(Mlp):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
 class Extra(Mlp):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -129,6 +134,7 @@ def adapted():
         (lambda: mlp(cls=Twice), "runs fc1, act, act, fc2"),
         (lambda: mlp(cls=Backwards), "runs fc2, act, fc1"),
         (lambda: mlp(cls=Branching), "cannot be traced"),
+        (lambda: mlp(cls=Masked), "more than fc1, act, fc2 in a row"),
         (lambda: mlp(cls=Extra), "parameters of its own: scale"),
         (lambda: mlp(use_conv=True, low=()), "fc1 is a Conv2d"),
         (lambda: LowRankMLP(mlp()), "it is one already"),
