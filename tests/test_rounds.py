@@ -17,7 +17,7 @@ def proxy():
     return [torch.randn(16, 3, 32, 32) for _ in range(2)]
 
 
-@pytest.mark.parametrize("method", ["prune", "joint"])
+@pytest.mark.parametrize("method", ["widths", "joint"])
 @pytest.mark.parametrize("budget", ["params:60%", "macs:65%", "bytes:120kB"])
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_the_budget_is_that_of_the_dense_model(tiny_vit, proxy, method, budget, rounds, monkeypatch):
@@ -52,7 +52,7 @@ def test_what_is_measured_again_decides(tiny_vit, proxy, images):
     stats = vitlr.calibrate(model, proxy, hidden=True, seed=3)
     whole = cost.count_params(model)
     first = vitlr.apply(
-        model, vitlr.plan(model, stats, f"params:{int(whole * 0.55**0.5)}", method="prune", width_step=8)
+        model, vitlr.plan(model, stats, f"params:{int(whole * 0.55**0.5)}", method="widths", width_step=8)
     )
     stats = vitlr.calibrate(first, proxy, hidden=True, seed=3)
     by_hand = vitlr.apply(first, vitlr.plan(first, stats, f"params:{int(whole * 0.55)}", method="joint", **STEPS))
@@ -71,21 +71,21 @@ def test_refinement_compares_with_the_dense_model(tiny_vit):
             "params:70%",
             method="joint",
             rounds=2,
-            rungs=["joint"],
+            rungs=["distil"],
             inplace=inplace,
             **quick,
             **STEPS,
         )
-        assert small.vitlr_refinement.rungs[-1].name == "joint"
+        assert small.vitlr_refinement.rungs[-1].name == "distil"
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"rounds": 2}, r"rounds=2 narrows MLPs .* method='lowrank'"),
-        ({"rounds": 2, "method": "hybrid"}, "method='hybrid'"),
-        ({"rounds": 0, "method": "joint"}, "rounds=0, expected 1 to 8"),
-        ({"rounds": 9, "method": "joint"}, "rounds=9, expected 1 to 8"),
+        ({"rounds": 2, "method": "lowrank"}, r"rounds=2 narrows MLPs .* method='lowrank'"),
+        ({"rounds": 2, "method": "widths+ranks"}, r"method='widths\+ranks'"),
+        ({"rounds": 0, "method": "joint"}, "rounds=0, expected a whole number from 1 to 8"),
+        ({"rounds": 9, "method": "joint"}, "rounds=9, expected a whole number from 1 to 8"),
         ({"rounds": 1.5, "method": "joint"}, "rounds=1.5, expected"),
     ],
 )
@@ -99,4 +99,4 @@ def test_rounds_that_make_no_sense(tiny_vit, options, said):
     with pytest.raises(InputError, match="uses this loader up"):
         vitlr.compress(tiny_vit(), unread(), "params:60%", method="joint", rounds=2)
     with pytest.raises(InputError, match="no budget"):
-        vitlr.compress(tiny_vit(), unread(), method="prune", prune_rate=0.3, rounds=2)
+        vitlr.compress(tiny_vit(), unread(), method="widths", prune_rate=0.3, rounds=2)

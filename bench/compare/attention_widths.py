@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.common import data_folder, finish, parser
 from bench.compare.methods import CHECKPOINT, MODEL
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
 from vitlr.errors import InputError

@@ -28,11 +28,12 @@ from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, source
 from bench.compare.tables import markdown
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import EXTRAS, OBJECTIVES, Statistics
+from vitlr.calibration.options import EXTRAS, OBJECTIVES
+from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
 from vitlr.decomposition.baselines import BASELINES
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.decomposition.spectra import Spectra
 from vitlr.measuring.cost import count_params
 from vitlr.measuring.evaluation import Metrics, evaluate

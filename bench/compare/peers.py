@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration, validation, weights_digest
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan
-from vitlr.calibration.statistics import DEFAULT, OBJECTIVES
+from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.measuring.cost import count_params
 
 Make = Callable[[nn.Module, Kept, float], nn.Module]

@@ -28,7 +28,7 @@ from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
 from vitlr.measuring.cost import count_params

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench.common import VIT_B, finish, parser, verdict
 from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition.baselines import svd_llm_factors
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.measuring.timing import compare
 from vitlr.runtime.storage import fingerprint
 

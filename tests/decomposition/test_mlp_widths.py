@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from families import MODELS, make
+from solved import solved
 
 import vitlr
 from vitlr.calibration.statistics import BY_IMAGE_HIDDEN, Statistics
-from vitlr.decomposition.mlp_widths import solve_widths
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.losses import image_seeds, sampled_losses
 from vitlr.pruning import find_mlps, narrow_mlp
@@ -55,7 +55,7 @@ def test_they_are_saved_merged_and_refused_like_all_sums(double, tmp_path):
     with pytest.raises(InputError, match="extras differ"):
         plain.merge(whole)
     with pytest.raises(InputError, match=r"no hidden moments .* calibrate with hidden=True"):
-        vitlr.plan(model, plain, "params:80%", method="prune")
+        vitlr.plan(model, plain, "params:80%", method="widths")
 
 
 def test_memory_is_bounded_and_models_without_mlps_are_refused(tiny_vit, batches):
@@ -83,7 +83,7 @@ def test_the_predicted_loss_is_the_measured_one(name, objective, has_bias):
     if not has_bias:
         mlp.fc2.bias = None
     stats = vitlr.calibrate(model, batches, hidden=True, objective=objective)
-    spectrum = solve_widths(model, stats, ridge=1e-4)[mlp.name]
+    spectrum = solved(model, stats, "mlp", ridge=1e-4)[mlp.name]
     h, y = recorded(model, spectrum.second, batches)
     for width in (3, mlp.width // 2, mlp.width - 1):
         V, bias = spectrum.weights(width)
@@ -92,8 +92,8 @@ def test_the_predicted_loss_is_the_measured_one(name, objective, has_bias):
         moved = mlp.fc2.weight.detach().clone()
         moved[:, keep] -= V
         measured = float(((delta @ spectrum.metric) * delta).sum()) / stats.images
-        level = spectrum.covariance().diagonal().mean() / (1 + spectrum.ridge)
-        measured += spectrum.ridge * float(level) * float(((spectrum.metric @ moved) * moved).sum())
+        level = spectrum.moments.covariance().diagonal().mean() / (1 + spectrum.moments.ridge)
+        measured += spectrum.moments.ridge * float(level) * float(((spectrum.metric @ moved) * moved).sum())
         assert float(spectrum.errors[width]) == pytest.approx(measured, rel=1e-7)
         narrow = copy.deepcopy(model)
         narrow_mlp(find_mlps(narrow)[mlp.name], keep, weight=V, bias=bias)
@@ -104,24 +104,24 @@ def test_the_predicted_loss_is_the_measured_one(name, objective, has_bias):
 def test_the_second_linear_is_factorised_as_it_is_at_a_width(double):
     model, batches = double
     stats = vitlr.calibrate(model, batches, objective="loss", hidden=True)
-    spectrum = solve_widths(model, stats)["blocks.0.mlp"]
+    spectrum = solved(model, stats, "mlp")["blocks.0.mlp"]
     V, bias = spectrum.weights(48)
-    solved = spectrum.second_spectrum(48)
-    assert torch.equal(spectrum.second_errors(48), solved.errors())
+    second = spectrum.second_spectrum(48)
+    assert torch.equal(spectrum.rank_errors(spectrum.second, 48), second.errors())
     h, _ = recorded(model, spectrum.second, batches)
     z = h[:, spectrum.keep(48)]
     for rank in (1, 8, 20):
-        A, B, _ = solved.factors(V, rank, bias)
+        A, B, _ = second.factors(V, rank, bias)
         delta = z @ V.mT - z @ B.mT @ A.mT
         measured = float(((delta @ spectrum.metric) * delta).sum()) / stats.images
-        assert float(solved.errors()[rank]) == pytest.approx(measured, rel=1e-6)
+        assert float(second.errors()[rank]) == pytest.approx(measured, rel=1e-6)
 
 
 def test_without_compensation_weights_stay(double):
     model, batches = double
     stats = vitlr.calibrate(model, batches, hidden=True)
-    alone = solve_widths(model, stats, compensate=False)["blocks.0.mlp"]
-    better = solve_widths(model, stats)["blocks.0.mlp"]
+    alone = solved(model, stats, "mlp", compensate=False)["blocks.0.mlp"]
+    better = solved(model, stats, "mlp")["blocks.0.mlp"]
     W, bias = alone.weights(40)
     fc2 = model.blocks[0].mlp.fc2
     assert torch.equal(W, fc2.weight[:, alone.keep(40)]) and torch.equal(bias, fc2.bias)
@@ -139,7 +139,7 @@ def test_few_tokens_and_dead_neurons_are_no_trouble(tiny_vit):
         model.blocks[0].mlp.fc1.weight[:30] = 0
         model.blocks[0].mlp.fc1.bias[:30] = -20  # gelu(-20) = 0
     stats = vitlr.calibrate(model, [torch.randn(1, 3, 32, 32)], hidden=True)
-    spectrum = solve_widths(model, stats)["blocks.0.mlp"]
+    spectrum = solved(model, stats, "mlp")["blocks.0.mlp"]
     assert torch.isfinite(spectrum.errors).all() and float(spectrum.errors[1]) > 0
     assert float(spectrum.errors[98]) < 1e-3 * float(spectrum.errors[1])
     assert all(torch.isfinite(value).all() for value in spectrum.weights(20))
@@ -149,13 +149,13 @@ def test_bad_options_and_moments_are_refused(double):
     model, batches = double
     stats = vitlr.calibrate(model, batches, hidden=True, objective=("loss", "normalized"))
     with pytest.raises(InputError, match="normalized"):
-        solve_widths(model, stats, "normalized")
+        solved(model, stats, "mlp", "normalized")
     for ridge in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="ridge"):
-            solve_widths(model, stats, ridge=ridge)
+            solved(model, stats, "mlp", ridge=ridge)
     stats.layers["blocks.1.mlp.fc2"].input_moment[3, 3] = float("nan")
     with pytest.raises(NumericalError, match=r"blocks\.1\.mlp"):
-        solve_widths(model, stats)
+        solved(model, stats, "mlp")
 
 
 def products(model: torch.nn.Module, name: str, batches: list, samples: int) -> tuple[list, list]:
@@ -193,14 +193,14 @@ def test_fisher_takes_the_tokens_of_an_image_together_for_widths_too(tiny_vit, b
     F = F * of_images.trace() / (2 * len(P))  # half the mean of ||P||^2 over images and draws
     F = F + 0.1 * F.trace() / len(F) * torch.eye(len(F), dtype=F.dtype)
 
-    spectrum = solve_widths(model, stats, "fisher", compensate=compensate, ridge=1e-9)["blocks.1.mlp"]
+    spectrum = solved(model, stats, "mlp", "fisher", compensate=compensate, ridge=1e-9)["blocks.1.mlp"]
     for width in (3, 8):
         V = torch.zeros_like(W)
         V[:, spectrum.keep(width)] = spectrum.weights(width)[0]
         if not compensate:
-            M = spectrum.moment()  # nothing moves a mean into the bias
+            M = spectrum.moments.M()  # nothing moves a mean into the bias
         assert torch.allclose(spectrum.errors[width], torch.trace(F @ (W - V) @ M @ (W - V).mT), rtol=1e-5)
-    assert torch.allclose(spectrum.moment(centred=True).trace(), torch.tensor(1.0, dtype=torch.float64))
+    assert torch.allclose(spectrum.moments.M(centred=True).trace(), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_widths_of_fisher_go_into_joint_plans_and_files(double, tmp_path):
@@ -219,7 +219,7 @@ def test_widths_of_fisher_go_into_joint_plans_and_files(double, tmp_path):
         assert plan.objective == objective and plan.narrowed
         assert vitlr.measuring.cost.count_params(vitlr.apply(model, plan)) == plan.params_kept
     with pytest.raises(InputError, match="weighs whole images"):
-        solve_widths(model, stats, "normalized")
+        vitlr.plan(model, stats, "params:70%", method="joint", objective="normalized")
     with pytest.raises(InputError, match="2 MLPs take 524,288 bytes, more than hidden_memory=400,000"):
         vitlr.calibrate(model, batches, hidden=True, objective="fisher", hidden_memory=400_000)
 
@@ -229,7 +229,7 @@ def test_an_mlp_that_nothing_depends_on_costs_nothing_at_any_width(tiny_vit, bat
     model = tiny_vit(init_values=1.0)
     model.blocks[1].ls2.gamma.data.zero_()
     stats = vitlr.calibrate(model, batches, hidden=True, objective=objective)
-    spectra = solve_widths(model, stats)
+    spectra = solved(model, stats, "mlp")
     assert not spectra["blocks.1.mlp"].errors.any() and spectra["blocks.0.mlp"].errors[0] > 0
     plan = vitlr.plan(model, stats, "params:70%", method="joint", rank_step=4, width_step=4)
     assert min(plan.narrowed, key=plan.narrowed.get) == "blocks.1.mlp"
@@ -249,4 +249,4 @@ def test_a_narrowed_model_is_planned_again(tiny_vit, batches):
     narrow_mlp(find_mlps(model)["blocks.1.mlp"], torch.arange(16))
     stats = vitlr.calibrate(model, batches, hidden=True)
     with pytest.raises(InputError, match=r"blocks\.0\.mlp has more outputs than inputs.*objective='output'"):
-        vitlr.plan(model, stats, "params:75%", method="prune")
+        vitlr.plan(model, stats, "params:75%", method="widths")

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition import ranks
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime.storage import fingerprint
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from vitlr.decomposition.spectra import LayerSpectrum, Spectra
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost
-from vitlr.planning.allocation import Sizes, allocate
+from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import parse_budget
+from vitlr.planning.choices import Sizes
+from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
 
 SHAPES = {"qkv": (96, 32), "proj": (32, 32), "fc1": (128, 32), "fc2": (32, 128)}
@@ -46,7 +48,7 @@ def sizes_of(spectra, has_bias=True):
 def plan_of(budget, spectra=None, has_bias=True, **options):
     spectra = spectra or spectra_of()
     options.setdefault("rank_step", 4)
-    return allocate(spectra, sizes_of(spectra, has_bias), parse_budget(budget) if budget else None, **options)
+    return allocate(spectra, sizes_of(spectra, has_bias), parse_budget(budget) if budget else None, Planning(**options))
 
 
 @settings(max_examples=40, deadline=None)

@@ -38,8 +38,8 @@ def narrowed(plan: Plan) -> set[str]:
     return {row.name for row in plan.widths if row.kind != "mlp" and row.width < row.full_width}
 
 
-@pytest.mark.parametrize("method", ["prune", "joint"])
-@pytest.mark.parametrize("grain", ["scores", "channels", "heads"])
+@pytest.mark.parametrize("method", ["widths", "joint"])
+@pytest.mark.parametrize("grain", ["query_keys", "channels", "heads"])
 @pytest.mark.parametrize(
     ("budget", "objective"), [("params:60%", "loss"), ("macs:62%", "fisher"), ("bytes:60%", "loss")]
 )
@@ -72,7 +72,7 @@ def test_families_cost_what_their_plans_say(name, grain):
 
 def test_nothing_compensated_is_channels_set_to_zero(calibrated, images):
     model, stats = calibrated
-    plan = vitlr.plan(model, stats, "params:85%", method="prune", attention="channels", compensate=False, **STEPS)
+    plan = vitlr.plan(model, stats, "params:85%", method="widths", attention="channels", compensate=False, **STEPS)
     small = vitlr.apply(model, plan)
     zeroed = copy.deepcopy(model)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_ranks_and_widths_in_one_attention(calibrated, images):
 
 def test_files_know_them_in_a_fresh_process(calibrated, images, tmp_path):
     model, stats = calibrated
-    for grain in ("scores", "channels", "heads"):
+    for grain in ("query_keys", "channels", "heads"):
         plan = vitlr.plan(model, stats, "params:45%", method="joint", attention=grain, **STEPS)
         assert narrowed(plan)
         small = vitlr.apply(model, plan)
@@ -175,9 +175,9 @@ def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "joint", "attention": "all"}, "unknown attention='all', expected one of scores, channels"),
-        ({"method": "hybrid", "attention": "heads"}, "not with method='hybrid'"),
-        ({"attention": "heads"}, "not with method='lowrank'"),
+        ({"method": "joint", "attention": "all"}, "unknown attention 'all', expected one of query_keys, channels"),
+        ({"method": "widths+ranks", "attention": "heads"}, r"not with method='widths\+ranks'"),
+        ({"method": "lowrank", "attention": "heads"}, "not with method='lowrank'"),
     ],
 )
 def test_options_that_make_no_sense(calibrated, options, said):
@@ -185,13 +185,13 @@ def test_options_that_make_no_sense(calibrated, options, said):
     with pytest.raises(InputError, match=said):
         vitlr.plan(model, stats, "params:60%", **options)
     with pytest.raises(InputError, match="prune_rate="):
-        vitlr.plan(model, stats, method="prune", prune_rate=0.3, attention="channels")
+        vitlr.plan(model, stats, method="widths", prune_rate=0.3, attention="channels")
 
 
-QUICK = {"steps": 2, "every": 1, "batch_size": 8, "residual_steps": 2, "amp": False}
+QUICK = {"steps": 2, "every": 1, "batch_size": 8, "regrow_steps": 2, "amp": False}
 
 
-@pytest.mark.parametrize("rungs", ["residual", "joint"])
+@pytest.mark.parametrize("rungs", ["regrow", "distil"])
 def test_compress_measures_what_it_needs_and_refines(tiny_vit, rungs):
     images = [torch.randn(40, 3, 32, 32)]
     small = vitlr.compress(
@@ -210,7 +210,7 @@ def test_refinement_leaves_out_layers_whose_outputs_the_dense_network_has_not(ti
         narrow_mlp(read_mlp(block.mlp), torch.arange(64))
         block.mlp.fc1 = LowRankLinear.from_linear(block.mlp.fc1, 8)
         block.mlp.fc2 = LowRankLinear.from_linear(block.mlp.fc2, 8)
-    small = vitlr.refine(small, model, images, rungs="residual", parallel=parallel, **QUICK)
+    small = vitlr.refine(small, model, images, rungs="regrow", parallel=parallel, **QUICK)
     refit, residual = small.vitlr_refinement.rungs
     assert refit.steps == 2 + 5 and "of 2 layers" in refit.note  # fc2 of both blocks, and all norms
     assert ("of 2 layers" in residual.note) != parallel  # in parallel its inputs would be the dense network's

@@ -9,18 +9,21 @@ import torch
 import vitlr
 from vitlr.checkpoint import files
 from vitlr.checkpoint.structure import structure
+from vitlr.decomposition.baselines import svd
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn import LowRankLinear
 from vitlr.planning.choices import worth_having
+from vitlr.planning.knapsack import Prices
+from vitlr.planning.options import Planning
 from vitlr.planning.plans import LayerPlan, Plan
 
 STEPS = {"rank_step": 4, "width_step": 8}
 METHODS = {
-    "prune": {"method": "prune"},
-    "alone": {"method": "prune", "compensate": False},
-    "hybrid": {"method": "hybrid"},
-    "published": {"method": "hybrid", "prune_rate": 0.3},
+    "widths": {"method": "widths"},
+    "alone": {"method": "widths", "compensate": False},
+    "widths+ranks": {"method": "widths+ranks"},
+    "published": {"method": "widths+ranks", "prune_rate": 0.3},
     "joint": {"method": "joint"},
 }
 
@@ -55,10 +58,11 @@ def test_a_plan_is_what_the_model_then_costs(calibrated, images, method, budget)
 @pytest.mark.parametrize("budget", ["params:90%", "params:70%", "params:50%", "macs:60%", "bytes:60%"])
 def test_joint_predicts_no_more_than_each_method_alone(calibrated, budget):
     model, stats = calibrated
-    errors = {m: vitlr.plan(model, stats, budget, **STEPS, method=m).error for m in ("lowrank", "hybrid", "joint")}
+    methods = ("lowrank", "widths+ranks", "joint")
+    errors = {m: vitlr.plan(model, stats, budget, **STEPS, method=m).error for m in methods}
     assert errors["joint"] <= min(errors.values()) * (1 + 1e-9)
     if budget != "params:50%":  # widths alone reach less far
-        assert errors["joint"] <= vitlr.plan(model, stats, budget, **STEPS, method="prune").error * (1 + 1e-9)
+        assert errors["joint"] <= vitlr.plan(model, stats, budget, **STEPS, method="widths").error * (1 + 1e-9)
 
 
 def test_both_in_one_mlp(calibrated, images):
@@ -75,7 +79,7 @@ def test_both_in_one_mlp(calibrated, images):
 
 def test_first_linears_keep_rows_of_the_dense_factors(calibrated):
     model, stats = calibrated
-    plan = vitlr.plan(model, stats, "params:60%", **STEPS, method="prune")
+    plan = vitlr.plan(model, stats, "params:60%", **STEPS, method="widths")
     row = next(row for row in plan.layers if row.name.endswith("fc1") and row.kept_out)
     ranked = tuple(replace(r, rank=4) if r is row else r for r in plan.layers)
     plan, row = replace(plan, layers=ranked), replace(row, rank=4)
@@ -103,29 +107,29 @@ def test_saved_models_and_plans_know_widths(calibrated, images, tmp_path):
 
 def test_a_rate_is_of_all_hidden_neurons_and_needs_no_budget(calibrated):
     model, stats = calibrated
-    plan = vitlr.plan(model, stats, method="prune", prune_rate=0.4, width_step=8)
+    plan = vitlr.plan(model, stats, method="widths", prune_rate=0.4, width_step=8)
     kept = sum(mlp.width for mlp in plan.widths)
     assert 0.6 * 256 - 8 < kept <= 0.6 * 256 and not plan.ranks
-    hybrid = vitlr.plan(model, stats, "params:60%", method="hybrid", prune_rate=0.4, **STEPS)
+    hybrid = vitlr.plan(model, stats, "params:60%", method="widths+ranks", prune_rate=0.4, **STEPS)
     assert {m.name: m.width for m in hybrid.widths} == {m.name: m.width for m in plan.widths}
     assert hybrid.ranks and all("attn" in name for name in hybrid.ranks)
 
 
 def test_floors_and_full_widths_are_reported(calibrated):
     model, stats = calibrated
-    least = vitlr.plan(model, stats, method="prune", prune_rate=0.93, width_step=8)
+    least = vitlr.plan(model, stats, method="widths", prune_rate=0.93, width_step=8)
     assert {mlp.width for mlp in least.widths} == {8}
     assert all("floor" in mlp.reason for mlp in least.widths)
     with pytest.raises(InputError, match=r"prune_rate=0.95 cannot be reached: 16 of 256 hidden neurons must stay"):
-        vitlr.plan(model, stats, method="prune", prune_rate=0.95, width_step=8)
-    with pytest.raises(InputError, match=r"params:10% cannot be reached with method='prune'.* keeps 5"):
-        vitlr.plan(model, stats, "params:10%", method="prune")
+        vitlr.plan(model, stats, method="widths", prune_rate=0.95, width_step=8)
+    with pytest.raises(InputError, match=r"params:10% cannot be reached with method='widths'.* keeps 5"):
+        vitlr.plan(model, stats, "params:10%", method="widths")
     wide = vitlr.plan(model, stats, "params:100%", method="joint", width_step=128)
     assert not wide.changes and all("no multiple of 128" in mlp.reason for mlp in wide.widths)
     out = vitlr.plan(model, stats, "params:90%", method="joint", exclude="blocks.0", **STEPS)
     left = {mlp.name: mlp.width for mlp in out.widths if mlp.reason == "full: left out by include/exclude"}
     assert left == {"blocks.0.mlp": 128, "blocks.0.attn": 32}
-    odd = vitlr.plan(model, stats, "params:80%", method="prune", width_step=50)
+    odd = vitlr.plan(model, stats, "params:80%", method="widths", width_step=50)
     assert {mlp.width for mlp in odd.widths} <= {50, 100, 128}
 
 
@@ -133,17 +137,20 @@ def test_floors_and_full_widths_are_reported(calibrated):
     ("options", "said"),
     [
         ({"method": "both"}, "unknown method 'both'"),
-        ({"method": "prune", "prune_rate": 0.3}, "not both"),
-        ({"method": "joint", "prune_rate": 0.3}, "goes with method='prune' or 'hybrid'"),
-        *[({"method": "hybrid", "prune_rate": rate}, "between 0 and 1") for rate in (0, 1, -0.5, 40, float("nan"))],
+        ({"method": "widths", "prune_rate": 0.3}, "not both"),
+        ({"method": "joint", "prune_rate": 0.3}, r"goes with method='widths' or 'widths\+ranks'"),
+        *[
+            ({"method": "widths+ranks", "prune_rate": rate}, "between 0 and 1")
+            for rate in (0, 1, -0.5, 40, float("nan"))
+        ],
         ({"method": "joint", "width_step": 0}, "width_step=0"),
         ({"method": "joint", "width_step": 2.5}, "width_step=2.5"),
         ({"method": "joint", "rank_step": 0}, "rank_step=0"),
         ({"method": "joint", "min_rank": -1}, "min_rank=-1"),
         ({"method": "joint", "width_scale": 0.0}, "width_scale=0.0"),
         ({"method": "joint", "uniform": True}, "uniform=True goes with method='lowrank'"),
-        ({"method": "prune", "ranks": {"x": 3}}, "ranks= goes with"),
-        ({"method": "hybrid", "rank_buckets": 2}, "rank_buckets= goes with"),
+        ({"method": "widths", "ranks": {"x": 3}}, "ranks= goes with"),
+        ({"method": "widths+ranks", "rank_buckets": 2}, "rank_buckets= goes with"),
         ({"method": "joint", "centred": True}, "centred=True goes with"),
         ({"method": "joint", "ridge": 0.0}, "ridge"),
     ],
@@ -161,10 +168,10 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     assert any("width" in entry for entry in structure(small).values())
     images = [torch.randn(40, 3, 32, 32)]
     better = vitlr.compress(
-        model, images, "params:80%", method="prune", rungs="joint", steps=2, every=1, batch_size=8, **STEPS
+        model, images, "params:80%", method="widths", rungs="distil", steps=2, every=1, batch_size=8, **STEPS
     )
-    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "joint"]
-    pruned = vitlr.compress(model, batches, method="prune", prune_rate=0.5, **STEPS)
+    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "distil"]
+    pruned = vitlr.compress(model, batches, method="widths", prune_rate=0.5, **STEPS)
     assert {entry.keys() == {"width"} for entry in structure(pruned).values()} == {True}
 
 
@@ -176,7 +183,7 @@ def test_compress_refuses_bad_options_before_any_image(tiny_vit):
     for options, said in (
         ({"method": "joint", "ridge": -1.0}, "ridge"),
         ({"method": "joint", "objective": "normalized"}, "normalized"),
-        ({"method": "hybrid", "prune_rate": 2.0}, "prune_rate"),
+        ({"method": "widths+ranks", "prune_rate": 2.0}, "prune_rate"),
         ({"prune_rate": 0.5}, "goes with"),
     ):
         with pytest.raises(InputError, match=said):
@@ -185,7 +192,7 @@ def test_compress_refuses_bad_options_before_any_image(tiny_vit):
 
 def test_plans_of_ranks_are_written_as_before(calibrated):
     model, stats = calibrated
-    body = vitlr.plan(model, stats, "params:70%", rank_step=4).to_dict()
+    body = vitlr.plan(model, stats, "params:70%", method="lowrank", rank_step=4).to_dict()
     assert body["schema"] == 1 and not {"method", "widths", "ridge", "compensated"} & body.keys()
     assert set(body["layers"][0]) == {"name", "in_features", "out_features", "rank", "tokens", "error", "reason"}
     assert Plan.from_dict(body).method == "lowrank"
@@ -217,9 +224,95 @@ def test_the_optionsworth_having():
     import numpy as np
 
     cost, loss = np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0]), np.array([1.0, 5.0, 5.0, 2.0, 1.0, 6.0])
-    assert worth_having(cost, loss).tolist() == [1, 3, 0]
+    assert worth_having(Prices(cost, loss)).tolist() == [1, 3, 0]
 
 
 def test_layer_rows_count_what_is_kept():
     row = LayerPlan("fc1", 10, 40, 2, 3.0, 0.0, "", kept_out=16)
     assert row.shape == (16, 10) and row.params == 2 * 26 and row.macs == 3 * 52
+
+
+def test_the_best_method_is_the_default_and_the_plan_says_why(calibrated, batches):
+    model, stats = calibrated
+    plan = vitlr.plan(model, stats, "params:70%", **STEPS)
+    asked = vitlr.plan(model, stats, "params:70%", **STEPS, method="joint")
+    assert plan == asked and plan.method == "joint" and not asked.why
+    assert "method joint: the hidden neurons of 2 MLPs were measured" in str(plan).splitlines()
+    assert "why" not in plan.to_dict() and "method joint:" not in str(asked)
+    bare = vitlr.calibrate(model, batches)
+    plan = vitlr.plan(model, bare, "params:70%", rank_step=4)
+    assert plan.method == "lowrank" and plan == vitlr.plan(model, bare, "params:70%", rank_step=4, method="lowrank")
+    assert plan.why.startswith("these statistics hold no hidden moments (blocks.0.mlp); calibrate with hidden=True")
+    parts = vitlr.calibrate(model, batches, exclude="blocks.0.mlp.fc1|blocks.1.mlp.fc2")
+    assert "none of the 2 MLPs" in vitlr.plan(model, parts, "params:90%", rank_step=4).why
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"uniform": True}, "uniform=True goes with no other"),
+        ({"rank_buckets": 2}, "rank_buckets= goes with no other"),
+        ({"centred": True, "objective": "loss"}, "centred=True goes with no other"),
+        ({"objective": "normalized"}, "objective='normalized' goes with no other"),
+    ],
+)
+def test_what_only_ranks_have_settles_the_method(tiny_vit, batches, options, why):
+    model = tiny_vit()
+    stats = vitlr.calibrate(model, batches, objective=("fisher", "loss", "normalized"), hidden=True)
+    plan = vitlr.plan(model, stats, "params:70%", rank_step=4, **options)
+    assert plan.method == "lowrank" and plan.why == why and not plan.widths
+
+
+def test_spectra_of_other_methods_are_of_ranks(calibrated):
+    model, stats = calibrated
+    plan = vitlr.plan(model, stats, "params:70%", rank_step=4, spectra=svd(model, stats))
+    assert plan.method == "lowrank" and "objective 'svd' is of ranks alone" in plan.why
+    with pytest.raises(InputError, match="objective 'svd' is of ranks alone"):
+        vitlr.plan(model, stats, "params:70%", method="widths", spectra=svd(model, stats))
+
+
+def test_spectra_of_a_plan_serve_the_next_one(calibrated):
+    model, stats = calibrated
+    first = vitlr.plan(model, stats, "params:70%", **STEPS)
+    seen = []
+    again = {**STEPS, "spectra": first.spectra, "progress": lambda *done: seen.append(done)}
+    second = vitlr.plan(model, stats, "params:60%", **again)
+    assert not seen and second == vitlr.plan(model, stats, "params:60%", **STEPS)
+    third = vitlr.plan(model, stats, "params:60%", **again, compensate=False)
+    assert seen == [(1, 2), (2, 2)]  # the MLPs again; layers, queries and keys are as they were
+    assert third == vitlr.plan(model, stats, "params:60%", **STEPS, compensate=False)
+
+
+def test_progress_counts_layers_mlps_and_attentions_in_one_go(calibrated):
+    model, stats = calibrated
+    seen = []
+    vitlr.plan(model, stats, "params:70%", **STEPS, progress=lambda *done: seen.append(done))
+    assert seen == [(done, 8 + 2 + 2) for done in range(1, 13)]
+
+
+def test_options_as_a_value_are_the_keywords(calibrated):
+    model, stats = calibrated
+    options = Planning(method="widths", width_step=8)
+    plan = vitlr.plan(model, stats, "params:70%", options=options)
+    assert plan == vitlr.plan(model, stats, "params:70%", method="widths", width_step=8)
+    finer = vitlr.plan(model, stats, "params:70%", options=options, width_step=4)
+    assert finer == vitlr.plan(model, stats, "params:70%", method="widths", width_step=4)
+    with pytest.raises(InputError, match=r"unknown option 'rank_stepp', expected some of .*rank_step"):
+        vitlr.plan(model, stats, "params:70%", options=options, rank_stepp=4)
+    hidden = [Planning(**o).hidden for o in ({}, {"method": "lowrank"}, {"uniform": True}, {"attention": "heads"})]
+    assert hidden == [True, False, False, "attention"]
+
+
+def test_old_words_are_taken_and_read_and_no_longer_written(calibrated, images):
+    model, stats = calibrated
+    for old, new in (("prune", "widths"), ("hybrid", "widths+ranks")):
+        plan = vitlr.plan(model, stats, "params:70%", **STEPS, method=old)
+        assert plan.method == new and plan == vitlr.plan(model, stats, "params:70%", **STEPS, method=new)
+    plan = vitlr.plan(model, stats, "params:60%", **STEPS, method="prune", attention="scores")
+    assert plan.attention == "query_keys" and "scores" not in plan.to_json()
+    body = plan.to_dict()
+    body["method"] = "prune"
+    for row in body["widths"]:
+        row["kind"] = row["kind"].replace("query_keys", "scores")
+    read = Plan.from_dict(body)
+    assert read == plan and torch.equal(vitlr.apply(model, read, stats)(images), vitlr.apply(model, plan)(images))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlr.planning.knapsack import Options, choose
+from vitlr.planning.knapsack import Prices, choose
 
 
 def items_of(seed, count, options):
@@ -15,7 +15,7 @@ def items_of(seed, count, options):
     for _ in range(count):
         loss = np.sort(g.random(options) ** 3)[::-1].copy()
         cost = np.sort(g.integers(1, 50, options)).astype(float)
-        items.append(Options(cost, loss))
+        items.append(Prices(cost, loss))
     return items
 
 
@@ -53,5 +53,5 @@ def test_a_generous_budget_loses_nothing_and_equal_input_gives_equal_output():
 
 def test_the_jump_to_dense_is_taken_where_it_pays():
     """Dense (the last option) lies off the concave part: half price per loss saved, but a large step."""
-    flat = Options(np.array([1.0, 2.0, 10.0]), np.array([1.0, 0.99, 0.0]))
+    flat = Prices(np.array([1.0, 2.0, 10.0]), np.array([1.0, 0.99, 0.0]))
     assert choose([flat, flat], 11.0) in ([0, 2], [2, 0])

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from families import MODELS, make
+from solved import solved
 from torch import nn
 
 import vitlr
 from vitlr.anatomy.attention import attentions, fewer_heads
-from vitlr.decomposition.value_widths import solve_values
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.ops.linalg.elimination import compensate, eliminate, eliminate_alone, eliminate_groups
@@ -148,7 +148,7 @@ def test_the_predicted_loss_is_the_measured_one(name, grain, objective):
     with torch.enable_grad():
         model, batches, stats = calibrated(name, objective=objective)
     vitlr.anatomy.linears.make_visible(model)
-    spectrum = solve_values(model, stats, grain, ridge=1e-4)["blocks.0.attn"]
+    spectrum = solved(model, stats, grain, ridge=1e-4)["blocks.0.attn"]
     seen = []
     proj = model.get_submodule(spectrum.second)
     handle = proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, -2)))
@@ -163,8 +163,8 @@ def test_the_predicted_loss_is_the_measured_one(name, grain, objective):
         moved = proj.weight.detach().clone()
         moved[:, keep] -= V
         measured = float(((delta @ spectrum.metric) * delta).sum()) / stats.images
-        level = spectrum.covariance().diagonal().mean() / (1 + spectrum.ridge)
-        measured += spectrum.ridge * float(level) * float(((spectrum.metric @ moved) * moved).sum())
+        level = spectrum.moments.covariance().diagonal().mean() / (1 + spectrum.moments.ridge)
+        measured += spectrum.moments.ridge * float(level) * float(((spectrum.metric @ moved) * moved).sum())
         assert float(spectrum.errors[width]) == pytest.approx(measured, rel=1e-7)
         narrow = copy.deepcopy(model)
         narrow_attention(narrow, spectrum.attention, keep, weight=V, bias=bias)
@@ -183,17 +183,18 @@ def test_moments_are_asked_for_saved_and_missed_by_name(tiny_vit, batches, tmp_p
     assert having == {f"blocks.{i}.{n}" for i in (0, 1) for n in ("attn.proj", "mlp.fc2")}
     stats.save(tmp_path / "s.safetensors")
     read = vitlr.Statistics.load(tmp_path / "s.safetensors")
-    a, b = (solve_values(model, s, "channels")["blocks.1.attn"] for s in (stats, read))
+    a, b = (solved(model, s, "channels")["blocks.1.attn"] for s in (stats, read))
     assert torch.equal(a.errors, b.errors) and torch.equal(a.order, b.order)
+    plain = vitlr.calibrate(model, batches, hidden=True)
     with pytest.raises(InputError, match=r"no moments of value channels \(blocks\.0\.attn\).*hidden='attention'"):
-        vitlr.plan(model, vitlr.calibrate(model, batches, hidden=True), "params:80%", method="prune", attention="heads")
+        vitlr.plan(model, plain, "params:80%", method="widths", attention="heads")
     with pytest.raises(InputError, match="2 MLPs and 2 attentions take 557,056 bytes"):
         vitlr.calibrate(model, batches, hidden="attention", hidden_memory=1000)
     with pytest.raises(InputError, match="hidden='heads', expected True"):
         vitlr.calibrate(model, batches, hidden="heads")
     stats.layers["blocks.1.attn.proj"].input_moment[3, 3] = float("nan")
     with pytest.raises(NumericalError, match=r"attention blocks\.1\.attn"):
-        solve_values(model, stats, "heads")
+        solved(model, stats, "heads")
 
 
 class Grouped(nn.Module):

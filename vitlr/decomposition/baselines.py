@@ -13,12 +13,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vitlr.anatomy.reading import read
 from vitlr.calibration.statistics import LayerStatistics, Statistics
-from vitlr.decomposition.ranks import layer_weights
+from vitlr.decomposition.solving import check_fits
 from vitlr.decomposition.spectra import LayerSpectrum, Spectra
 from vitlr.errors import InputError, NumericalError
+from vitlr.runtime.progress import Progress
 
-Progress = Callable[[int, "int | None"], None]
 Baseline = Callable[..., Spectra]
 
 
@@ -133,11 +134,11 @@ def _each(
     solve: Callable[[Tensor, LayerStatistics], LayerSpectrum],
     progress: Progress | None,
 ) -> Spectra:
-    weights = layer_weights(model, stats)
-    stats.check_fits(weights)
+    parts = read(model)
+    check_fits(parts, stats)
     layers = {}
     for done, (name, layer) in enumerate(stats.layers.items(), 1):
-        W = weights[name].detach().to("cpu", torch.float64)
+        W = parts.linears[name].weight.detach().to("cpu", torch.float64)
         layers[name] = solve(_finite(W, name), layer)
         if progress is not None:
             progress(done, len(stats.layers))

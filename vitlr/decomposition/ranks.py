@@ -1,16 +1,7 @@
-"""Decomposition: one symmetric eigenproblem per layer, solved for every rank at once.
+"""Ranks: one symmetric eigenproblem per layer, solved for every rank at once.
 
-Every objective is `min ‖F^{1/2} (1 − Π) M^{1/2}‖_F²` over rank-r projectors Π, for a pair of moments on the layer's
-smaller side: M says how large the directions are, F how much each of them matters.
-
-    side     W_r      M               F for "loss"             F else
-    output   Π W      G = Σ y yᵀ      S = Σ g gᵀ               1
-    input    (W Π)    C = Σ x xᵀ      H = Σ (Wᵀg)(Wᵀg)ᵀ        Wᵀ W
-
-"loss" takes the tokens of an image as independent. "fisher" does not: the loss of an image moves by `tr((1 − Π) P)`,
-`P = Σ_tokens y gᵀ`. `Σ_images P Pᵀ` and `Σ_images Pᵀ P` are the Kronecker factors nearest to the second moment of P
-after one power iteration from the identity (as Shampoo's are: Morwani et al., arXiv 2406.17748). Its M and F are the
-means of these and of the ones above, all scaled to one trace.
+Every objective is `min ‖F^{1/2} (1 − Π) M^{1/2}‖_F²` over rank-r projectors Π, for the pair of moments of `objectives`
+on the layer's smaller side: M says how large the directions are, F how much each of them matters.
 
 With `F = Rᵀ R` and `R M Rᵀ = U Λ Uᵀ` the answer for all r is `Π_r = (R⁻¹ U_r)(U_rᵀ R)`, at a loss of `Σ_{i≥r} λ_i`.
 M may be singular; F is damped first. On a CPU one thread solves one layer, on a GPU layers of one size are a batch.
@@ -23,77 +14,34 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitlr.calibration.statistics import OBJECTIVES, LayerStatistics, Statistics
-from vitlr.decomposition.objectives import damped, pair
-from vitlr.decomposition.spectra import LayerSpectrum, Spectra
-from vitlr.errors import InputError, NumericalError
-from vitlr.ops.linalg.eigenproblems import DAMPING, solve, solve_batch
+from vitlr.anatomy.reading import Parts
+from vitlr.calibration.statistics import LayerStatistics, Statistics
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.spectra import LayerSpectrum
+from vitlr.errors import NumericalError
+from vitlr.ops.linalg.eigenproblems import solve, solve_batch
 from vitlr.ops.linalg.eigh import BatchError
 
 BATCH = 2**26  # entries of the matrices that a GPU solves at once: 113 of 768 x 768, half a GiB in fp64
 
 
-def decompose(
-    model: nn.Module,
-    stats: Statistics,
-    objective: str | None = None,
-    *,
-    centred: bool = False,
-    damping: float = DAMPING,
-    device: str | torch.device = "cpu",
-    progress: Callable[[int, int | None], None] | None = None,
-) -> Spectra:
-    """Solve all layers for all ranks in float64.
-
-    `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
-    an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
-    output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
-    into the bias. `damping` is added to F relative to its mean eigenvalue.
-
-    Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
-    solve meets NaN or Inf or does not converge.
-    """
-    objective = objective or stats.default_objective
-    check_options(objective, centred, damping)
-    if objective != "output" and objective not in stats.objectives:
-        raise InputError(
-            f"these statistics hold {', '.join(stats.objectives)}, not {objective!r}; "
-            f"calibrate with objective={objective!r}"
-        )
-    weights = layer_weights(model, stats)
-    stats.check_fits(weights)
-    names = list(stats.layers)
+def solve_ranks(
+    parts: Parts, stats: Statistics, objective: Objective, device: str | torch.device = "cpu"
+) -> Iterator[LayerSpectrum]:
+    """All ranks of all layers in float64, each as it is done. `NumericalError` naming a layer that meets NaN or Inf."""
 
     def prepare(name: str) -> _Problem:
-        layer, W = stats.layers[name], weights[name].detach().to(device, torch.float64)
-        M, F = pair(layer, W, stats, objective, centred)
-        mean = layer.sum("input_sum").to(W) / max(layer.tokens, 1) if centred else None
+        layer, W = stats.layers[name], parts.linears[name].weight.detach().to(device, torch.float64)
+        M, F = objective.M(layer, W), objective.F(layer, W)
+        mean = layer.sum("input_sum").to(W) / max(layer.tokens, 1) if objective.centred else None
         if F is not None and not F.any():  # nothing depends on this layer: every rank is free
             return _Problem(layer, M, None, True, mean)
-        return _Problem(layer, M, None if F is None else damped(F, W, layer.side, damping, objective), False, mean)
+        return _Problem(layer, M, None if F is None else objective.damped(F, W, layer.side), False, mean)
 
     batched = torch.device(device).type != "cpu"
-    solved = (_in_batches if batched else _one_by_one)(prepare, stats.layers)
-    spectra: dict[str, LayerSpectrum] = {}
-    for spectrum in solved:
-        spectra[spectrum.name] = spectrum
-        if progress is not None:
-            progress(len(spectra), len(names))
-    return Spectra({name: spectra[name] for name in names}, objective, stats.fingerprint, centred, damping)
-
-
-def check_options(objective: str | None, centred: bool, damping: float) -> None:
-    """Raise `InputError` for options that no statistics could serve."""
-    if objective not in (None, *OBJECTIVES):
-        raise InputError(f"unknown objective {objective!r}, expected one of {', '.join(OBJECTIVES)}")
-    if centred and objective in ("normalized", "fisher"):
-        raise InputError(
-            f"centred=True needs plain moments, objective {objective!r} has one per image; use 'loss' or 'output'"
-        )
-    if not 0 <= damping < float("inf"):
-        raise InputError(f"damping={damping}, expected a number from 0 on")
+    return (_in_batches if batched else _one_by_one)(prepare, stats.layers)
 
 
 @dataclass(frozen=True)
@@ -165,14 +113,3 @@ def _in_batches(prepare: Callable[[str], _Problem], layers: Mapping[str, LayerSt
                     raise alike[cause.index].failed(cause.reason) from cause
                 for problem, energies, P, Q in zip(alike, *solved, strict=True):
                     yield problem.answer(energies.clone(), P.clone(), Q.clone())  # none keeps the batch alive
-
-
-def layer_weights(model: nn.Module, stats: Statistics) -> dict[str, Tensor]:
-    """The weights that the statistics speak of; raises `InputError` where the model has no such linear layer."""
-    modules = dict(model.named_modules())
-    for name in stats.layers:
-        if not isinstance(modules.get(name), nn.Linear):
-            raise InputError(
-                f"these statistics are of another model: it has no linear layer {name!r}; calibrate this model"
-            )
-    return {name: modules[name].weight for name in stats.layers}

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vitlr.decomposition.options import Decomposition
 from vitlr.errors import InputError
 from vitlr.ops.linalg.factors import balance
 
@@ -65,22 +66,13 @@ class Narrowing(Protocol):
     All widths at once, as a `LayerSpectrum` holds all ranks: `errors[w]` is what keeping w of `full_width` costs.
     """
 
-    compensated: bool
-    ridge: float
-    factored: bool
-    """A narrower width may have ranks as well."""
-    trims_last: bool
-    """Its last linear loses outputs too."""
-    group: int
-    """So many neighbours go together."""
-
     @property
     def name(self) -> str:
         """Of the MLP or attention in the model."""
 
     @property
     def kind(self) -> str:
-        """What goes: "mlp", "channels", "heads" or "scores"."""
+        """What goes: "mlp", "channels", "heads" or "query_keys"."""
 
     @property
     def first(self) -> tuple[str, ...]:
@@ -95,8 +87,23 @@ class Narrowing(Protocol):
         """How many there are."""
 
     @property
+    def group(self) -> int:
+        """So many neighbours go together."""
+
+    @property
+    def factored(self) -> bool:
+        """Whether a narrower width may have ranks as well."""
+
+    @property
+    def trims_last(self) -> bool:
+        """Whether its last linear loses outputs too."""
+
+    @property
     def errors(self) -> Tensor:
-        """Cost of keeping w, for w = 0 … full width."""
+        """Loss of keeping w, for w = 0 … full width."""
+
+    def fits(self, options: Decomposition) -> bool:
+        """Whether solving with these options would give the same."""
 
     def choices(self, step: int) -> list[int]:
         """The widths that are offered, the full one last."""
@@ -107,12 +114,15 @@ class Narrowing(Protocol):
     def extra(self, width: int, quantity: str) -> float:
         """What a width costs besides its linears' weights and biases, against the full one."""
 
+    def rank_errors(self, name: str, width: int) -> Tensor | None:
+        """Loss of every rank of one of its linears at a width; None where it is that of the dense one."""
+
 
 @dataclass(eq=False)
 class Spectra:
     """The spectra of all layers under one objective, how they were made, and of which weights they speak.
 
-    `widths` are those of the MLPs' hidden widths and the attentions', where a plan asked for them.
+    `widths` are those of what may get narrower, MLPs and attentions, where a plan asked for them.
     """
 
     layers: dict[str, LayerSpectrum]

@@ -1,4 +1,4 @@
-"""The multiple-choice knapsack: one option per item, the least total loss under one total cost."""
+"""The multiple-choice knapsack: one choice per item, the least total loss under one total cost."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Options:
+class Prices:
     """The choices of one item: `cost[i]` ascending, `loss[i]`."""
 
     cost: Array
     loss: Array
 
 
-def choose(items: Sequence[Options], limit: float) -> list[int] | None:
-    """The option of every item with the least total loss at a total cost of at most `limit`; None if none fits.
+def choose(items: Sequence[Prices], limit: float) -> list[int] | None:
+    """The choice of every item with the least total loss at a total cost of at most `limit`; None if none fits.
 
     Lagrange relaxation (`argmin loss + μ cost` for each item, μ by bisection) walks the lower convex hulls exactly;
     what the hulls leave over is filled by single upgrades, the best loss saved per cost first. Ties go to the cheaper
-    option and the earlier item, so equal input gives equal output.
+    choice and the earlier item, so equal input gives equal output.
     """
     cheapest = [int(np.argmin(item.cost)) for item in items]
     if _total(items, cheapest) > limit:
@@ -48,15 +48,15 @@ def choose(items: Sequence[Options], limit: float) -> list[int] | None:
     return _fill(items, _relaxed(items, high), limit)
 
 
-def _relaxed(items: Sequence[Options], price: float) -> list[int]:
+def _relaxed(items: Sequence[Prices], price: float) -> list[int]:
     return [int(np.argmin(item.loss + price * item.cost)) for item in items]
 
 
-def _total(items: Sequence[Options], chosen: Sequence[int]) -> float:
+def _total(items: Sequence[Prices], chosen: Sequence[int]) -> float:
     return float(sum(item.cost[i] for item, i in zip(items, chosen, strict=True)))
 
 
-def _fill(items: Sequence[Options], chosen: list[int], limit: float) -> list[int]:
+def _fill(items: Sequence[Prices], chosen: list[int], limit: float) -> list[int]:
     """Spend what is left on the upgrade that saves most per cost, until none fits."""
     left = limit - _total(items, chosen)
     while True:

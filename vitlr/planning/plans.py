@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
+from vitlr.planning.options import METHODS, WORDS
 from vitlr.runtime.storage import atomic_path
 
 SCHEMA = 3  # 2 knows widths, 3 those of attention; plans without them are written as 1 or 2, as they always were
-METHODS = ("lowrank", "prune", "hybrid", "joint")
-KINDS = {
-    "mlp": "width",
-    "channels": "value",
-    "heads": "heads",
-    "scores": "q·k",
-}  # of widths, and what the table calls them
+KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
 _MAX_BYTES = 16 * 2**20
-
-
 _ROWS = ("layers", "widths")
+_OWN = ("why", "spectra")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
 
@@ -66,7 +60,7 @@ class WidthPlan:
     """One MLP: how many of its hidden neurons stay, the predicted error of that alone, and the reason.
 
     Of an attention (`kind` "channels" or "heads") the same for its value channels, one by one or in whole heads, or
-    (`kind` "scores") for the directions in which queries meet keys, of all heads together.
+    (`kind` "query_keys") for the directions in which queries meet keys, of all heads together.
     """
 
     name: str
@@ -81,7 +75,7 @@ class WidthPlan:
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
-    `spectra` travel with a plan that was just made; one read from JSON is applied with the statistics instead.
+    `spectra` and `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
     """
 
     budget: str
@@ -100,6 +94,7 @@ class Plan:
     widths: tuple[WidthPlan, ...] = ()
     compensated: bool = True  # the second linears make up for the neurons that are gone
     ridge: float = 0.0
+    why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -110,16 +105,16 @@ class Plan:
     @property
     def error(self) -> float:
         """Predicted error of the whole model: the sum over layers and widths."""
-        return sum(layer.error for layer in self.layers) + sum(mlp.error for mlp in self.widths)
+        return sum(layer.error for layer in self.layers) + sum(row.error for row in self.widths)
 
     @property
     def narrowed(self) -> dict[str, int]:
         """Width of every MLP that loses neurons and every attention that loses channels or directions."""
-        return {mlp.name: mlp.width for mlp in self.widths if mlp.width < mlp.full_width}
+        return {row.name: row.width for row in self.widths if row.width < row.full_width}
 
     @property
     def attention(self) -> str | None:
-        """Whether attention may lose "scores", "channels" or "heads", or nothing."""
+        """Whether attention may lose "query_keys", "channels" or "heads", or nothing."""
         return next((row.kind for row in self.widths if row.kind != "mlp"), None)
 
     @property
@@ -130,7 +125,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
         new = _NEW if self.method == "lowrank" else ()
-        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, "spectra", *new)}
+        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, *_OWN, *new)}
         layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
         if new:
             return {"schema": 1, **body, "layers": layers}
@@ -152,9 +147,13 @@ class Plan:
             if schema not in range(1, SCHEMA + 1):
                 raise InputError(f"this plan has schema {schema}, this vitlr reads up to {SCHEMA}; make the plan again")
             layers = tuple(LayerPlan(**layer) for layer in body["layers"])
-            names = {f.name for f in fields(cls)} - {"spectra", *_ROWS} - (set(_NEW) if schema == 1 else set())
+            names = {f.name for f in fields(cls)} - {*_ROWS, *_OWN} - (set(_NEW) if schema == 1 else set())
             widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema > 1 else ()
-            plan = cls(layers=layers, widths=widths, **{name: body[name] for name in names})
+            widths = tuple(replace(row, kind=_word(row.kind)) for row in widths)
+            values = {name: body[name] for name in names}
+            if "method" in values:
+                values["method"] = _word(values["method"])
+            plan = cls(layers=layers, widths=widths, **values)
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
         plan._check()
@@ -164,11 +163,11 @@ class Plan:
         """Raise `InputError` for values that no plan has: they may come from anywhere."""
         if self.method not in METHODS:
             raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
-        for mlp in self.widths:
-            if any(type(w) is not int for w in (mlp.width, mlp.full_width)) or not 1 <= mlp.width <= mlp.full_width:
-                raise InputError(f"{mlp.name}: width {mlp.width!r:.80} does not fit {mlp.full_width!r:.80}")
-            if mlp.kind not in KINDS:
-                raise InputError(f"{mlp.name}: a width of {mlp.kind!r:.80}, expected one of {', '.join(KINDS)}")
+        for row in self.widths:
+            if any(type(w) is not int for w in (row.width, row.full_width)) or not 1 <= row.width <= row.full_width:
+                raise InputError(f"{row.name}: width {row.width!r:.80} does not fit {row.full_width!r:.80}")
+            if row.kind not in KINDS:
+                raise InputError(f"{row.name}: a width of {row.kind!r:.80}, expected one of {', '.join(KINDS)}")
         for layer in self.layers:
             for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
                 if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
@@ -212,11 +211,11 @@ class Plan:
                 f"{layer.name:<{width}}  {shape:>11}  {rank:>5}  {layer.error:>9.3g}  {layer.params:>10,}  "
                 f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
             )
-        for mlp in self.widths:
-            kept = f"{mlp.width}/{mlp.full_width}"
+        for row in self.widths:
+            kept = f"{row.width}/{row.full_width}"
             lines.append(
-                f"{mlp.name:<{width}}  {kept:>11}  {KINDS[mlp.kind]:>5}  {mlp.error:>9.3g}  {'':>10}  {'':>8}  "
-                f"{mlp.reason}"
+                f"{row.name:<{width}}  {kept:>11}  {KINDS[row.kind]:>5}  {row.error:>9.3g}  {'':>10}  {'':>8}  "
+                f"{row.reason}"
             )
         narrowed = ""
         for what, rows in (
@@ -225,6 +224,8 @@ class Plan:
         ):
             if rows:
                 narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
+        if self.why:
+            lines.append(f"method {self.method}: {self.why}")
         lines.append(
             f"{self.budget}, objective {self.objective}: {len(self.ranks)} of {len(self.layers)} layers factorised, "
             f"{narrowed}predicted error {self.error:.4g}"
@@ -235,3 +236,8 @@ class Plan:
                 f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({after / before:.1%} kept)"
             )
         return "\n".join(lines)
+
+
+def _word(value: Any) -> Any:
+    """Today's word for one that older files hold."""
+    return WORDS.get(value, value) if isinstance(value, str) else value

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears
 from vitlr.anatomy.attention import Attention, attentions
 from vitlr.anatomy.mlps import Mlp, find_mlps, read_mlp
+from vitlr.anatomy.reading import read
 from vitlr.calibration.statistics import Statistics
-from vitlr.decomposition.mlp_widths import WidthSpectrum
-from vitlr.decomposition.ranks import decompose
-from vitlr.decomposition.score_widths import ScoreSpectrum
+from vitlr.decomposition.mlp_widths import MlpSpectrum
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.options import RIDGE, Decomposition
+from vitlr.decomposition.query_key_widths import QueryKeySpectrum
+from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.decomposition.value_widths import ValueSpectrum
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.nn._plain import has_hooks
-from vitlr.planning.planner import Progress, with_widths
 from vitlr.planning.plans import Plan
 from vitlr.runtime.modules import swap
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
-from vitlr.surgery.attention import narrow_attention, narrow_scores
+from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 from vitlr.surgery.mlps import narrow_mlp
+
+Factors = tuple[Tensor, Tensor, Tensor | None]  # A [N, r], B [r, K], bias [N]
 
 
 def replace_layers(
@@ -34,7 +37,7 @@ def replace_layers(
     spectra: Spectra,
     *,
     inplace: bool = False,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Narrow every planned MLP and attention, replace every planned layer `W` by factors `A [N, r]`, `B [r, K]`.
 
@@ -60,13 +63,10 @@ def replace_layers(
     linears.make_visible(model)
     factors = _narrow(model, plan, spectra)
     for done, (name, rank) in enumerate(plan.ranks.items(), 1):
-        if isinstance(model.get_submodule(name), SelectedLinear):  # of a narrowed attention
-            linear, place = model.get_submodule(f"{name}.linear"), f"{name}.linear"
-        else:
-            linear, place = model.get_submodule(name), name
+        place = f"{name}.linear" if isinstance(model.get_submodule(name), SelectedLinear) else name  # of an attention
+        linear = model.get_submodule(place)
         assert isinstance(linear, nn.Linear)
-        spectrum = spectra.layers[name]
-        A, B, bias = factors[name] if name in factors else spectrum.factors(linear.weight, rank, linear.bias)
+        A, B, bias = factors.get(name) or spectra.layers[name].factors(linear.weight, rank, linear.bias)
         low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
         swap(model, place, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
         if progress is not None:
@@ -88,30 +88,28 @@ def _check_widths(model: nn.Module, plan: Plan) -> set[str]:
             what = "MLP" if row.kind == "mlp" else "attention"
             raise InputError(f"the plan is of another model: no {what} of width {row.full_width} at {row.name!r}")
         if isinstance(found, Attention):
-            taken |= set(found.queries_keys if row.kind == "scores" else found.linears)
+            taken |= set(found.queries_keys if row.kind == "query_keys" else found.linears)
     return taken
 
 
-def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, Factors]:
     """Narrow the planned MLPs and attentions; return the factors of those of their linears that have a rank as well."""
-    factors = {}
+    factors: dict[str, Factors] = {}
     for name, width in plan.narrowed.items():
         spectrum = spectra.widths[name]
-        if isinstance(spectrum, ScoreSpectrum):
-            narrow_scores(model, spectrum, width)
+        if isinstance(spectrum, QueryKeySpectrum):
+            narrow_query_keys(model, spectrum, width)
             continue
-        assert isinstance(spectrum, WidthSpectrum)
-        keep = spectrum.keep(width)
-        weight, bias = spectrum.weights(width)
-        rows = spectrum.rows(keep)
-        for first in spectrum.first:
+        assert isinstance(spectrum, (MlpSpectrum, ValueSpectrum))
+        keep, (weight, bias) = spectrum.keep(width), spectrum.weights(width)
+        for first, rows in spectrum.rows(keep).items():
             if first in plan.ranks:
-                linear, left = model.get_submodule(first), rows[first]
+                linear = model.get_submodule(first)
                 A, B, b = spectra.layers[first].factors(linear.weight, plan.ranks[first], linear.bias)  # type: ignore[arg-type]
-                factors[first] = A[left], B, None if b is None else b[left]
+                factors[first] = A[rows], B, None if b is None else b[rows]
         if spectrum.second in plan.ranks:
-            solved = spectrum.second_spectrum(width)
-            factors[spectrum.second] = solved.factors(weight, plan.ranks[spectrum.second], bias)
+            second = spectrum.second_spectrum(width)
+            factors[spectrum.second] = second.factors(weight, plan.ranks[spectrum.second], bias)
         if isinstance(spectrum, ValueSpectrum):
             narrow_attention(model, spectrum.attention, keep, weight=weight, bias=bias)
         else:
@@ -143,8 +141,18 @@ def apply(
             raise InputError(
                 "this plan was read from a file and carries no factors; pass the statistics it was made from"
             )
-        spectra = decompose(model, stats, plan.objective, centred=plan.centred, damping=plan.damping)
-        if plan.narrowed:
-            how: dict[str, Any] = {"compensate": plan.compensated, "ridge": plan.ridge}
-            spectra = with_widths(model, stats, spectra, plan.attention, **how)
+        spectra = _solved_again(model, plan, stats)
     return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
+
+
+def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
+    """The spectra that a plan was made from."""
+    options = Decomposition(
+        objective=plan.objective,
+        centred=plan.centred,
+        damping=plan.damping,
+        compensate=plan.compensated,
+        ridge=plan.ridge or RIDGE,
+    )
+    kinds = {row.kind for row in plan.widths} if plan.narrowed else set()
+    return solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options)

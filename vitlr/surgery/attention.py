@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy.attention import Attention, loses_heads, set_heads
-from vitlr.decomposition.score_widths import ScoreSpectrum
+from vitlr.decomposition.query_key_widths import QueryKeySpectrum
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.runtime.modules import put
@@ -74,44 +74,44 @@ def _checked(
 
 
 @torch.no_grad()
-def narrow_scores(model: nn.Module, spectrum: ScoreSpectrum, width: int) -> None:
+def narrow_query_keys(model: nn.Module, spectrum: QueryKeySpectrum, width: int) -> None:
     """Rotate queries and keys of every head, and take the directions that go out of their linears, in place."""
-    for name, (weight, bias, left) in _rotated(model, spectrum, spectrum.ranks(width)).items():
-        selected = SelectedLinear.from_linear(model.get_submodule(name), outputs=left)
+    full, d = spectrum.full_width, spectrum.attention.head_dim
+    linears = {name: _plain(model, name) for name in spectrum.attention.queries_keys}
+    rows = torch.cat([_with_bias(linear) for linear in linears.values()])  # of q, of k, and of v where one makes all
+    rows[: 2 * full] = _rotated(rows[: 2 * full].view(2, -1, d, rows.shape[1]), spectrum).flatten(0, 2)
+    head = torch.cat([h * d + torch.arange(rank) for h, rank in enumerate(spectrum.ranks(width))])
+    left = torch.cat([head, full + head, torch.arange(2 * full, len(rows))])
+    start = 0
+    for name, linear in linears.items():
+        stop = start + linear.out_features
+        own = left[(left >= start) & (left < stop)]
+        selected = SelectedLinear.from_linear(linear, outputs=own - start)
         assert isinstance(selected.linear, nn.Linear)
-        selected.linear.weight.copy_(weight[left])  # a copy: whoever shares the old weight keeps it
+        selected.linear.weight.copy_(rows[own, :-1])  # a copy: whoever shares the old weight keeps it
         if selected.linear.bias is not None:
-            selected.linear.bias.copy_(bias[left])
+            selected.linear.bias.copy_(rows[own, -1])
         put(model, name, selected)
+        start = stop
 
 
-def _rotated(model: nn.Module, spectrum: ScoreSpectrum, ranks: list[int]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Weight and bias of the linears with rotated rows, in float64, and the rows that are left."""
-    names, width, d = spectrum.attention.queries_keys, spectrum.full_width, spectrum.attention.head_dim
-    linears = [model.get_submodule(name) for name in names]
-    for name, linear in zip(names, linears, strict=True):
-        if type(linear) is not nn.Linear:
-            raise InputError(f"{name} is a {type(linear).__name__}, no plain linear")
-    rows = [torch.cat([_with_bias(linear) for linear in linears])[i * width : (i + 1) * width] for i in (0, 1)]
-    q, k = (part.unflatten(0, (-1, d)) for part in rows)  # [heads, d, K + 1]
-    q, k = spectrum.Q @ q, spectrum.P.mT @ k
-    scale = (k.norm(dim=2) / q.norm(dim=2).clamp_min(1e-30)).clamp(1e-6, 1e6).sqrt()  # calm half precision
-    q, k = (q * scale[..., None]).flatten(0, 1), (k / scale[..., None]).flatten(0, 1)
-    head = torch.cat([h * d + torch.arange(r) for h, r in enumerate(ranks)])
-    if len(names) == 1:
-        rest = _with_bias(linears[0])[2 * width :]
-        left = torch.cat([head, width + head, torch.arange(2 * width, 3 * width)])
-        return {names[0]: (*_apart(torch.cat([q, k, rest])), left)}
-    return {name: (*_apart(part), head) for name, part in zip(names, (q, k), strict=True)}
+def _rotated(rows: Tensor, spectrum: QueryKeySpectrum) -> Tensor:
+    """Queries and keys `[2, heads, d, K + 1]` in the directions of their head, the ones that matter first."""
+    q, k = spectrum.Q @ rows[0], spectrum.P.mT @ rows[1]
+    scale = (k.norm(dim=2) / q.norm(dim=2).clamp_min(1e-30)).clamp(1e-6, 1e6).sqrt()[..., None]  # calm half precision
+    return torch.stack([q * scale, k / scale])
 
 
-def _with_bias(linear: nn.Module) -> Tensor:
+def _plain(model: nn.Module, name: str) -> nn.Linear:
+    """A linear by name, if it is one and no more."""
+    linear = model.get_submodule(name)
+    if type(linear) is not nn.Linear:
+        raise InputError(f"{name} is a {type(linear).__name__}, no plain linear")
+    return linear
+
+
+def _with_bias(linear: nn.Linear) -> Tensor:
     """`[W, b]` in float64 on the CPU."""
-    assert isinstance(linear, nn.Linear)
     weight = linear.weight.detach().double().cpu()
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.detach().double().cpu()
     return torch.cat([weight, bias[:, None]], 1)
-
-
-def _apart(rows: Tensor) -> tuple[Tensor, Tensor]:
-    return rows[:, :-1], rows[:, -1]

@@ -14,7 +14,7 @@ from torch import nn
 
 from vitlr.calibration.statistics import LayerStatistics, Statistics
 from vitlr.decomposition import ranks
-from vitlr.decomposition.ranks import decompose
+from vitlr.decomposition.solving import decompose
 from vitlr.errors import InputError
 from vitlr.ops import explain
 from vitlr.ops.backends import cuda_solve, cusolver, native

@@ -1,21 +1,23 @@
 """Directions of queries and keys: what is measured, that rotating is exact, what goes first, which attentions can."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import make
+from solved import solved
 from torch import nn
 
 import vitlr
 from vitlr.anatomy import attention as attention_surface
 from vitlr.anatomy.attention import attentions, score_attentions, why_no_scores
-from vitlr.decomposition.score_widths import SCALE, solve_scores
+from vitlr.decomposition.query_key_widths import SCALE
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring import cost
 from vitlr.nn import SelectedLinear
-from vitlr.surgery.attention import narrow_scores
+from vitlr.surgery.attention import narrow_query_keys
 
 # plain, windows with a bias of their positions, attention pooling beside it
 FAMILIES = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224"]
@@ -96,14 +98,14 @@ def test_rotating_is_exact_and_directions_that_nothing_needs_are_free(name):
                 linear.bias[rows[:, -1]] = linear.bias[rows[:, 0]]
     images = images.double()
     stats = vitlr.calibrate(model, [images], hidden=True)
-    spectra = solve_scores(model, stats)
+    spectra = solved(model, stats, "query_keys")
     expected, rotated, cut = model(images), copy.deepcopy(model), copy.deepcopy(model)
     assert spectra
     for spectrum in spectra.values():
-        narrow_scores(rotated, spectrum, spectrum.full_width)
+        narrow_query_keys(rotated, spectrum, spectrum.full_width)
         width = spectrum.full_width - spectrum.attention.heads
         assert spectrum.errors[width] <= 1e-9 * spectrum.errors[0]
-        narrow_scores(cut, spectrum, width)
+        narrow_query_keys(cut, spectrum, width)
         for linear in spectrum.attention.queries_keys:
             assert isinstance(cut.get_submodule(linear), SelectedLinear)
     torch.testing.assert_close(rotated(images), expected)
@@ -140,15 +142,15 @@ def test_linears_of_their_own_are_the_packed_one_in_parts(tiny_vit, images, monk
     found = []
     for model in (packed, apart):
         stats = vitlr.calibrate(model, [images], hidden=True)
-        spectrum = solve_scores(model, stats)["blocks.1.attn"]
+        spectrum = solved(model, stats, "query_keys")["blocks.1.attn"]
         for quantity in ("params:50%", "macs:50%", "bytes:52%"):
-            plan = vitlr.plan(model, stats, quantity, method="prune", attention="scores", width_step=4)
+            plan = vitlr.plan(model, stats, quantity, method="widths", attention="query_keys", width_step=4)
             small, budget = vitlr.apply(model, plan), vitlr.parse_budget(quantity)
             now = cost.measure(small, (3, 32, 32))
             assert (plan.params_kept, plan.macs_kept, plan.bytes_kept) == (now.params, now.macs, now.bytes)
             assert getattr(plan, f"{budget.quantity}_kept") <= budget.limit(getattr(plan, budget.quantity))
-            assert any(row.kind == "scores" and row.width < row.full_width for row in plan.widths)
-        narrow_scores(model, spectrum, 16)
+            assert any(row.kind == "query_keys" and row.width < row.full_width for row in plan.widths)
+        narrow_query_keys(model, spectrum, 16)
         found.append(model(images))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
@@ -158,14 +160,14 @@ def test_shared_weights_stay_as_they_are(calibrated):
     small = copy.deepcopy(model)
     shared = small.blocks[1].attn.qkv.weight
     before = shared.detach().clone()
-    narrow_scores(small, solve_scores(model, stats)["blocks.1.attn"], 16)
+    narrow_query_keys(small, solved(model, stats, "query_keys")["blocks.1.attn"], 16)
     assert torch.equal(shared, before) and small.blocks[1].attn.qkv.linear.out_features == 2 * 16 + 32
 
 
 def test_what_goes_is_what_costs_least(calibrated, images):
     model, stats = calibrated
     for objective in ("fisher", "loss"):
-        for spectrum in solve_scores(model, stats, objective).values():
+        for spectrum in solved(model, stats, "query_keys", objective).values():
             assert spectrum.errors.shape == (33,) and (spectrum.errors.diff() <= 0).all() and spectrum.errors[32] == 0
             assert spectrum.ranks(32) == [8] * 4 and sum(spectrum.ranks(11)) == 11
             kept = torch.cat([e[:r] for e, r in zip(spectrum.energies, spectrum.ranks(11), strict=True)])
@@ -176,10 +178,10 @@ def test_what_goes_is_what_costs_least(calibrated, images):
     expected, harms = model(images).log_softmax(-1), {}
     for least in (True, False):
         small = copy.deepcopy(model)
-        for spectrum in solve_scores(model, stats).values():
+        for spectrum in solved(model, stats, "query_keys").values():
             if not least:
-                spectrum.P, spectrum.Q = spectrum.P.flip(2), spectrum.Q.flip(1)
-            narrow_scores(small, spectrum, 16)
+                spectrum = replace(spectrum, P=spectrum.P.flip(2), Q=spectrum.Q.flip(1))
+            narrow_query_keys(small, spectrum, 16)
         harms[least] = float((expected.exp() * (expected - small(images).log_softmax(-1))).sum(1).mean().detach())
     assert harms[True] < 0.5 * harms[False]
 
@@ -188,23 +190,23 @@ def test_joint_takes_them_where_it_can(calibrated, tiny_vit, images):
     model, stats = calibrated
     options = {"method": "joint", "rank_step": 4, "width_step": 8}
     plan = vitlr.plan(model, stats, "params:70%", **options)
-    assert plan.attention == "scores" and "q·k" in str(plan) and "2 attentions narrowed" in str(plan)
+    assert plan.attention == "query_keys" and "q·k" in str(plan) and "2 attentions narrowed" in str(plan)
     assert vitlr.plan(model, stats, "params:70%", attention="none", **options).attention is None
-    assert vitlr.plan(model, stats, "params:70%", method="prune", width_step=8).attention is None
+    assert vitlr.plan(model, stats, "params:70%", method="widths", width_step=8).attention is None
     plain = vitlr.calibrate(model, [images], objective="output", hidden=True)
     assert vitlr.plan(model, plain, "params:70%", **options).attention is None
     with pytest.raises(InputError, match="needs an objective of gradients"):
-        vitlr.plan(model, plain, "params:70%", attention="scores", **options)
+        vitlr.plan(model, plain, "params:70%", attention="query_keys", **options)
     bare = vitlr.calibrate(model, [images])
     with pytest.raises(InputError, match="no hidden moments"):
-        vitlr.plan(model, bare, "params:70%", attention="scores", **options)
+        vitlr.plan(model, bare, "params:70%", attention="query_keys", **options)
     normed = tiny_vit(qk_norm=True)
     stats = vitlr.calibrate(normed, [images], hidden=True)
     assert vitlr.plan(normed, stats, "params:70%", **options).attention is None
     with pytest.raises(
         InputError, match=r"directions of queries and keys could go.*k_norm stands.*without norms of q and k"
     ):
-        vitlr.plan(normed, stats, "params:70%", attention="scores", **options)
+        vitlr.plan(normed, stats, "params:70%", attention="query_keys", **options)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_bad_moments_name_the_attention(calibrated):
     layer = stats.layers["blocks.1.attn.qkv"]
     layer.score_moment[2, 0, 0] = float("nan")
     with pytest.raises(NumericalError, match=r"attention blocks\.1\.attn, head 2"):
-        solve_scores(model, stats)
+        solved(model, stats, "query_keys")
     layer.score_moment = torch.zeros(4, 8, 7, dtype=torch.float64)
     with pytest.raises(InputError, match=r"score_moment is \[4, 8, 7\], expected"):
         layer.check_shapes()
@@ -239,9 +241,9 @@ def test_a_head_without_gradient_is_free(calibrated):
     layer = stats.layers["blocks.0.attn.qkv"]
     for key in ("score_gradient", "image_score_moment", "image_score_gradient"):
         getattr(layer, key)[1] = 0
-    spectrum = solve_scores(model, stats)["blocks.0.attn"]
+    spectrum = solved(model, stats, "query_keys")["blocks.0.attn"]
     assert not spectrum.energies[1].any() and spectrum.energies[[0, 2, 3]].all() and SCALE > 0
     assert spectrum.ranks(24) == [8, 0, 8, 8]
     small = copy.deepcopy(model)
-    narrow_scores(small, spectrum, 24)
+    narrow_query_keys(small, spectrum, 24)
     assert torch.isfinite(small(torch.randn(2, 3, 32, 32))).all()

@@ -8,16 +8,16 @@ some is a projector `1 − P_r Q_r` on the head's d channels, and an image's los
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitlr.anatomy.attention import SCORES_SUPPORTED, Attention, nothing, score_attentions, why_no_scores
-from vitlr.calibration.statistics import GRADIENT_OBJECTIVES, SCORES, LayerStatistics, Statistics
-from vitlr.decomposition.mlp_widths import RIDGE, check_options
-from vitlr.decomposition.objectives import balanced
+from vitlr.anatomy.attention import SCORES_SUPPORTED, Attention, nothing, why_no_scores
+from vitlr.anatomy.reading import Parts
+from vitlr.calibration.statistics import SCORES, LayerStatistics, Statistics
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.options import Decomposition, check_objective
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn.selected_linear import INDEX_BYTES
 from vitlr.ops.linalg.eigenproblems import solve
@@ -25,9 +25,9 @@ from vitlr.ops.linalg.eigenproblems import solve
 SCALE = 4.0  # what predictions of directions fall short of those of widths and ranks (docs/method.md)
 
 
-@dataclass(eq=False)
-class ScoreSpectrum:
-    """All numbers of directions of one attention at once, of all its heads together; the interface of `WidthSpectrum`.
+@dataclass(frozen=True, eq=False)
+class QueryKeySpectrum:
+    """All numbers of directions of one attention at once, of all its heads together: a `Narrowing`.
 
     `P`, `Q [heads, d, d]` are nested projectors as in `LayerSpectrum`, `energies [heads, d]` what each direction costs,
     descending; `errors[w]` the cost of keeping the w most expensive ones.
@@ -37,12 +37,11 @@ class ScoreSpectrum:
     energies: Tensor
     P: Tensor
     Q: Tensor
-    compensated: bool
-    ridge: float
-    kind: str = field(default="scores", init=False)
-    factored: bool = field(default=False, init=False)  # no ranks beside a narrower width
-    trims_last: bool = field(default=True, init=False)
-    group: int = field(default=1, init=False)
+
+    kind = "query_keys"
+    factored = False  # no ranks beside a narrower width
+    trims_last = True
+    group = 1
 
     @property
     def name(self) -> str:
@@ -70,6 +69,10 @@ class ScoreSpectrum:
         ascending = self.energies.flatten().sort().values
         return torch.cat([ascending.new_zeros(1), ascending.cumsum(0)]).flip(0)
 
+    def fits(self, options: Decomposition) -> bool:
+        """Nothing is made up for, so no option changes it."""
+        return True
+
     def choices(self, step: int) -> list[int]:
         """Multiples of the step below the full width, and that."""
         return [*range(step, self.full_width, step), self.full_width]
@@ -86,6 +89,10 @@ class ScoreSpectrum:
         packed = len(self.attention.queries_keys) == 1
         return float(INDEX_BYTES * (2 * width + (self.full_width if packed else 0)))
 
+    def rank_errors(self, name: str, width: int) -> Tensor | None:
+        """Its linears have ranks only where no direction goes: those of the dense ones."""
+        return None
+
     def ranks(self, width: int) -> list[int]:
         """Directions that every head keeps."""
         if not 1 <= width <= self.full_width:
@@ -95,63 +102,50 @@ class ScoreSpectrum:
         return kept.view_as(self.energies).sum(1).tolist()
 
 
-def solve_scores(
-    model: nn.Module,
-    stats: Statistics,
-    objective: str | None = None,
-    *,
-    compensate: bool = True,
-    ridge: float = RIDGE,
-    damping: float = 0.1,
-    progress: Callable[[int, int | None], None] | None = None,
-) -> dict[str, ScoreSpectrum]:
-    """The spectra of all attentions whose scores are plain products and were measured, by name, in float64.
+def solve_query_keys(attention: Attention, stats: Statistics, objective: Objective) -> QueryKeySpectrum:
+    """All numbers of directions of one of `measured_query_keys`. Raises `NumericalError` naming it and the head."""
+    layer = stats.layers[attention.queries_keys[0]]
+    heads = [_solved(layer, head, objective, attention.name) for head in range(attention.heads)]
+    energies, P, Q = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    return QueryKeySpectrum(attention, SCALE * energies, P, Q)
 
-    Needs an objective of gradients and the moments of `calibrate(..., hidden=True)`; nothing is to be made up for, so
-    `compensate` and `ridge` are only kept. Raises `InputError` where the statistics hold no such moments or no
-    attention is known, with what is supported, `NumericalError` naming the attention.
+
+def measured_query_keys(parts: Parts, stats: Statistics, objective: Objective) -> dict[str, Attention]:
+    """The attentions whose scores are plain products and whose queries and keys were measured.
+
+    Raises `InputError` where there are none, and for an objective without gradients.
     """
-    objective = objective or stats.default_objective
-    check_options(objective, RIDGE)
-    if objective not in GRADIENT_OBJECTIVES:
-        raise InputError(f"attention='scores' needs an objective of gradients, loss or fisher, not {objective!r}")
-    found: dict[str, ScoreSpectrum] = {}
-    measured = score_attentions(model, stats.layers)
-    if not measured:
-        raise InputError(nothing(model, why_no_scores(model), "directions of queries and keys", SCORES_SUPPORTED))
-    for name, attention in measured.items():
-        layer = stats.layers[attention.queries_keys[0]]
-        heads = [_solved(layer, head, stats, objective, damping, name) for head in range(attention.heads)]
-        energies, P, Q = (torch.stack(parts) for parts in zip(*heads, strict=True))
-        found[name] = ScoreSpectrum(attention, SCALE * energies, P, Q, compensate, ridge)
-        if progress is not None:
-            progress(len(found), len(measured))
+    check_objective(objective.name, centred=objective.centred, widths=True)
+    if not objective.by_gradient:
+        raise InputError(
+            f"attention='query_keys' needs an objective of gradients, loss or fisher, not {objective.name!r}"
+        )
+    layers = stats.layers
+    found = {name: a for name, a in parts.query_keys.items() if all(linear in layers for linear in a.queries_keys)}
+    if not found:
+        refused = why_no_scores(parts.model)
+        raise InputError(nothing(parts.model, refused, "directions of queries and keys", SCORES_SUPPORTED))
     return found
 
 
-def has_scores(stats: Statistics, objective: str) -> bool:
-    """Whether these statistics hold what `solve_scores` needs."""
-    keys = {"fisher": SCORES, "loss": SCORES[:2]}.get(objective)
+def has_query_keys(stats: Statistics, objective: Objective) -> bool:
+    """Whether these statistics hold what `solve_query_keys` needs."""
+    keys = SCORES if objective.by_image else SCORES[:2]
     layers = stats.layers.values()
-    return keys is not None and any(all(getattr(layer, key) is not None for key in keys) for layer in layers)
+    return objective.by_gradient and any(all(getattr(layer, key) is not None for key in keys) for layer in layers)
 
 
-def _solved(
-    layer: LayerStatistics, head: int, stats: Statistics, objective: str, damping: float, name: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _solved(layer: LayerStatistics, head: int, objective: Objective, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Energies, P and Q of one head."""
-    M, F = (layer.sum(key)[head].double() for key in ("score_moment", "score_gradient"))
-    if objective == "fisher":
-        by_image = [layer.sum(key)[head].double() for key in ("image_score_moment", "image_score_gradient")]
-        M = balanced(by_image[0], M)
-        F = balanced(by_image[1], F) * by_image[1].trace() / (2 * max(stats.images, 1) * stats.samples)
-    else:
-        M, F = M / max(stats.images, 1), F / (2 * max(layer.tokens, 1) * stats.samples)
+    keys = SCORES if objective.by_image else SCORES[:2]
+    M, F, *by_image = (layer.sum(key)[head].double() for key in keys)
+    P_Pt, Pt_P = by_image or (None, None)
+    M, F = objective.of_activations(M, P_Pt), objective.of_gradients(F, Pt_P, layer.tokens)
     one = torch.eye(len(M), dtype=torch.float64)
     if not bool(F.any()):  # nothing depends on this head
         return torch.zeros(len(M), dtype=torch.float64), one, one
     try:
-        energies, P, Q = solve(M, F + damping * F.trace() / len(F) * one)
+        energies, P, Q = solve(M, objective.damped(F, one, "output"))
     except (torch.linalg.LinAlgError, NumericalError) as cause:
         raise NumericalError(f"attention {name}, head {head}: the solve failed ({cause}); calibrate again") from cause
     if not all(bool(torch.isfinite(part).all()) for part in (energies, P, Q)):

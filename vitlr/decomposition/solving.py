@@ -1,0 +1,117 @@
+"""Solving everything a plan chooses from, in one loop: ranks of all layers, widths of MLPs and attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import nn
+
+from vitlr.anatomy.reading import Parts, read
+from vitlr.calibration.statistics import Statistics
+from vitlr.decomposition.mlp_widths import measured_mlps, solve_mlp
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.options import Decomposition
+from vitlr.decomposition.query_key_widths import measured_query_keys, solve_query_keys
+from vitlr.decomposition.ranks import solve_ranks
+from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
+from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
+from vitlr.errors import InputError
+from vitlr.runtime.progress import Progress
+
+
+def decompose(
+    model: nn.Module,
+    stats: Statistics,
+    objective: str | None = None,
+    *,
+    centred: bool = False,
+    damping: float | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Spectra:
+    """Solve all layers for all ranks in float64.
+
+    `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
+    an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
+    output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
+    into the bias. `damping` is added to F relative to its mean eigenvalue, by default 0.1.
+
+    Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
+    solve meets NaN or Inf or does not converge.
+    """
+    options = Decomposition(objective=objective, centred=centred, damping=damping)
+    return solve(read(model), stats, Objective.of(stats, options), device=device, progress=progress)
+
+
+def solve(
+    parts: Parts,
+    stats: Statistics,
+    objective: Objective,
+    kinds: Collection[str] = (),
+    options: Decomposition | None = None,
+    *,
+    known: Spectra | None = None,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> Spectra:
+    """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
+
+    `known` ones are kept. What cannot be solved is refused before anything is. Raises `InputError` for statistics of
+    another model and those that lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
+    """
+    check_fits(parts, stats)
+    if known is not None and not kinds:
+        return known
+    options = options or Decomposition()
+    tasks: dict[str, Callable[[], Narrowing]] = {}
+    widths: dict[str, Narrowing] = {}
+    for kind in kinds:
+        old = {} if known is None else {name: width for name, width in known.widths.items() if width.kind == kind}
+        fitting = {name: width for name, width in old.items() if width.fits(options)}
+        widths |= fitting
+        if not fitting:
+            tasks |= _tasks(kind, parts, stats, objective, options)
+    layers = {} if known is None else dict(known.layers)
+    ranks = solve_ranks(parts, stats, objective, device) if known is None else iter(())
+    solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, (task() for task in tasks.values()))
+    total = len(tasks) + (len(stats.layers) if known is None else 0)
+    for done, spectrum in enumerate(solved, 1):
+        if isinstance(spectrum, LayerSpectrum):
+            layers[spectrum.name] = spectrum
+        else:
+            widths[spectrum.name] = spectrum
+        if progress is not None:
+            progress(done, total)
+    in_order = {name: layers[name] for name in stats.layers} if known is None else layers
+    return Spectra(in_order, objective.name, stats.fingerprint, objective.centred, objective.damping, widths)
+
+
+def _tasks(
+    kind: str, parts: Parts, stats: Statistics, objective: Objective, options: Decomposition
+) -> dict[str, Callable[[], Narrowing]]:
+    """What there is to solve of one kind, by name; `InputError` where there is nothing, or it was not measured."""
+    if kind == "mlp":
+        mlps = measured_mlps(parts, stats, objective)
+        return {name: partial(solve_mlp, mlp, stats, objective, options) for name, mlp in mlps.items()}
+    if kind == "query_keys":
+        found = measured_query_keys(parts, stats, objective)
+        return {name: partial(solve_query_keys, one, stats, objective) for name, one in found.items()}
+    found = measured_values(parts, stats, objective)
+    macs = macs_between(parts, stats, found)
+    return {
+        name: partial(solve_values, one, parts, stats, objective, kind, macs.get(name), options)
+        for name, one in found.items()
+    }
+
+
+def check_fits(parts: Parts, stats: Statistics) -> None:
+    """Raise `InputError` unless the statistics are of these linears, with these weights."""
+    missing = [name for name in stats.layers if name not in parts.linears]
+    if missing:
+        raise InputError(
+            f"these statistics are of another model: it has no linear layer {missing[0]!r}; calibrate this model"
+        )
+    stats.check_fits(parts.weights(stats.layers))

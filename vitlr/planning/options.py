@@ -1,0 +1,134 @@
+"""What a plan may choose, as options; imports no torch, so that the shell reads it at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vitlr.decomposition.options import GRAINS, Decomposition, check_objective
+from vitlr.errors import InputError
+from vitlr.planning.budgets import Budget
+from vitlr.runtime.fields import option
+
+METHODS = ("lowrank", "widths", "widths+ranks", "joint")
+ATTENTION = ("query_keys", *GRAINS, "none")  # what attention may lose
+WORDS = {"prune": "widths", "hybrid": "widths+ranks", "scores": "query_keys"}  # old words: read and taken, not written
+WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
+
+
+@dataclass(frozen=True)
+class Planning(Decomposition):
+    """What is chosen under a budget, and how: ranks, widths, or both; `Decomposition` says how they are solved."""
+
+    method: str | None = option(
+        None,
+        "lowrank: ranks. widths: hidden widths of MLPs. widths+ranks: widths for MLPs, ranks for all else. "
+        "joint: both for all. [default: joint where the model's MLPs are known and measured, else lowrank]",
+        among=METHODS,
+        words=WORDS,
+        metavar="NAME",
+    )
+    uniform: bool = option(False, "Give every layer the same share.")
+    ranks: Mapping[str, int] | None = option(None, "Ranks by hand, {layer: rank}; the rest stays dense.", flag="")
+    rank_step: int = option(16, "Ranks are multiples of N.", low=1, metavar="N")
+    min_rank: int = option(1, "The smallest rank.", low=1, metavar="N")
+    rank_buckets: int | None = option(
+        None, "At most N different ranks for one position in the blocks.", low=1, metavar="N"
+    )
+    prune_rate: float | None = option(
+        None, "With widths or widths+ranks: the share of hidden neurons to remove.", above=0, below=1, metavar="X"
+    )
+    width_step: int = option(16, "Widths are multiples of N.", low=1, metavar="N")
+    width_scale: float = option(
+        WIDTH_SCALE, "What a loss of widths counts against one of ranks.", above=0, flag="", metavar="X"
+    )
+    attention: str | None = option(
+        None,
+        "With widths or joint, what attention may lose: query_keys (directions of queries and keys; joint does so by "
+        "default), channels of its values, heads, or none.",
+        among=ATTENTION,
+        words=WORDS,
+        flag="--prune-attention",
+        metavar="WHAT",
+    )
+    include: str | Sequence[str] | None = option(
+        None, "Only layers whose name matches; may be repeated.", metavar="REGEX"
+    )
+    exclude: str | Sequence[str] | None = option(
+        None, "No layers whose name matches; may be repeated.", metavar="REGEX"
+    )
+
+    @property
+    def settled(self) -> str | None:
+        """The method as far as the options alone settle it: "lowrank" where they ask for what only ranks have."""
+        return self.method or ("lowrank" if self.of_ranks() or self.objective == "normalized" else None)
+
+    @property
+    def hidden(self) -> bool | str:
+        """What `calibrate(hidden=)` has to measure for such a plan."""
+        return False if self.settled == "lowrank" else "attention" if self.attention in GRAINS else True
+
+    def check(self) -> None:
+        """Raise `InputError` for options that do not go together, whatever the budget."""
+        super().check()
+        method = self.settled
+        if self.prune_rate is not None and method not in ("widths", "widths+ranks"):
+            how = f", not with {self.method!r}" if self.method else "; name one of them"
+            raise InputError(f"prune_rate= goes with method='widths' or 'widths+ranks'{how}")
+        if self.attention not in (None, "none") and (
+            method not in (None, "widths", "joint") or self.prune_rate is not None
+        ):
+            how = f"method={method!r}" if self.prune_rate is None else "prune_rate=, which is of hidden neurons"
+            raise InputError(
+                f"attention={self.attention!r} goes with a budget and method='widths' or 'joint', not with {how}"
+            )
+        if method in ("widths", "widths+ranks", "joint"):
+            for given in self.of_ranks():
+                raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
+            check_objective(self.objective, widths=True)
+        if self.ranks is not None and (self.uniform or self.rank_buckets):
+            raise InputError("ranks= names the ranks itself; it does not go with uniform= or rank_buckets=")
+        if self.ranks is not None and (self.include is not None or self.exclude is not None):
+            raise InputError("ranks= names the layers itself; it does not go with include= or exclude=")
+        if self.uniform and self.rank_buckets:
+            raise InputError("uniform=True gives one rank a shape already; it does not go with rank_buckets=")
+
+    def check_budget(self, budget: Budget | None) -> None:
+        """Raise `InputError` where these options need a budget, or leave no place for one."""
+        if self.method == "widths" and self.prune_rate is not None:
+            if budget is not None:
+                raise InputError("method='widths' takes a budget or a prune_rate, not both")
+        elif budget is None and self.ranks is None:
+            other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
+            raise InputError(f"give a budget such as 'params:40%'{other}")
+
+    def matching(self, names: Sequence[str]) -> set[str]:
+        """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""
+        wanted = set(names)
+        for patterns, keep in ((self.include, True), (self.exclude, False)):
+            if patterns is None:
+                continue
+            hits: set[str] = set()
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                try:
+                    found = {name for name in names if re.search(pattern, name)}
+                except re.error as cause:
+                    raise InputError(f"pattern {pattern!r} is no regular expression ({cause})") from cause
+                if not found:
+                    raise InputError(f"pattern {pattern!r} matches no layer; the first are {', '.join([*names][:3])}")
+                hits |= found
+            wanted = wanted & hits if keep else wanted - hits
+        if not wanted:
+            raise InputError("include= and exclude= together leave no layer to compress")
+        return wanted
+
+    def of_ranks(self) -> list[str]:
+        """What was asked for that only ranks have."""
+        asked = {
+            "uniform=True": self.uniform,
+            "ranks=": self.ranks is not None,
+            "rank_buckets=": self.rank_buckets,
+            "centred=True": self.centred,
+        }
+        return [name for name, given in asked.items() if given]

@@ -1,0 +1,117 @@
+"""From what was chosen to the rows of a plan: what becomes of every layer and width, why, and what the whole costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vitlr.decomposition.spectra import Narrowing
+from vitlr.planning.budgets import QUANTITIES, Budget
+from vitlr.planning.choices import Item, Offers
+from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
+
+
+def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Plan:
+    """The plan of items that have one choice each."""
+    spectra, options, sizes = offers.spectra, offers.options, offers.sizes
+    rows = {row.name: row for item in chosen for row in _layers(offers, item)}
+    layers = tuple(rows[name] for name in spectra.layers)
+    widths = tuple(row for item in chosen for row in _widths(offers, item))
+    extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
+    totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
+    saved = _saved(offers, layers)
+    narrows = offers.method != "lowrank"
+    without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
+    return Plan(
+        budget=str(budget) if budget else without,
+        objective=spectra.objective,
+        centred=spectra.centred,
+        damping=spectra.damping,
+        layers=layers,
+        fingerprint=spectra.fingerprint,
+        method=offers.method,
+        widths=widths,
+        compensated=options.compensate if narrows else True,
+        ridge=options.ridge if narrows else 0.0,
+        spectra=spectra,
+        **totals,
+        **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in QUANTITIES},
+    )
+
+
+def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
+    """A row for each of its linears."""
+    ((width, ranks),) = item.choices
+    for name, rank in zip(item.linears, ranks, strict=True):
+        spectrum = offers.spectra.layers[name]
+        N, K = offers.shape(item.narrowing, name, width)
+        yield LayerPlan(
+            name,
+            spectrum.in_features,
+            spectrum.out_features,
+            rank,
+            offers.sizes.tokens[name],
+            0.0 if rank is None else float(offers.errors(item.narrowing, name, width)[rank]),
+            _why_rank(offers, item, name, rank),
+            kept_in=K if spectrum.in_features != K else None,
+            kept_out=N if spectrum.out_features != N else None,
+        )
+
+
+def _widths(offers: Offers, item: Item) -> Iterator[WidthPlan]:
+    """A row for its width, where it has one."""
+    width, narrowing = item.choices[0].width, item.narrowing
+    if narrowing is not None and width is not None:
+        lost, why = offers.width_loss(narrowing, width), _why_width(offers, item, narrowing, width)
+        yield WidthPlan(narrowing.name, narrowing.full_width, width, lost, why, narrowing.kind)
+
+
+def _extra(item: Item, quantity: str) -> float:
+    """What its width costs besides weights and biases."""
+    width = item.choices[0].width
+    return 0.0 if item.narrowing is None or width is None else item.narrowing.extra(width, quantity)
+
+
+def _saved(offers: Offers, rows: Sequence[LayerPlan]) -> dict[str, int]:
+    """What the whole plan saves in weights and biases, in every quantity."""
+    saved = dict.fromkeys(QUANTITIES, 0)
+    for row in rows:
+        weights, N = row.in_features * row.out_features, row.shape[0]
+        if offers.sizes.has_bias[row.name]:
+            bias = row.out_features - N
+        else:
+            bias = -N if offers.spectra.centred and row.rank is not None else 0
+        saved["params"] += weights - row.params + bias
+        saved["macs"] += round(weights * row.tokens) - row.macs
+        saved["bytes"] += (weights - row.params + bias) * offers.sizes.itemsize[row.name]
+    return saved
+
+
+def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> str:
+    step = offers.options.width_step
+    offered = narrowing.choices(step)
+    if width < narrowing.full_width:
+        why = "saves most for its error" if offers.options.prune_rate is None else "its share of the prune rate"
+        return f"{why}, at the floor of one step" if width == min(offered) else why
+    if not set(item.linears) <= set(offers.wanted):
+        return "full: left out by include/exclude"
+    if len(offered) == 1:
+        return f"full: no multiple of {step} lies below it" if narrowing.group == 1 else "full: it has one head"
+    return "full: worth its cost within the budget"
+
+
+def _why_rank(offers: Offers, item: Item, name: str, rank: int | None) -> str:
+    options, method = offers.options, offers.method
+    if rank is not None:
+        if options.ranks is not None:
+            return "given"
+        return "uniform share" if options.uniform else "saves most for its error"
+    if options.ranks is not None:
+        return "dense: no rank given"
+    if name not in offers.wanted:
+        return "dense: left out by include/exclude"
+    if method == "widths" or (method == "widths+ranks" and item.narrowing is not None):
+        return f"dense: method {method} leaves its rank alone"
+    N, K = offers.shape(None, name, None)
+    if method == "lowrank" and not offers.ranks(N, K):
+        return f"dense: no allowed rank is below break-even ({N * K / (N + K):.0f})"
+    return "dense: worth its cost within the budget"
