@@ -46,7 +46,10 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         (("--method", "joint", "--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
         (("--method", "joint", "--prune-attention", "all"), "expected one of query_keys, channels, heads, none"),
-        (("--method", "widths+ranks", "--prune-attention", "heads"), "goes with a budget and --method 'widths' or 'joint'"),
+        (
+            ("--method", "widths+ranks", "--prune-attention", "heads"),
+            "goes with a budget and --method 'widths' or 'joint'",
+        ),
         (("--rounds", "2", "--method", "lowrank"), "does not go with --method 'lowrank'"),
         (("--method", "joint", "--rounds", "9"), "--rounds 9, expected a whole number from 1 to 8"),
         (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),

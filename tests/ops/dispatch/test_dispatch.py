@@ -129,6 +129,22 @@ def test_without_measurements_the_lowest_floor_wins(monkeypatch):
         assert chosen(LARGE._replace(M=None)) == "new"
 
 
+@pytest.mark.parametrize(
+    ("card", "limits"),
+    [
+        ("NVIDIA H100 80GB HBM3", registry.H100),
+        ("NVIDIA H200", registry.H200),
+        ("NVIDIA H100 PCIe", None),  # less memory bandwidth, lower clocks: nobody measured it
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_ceilings_are_those_of_the_very_card(monkeypatch, card, limits):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert registry.ceilings_of("cuda") is limits
+    assert registry.ceilings_of("cpu") is None
+
+
 def test_a_last_wave_takes_as_long_as_a_full_one():
     limits, bf16 = registry.H200, torch.bfloat16
     full = 1e6 * 132e9 / 790e12  # µs of 132 programs of 1 GFLOP

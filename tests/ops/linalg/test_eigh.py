@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from vitlr.errors import InputError
+from vitlr.ops import explain
 from vitlr.ops.backends import cusolver
 from vitlr.ops.dispatch import registry
-from vitlr.ops.linalg.eigh import VARIABLE, BatchError, eigh
+from vitlr.ops.linalg.eigh import VARIABLE, BatchError, Key, eigh
 
 
 def symmetric(b: int = 3, n: int = 6, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -52,6 +53,22 @@ def test_bad_input(monkeypatch):
     monkeypatch.setenv(VARIABLE, "cusolver")
     with pytest.raises(InputError, match=r"VITLR_EIGH=cusolver: eigh cannot run here \(cusolver: K is on cpu"):
         eigh(symmetric())
+
+
+def test_a_variable_of_its_own_chooses(monkeypatch):
+    monkeypatch.setenv("VITLR_BACKEND", "triton")  # of which there is no eigensolver
+    assert eigh(symmetric())[0].shape == (3, 6)
+    told = explain("eigh", b=48, n=768)
+    assert told.chosen == "torch" and [row.candidate for row in told.rows] == ["torch", "cusolver"]
+    assert told.rows[1].why == "K is on cpu, cuSOLVER runs on a CUDA device"
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert "chosen: VITLR_EIGH=torch" in str(explain("eigh", b=48, n=768))
+
+
+def test_too_many_matrices_are_told_before_the_call(monkeypatch):
+    monkeypatch.setattr(cusolver, "why_not", lambda device: None)
+    assert cusolver.objection(Key(2**11, 2**10)) is None
+    assert "2049 matrices of n = 1024 are more than" in cusolver.objection(Key(2**11 + 1, 2**10))
 
 
 class FakeCall:

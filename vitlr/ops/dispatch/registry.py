@@ -38,16 +38,18 @@ class Ceilings:
         return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
 
 
-# Copy bandwidth and bf16 GEMM as measured on such a card; its tensor cores run fp16 at the same rate.
+# Copy bandwidth and bf16 GEMM as measured on such cards; their tensor cores run fp16 at the same rate.
+H100 = Ceilings("NVIDIA H100 80GB HBM3", 3.0e12, {torch.bfloat16: 798e12, torch.float16: 798e12})
 H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
 
 
 def ceilings_of(device: torch.device | str) -> Ceilings | None:
     """The measured ceilings of a device, or None: no floor in µs is better than one from another machine."""
     device = torch.device(device)
-    if device.type == "cuda" and torch.cuda.is_available() and "H200" in torch.cuda.get_device_name(device):
-        return H200
-    return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    card = torch.cuda.get_device_name(device)
+    return next((limits for limits in (H100, H200) if limits.name in card), None)
 
 
 @dataclass(frozen=True)
