@@ -130,7 +130,7 @@ setup(
     packages=[*find_packages(include=["vitlr", "vitlr.*"]), *KERNELS],
     package_dir={"vitlr.triton_kernels": "triton_kernels"},
     package_data={
-        "vitlr": ["py.typed", "_build_failure.txt", "_cuda_build_failure.txt", "ops/measured/*.json"],
+        "vitlr": ["py.typed", "*.pyi", "_build_failure.txt", "_cuda_build_failure.txt", "ops/measured/*.json"],
         "vitlr.triton_kernels": ["tuned/*.json"],
     },
     ext_modules=extensions(),

@@ -40,23 +40,16 @@ def data_folder(given: Path | None = None) -> Path:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, torch, threads, the day. No names of hosts or people."""
+    from vitlr.runtime.machine import processor
+
     return {
-        "processor": _processor(),
+        "processor": f"{processor()} ({os.cpu_count()} visible)",
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0]} ({len(models)} visible)" if models else platform.machine()
 
 
 def sources() -> str:

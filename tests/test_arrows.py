@@ -29,11 +29,10 @@ WINGS = (
     "decomposition",
     "planning",
     "surgery",
-    "refinement",
     "training",
+    "refinement",
     "pruning",
     "checkpoint",
-    "rounds",
     "compression",
     "cli",
 )

@@ -1,6 +1,7 @@
 """From a model and images to a smaller model, through the public functions."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -8,15 +9,19 @@ from torch import nn
 
 import vitlr
 from vitlr import InputError, LowRankLinear, LowRankMLP, Plan, Statistics
+from vitlr.calibration.options import Calibration
 from vitlr.checkpoint.structure import restructure, structure
+from vitlr.compression import compressed
 from vitlr.measuring import cost
+from vitlr.planning.options import Planning
+from vitlr.refinement import Recipe
 from vitlr.surgery.application import fused_names
 
 
 @pytest.fixture
 def calibrated(tiny_vit, batches):
     model = tiny_vit()
-    return model, vitlr.calibrate(model, batches, objective=("loss", "normalized"))
+    return model, vitlr.calibrate(model, batches, objective=("loss", "normalized"), hidden=False)
 
 
 def logits(model, batches):
@@ -185,14 +190,14 @@ def test_a_compressed_model_can_be_compressed_further(calibrated, batches):
 def test_compress_refines_with_the_same_images(tiny_vit):
     model, images = tiny_vit(), [torch.randn(40, 3, 32, 32)]
     options = {"rank_step": 4, "steps": 4, "every": 2, "batch_size": 8, "lr": 1e-3, "seed": 1}
-    small = vitlr.compress(model, images, "params:60%", rungs=["joint"], **options)
+    small = vitlr.compress(model, images, "params:60%", rungs=["distil"], **options)
     (rung,) = small.vitlr_refinement.rungs
-    assert rung.name == "joint" and rung.steps == 4
+    assert rung.name == "distil" and rung.steps == 4
     before = {name: p.clone() for name, p in model.named_parameters()}
-    again = vitlr.compress(model, images, "params:60%", rungs=["joint"], inplace=True, **options)
+    again = vitlr.compress(model, images, "params:60%", rungs=["distil"], inplace=True, **options)
     assert again is model and set(dict(model.named_parameters())) != set(before)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
-    dense = vitlr.compress(tiny_vit(), images, "params:100%", rungs="joint")
+    dense = vitlr.compress(tiny_vit(), images, "params:100%", rungs="distil")
     assert not hasattr(dense, "vitlr_refinement")
 
 
@@ -204,9 +209,57 @@ def test_compress_refuses_bad_refinement_before_any_image(tiny_vit):
     for options, said in (
         ({"rungs": "all"}, "rung"),
         ({"steps": 0}, "steps"),
-        ({"rungs": "joint"}, "uses this loader"),
+        ({"rungs": "distil"}, "uses this loader"),
     ):
         with pytest.raises(InputError, match=said):
             vitlr.compress(tiny_vit(), unread(), "params:60%", **options)
     with pytest.raises(InputError, match="every parameter of the model is frozen"):
         vitlr.compress(tiny_vit().requires_grad_(False), unread(), "params:60%", rungs="refit")
+
+
+def test_compressed_says_what_was_decided_and_the_file_knows_it(tiny_vit, batches, tmp_path):
+    model, seen = tiny_vit(), []
+    done = compressed(model, batches, "params:70%", rank_step=4, width_step=8, decided=seen.append)
+    assert seen == [done.plan] and done.report is None and done.images == done.statistics.images
+    assert cost.count_params(done.model) == done.plan.params_kept
+    vitlr.save(done.model, tmp_path / "small.safetensors")
+    assert vitlr.load(tmp_path / "small.safetensors").vitlr_info["plan"] == done.plan.to_dict()
+    twin = vitlr.compress(model, batches, "params:70%", rank_step=4, width_step=8)
+    assert torch.equal(logits(twin, batches), logits(done.model, batches))
+    only = compressed(model, batches, "params:70%", rank_step=4, width_step=8, plan_only=True)
+    assert only.model is model and only.plan.to_dict() == done.plan.to_dict()
+
+
+def test_options_come_as_values_or_as_keywords(tiny_vit, batches):
+    model = tiny_vit()
+    values = {
+        "calibration": Calibration(objective="loss", samples=2),
+        "planning": Planning(method="lowrank", rank_step=4),
+        "recipe": Recipe(steps=3),
+    }
+    one = compressed(model, batches, "params:70%", **values)
+    two = compressed(model, batches, "params:70%", objective="loss", samples=2, method="lowrank", rank_step=4, steps=3)
+    assert one.plan.to_dict() == two.plan.to_dict() and one.statistics.samples == 2
+    three = compressed(model, batches, "params:70%", **values, rank_step=8)  # a keyword changes the value
+    assert all(rank % 8 == 0 for rank in three.plan.ranks.values())
+    shown = inspect.signature(vitlr.compress).parameters
+    assert {"method", "samples", "steps", "rounds", "stats"} <= set(shown) and shown["rank_step"].default == 16
+
+
+def test_the_best_method_that_can_be_had_is_the_default(tiny_vit, batches):
+    model = tiny_vit()
+    assert compressed(model, batches, "params:60%", rank_step=4, width_step=8).plan.method == "joint"
+    assert compressed(model, batches, "params:70%", rank_step=4, hidden_memory=1000).plan.method == "lowrank"
+    assert compressed(model, batches, "params:70%", rank_step=4, uniform=True).plan.method == "lowrank"
+    assert compressed(model, batches, "params:70%", rank_step=4, objective="normalized").plan.method == "lowrank"
+
+
+def test_compress_goes_on_from_a_file_of_statistics(tiny_vit, batches, tmp_path):
+    model, file = tiny_vit(), tmp_path / "stats.safetensors"
+    first = vitlr.compress(model, batches, "params:70%", rank_step=4, stats=file)
+    again = vitlr.compress(model, None, "params:70%", rank_step=4, stats=file)
+    assert torch.equal(logits(first, batches), logits(again, batches))
+    with pytest.raises(InputError, match=r"objective=fisher, not loss"):
+        vitlr.compress(model, batches, "params:70%", stats=file, objective="loss")
+    with pytest.raises(InputError, match="need images"):
+        vitlr.compress(model, None, "params:70%", stats=file, rungs="refit")

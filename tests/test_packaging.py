@@ -108,7 +108,7 @@ def test_sdist_holds_the_sources(sdist):
         files = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob(pattern) if p.is_file()}
         files = {name for name in files if "__pycache__" not in name}
         assert files and files <= names, files - names
-    assert {"LICENSE", "NOTICE", "pyproject.toml", "setup.py", "vitlr/py.typed"} <= names
+    assert {"LICENSE", "NOTICE", "pyproject.toml", "setup.py", "vitlr/py.typed", "vitlr/__init__.pyi"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
 
 
@@ -133,7 +133,7 @@ def test_wheel_is_native_and_works(native_wheel, from_sdist, tmp_path):
     wheel = native_wheel
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if re.fullmatch(r"vitlr/_C\..*\.so", name)]
-    assert "vitlr/_build_failure.txt" not in names
+    assert "vitlr/_build_failure.txt" not in names and "vitlr/__init__.pyi" in names
     built = [name for name in names if re.fullmatch(r"vitlr/_cuda\..*\.so", name)]
     assert len(built) + ("vitlr/_cuda_build_failure.txt" in names) == 1, "the module, or why there is none"
     # Two packages of these names exist elsewhere: nothing of ours may land beside vitlr.

@@ -71,21 +71,21 @@ def test_refinement_compares_with_the_dense_model(tiny_vit):
             "params:70%",
             method="joint",
             rounds=2,
-            rungs=["joint"],
+            rungs=["distil"],
             inplace=inplace,
             **quick,
             **STEPS,
         )
-        assert small.vitlr_refinement.rungs[-1].name == "joint"
+        assert small.vitlr_refinement.rungs[-1].name == "distil"
 
 
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"rounds": 2}, r"rounds=2 narrows MLPs .* method='lowrank'"),
+        ({"rounds": 2, "method": "lowrank"}, r"rounds=2 narrows MLPs .* method='lowrank'"),
         ({"rounds": 2, "method": "widths+ranks"}, r"method='widths\+ranks'"),
-        ({"rounds": 0, "method": "joint"}, "rounds=0, expected 1 to 8"),
-        ({"rounds": 9, "method": "joint"}, "rounds=9, expected 1 to 8"),
+        ({"rounds": 0, "method": "joint"}, "rounds=0, expected a whole number from 1 to 8"),
+        ({"rounds": 9, "method": "joint"}, "rounds=9, expected a whole number from 1 to 8"),
         ({"rounds": 1.5, "method": "joint"}, "rounds=1.5, expected"),
     ],
 )

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from vitlr.calibration.loop import calibrate
-    from vitlr.calibration.statistics import Statistics
-    from vitlr.checkpoint.creation import create_model
-    from vitlr.checkpoint.files import load, save
-    from vitlr.compression import compress
-    from vitlr.decomposition.solving import decompose
-    from vitlr.decomposition.spectra import Spectra
-    from vitlr.errors import InputError, NumericalError, RunError, VitlrError
-    from vitlr.measuring.evaluation import evaluate
-    from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
-    from vitlr.planning.budgets import Budget, parse_budget
-    from vitlr.planning.planner import plan
-    from vitlr.planning.plans import Plan
-    from vitlr.pruning.gated import prune
-    from vitlr.pruning.hybrids import hybrid
-    from vitlr.refinement import refine
-    from vitlr.surgery.application import apply, fuse, to_dense, unfuse
+from typing import Any
 
 __version__ = "0.1.0"
 
 # Public names by the module they live in, imported when first used: `vitlr --help` does not wait for torch.
+# `__init__.pyi` says to editors and type checkers what they are.
 _HOMES = {
     "calibration.loop": ("calibrate",),
     "calibration.statistics": ("Statistics",),
@@ -43,42 +25,12 @@ _HOMES = {
     "planning.plans": ("Plan",),
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
-    "refinement": ("refine",),
+    "refinement.ladder": ("refine",),
     "surgery.application": ("apply", "fuse", "to_dense", "unfuse"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "Budget",
-    "InputError",
-    "LowRankGLU",
-    "LowRankLinear",
-    "LowRankMLP",
-    "NumericalError",
-    "Plan",
-    "ResidualLowRankLinear",
-    "RunError",
-    "SelectedLinear",
-    "Spectra",
-    "Statistics",
-    "VitlrError",
-    "apply",
-    "calibrate",
-    "compress",
-    "create_model",
-    "decompose",
-    "evaluate",
-    "fuse",
-    "hybrid",
-    "load",
-    "parse_budget",
-    "plan",
-    "prune",
-    "refine",
-    "save",
-    "to_dense",
-    "unfuse",
-]
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

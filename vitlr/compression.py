@@ -1,82 +1,242 @@
-"""Everything in one call: measure, solve, spend the budget, swap the layers, repair the error."""
+"""Everything in one call: measure, narrow in rounds, solve and spend the budget, swap the layers, repair the error."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from vitlr.anatomy import linears
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import DEFAULT
+from vitlr.calibration.options import Calibration
+from vitlr.calibration.resuming import exactly
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
+from vitlr.measuring.cost import Cost, count_bytes, count_params
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.options import Planning
 from vitlr.planning.planner import plan
-from vitlr.refinement import refine
-from vitlr.refinement.ladder import check_free
-from vitlr.refinement.recipe import choices, make_recipe, parse_rungs
-from vitlr.rounds import OPTIONS, check_rounds, narrowed
+from vitlr.planning.plans import Plan
+from vitlr.refinement.ladder import check_free, refine
+from vitlr.refinement.recipe import Recipe, parse_rungs
+from vitlr.refinement.report import Refinement
+from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
 
-_CALIBRATE = {"extras", "hidden_memory", "loss_fn", "output_fn", "samples", "seed", "include", "exclude"}
-_PLAN = set(Planning.names()) - {"objective", "include", "exclude"}
-_REFINE = choices() | {"resume"}
+NARROWING = ("widths", "joint")  # the methods that rounds serve
+Watch = Callable[..., AbstractContextManager["Progress | None"]]
+Measure = Callable[[nn.Module], Statistics]
 
 
-def compress(
+@dataclass(frozen=True)
+class Compressed:
+    """What came of it: the model, the plan it was made by, what refinement did, and the statistics that were last."""
+
+    model: nn.Module
+    plan: Plan
+    report: Refinement | None
+    statistics: Statistics
+    images: int  # of the first calibration
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The options of all stages, checked together before any image is read."""
+
+    budget: Budget | None
+    calibration: Calibration
+    planning: Planning
+    recipe: Recipe
+    rungs: tuple[str, ...]
+    rounds: int
+    asked: dict[str, Any]  # of calibration, by name
+
+
+@keywords(Planning, Calibration, Recipe)
+def compressed(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None,
     budget: str | Budget | None = None,
     *,
-    objective: str = DEFAULT,
     rounds: int = 1,
     rungs: str | Sequence[str] = "none",
+    stats: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    calibration: Calibration | None = None,
+    planning: Planning | None = None,
+    recipe: Recipe | None = None,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    output_fn: Callable[[Any], Tensor] | None = None,
     inplace: bool = False,
+    plan_only: bool = False,
+    measure: Measure | None = None,
+    decided: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Calibrate, plan, apply and, with `rungs`, refine in one call; takes the keywords of all four.
+    watch: Watch | None = None,
+    **changes: Any,
+) -> Compressed:
+    """Calibrate, plan, apply and, with `rungs`, refine; takes the options of all four, as values or as keywords.
 
-    More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is left and go on, each for the
-    price of a calibration (`vitlr.rounds`). `rungs` are those of `refine`: "none", "refit", "residual" or "joint". A
-    `seed` goes to calibration and refinement. Budget and options are checked before any image is read. Raises what the
-    stages raise.
+    `stats` names a file of statistics: used if it is there and fits, written otherwise, gone on from where it was cut
+    short (`calibrate(resume=)`); `resume` a folder of snapshots of the refinement. More `rounds` ("widths" and "joint")
+    narrow MLPs part of the way, calibrate what is left and go on, each at the price of a calibration. `rungs` are those
+    of `refine`: "none", "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
+
+    `measure(model)` takes the place of the first calibration. `decided` sees the plan before anything is changed;
+    `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.
+    The plan stays with the model, in `vitlr_info` and so in its file.
+    Budget and options are checked before any image is read. Raises what the stages raise.
     """
-    if budget is not None:
-        budget = parse_budget(budget)
-    known = _CALIBRATE | _PLAN | _REFINE
-    unknown = set(options) - known
-    if unknown:
-        raise InputError(f"compress does not know {min(unknown)!r}; it takes {', '.join(sorted(known))}")
-    measured = {key: value for key, value in options.items() if key in _CALIBRATE}
-    planned = {key: value for key, value in options.items() if key in _PLAN}
-    refined = {key: value for key, value in options.items() if key in _REFINE}
-    planning = Planning.of(objective=objective, **{"method": "lowrank"} | planned)
-    planning.check_budget(budget)
-    check_rounds(rounds, str(planning.method), budget)
-    make_recipe({key: value for key, value in refined.items() if key != "resume"})
-    if parse_rungs(rungs):
+    stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes)
+    if stages.rungs:
         check_free(model)
-    if (rounds > 1 or parse_rungs(rungs)) and isinstance(loader, Iterator):
-        raise InputError("calibration uses this loader up, what follows needs it again; pass a list or a DataLoader")
-    hidden = planning.hidden
+    if rounds > 1 or stages.rungs:
+        if isinstance(loader, Iterator):
+            raise InputError(
+                "calibration uses this loader up, what follows needs it again; give a list or a DataLoader"
+            )
+        if loader is None:
+            raise InputError("loader= is missing: refinement, and more rounds than one, need images")
+    watch = watch or (lambda *_: nullcontext(progress))
+    layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
-    def measure(network: nn.Module) -> Statistics:
-        return calibrate(network, loader, objective=objective, hidden=hidden, progress=progress, **measured)
+    def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
+        with watch("calibrating") as advance:
+            how: dict[str, Any] = {"loss_fn": loss_fn, "output_fn": output_fn, "resume": file, "progress": advance}
+            return calibrate(network, loader, options=options, **how, **asked)
 
-    stats = measure(model)
-    reference = copy.deepcopy(model) if inplace and parse_rungs(rungs) else model
-    small = model
-    if budget is not None and rounds > 1:
-        how = {key: value for key, value in planned.items() if key in OPTIONS}
-        small, stats, budget = narrowed(model, stats, budget, rounds, measure, inplace=inplace, **how)
-    chosen = plan(small, stats, budget, options=planning)
+    measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
+    whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
+    reference = copy.deepcopy(model) if inplace and stages.rungs else model
+    options = stages.planning
+    if len(layers) < len(measured.layers):
+        options = replace(options, include=exactly(layers), exclude=None)
+    small, left = model, stages.budget
+    if left is not None and rounds > 1:
+        # As the first time: its statistics may be of another objective or more draws than are the default.
+        again = replace(
+            stages.calibration,
+            objective=options.objective or measured.default_objective,
+            samples=measured.samples,
+            seed=measured.seed,
+            include=exactly(layers),
+            exclude=None,
+        )
+        once_more = lambda network: calibrated(network, again)  # noqa: E731
+        small, measured, left = narrowed(small, measured, left, whole, rounds, once_more, options, inplace)
+
+    with watch("solving", len(measured.layers), "layers") as advance:
+        chosen = plan(small, measured, left, options=options, progress=advance)
+    if stages.budget is not None:  # of the whole, also where rounds have taken a part
+        chosen = replace(chosen, budget=str(stages.budget), params=whole.params, macs=whole.macs, bytes=whole.bytes)
+    if decided is not None:
+        decided(chosen)
+    if plan_only:
+        return Compressed(small, chosen, None, measured, images)
+
     small = apply(small, chosen, inplace=inplace or rounds > 1)
+    _record(small, chosen, measured, rounds, images)
+    report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
-    if not parse_rungs(rungs) or (rounds == 1 and not chosen.changes):
-        return small
-    return refine(small, reference, loader, rungs=rungs, inplace=True, progress=progress, **refined)
+    if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
+        with watch("refining", None, "steps") as advance:
+            how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
+            small = refine(small, reference, loader, inplace=True, progress=advance, **how)
+        report = small.vitlr_refinement  # type: ignore[assignment]
+    return Compressed(small, chosen, report, measured, images)
+
+
+def _record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
+    """Leave with the model, for its file, what was decided and from what."""
+    recipe = {key: getattr(chosen, key) for key in ("budget", "objective", "method", "centred")}
+    recipe |= {"rounds": rounds, "images": images, "samples": measured.samples, "seed": measured.seed}
+    recipe["data"] = measured.notes.get("data")
+    info = getattr(model, "vitlr_info", None) or {}
+    model.vitlr_info = {**info, "plan": chosen.to_dict(), "recipe": recipe}  # type: ignore[assignment]
+
+
+def compress(model: nn.Module, loader: Iterable[Any], budget: str | Budget | None = None, **options: Any) -> nn.Module:
+    """The model of `compressed`, which says all about the options."""
+    return compressed(model, loader, budget, **options).model
+
+
+compress.__signature__ = inspect.signature(compressed).replace(return_annotation="nn.Module")  # type: ignore[attr-defined]
+
+
+def read_options(
+    budget: str | Budget | None,
+    rounds: int = 1,
+    rungs: str | Sequence[str] = "none",
+    stats: str | os.PathLike[str] | None = None,
+    calibration: Calibration | None = None,
+    planning: Planning | None = None,
+    recipe: Recipe | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> Stages:
+    """The options by stage; `InputError` for what is unknown, out of range or does not go together."""
+    check_names(changes, Planning, Calibration, Recipe)
+    goal = None if budget is None else parse_budget(budget)
+    asked = own(Calibration, changes)
+    measuring = Calibration.of(calibration, **asked)
+    # Layers are chosen by what is measured; of several objectives a plan takes the first.
+    planned = {key: value for key, value in own(Planning, changes).items() if key not in ("include", "exclude")}
+    if not isinstance(planned.get("objective"), str | None):
+        planned["objective"] = None
+    deciding = Planning.of(planning, **planned)
+    deciding.check_budget(goal)
+    if deciding.objective is None and (stats is None or not Path(stats).exists()):
+        replace(deciding, objective=measuring.objectives[0])
+    if rounds > 1 and deciding.settled is None:
+        deciding = replace(deciding, method="joint")
+    check_rounds(rounds, deciding, goal)
+    if measuring.hidden is None and deciding.settled is not None:
+        measuring = replace(measuring, hidden=deciding.hidden)
+    return Stages(
+        goal, measuring, deciding, Recipe.of(recipe, **own(Recipe, changes)), parse_rungs(rungs), rounds, asked
+    )
+
+
+def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
+    """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
+    if type(rounds) is not int or not 1 <= rounds <= 8:
+        raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
+    if rounds > 1 and (options.settled not in NARROWING or budget is None):
+        how = f"method={options.settled!r}" if options.settled not in NARROWING else "no budget"
+        raise InputError(f"rounds={rounds} narrows MLPs on the way to a budget; it does not go with {how}")
+
+
+def narrowed(
+    model: nn.Module,
+    stats: Statistics,
+    budget: Budget,
+    whole: Cost,
+    rounds: int,
+    measure: Measure,
+    options: Planning,
+    inplace: bool,
+) -> tuple[nn.Module, Statistics, Budget]:
+    """MLPs lose neurons in `rounds − 1` equal ratios of what the budget leaves; the model, its statistics and budget.
+
+    After round i `share^(i / rounds)` of the budget's quantity is left; the rest is for the plan that follows, from
+    statistics that `measure` collected on the narrowed model. One calibration tells what small changes of the dense
+    network cost; moments of a network that is half-way there are nearer to what the other half will cost.
+    Raises what planning raises, for example where widths alone cannot go that far.
+    """
+    total = float(getattr(whole, budget.quantity))
+    share = min(budget.limit(total) / total, 1.0)
+    widths = replace(options, method="widths", attention=None)
+    for done in range(1, rounds):
+        part = Budget(budget.quantity, total * share ** (done / rounds), False)
+        chosen = plan(model, stats, part, options=widths)
+        model = apply(model, chosen, inplace=inplace or done > 1)
+        stats = measure(model)
+    return model, stats, Budget(budget.quantity, budget.limit(total), False)

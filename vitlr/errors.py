@@ -19,3 +19,7 @@ class RunError(VitlrError, RuntimeError):
 
 class NumericalError(RunError):
     """The numbers failed (exit status 1): NaN, Inf or no convergence; the message names the layer."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose message says what was kept."""

@@ -1,7 +1,7 @@
 """What decides the accuracy of a compressed ViT-Ti: one factor at a time around one base, several seeds.
 
     python -m bench.compare.ablation [--data FOLDER] [--budgets 90 80 70 60 50 40] [--seeds 3]
-        [--rungs refit residual joint all]
+        [--rungs refit regrow distil all]
 
 The base is the objective "loss", ranks allocated by the knapsack, all calibration images, no rung. Each variant
 moves one choice: the objective, the allocation (uniform, widths, hybrid, joint), the number of images (64, 250), the
@@ -38,7 +38,7 @@ from vitlr.data.loader import Loader, open_data
 from vitlr.planning.options import METHODS
 
 HELD = 150
-LADDERS: dict[str, Any] = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
+LADDERS: dict[str, Any] = {"refit": ["refit"], "regrow": ["regrow"], "distil": ["distil"], "all": "distil"}
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -162,7 +162,7 @@ def markdown(body: dict[str, Any]) -> str:
         f"`{body['model']}`, {body['seeds']} seeds (one where there is no interval), "
         f"{body['samples']} drawn targets an image, rank step 1, judged on "
         f"{judged[body['judge']]}; mean ± half the 95 % interval (Student's t over seeds, each with its own images). "
-        f"Rungs: {body['steps']} steps where joint. {facts['processor']}, {facts['threads']} thread(s), torch "
+        f"Rungs: {body['steps']} steps where distil. {facts['processor']}, {facts['threads']} thread(s), torch "
         f"{facts['torch']}, {facts['date']}.",
         "",
         f"Made by `python -m bench.compare.ablation`, code {', '.join(sorted({r['code'] for r in rows}))}.",
@@ -228,7 +228,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--rungs", nargs="*", choices=LADDERS, default=list(LADDERS))
     args.add_argument("--rung-budgets", type=float, nargs="+", default=[80, 60], help="budgets at which rungs run")
-    args.add_argument("--steps", type=int, default=100, help="of the joint rung")
+    args.add_argument("--steps", type=int, default=100, help="of the rung distil")
     args.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants by name, as in *rung*")
     args.add_argument("--keep", action="store_true", help="leave the rows that are there and not made again")
     args.add_argument("--judge", choices=("held", "validation"), default="held")

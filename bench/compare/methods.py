@@ -28,8 +28,8 @@ from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, source
 from bench.compare.tables import markdown
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation, weights_digest
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import OBJECTIVES
-from vitlr.calibration.statistics import EXTRAS, Statistics
+from vitlr.calibration.options import EXTRAS, OBJECTIVES
+from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
 from vitlr.decomposition.baselines import BASELINES

@@ -25,7 +25,7 @@ from vitlr.data.loader import open_data
 from vitlr.planning.options import METHODS
 from vitlr.runtime.progress import bar
 
-LADDERS = {"refit": ["refit"], "residual": ["residual"], "joint": ["joint"], "all": "joint"}
+LADDERS = {"refit": ["refit"], "regrow": ["regrow"], "distil": ["distil"], "all": "distil"}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -99,8 +99,8 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--method", choices=METHODS, default="lowrank", help="ranks, hidden widths, or both")
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
-    args.add_argument("--minutes", type=float, help="for the joint rung")
-    args.add_argument("--steps", type=int, help="of the joint rung")
+    args.add_argument("--minutes", type=float, help="for the rung distil")
+    args.add_argument("--steps", type=int, help="of the rung distil")
     args.add_argument("--lr", type=float)
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--workers", type=int, default=0, help="processes that decode images")

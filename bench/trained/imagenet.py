@@ -28,7 +28,7 @@ from vitlr import InputError, Statistics, apply, calibrate, create_model, evalua
 from vitlr.calibration.options import DEFAULT, OBJECTIVES
 from vitlr.data.loader import Loader, open_data
 from vitlr.measuring.cost import count_params
-from vitlr.refinement.recipe import make_recipe, parse_rungs
+from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.runtime.progress import bar
 
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     for rungs in args.refine:
         parse_rungs(rungs.removeprefix("only-"))
-    make_recipe(args.recipe)
+    Recipe.of(**args.recipe)
     run = Run(args)
     run.validate("dense", run.model)
     for budget in args.budgets:
@@ -208,9 +208,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     args.add_argument(
         "--refine",
         nargs="*",
-        default=["joint"],
+        default=["distil"],
         metavar="RUNG",
-        help="refit, residual, joint (all up to it), only-RUNG",
+        help="refit, regrow, distil (all up to it), only-RUNG",
     )
     args.add_argument("--images", type=int, default=4096, help="training images to look at")
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")

@@ -19,7 +19,8 @@ from bench.common import finish, parser
 from bench.trained.cifar import AFTERWARDS, Cifar, find_archive
 from bench.trained.prune_cifar import L1, Run
 from vitlr import evaluate, prune
-from vitlr.pruning.thresholds import THRESHOLDS, table
+from vitlr.pruning.options import THRESHOLDS
+from vitlr.pruning.thresholds import table
 
 
 def main(args: argparse.Namespace) -> None:

@@ -40,7 +40,7 @@ def command(tmp_path) -> list[str]:
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     flags = ["--train", tmp_path / "train", "--val", tmp_path / "val", "--class-map", tmp_path / "classes.txt"]
     flags += ["--checkpoint", tmp_path / "weights.safetensors", "--work", tmp_path / "work", "--out", tmp_path]
-    flags += ["--budgets", "params:60%", "--refine", "refit", "only-joint", "--rank-step", "1", "--images", "40"]
+    flags += ["--budgets", "params:60%", "--refine", "refit", "only-distil", "--rank-step", "1", "--images", "40"]
     flags += ["--workers", "0", "--batch-size", "10", "--device", "cpu", "--threads", "1", "--model-kwargs", *TINY]
     return [*map(str, flags), "--recipe", "steps=12", "every=4", "batch_size=8", "lr=0.001", "proxy_images=16"]
 
@@ -48,18 +48,18 @@ def command(tmp_path) -> list[str]:
 def test_one_command_gives_the_table_and_goes_on_where_it_stopped(command, tmp_path, monkeypatch):
     imagenet.main(command)
     body = json.loads((tmp_path / "imagenet_deit_base_patch16_224.json").read_text())
-    assert [row["name"] for row in body["rows"]] == ["dense", "params-60", "params-60-refit", "params-60-only-joint"]
+    assert [row["name"] for row in body["rows"]] == ["dense", "params-60", "params-60-refit", "params-60-only-distil"]
     dense, bare, refitted, trained = body["rows"]
     assert dense["images"] == 12 and dense["kl"] is None
     assert bare["params"] <= 0.6 * dense["params"] and bare["rungs"] == []
     assert [rung["name"] for rung in refitted["rungs"]] == ["refit"]
-    assert [rung["name"] for rung in trained["rungs"]] == ["joint"] and trained["steps"] == 12
+    assert [rung["name"] for rung in trained["rungs"]] == ["distil"] and trained["steps"] == 12
     assert {rung["images"] for rung in trained["rungs"]} == {32}, "40 images, 8 of them held out"
     table = (tmp_path / "imagenet_deit_base_patch16_224.md").read_text()
     assert "2402.06004" in table and table.count("params:60%") == 3
 
     work = next((tmp_path / "work").iterdir())
-    (work / "params-60-only-joint.json").unlink()
+    (work / "params-60-only-distil.json").unlink()
     for expensive in ("calibrate", "refine"):
         monkeypatch.setattr(imagenet, expensive, lambda *a, **k: pytest.fail("done before"))
     imagenet.main(command)

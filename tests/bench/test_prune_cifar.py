@@ -38,7 +38,7 @@ def experiment(tmp_path, monkeypatch):
                     tar.addfile(member, file)
     monkeypatch.setattr(cifar, "BUILD", tmp_path / "build")
     monkeypatch.setattr(cifar, "DEPTH", 2)
-    for name in ("CACHE", "WEIGHTS", "RESULTS", "TABLE"):
+    for name in ("CACHE", "RESULTS", "TABLE"):
         monkeypatch.setattr(prune_cifar, name, tmp_path / name.lower())
     monkeypatch.setattr(prune_cifar, "REPEATS", 2)
     monkeypatch.setattr(prune_cifar, "FROM_NOTHING", TrainRecipe(epochs=1, lr=1e-3, keep="last"))

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitlr.calibration import hooks
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.statistics import SUMS, Statistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws, image_seeds, is_logits, sampled_losses
 
@@ -51,6 +51,18 @@ def recorded(model, images, seed=0, loss=None):
     else:
         loss(output, images).backward()
     return {name: (x.detach(), y.detach(), y.grad) for name, (x, y) in seen.items()}
+
+
+def test_every_row_of_the_table_is_collected_when_asked_for_in_the_shape_it_says(tiny_vit, images):
+    stats = calibrate(tiny_vit(), [images], **ALL, hidden="attention")
+    assert {key for layer in stats.layers.values() for key, _ in layer.sums()} == set(SUMS)
+    heads, d = stats.layers["blocks.0.attn.qkv"].score_moment.shape[:2]
+    for layer in stats.layers.values():
+        assert all(tensor.shape == layer.shape(key, heads, d) for key, tensor in layer.sums())
+    bare = calibrate(tiny_vit(), [images], objective="output", hidden=False)
+    assert {key for layer in bare.layers.values() for key, _ in layer.sums()} == {"moment", "input_sum"}
+    with pytest.raises(AttributeError, match="has no 'momentum'"):
+        _ = bare.layers["blocks.0.attn.qkv"].momentum
 
 
 @pytest.mark.parametrize("width", [32, 64])  # with more and with fewer tokens than half the width

@@ -81,4 +81,4 @@ def unread(monkeypatch):
         raise AssertionError("too late")
 
     monkeypatch.setattr("vitlr.cli.models.create_model", fail)
-    monkeypatch.setattr("vitlr.cli.statistics.open_data", fail)
+    monkeypatch.setattr("vitlr.data.loader.open_data", fail)

@@ -19,7 +19,7 @@ def test_what_can_be_refused_first_is(refused, squeeze, tmp_path, unread):
     assert "it is a folder" in refused(*squeeze(out=tmp_path))
     assert "cannot write" in refused(*squeeze(stats=tmp_path / "nowhere" / "stats.safetensors"))
     assert "name two files" in refused(*squeeze(stats=tmp_path / "small.safetensors"))
-    assert "'best' is unknown" in refused(*squeeze(objective="best"))
+    assert "unknown --objective 'best', expected one of" in refused(*squeeze(objective="best"))
     assert "--rank-buckets" in refused(*squeeze("--uniform", rank_buckets=2))
     assert "--centred" in refused(*squeeze("--centred", objective="normalized"))
     assert "--device 'tpu9' is unknown" in refused(*squeeze(device="tpu9"))
@@ -85,7 +85,7 @@ def test_a_model_without_linears(refused, image_folder, tmp_path):
 
 
 def test_patterns_are_checked_before_images_are_read(refused, squeeze, monkeypatch):
-    monkeypatch.setattr("vitlr.cli.statistics.open_data", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("vitlr.data.loader.open_data", lambda *a, **k: pytest.fail("too late"))
     assert "is not a regular expression" in refused(*squeeze(include="("))
     assert "matches no compressible linear" in refused(*squeeze(exclude="lstm"))
 

@@ -133,8 +133,8 @@ def test_rest_that_is_all_corrupt_ends_a_resumed_run(run, squeeze, tmp_path, mon
 def test_statistics_are_saved_on_the_way(run, squeeze, tmp_path, monkeypatch):
     """A kill that nothing can catch loses little: the file on disk follows the run, in a small share of its time."""
     stats, seen = tmp_path / "stats.safetensors", []
-    monkeypatch.setattr("vitlr.cli.statistics._LEAST", 0.0)
-    monkeypatch.setattr("vitlr.cli.statistics._SHARE", 1e9)
+    monkeypatch.setattr("vitlr.calibration.resuming._LEAST", 0.0)
+    monkeypatch.setattr("vitlr.calibration.resuming._SHARE", 1e9)
 
     def look(*args, **kwargs):
         seen.append(Statistics.load(stats).notes["files_done"] if stats.exists() else None)
@@ -145,13 +145,13 @@ def test_statistics_are_saved_on_the_way(run, squeeze, tmp_path, monkeypatch):
     assert run(*squeeze(stats=stats)).status == 0 and seen == [None, 8, 16]
     stats.unlink()
     seen.clear()
-    monkeypatch.setattr("vitlr.cli.statistics._LEAST", 5.0)
+    monkeypatch.setattr("vitlr.calibration.resuming._LEAST", 5.0)
     assert run(*squeeze(stats=stats)).status == 0 and seen == [None, None, None]
 
 
 def test_sigterm_ends_the_program_with_130(squeeze, tmp_path):
     """Through `main`, in its own process, where no batch is in flight and no statistics are kept."""
-    driver = "import os, signal, vitlr.cli, vitlr.planning.planner as p\n"
+    driver = "import os, signal, vitlr.cli, vitlr.compression as p\n"
     driver += "p.plan = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\nvitlr.cli.main()"
     command = [sys.executable, "-c", driver, *map(str, squeeze())]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

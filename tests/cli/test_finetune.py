@@ -83,11 +83,11 @@ def test_an_interrupted_training_goes_on(run, finetune, tmp_path, monkeypatch):
         ({"out": None}, "--out is missing"),
         ({"distill_loss_weight": 0.3}, "--distill-loss-weight goes with --reference"),
         ({"reference_checkpoint": "w.safetensors"}, "--reference-checkpoint goes with --reference"),
-        ({"lr": -1}, "lr=-1"),
-        ({"opt": "best"}, "opt='best' is unknown"),
-        ({"sched": "plateau"}, "sched='plateau' is unknown"),
+        ({"lr": -1}, "--lr -1"),
+        ({"opt": "best"}, "--opt 'best' is unknown"),
+        ({"sched": "plateau"}, "unknown --sched 'plateau'"),
         ({"warmup_epochs": 2}, "leaves nothing of 2 epochs"),
-        ({"mixup": -1}, "mixup=-1"),
+        ({"mixup": -1}, "--mixup -1"),
     ],
 )
 def test_bad_usage_is_refused_early(refused, finetune, unread, options, said):

@@ -7,14 +7,14 @@ import json
 import pytest
 
 import vitlr
+from vitlr import compression
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.structure import structure
-from vitlr.cli import statistics
 
 STEPS = ("--width-step", "8", "--rank-step", "4")
 
 
-@pytest.mark.parametrize("method", ["prune", "hybrid", "joint"])
+@pytest.mark.parametrize("method", ["widths", "widths+ranks", "joint"])
 def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
     answer = run(*squeeze("--method", method, *STEPS, "--json"))
     small = vitlr.load(tmp_path / "small.safetensors")
@@ -28,30 +28,33 @@ def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
 
 def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(run, refused, squeeze, tmp_path):
     stats, plan = tmp_path / "s.safetensors", tmp_path / "plan.json"
-    run(*squeeze("--stats", stats, "--plan-only"))
+    run(*squeeze("--stats", stats, "--method", "lowrank", "--plan-only"))
     assert Statistics.load(stats).extras == ()
     assert "hold no moments of hidden neurons" in refused(*squeeze("--stats", stats, "--method", "joint"))
     stats.unlink()
-    run(*squeeze("--stats", stats, "--method", "hybrid", "--prune-rate", "0.4", *STEPS, "--plan-out", plan))
+    run(*squeeze("--stats", stats, "--method", "widths+ranks", "--prune-rate", "0.4", *STEPS, "--plan-out", plan))
     body = json.loads(plan.read_text())
-    assert body["method"] == "hybrid" and sum(row["width"] for row in body["widths"]) <= 0.6 * 256
+    assert body["method"] == "widths+ranks" and sum(row["width"] for row in body["widths"]) <= 0.6 * 256
     assert run(*squeeze("--stats", stats)).status == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--method", "magic"), "unknown method 'magic'"),
-        (("--method", "hybrid", "--prune-rate", "1.5"), "between 0 and 1"),
-        (("--method", "joint", "--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
+        (("--method", "magic"), "unknown --method 'magic'"),
+        (("--method", "widths+ranks", "--prune-rate", "1.5"), "between 0 and 1"),
+        (("--method", "joint", "--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
         (("--method", "joint", "--objective", "normalized"), "hidden moments are of tokens"),
-        (("--method", "joint", "--prune-attention", "all"), "expected one of scores, channels, heads, none"),
-        (("--method", "hybrid", "--prune-attention", "heads"), "goes with a budget and method='prune' or 'joint'"),
-        (("--rounds", "2"), "does not go with method='lowrank'"),
-        (("--method", "joint", "--rounds", "9"), "expected 1 to 8"),
+        (("--method", "joint", "--prune-attention", "all"), "expected one of query_keys, channels, heads, none"),
+        (
+            ("--method", "widths+ranks", "--prune-attention", "heads"),
+            "goes with a budget and --method 'widths' or 'joint'",
+        ),
+        (("--rounds", "2", "--method", "lowrank"), "does not go with --method 'lowrank'"),
+        (("--method", "joint", "--rounds", "9"), "--rounds 9, expected a whole number from 1 to 8"),
         (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),
-        (("--prune-rate", "0.5"), "goes with method='prune' or 'hybrid'"),
-        (("--method", "joint", "--uniform"), "uniform=True goes with method='lowrank' only"),
+        (("--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
+        (("--method", "joint", "--uniform"), "--uniform goes with --method 'lowrank' only"),
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
@@ -72,23 +75,25 @@ def test_rounds_measure_as_before_and_leave_out_what_is_excluded(run, squeeze, t
     stats, seen = tmp_path / "s.safetensors", []
     measure = ("--stats", stats, "--method", "joint", *STEPS)
     run(*squeeze(*measure, "--objective", "loss", "--samples", "2", "--seed", "5", "--plan-only"))
-    calibrate = statistics.calibrate
+    calibrate = compression.calibrate
 
     def watched(*args, **options):
-        seen.append((options["objective"], options["samples"], options["seed"]))
+        asked = options["options"]
+        seen.append((asked.objective, asked.samples, asked.seed, options["resume"]))
         return calibrate(*args, **options)
 
-    monkeypatch.setattr(statistics, "calibrate", watched)
+    monkeypatch.setattr(compression, "calibrate", watched)
     answer = run(*squeeze(*measure, "--rounds", "2", "--exclude", r"blocks\.0", "--json"))
-    assert answer.status == 0 and seen == [("loss", 2, 5)]  # the first round's are in the file
+    assert answer.status == 0 and seen[1:] == [("loss", 2, 5, None)]  # the first round's are in the file
+    assert seen[0][-1] == stats
     small = vitlr.load(tmp_path / "small.safetensors")
     assert {name.split(".")[1] for name in structure(small)} == {"1"}
 
 
 def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):
     stats = tmp_path / "s.safetensors"
-    run(*squeeze("--stats", stats, "--method", "prune", "--plan-only"))
-    heads = ("--stats", stats, "--method", "prune", "--prune-attention", "heads", *STEPS)
+    run(*squeeze("--stats", stats, "--method", "widths", "--plan-only"))
+    heads = ("--stats", stats, "--method", "widths", "--prune-attention", "heads", *STEPS)
     assert "no moments of value channels" in refused(*squeeze(*heads))
     stats.unlink()
     answer = run(*squeeze(*heads, "--json", budget="params:57%"))
@@ -102,4 +107,22 @@ def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):
     )
     assert run(*channels).status == 0
     assert "channels kept: blocks." in run("inspect", tmp_path / "small.safetensors").out
-    assert run(*squeeze("--stats", stats, "--method", "hybrid", *STEPS)).status == 0
+    assert run(*squeeze("--stats", stats, "--method", "widths+ranks", *STEPS)).status == 0
+
+
+def test_the_default_is_the_best_that_can_be_had_and_says_so(run, squeeze, tmp_path):
+    answer = run(*squeeze(*STEPS))
+    assert answer.status == 0 and "method joint: " in answer.err
+    assert vitlr.load(tmp_path / "small.safetensors").vitlr_info["plan"]["method"] == "joint"
+    asked = run(*squeeze(*STEPS, "--method", "joint"))
+    assert "method joint" not in asked.err, "it was asked for"
+    stats = tmp_path / "s.safetensors"
+    run(*squeeze("--stats", stats, "--method", "lowrank", "--plan-only"))
+    assert "method lowrank: " in run(*squeeze("--stats", stats, "--plan-only")).err
+
+
+def test_old_words_are_understood(run, squeeze, tmp_path):
+    flags = ("--method", "prune", "--prune-attention", "scores", "--plan-only", "--plan-out", tmp_path / "plan.json")
+    assert run(*squeeze(*flags, *STEPS)).status == 0
+    body = json.loads((tmp_path / "plan.json").read_text())
+    assert body["method"] == "widths" and {row["kind"] for row in body["widths"]} == {"mlp", "query_keys"}

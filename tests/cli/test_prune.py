@@ -126,7 +126,7 @@ def test_without_a_folder_it_says_how_to_have_gone_on(run, prune, monkeypatch):
         ((), {"budget": "params:50%"}, "either a rate"),
         ((), {"rate": None, "budget": "macs:50%"}, "counts parameters"),
         ((), {"rate": None, "budget": "half"}, "cannot be read"),
-        ((), {"thresholds": "layer"}, "thresholds 'layer' is unknown"),
+        ((), {"thresholds": "layer"}, "unknown --thresholds 'layer'"),
         ((), {"gates": "mlp"}, "unknown gates 'mlp'"),
         ((), {"data": None}, "--data is missing"),
         ((), {"out": None}, "--out is missing"),
@@ -136,9 +136,9 @@ def test_without_a_folder_it_says_how_to_have_gone_on(run, prune, monkeypatch):
         (("--hybrid", "--low-rank-only"), {}, "leave one of them out"),
         (("--low-rank-only",), {}, "--rate does not go with --low-rank-only"),
         (("--low-rank-only",), {"rate": None}, "needs a --budget"),
-        ((), {"lr": -1}, "lr=-1"),
-        ((), {"opt": "best"}, "opt='best'"),
-        ((), {"distill_loss_weight": 2}, "distill_loss_weight=2"),
+        ((), {"lr": -1}, "--lr -1"),
+        ((), {"opt": "best"}, "--opt 'best'"),
+        ((), {"distill_loss_weight": 2}, "--distill-loss-weight 2"),
     ],
 )
 def test_bad_usage_is_refused_early(refused, prune, monkeypatch, flags, options, said):

@@ -6,7 +6,7 @@ import pytest
 from commandline import KEYS, nothing_left
 
 import vitlr
-from vitlr.refinement import joint as joint_rung
+from vitlr.refinement import distil as distil_rung
 
 QUICK = {"steps": 4, "lr": 0.001}
 
@@ -15,13 +15,13 @@ QUICK = {"steps": 4, "lr": 0.001}
 def refine(squeeze, image_folder, monkeypatch):
     """The arguments of a small `compress --refine` over forty images."""
     data = image_folder(images=8, name="forty")
-    return lambda *flags, **options: squeeze(*flags, **{"data": data, "refine": "joint", **QUICK, **options})
+    return lambda *flags, **options: squeeze(*flags, **{"data": data, "refine": "distil", **QUICK, **options})
 
 
 def test_rungs_are_reported_and_recorded(run, refine, tmp_path):
     values = run(*refine("--json")).json
     assert list(values) == KEYS
-    assert [rung["name"] for rung in values["rungs"]] == ["refit", "residual", "joint"]
+    assert [rung["name"] for rung in values["rungs"]] == ["refit", "regrow", "distil"]
     for rung in values["rungs"]:
         assert rung["kept"] == (rung["after"]["kl"] < rung["before"]["kl"]) and rung["seconds"] > 0
     small = vitlr.load(tmp_path / "small.safetensors")
@@ -33,13 +33,13 @@ def test_rungs_are_reported_and_recorded(run, refine, tmp_path):
 def test_people_read_it_too(run, refine):
     answer = run(*refine(refine="refit", steps=None, lr=None))
     assert "judged on 8 held-out ones" in answer.out and "refit: KL" in answer.out
-    assert "refining: " in answer.err and "residual" not in answer.out
+    assert "refining: " in answer.err and "regrow" not in answer.out
 
 
 def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
     whole = tmp_path / "whole.safetensors"
     assert run(*refine(out=whole)).status == 0
-    real = joint_rung._Run.take
+    real = distil_rung._Run.take
 
     def interrupt(self, loss):
         if self.step == 2:
@@ -47,11 +47,11 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         real(self, loss)
 
     snapshots, stats = tmp_path / "snapshots", tmp_path / "stats.safetensors"
-    monkeypatch.setattr(joint_rung._Run, "take", interrupt)
+    monkeypatch.setattr(distil_rung._Run, "take", interrupt)
     answer = run(*refine(resume=snapshots, stats=stats))
     assert answer.status == 130 and str(snapshots) in answer.err and nothing_left(tmp_path, "small.safetensors")
     assert "--resume" in run(*refine()).err
-    monkeypatch.setattr(joint_rung._Run, "take", real)
+    monkeypatch.setattr(distil_rung._Run, "take", real)
     assert run(*refine(resume=snapshots, stats=stats)).status == 0
     first, second = (vitlr.load(path).state_dict() for path in (whole, tmp_path / "small.safetensors"))
     assert all((first[key] == second[key]).all() for key in first)
@@ -63,10 +63,10 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         ({"refine": "all"}, "unknown rung 'all'"),
         ({"refine": "none"}, "--steps goes with --refine"),
         ({"refine": "none", "steps": None}, "--lr goes with --refine"),
-        ({"refine": "residual"}, "--steps goes with --refine joint"),
+        ({"refine": "regrow"}, "--steps goes with --refine distil"),
         ({"data": None}, "--refine needs images"),
-        ({"minutes": -1}, "minutes=-1"),
-        ({"lr": -1}, "lr=-1"),
+        ({"minutes": -1}, "--minutes -1"),
+        ({"lr": -1}, "--lr -1"),
     ],
 )
 def test_bad_usage_is_refused_early(refused, refine, unread, options, said):

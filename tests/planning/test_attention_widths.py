@@ -188,10 +188,10 @@ def test_options_that_make_no_sense(calibrated, options, said):
         vitlr.plan(model, stats, method="widths", prune_rate=0.3, attention="channels")
 
 
-QUICK = {"steps": 2, "every": 1, "batch_size": 8, "residual_steps": 2, "amp": False}
+QUICK = {"steps": 2, "every": 1, "batch_size": 8, "regrow_steps": 2, "amp": False}
 
 
-@pytest.mark.parametrize("rungs", ["residual", "joint"])
+@pytest.mark.parametrize("rungs", ["regrow", "distil"])
 def test_compress_measures_what_it_needs_and_refines(tiny_vit, rungs):
     images = [torch.randn(40, 3, 32, 32)]
     small = vitlr.compress(
@@ -210,7 +210,7 @@ def test_refinement_leaves_out_layers_whose_outputs_the_dense_network_has_not(ti
         narrow_mlp(read_mlp(block.mlp), torch.arange(64))
         block.mlp.fc1 = LowRankLinear.from_linear(block.mlp.fc1, 8)
         block.mlp.fc2 = LowRankLinear.from_linear(block.mlp.fc2, 8)
-    small = vitlr.refine(small, model, images, rungs="residual", parallel=parallel, **QUICK)
+    small = vitlr.refine(small, model, images, rungs="regrow", parallel=parallel, **QUICK)
     refit, residual = small.vitlr_refinement.rungs
     assert refit.steps == 2 + 5 and "of 2 layers" in refit.note  # fc2 of both blocks, and all norms
     assert ("of 2 layers" in residual.note) != parallel  # in parallel its inputs would be the dense network's

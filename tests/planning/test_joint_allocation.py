@@ -169,9 +169,9 @@ def test_compress_measures_what_the_method_needs(tiny_vit, batches):
     assert any("width" in entry for entry in structure(small).values())
     images = [torch.randn(40, 3, 32, 32)]
     better = vitlr.compress(
-        model, images, "params:80%", method="widths", rungs="joint", steps=2, every=1, batch_size=8, **STEPS
+        model, images, "params:80%", method="widths", rungs="distil", steps=2, every=1, batch_size=8, **STEPS
     )
-    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "joint"]
+    assert [rung.name for rung in better.vitlr_refinement.rungs] == ["refit", "distil"]
     pruned = vitlr.compress(model, batches, method="widths", prune_rate=0.5, **STEPS)
     assert {entry.keys() == {"width"} for entry in structure(pruned).values()} == {True}
 
@@ -240,12 +240,14 @@ def test_the_best_method_is_the_default_and_the_plan_says_why(calibrated, batche
     assert plan == asked and plan.method == "joint" and not asked.why
     assert "method joint: the hidden neurons of 2 MLPs were measured" in str(plan).splitlines()
     assert "why" not in plan.to_dict() and "method joint:" not in str(asked)
-    bare = vitlr.calibrate(model, batches)
+    bare = vitlr.calibrate(model, batches, hidden=False)
     plan = vitlr.plan(model, bare, "params:70%", rank_step=4)
     assert plan.method == "lowrank" and plan == vitlr.plan(model, bare, "params:70%", rank_step=4, method="lowrank")
     assert plan.why.startswith("these statistics hold no hidden moments (blocks.0.mlp); calibrate with hidden=True")
-    parts = vitlr.calibrate(model, batches, exclude="blocks.0.mlp.fc1|blocks.1.mlp.fc2")
+    parts = vitlr.calibrate(model, batches, exclude="blocks.0.mlp.fc1|blocks.1.mlp.fc2", hidden=False)
     assert "none of the 2 MLPs" in vitlr.plan(model, parts, "params:90%", rank_step=4).why
+    small = vitlr.calibrate(model, batches, hidden_memory=1000)  # what calibration could not have
+    assert "more than hidden_memory=1,000" in vitlr.plan(model, small, "params:90%", rank_step=4).why
 
 
 @pytest.mark.parametrize(

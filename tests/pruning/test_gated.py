@@ -222,7 +222,7 @@ def test_bad_wishes_are_refused_before_anything_is_read(tiny_vit, quick):
         ({"rate": 1.0}, "between 0 and 1"),
         ({"rate": None}, "either a rate"),
         ({"budget": "params:50%"}, "either a rate"),
-        ({"thresholds": "best"}, "thresholds 'best'"),
+        ({"thresholds": "best"}, "unknown thresholds 'best'"),
         ({"l1": -1}, "l1=-1"),
         ({"l1": float("nan")}, "l1=nan"),
         ({"kinds": "mlp"}, "unknown gates 'mlp'"),

@@ -16,7 +16,8 @@ from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates, scores
-from vitlr.pruning.sites import KINDS, layers, params, sites
+from vitlr.pruning.options import KINDS
+from vitlr.pruning.sites import layers, params, sites
 from vitlr.surgery.application import to_dense
 
 

@@ -12,7 +12,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import count_params
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import add_gates, gates, remove_gates
-from vitlr.pruning.sites import KINDS
+from vitlr.pruning.options import KINDS
 from vitlr.pruning.thresholds import choose, table
 
 GATES = 2 * 7 * 32  # two blocks: qkv, proj, fc1 of 32, fc2 of 128
@@ -128,7 +128,7 @@ def test_bad_wishes_are_refused(gated, tiny_vit):
         choose(gated, 0.4, budget="params:50%")
     with pytest.raises(InputError, match="counts parameters"):
         choose(gated, budget="macs:50%")
-    with pytest.raises(InputError, match="thresholds 'local' is unknown"):
+    with pytest.raises(InputError, match="unknown thresholds 'local'"):
         choose(gated, 0.4, thresholds="local")
     with pytest.raises(InputError, match="tile=0"):
         choose(gated, 0.4, tile=0)

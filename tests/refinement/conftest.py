@@ -33,7 +33,7 @@ def _pair(proxy_images):
     for p in dense.parameters():
         p.data += torch.randn_like(p) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.1)
     dense.head.weight.data *= 4  # answers that care
-    stats = vitlr.calibrate(dense, proxy_images, objective="loss")
+    stats = vitlr.calibrate(dense, proxy_images, objective="loss", hidden=False)
     return dense, vitlr.apply(dense, vitlr.plan(dense, stats, "params:45%", rank_step=1))
 
 
@@ -47,4 +47,4 @@ def pair(_pair):
 def quick() -> dict:
     """Choices with which every rung takes a fraction of a second."""
     quick = {"steps": 24, "every": 8, "batch_size": 8, "lr": 1e-3, "warmup": 2, "ema": 0.8, "amp": False}
-    return {**quick, "residual_steps": 30, "proxy_images": 32}
+    return {**quick, "regrow_steps": 30, "proxy_images": 32}

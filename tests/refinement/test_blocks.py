@@ -51,9 +51,9 @@ def test_a_family_with_windows_and_stages_is_refined(quick):
     dense = vitlr.create_model("swin_tiny_patch4_window7_224", num_classes=5, **args)
     dense.head.fc.weight.data.normal_()
     images = list(torch.randn(40, 3, 32, 32).split(20))
-    small = vitlr.compress(dense, images, "params:60%", rank_step=1)
+    small = vitlr.compress(dense, images, "params:60%", method="lowrank", rank_step=1)
     assert len(by_block(small)) >= 2
-    refined = vitlr.refine(small, dense, images, rungs="joint", **quick)
+    refined = vitlr.refine(small, dense, images, rungs="distil", **quick)
     rungs = refined.vitlr_refinement.rungs
-    assert [rung.name for rung in rungs] == ["refit", "residual", "joint"] and any(rung.kept for rung in rungs)
+    assert [rung.name for rung in rungs] == ["refit", "regrow", "distil"] and any(rung.kept for rung in rungs)
     assert isinstance(refined, nn.Module) and torch.isfinite(refined(images[0])).all()

@@ -16,6 +16,7 @@ from vitlr.refinement import RUNGS, Recipe, Refinement, ladder
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import parse_rungs
+from vitlr.runtime import storage
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -26,10 +27,10 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_every_rung_is_judged_on_held_out_images_and_the_model_comes_nearer(pair, proxy_images, quick):
     dense, small = pair
     before, original = copy.deepcopy(small), copy.deepcopy(dense)
-    refined = vitlr.refine(small, dense, proxy_images, rungs="joint", **quick)
+    refined = vitlr.refine(small, dense, proxy_images, rungs="distil", **quick)
     assert same(small, before) and same(dense, original), "inputs were touched"
     report = refined.vitlr_refinement
-    assert isinstance(report, Refinement) and [rung.name for rung in report.rungs] == ["refit", "residual", "joint"]
+    assert isinstance(report, Refinement) and [rung.name for rung in report.rungs] == ["refit", "regrow", "distil"]
     assert (report.images, report.held_out) == (51, 9)
     judge = Judge(dense, Proxy(proxy_images).held, 50)
     assert judge(refined).kl == pytest.approx(report.rungs[-1].after.kl) and report.rungs[-1].kept
@@ -43,14 +44,14 @@ def test_every_rung_is_judged_on_held_out_images_and_the_model_comes_nearer(pair
     assert "kept" in str(report) and "held-out" in str(report)
 
 
-@pytest.mark.parametrize("rungs", ["refit", "residual", "joint"])
+@pytest.mark.parametrize("rungs", ["refit", "regrow", "distil"])
 def test_never_worse_whatever_a_rung_does(pair, proxy_images, quick, rungs, monkeypatch):
     dense, small = pair
 
     def ruin(model, *args):
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(math.nan if rungs == "joint" else 0.5)
+                p.mul_(math.nan if rungs == "distil" else 0.5)
         return 1, ""
 
     monkeypatch.setattr(ladder, rungs, ruin)
@@ -62,17 +63,17 @@ def test_never_worse_whatever_a_rung_does(pair, proxy_images, quick, rungs, monk
 
 def test_inplace_and_none(pair, proxy_images, quick):
     dense, small = pair
-    assert vitlr.refine(small, dense, proxy_images, rungs=["joint"], inplace=True, **quick) is small
+    assert vitlr.refine(small, dense, proxy_images, rungs=["distil"], inplace=True, **quick) is small
     untouched = vitlr.refine(small, dense, [], rungs="none")
     assert untouched is not small and same(untouched, small)
 
 
 def test_the_report_travels_in_the_file(pair, proxy_images, quick, tmp_path):
     dense, small = pair
-    refined = vitlr.refine(small, dense, proxy_images, rungs=["joint"], **quick)
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["distil"], **quick)
     vitlr.save(refined, tmp_path / "f.safetensors")
     loaded = vitlr.load(tmp_path / "f.safetensors")
-    assert loaded.vitlr_info["recipe"]["refinement"]["rungs"][0]["name"] == "joint"
+    assert loaded.vitlr_info["recipe"]["refinement"]["rungs"][0]["name"] == "distil"
     assert same(loaded, refined)
 
 
@@ -92,15 +93,15 @@ def test_modes_and_gradients_are_left_alone(pair, proxy_images, quick):
 
 
 def test_rungs_are_cumulative_by_name_and_exact_by_list():
-    assert parse_rungs("none") == () and parse_rungs("residual") == ("refit", "residual")
-    assert parse_rungs(["joint", "refit"]) == ("refit", "joint")
+    assert parse_rungs("none") == () and parse_rungs("regrow") == ("refit", "regrow")
+    assert parse_rungs(["distil", "refit"]) == ("refit", "distil")
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"rungs": "all"},
-        {"rungs": ["joint", "finetune"]},
+        {"rungs": ["distil", "finetune"]},
         {"steps": 0},
         {"steps": 2.5},
         {"minutes": 0},
@@ -113,7 +114,7 @@ def test_rungs_are_cumulative_by_name_and_exact_by_list():
         {"seed": -1},
         {"mixup": 1},
         {"amp": "no"},
-        {"residual_share": 1.0},
+        {"regrow_share": 1.0},
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(pair, options):
@@ -151,8 +152,8 @@ def test_what_was_frozen_keeps_its_bits(pair, proxy_images, quick):
     frozen = {n: p for n, p in small.named_parameters() if n.startswith(("blocks.0", "blocks.1.mlp.fc1.up", "head"))}
     for p in frozen.values():
         p.requires_grad_(False)
-    quick |= {"residual_share": 0.5, "residual_steps": 150}
-    for rung, layers in (("refit", 3), ("residual", 3), ("joint", None)):
+    quick |= {"regrow_share": 0.5, "regrow_steps": 150}
+    for rung, layers in (("refit", 3), ("regrow", 3), ("distil", None)):
         refined = vitlr.refine(small, dense, proxy_images, rungs=[rung], **quick)
         (report,) = refined.vitlr_refinement.rungs
         assert report.kept, rung
@@ -168,15 +169,15 @@ def test_a_model_of_which_nothing_may_move_is_refused(pair, proxy_images, quick)
     for name, p in small.named_parameters():
         p.requires_grad_(name.startswith("head"))
     with pytest.raises(InputError, match="every low-rank layer has a frozen parameter"):
-        vitlr.refine(small, dense, proxy_images, rungs="residual", **quick)
-    rungs = vitlr.refine(small, dense, proxy_images, rungs="joint", **quick).vitlr_refinement.rungs
+        vitlr.refine(small, dense, proxy_images, rungs="regrow", **quick)
+    rungs = vitlr.refine(small, dense, proxy_images, rungs="distil", **quick).vitlr_refinement.rungs
     assert [rung.kept for rung in rungs] == [False, False, True]
     for rungs in RUNGS:
         with pytest.raises(InputError, match="every parameter of the model is frozen"):
             vitlr.refine(copy.deepcopy(small).requires_grad_(False), dense, proxy_images, rungs=[rungs], **quick)
 
 
-@pytest.mark.parametrize("rung", ["refit", "residual"])
+@pytest.mark.parametrize("rung", ["refit", "regrow"])
 def test_images_that_are_no_numbers_are_found_at_a_layer(pair, proxy_images, quick, rung):
     dense, small = pair
     images = [batch.clone() for batch in proxy_images]
@@ -217,10 +218,25 @@ def test_a_model_of_features_is_judged_by_their_direction(pair, proxy_images, qu
     for model in (dense, small):
         model.head = nn.Identity()
         model.num_classes = 0
-    refined = vitlr.refine(small, dense, proxy_images, rungs=["joint"], **quick)
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["distil"], **quick)
     (rung,) = refined.vitlr_refinement.rungs
     assert rung.kept and rung.after.kl < rung.before.kl and rung.after.agreement is None
 
 
 def test_defaults_say_how_far():
     assert Recipe().most_steps == 1000 and Recipe(minutes=5.0).most_steps is None and Recipe(steps=7).most_steps == 7
+
+
+def test_the_words_of_before_are_still_understood(pair, proxy_images, quick, tmp_path):
+    """Arguments, and snapshots of an interrupted run: "joint" was distil, "residual" regrow."""
+    dense, small = pair
+    assert parse_rungs("joint") == RUNGS and parse_rungs(["joint", "residual"]) == ("regrow", "distil")
+    options = {key.replace("regrow_", "residual_"): value for key, value in quick.items()}
+    done = vitlr.refine(small, dense, proxy_images, rungs=["residual"], resume=tmp_path, **options)
+    tensors, header = storage.load_tensors(tmp_path / "after_regrow.safetensors", kind="refinement", schema=1)
+    old = json.dumps(header).replace("regrow", "residual")
+    header = {key: value for key, value in json.loads(old).items() if key in ("run", "state")}
+    storage.save_tensors(tmp_path / "after_residual.safetensors", tensors, header, kind="refinement", schema=1)
+    (tmp_path / "after_regrow.safetensors").unlink()
+    resumed = vitlr.refine(small, dense, proxy_images, rungs=["regrow"], resume=tmp_path, **quick)
+    assert same(resumed, done) and resumed.vitlr_refinement == done.vitlr_refinement

@@ -6,7 +6,7 @@ import torch
 
 import vitlr
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.sums import ChannelSums, LayerSums
+from vitlr.refinement.refit import ChannelSums, LayerSums
 
 
 def test_the_solution_is_that_of_anchored_least_squares():
@@ -60,7 +60,7 @@ def test_a_spoilt_norm_is_repaired_even_where_no_layer_is_low_rank(tiny_vit, pro
     narrow = vitlr.compress(dense, proxy_images, "params:80%", method="widths", width_step=8)
     with torch.no_grad():
         narrow.blocks[1].norm2.bias += 1
-    refined = vitlr.refine(narrow, dense, proxy_images, rungs="residual", **quick)
+    refined = vitlr.refine(narrow, dense, proxy_images, rungs="regrow", **quick)
     (rung,) = refined.vitlr_refinement.rungs
     assert rung.name == "refit" and rung.kept and rung.after.kl < 0.5 * rung.before.kl
     assert "of 5 norms" in rung.note and not rung.note.endswith("0 of 5 norms")

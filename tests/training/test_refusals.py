@@ -63,14 +63,14 @@ def test_models(vit, quick):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        ({"epochs": 0}, "epochs=0, expected from 1"),
+        ({"epochs": 0}, "epochs=0, expected a whole number from 1"),
         ({"epochs": 1.5}, "whole number"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": "fast"}, "lr='fast'"),
         ({"amp": "yes"}, "amp='yes', expected True or False"),
         ({"clip_grad": 0}, "clip_grad=0"),
-        ({"clip_mode": "max"}, "clip_mode='max' is unknown, expected norm, value, agc"),
-        ({"keep": "first"}, "keep='first'"),
+        ({"clip_mode": "max"}, "unknown clip_mode 'max', expected one of norm, value, agc"),
+        ({"keep": "first"}, "unknown keep 'first'"),
         ({"scale": (0.5, 2)}, "scale="),
         ({"opt": "adamx"}, "opt='adamx'"),
         ({"smoothing": 1}, "smoothing=1"),

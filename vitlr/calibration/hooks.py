@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.calibration.statistics import HIDDEN, SCORES, LayerStatistics
+from vitlr.calibration.statistics import SUMS, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_
@@ -19,9 +19,13 @@ COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good 
 class Tap:
     """Adds up the sums of one layer: moments in the forward pass, gradient moments in the backward pass.
 
-    `images` (of the batch in flight), `in_backward` and `sketch` are set by calibration, which asks for
-    `gradient_seen`; a forward pass that activation checkpointing repeats inside the backward pass is counted once.
+    Calibration says which pass comes, by `forward` and `backward`, and asks for `gradient_seen`; a forward pass that
+    activation checkpointing repeats inside the backward pass is counted once.
     """
+
+    images: int
+    in_backward: bool
+    sketch: Tensor | None
 
     def __init__(
         self,
@@ -31,17 +35,21 @@ class Tap:
         leading: Collection[int],
         queries: tuple[int, int] | None = None,
     ) -> None:
-        self.stats, self.linear, self.collect = stats, linear, collect
+        self.stats, self.linear = stats, linear
         self.leading = leading  # first dimension of the input for one image
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
-        self.images = 0
-        self.in_backward = False
-        self.sketch: Tensor | None = None  # [images, at least size, COLUMNS], standard normal; for "fisher"
         self.gradient_seen = False
-        self.by_image = "fisher" in collect
-        self.hidden_by_image = self.by_image and HIDDEN in collect and stats.side == "output"
-        self.weighted = "loss" in collect or self.by_image
-        self._allocate()
+        self.forward(0)
+        words = {*collect, stats.side}
+        for word, holds in (("loss", "fisher" in words), ("owner", stats.owner == stats.name), ("queries", queries)):
+            if holds:
+                words.add(word)
+        self.wanted = frozenset(key for key, row in SUMS.items() if row.asked(words))
+        self.by_image = "image_moment" in self.wanted
+        for key in self.wanted:
+            old, shape = stats.held.get(key), stats.shape(key, *(queries or ()))
+            new = torch.zeros(shape, dtype=torch.float64) if old is None else old
+            stats.held[key] = new.to(linear.weight.device)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
     def remove(self) -> None:
@@ -49,83 +57,62 @@ class Tap:
         for handle in self._handles:
             handle.remove()
 
-    def _allocate(self) -> None:
-        s, device = self.stats, self.linear.weight.device
-        shapes: dict[str, tuple[int, ...] | None] = {
-            "moment": (s.size, s.size) if s.owner == s.name else None,
-            "input_sum": (s.in_features,),
-            "gradient": (s.size, s.size) if self.weighted else None,
-            "normalized": (s.size, s.size) if "normalized" in self.collect else None,
-            "image_moment": (s.size, s.size) if self.by_image else None,
-            "image_gradient": (s.size, s.size) if self.by_image else None,
-            "input_moment": (s.in_features, s.in_features) if "input_moment" in self.collect else None,
-            "input_abs": (s.in_features,) if "input_abs" in self.collect else None,
-            "row_gradient": (s.out_features,) if "row_gradient" in self.collect else None,
-            "image_input_moment": (s.in_features, s.in_features) if self.hidden_by_image else None,
-            "image_input_sum": (s.in_features,) if self.hidden_by_image else None,
-            "image_output_gradient": (1,) if self.hidden_by_image else None,
-        }
-        if self.queries is not None and self.weighted:
-            heads, d = self.queries
-            shapes |= dict.fromkeys(SCORES if self.by_image else SCORES[:2], (heads, d, d))
-        for key, shape in shapes.items():
-            old = getattr(s, key)
-            if shape is not None:
-                new = torch.zeros(shape, dtype=torch.float64, device=device) if old is None else old.to(device)
-                setattr(s, key, new)
+    def forward(self, images: int) -> None:
+        """A forward pass of so many images follows."""
+        self.images, self.in_backward, self.sketch = images, False, None
 
-    @property
-    def _needs_gradient(self) -> bool:
-        return self.weighted or "row_gradient" in self.collect
+    def backward(self, sketch: Tensor | None) -> None:
+        """A backward pass follows; `sketch` [images, at least size, COLUMNS], standard normal, is for "fisher"."""
+        self.in_backward, self.sketch = True, sketch
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (self._needs_gradient and torch.is_grad_enabled()):
+        if not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
             return None
         x = args[0]
         # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
         # alone sends back, whoever else reads the same input.
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        if self.weighted and self.stats.side == "input":
-            x.register_hook(self._add_gradient)
-        if self.by_image and self.stats.side == "input":
-            seen = x.detach()
-            x.register_hook(lambda g: self._add_products(seen, g))
+        if self.stats.side == "input":
+            self._follow(x, x.detach())
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        x = args[0].detach()
+        x, made = args[0].detach(), output.detach()
         if output.requires_grad:
-            if self.weighted and self.stats.side == "output":
-                output.register_hook(self._add_gradient)
-            if self.by_image and self.stats.side == "output":
-                y = self._without_bias(output.detach()).reshape(output.shape)
-                output.register_hook(lambda g: self._add_products(y, g))
-            if self.hidden_by_image:
+            if self.stats.side == "output":
+                self._follow(output, self._without_bias(made).reshape(made.shape) if self.by_image else made)
+            if "image_input_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_hidden(x, g))
-            if self.queries is not None and self.weighted:
-                made = output.detach()
+            if "score_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_scores(made, g))
-            if "row_gradient" in self.collect:
+            if "row_gradient" in self.wanted:
                 output.register_hook(lambda g: self._add_row_gradient(g, x))
         if not self.in_backward:
             with torch.no_grad():
-                self._add_moments(x, output.detach())
+                self._add_moments(x, made)
+
+    def _follow(self, t: Tensor, seen: Tensor) -> None:
+        """Wait for the gradient by `t`, of the smaller side, on which the layer saw `seen`."""
+        if "gradient" in self.wanted:
+            t.register_hook(self._add_gradient)
+        if self.by_image:
+            t.register_hook(lambda g: self._add_products(seen, g))
 
     def _add_moments(self, x: Tensor, output: Tensor) -> None:
-        s = self.stats
+        s, wanted = self.stats, self.wanted
         rows = x.reshape(-1, s.in_features)
         s.tokens += rows.shape[0]
         s.sum("input_sum").add_(rows.sum(0, dtype=torch.float32 if rows.dtype.itemsize <= 4 else None))
-        needs_output = s.side == "output" or "normalized" in self.collect
+        needs_output = s.side == "output" or "normalized" in wanted
         y = self._without_bias(output) if needs_output else output
         small = y if s.side == "output" else rows
-        if s.owner == s.name:
+        if "moment" in wanted:
             gram_update_(s.sum("moment"), small)
-        if "normalized" in self.collect:
+        if "normalized" in wanted:
             gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
-        if "input_moment" in self.collect:
+        if "input_moment" in wanted:
             gram_update_(s.sum("input_moment"), rows)
-        if "input_abs" in self.collect:
+        if "input_abs" in wanted:
             s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
 
     def _without_bias(self, output: Tensor) -> Tensor:

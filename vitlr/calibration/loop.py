@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,76 +15,79 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import DEFAULT, GRADIENT_OBJECTIVES, OBJECTIVES
+from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, VALUES, Calibration
 from vitlr.calibration.probe import Probe, probe
-from vitlr.calibration.statistics import EXTRAS, HIDDEN, VALUES, LayerStatistics, Statistics
+from vitlr.calibration.resuming import images_of, resumed
+from vitlr.calibration.statistics import LayerStatistics, Statistics, share_moments
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
+from vitlr.runtime.fields import keywords
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
-
-HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
-Progress = Callable[[int, "int | None"], None]
+from vitlr.runtime.words import some
 
 
+@keywords(Calibration)
 def calibrate(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None,
     *,
-    objective: str | Sequence[str] = DEFAULT,
-    extras: Sequence[str] = (),
-    hidden: bool | str = False,
-    hidden_memory: float = HIDDEN_MEMORY,
+    options: Calibration | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
-    samples: int = 1,
-    seed: int = 0,
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
     progress: Progress | None = None,
     on_batch: Callable[[Statistics], None] | None = None,
     stats: Statistics | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    **changes: Any,
 ) -> Statistics:
     """Add up the moments of every compressible linear layer over the loader's images, in one pass.
 
-    The loader yields tensors, tuples (the first item is used) or dicts (keyword arguments). `objective` names one or
+    The loader yields tensors, tuples (the first item is used) or dicts (keyword arguments). What is measured are
+    `options`, or keywords of the same names. `objective` names one or
     more of "fisher" (moments of activations and of the loss's gradients, see `measuring.losses`, the tokens of an image
     taken together), "loss" (the same, tokens taken as independent), "output" and "normalized" (arXiv 2402.06004);
-    `extras` what the baselines need. `hidden` adds what pruning needs, the moment `Σ h hᵀ [D, D]` of every MLP's hidden
-    neurons in float64: `8 D²` bytes an MLP, twice that with "fisher", refused where all would take more than
-    `hidden_memory` bytes; `hidden="attention"` adds that of the heads side by side, `[d, d]` an attention, as well.
+    `extras` what the baselines need. `hidden` adds what narrower MLPs need, the moment `Σ h hᵀ [D, D]` of every MLP's
+    hidden neurons in float64: `8 D²` bytes an MLP, twice that with "fisher". By itself (None) it does so where MLPs are
+    recognised and all fits into `hidden_memory` bytes, else `notes["no_hidden"]` says why not; True refuses what cannot
+    be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
     tensor to sample from; `samples` targets are drawn per image.
-    `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. The model comes
-    back as it was.
+    `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. `resume` names
+    a file: used if it is there and fits, written otherwise, saved on the way and gone on from after an interrupt. The
+    model comes back as it was.
 
-    Raises `InputError` for an empty loader, layers that no image or no gradient reaches, images of several sizes and
-    `torch.inference_mode`; `NumericalError` (naming the layer) for NaN or Inf. After an error in the middle of a batch
-    the statistics passed as `stats` are marked as not whole, and refused.
+    Raises `InputError` for an empty loader, layers that no image or no gradient reaches, images of several sizes,
+    `torch.inference_mode` and a file of another run; `NumericalError` (naming the layer) for NaN or Inf. After an error
+    in the middle of a batch the statistics passed as `stats` are marked as not whole, and refused.
     """
+    wanted = Calibration.of(options, **changes)
     if isinstance(loader, Tensor):
         raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
-    objectives = (objective,) if isinstance(objective, str) else tuple(objective)
-    _check_choice("objective", objectives, OBJECTIVES)
-    extras = tuple(dict.fromkeys((*extras, *_hidden_extras(hidden))))
-    _check_choice("extra", extras, EXTRAS)
-    if samples < 1:
-        raise InputError(f"samples={samples}, expected at least one draw per image")
-    if loss_fn is not None and samples != 1:
-        raise InputError(f"loss_fn= is one loss; it does not go with samples={samples}")
+    if loss_fn is not None and wanted.samples != 1:
+        raise InputError(f"loss_fn= is one loss; it does not go with samples={wanted.samples}")
     if torch.is_inference_mode_enabled():
         raise InputError("calibrate needs gradients and cannot run under torch.inference_mode(); call it outside")
+    if resume is not None:
+        if stats is not None:
+            raise InputError("stats= goes on from statistics, resume= from a file of them; give one")
+        again = functools.partial(calibrate, model, loss_fn=loss_fn, output_fn=output_fn)
+        return resumed(again, model, loader, resume, wanted, tuple(changes), progress, on_batch)
+    if loader is None:
+        raise InputError("loader= is missing: calibration needs images")
+    objectives = wanted.objectives
     by_gradient = set(objectives) & set(GRADIENT_OBJECTIVES)
-    needs_gradient = bool(by_gradient) or "row_gradient" in extras
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
-        targets = linears.targets(model, include=include, exclude=exclude)
-        widths = _hidden_layers(model, targets, extras, "fisher" in objectives, hidden_memory)
+        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
+        extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
+        needs_gradient = bool(by_gradient) or "row_gradient" in extras
         heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
         queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
@@ -97,7 +102,9 @@ def calibrate(
                 found = probe(model, targets, one_image(inputs))
                 fresh = _empty(targets, found, image_shape(inputs))
                 fresh.objectives, fresh.extras = objectives, extras
-                fresh.samples, fresh.seed = samples, seed
+                fresh.samples, fresh.seed = wanted.samples, wanted.seed
+                if why_not:
+                    fresh.notes["no_hidden"] = why_not
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
@@ -115,23 +122,23 @@ def calibrate(
                 )
             run.whole = False
             for tap in taps:
-                tap.images, tap.in_backward = images, False
+                tap.forward(images)
             with torch.set_grad_enabled(needs_gradient):
                 output = call(model, inputs)
                 if needs_gradient:
-                    seeds = image_seeds(tensors(inputs), seed)
+                    seeds = image_seeds(tensors(inputs), wanted.seed)
                     if loss_fn is not None:
                         losses = [loss_fn(output, batch)]
                     else:
                         picked = output_fn(output) if output_fn is not None else output
-                        losses = sampled_losses(model, picked, seeds, samples)
-                    _backward(losses, taps, sketches(seeds, samples, taps))
+                        losses = sampled_losses(model, picked, seeds, wanted.samples)
+                    _backward(losses, taps, sketches(seeds, wanted.samples, taps))
             run.images += images
             run.whole = True
             if on_batch is not None:
                 on_batch(run)
             if progress is not None:
-                progress(run.images, _total(loader))
+                progress(run.images, images_of(loader))
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
@@ -147,14 +154,14 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
-            tap.in_backward, tap.sketch = True, sketched[index]
+            tap.backward(sketched[index])
         if not loss.requires_grad:
             raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
         loss.backward(retain_graph=index + 1 < len(losses))
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:
         raise InputError(
-            f"no gradient arrives at {len(cut_off)} layers ({', '.join(cut_off[:4])}{', …' * (len(cut_off) > 4)}): "
+            f"no gradient arrives at {len(cut_off)} layers ({some(cut_off)}): "
             "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
             "calibrate with objective='output'"
         )
@@ -169,17 +176,29 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
 
 
-def _hidden_extras(hidden: bool | str) -> tuple[str, ...]:
-    """The extras that `hidden=` stands for."""
-    if hidden not in (False, True, "attention"):
-        raise InputError(f"hidden={hidden!r}, expected True for MLPs or 'attention' for attention too")
-    return (HIDDEN, VALUES) if hidden == "attention" else (HIDDEN,) if hidden else ()
-
-
 def _hidden_layers(
-    model: nn.Module, targets: Mapping[str, nn.Linear], extras: Sequence[str], by_image: bool, limit: float
-) -> frozenset[str]:
-    """The linears whose whole input moment pruning needs; `InputError` where there are none or they take too much."""
+    model: nn.Module, targets: Mapping[str, nn.Linear], wanted: Calibration, stats: Statistics | None
+) -> tuple[tuple[str, ...], dict[str, int], str]:
+    """All extras, the linears whose whole input moment narrowing needs, and why there are none where none were had.
+
+    `InputError` where what was asked for cannot be measured or takes too much.
+    """
+    asked: tuple[str, ...] = (HIDDEN, VALUES) if wanted.hidden == "attention" else (HIDDEN,) if wanted.hidden else ()
+    if wanted.hidden is None and stats is not None:
+        asked = tuple(extra for extra in (HIDDEN, VALUES) if extra in stats.extras)
+    if wanted.hidden is None and stats is None and set(wanted.objectives) != {"normalized"}:  # has a unit of its own
+        try:
+            return *_widths(model, targets, wanted, (HIDDEN,)), ""
+        except InputError as cause:
+            return *_widths(model, targets, wanted, ()), str(cause)
+    return *_widths(model, targets, wanted, asked), ""
+
+
+def _widths(
+    model: nn.Module, targets: Mapping[str, nn.Linear], wanted: Calibration, asked: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The extras with those asked for, and the width of every linear whose whole input moment they need."""
+    extras = tuple(dict.fromkeys((*wanted.extras, *asked)))
     widths: dict[str, int] = {}
     if HIDDEN in extras:
         mlps = find_mlps(model).values()
@@ -195,13 +214,13 @@ def _hidden_layers(
             raise InputError(nothing(model, refused))
         widths |= {attention.output: attention.width for attention in found.values()}
         what.append(f"{len(found)} attentions")
-    taken = sum(8 * width**2 for width in widths.values()) * (2 if by_image else 1)
-    if taken > limit:
+    taken = sum(8 * width**2 for width in widths.values()) * (2 if "fisher" in wanted.objectives else 1)
+    if taken > wanted.hidden_memory:
         raise InputError(
-            f"the hidden moments of {' and '.join(what)} take {taken:,} bytes, more than hidden_memory={limit:,.0f}; "
-            "raise it, or measure fewer of them (include=, exclude=)"
+            f"the hidden moments of {' and '.join(what)} take {taken:,} bytes, more than "
+            f"hidden_memory={wanted.hidden_memory:,.0f}; raise it, or measure fewer of them (include=, exclude=)"
         )
-    return frozenset(widths)
+    return extras, widths
 
 
 def _remove(taps: list[Tap]) -> None:
@@ -209,28 +228,12 @@ def _remove(taps: list[Tap]) -> None:
         tap.remove()
 
 
-def _check_choice(what: str, chosen: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [name for name in chosen if name not in known]
-    if unknown or (what == "objective" and not chosen):
-        raise InputError(f"unknown {what} {unknown[0] if unknown else '()'!r}, expected one of {', '.join(known)}")
-
-
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.device.type == "cuda"})
 
 
-def _total(loader: Any) -> int | None:
-    """How many images the loader will give, where it says so."""
-    try:
-        return int(loader.images) if hasattr(loader, "images") else len(loader.dataset)
-    except (AttributeError, TypeError):
-        return None
-
-
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
-        for key, tensor in list(layer.sums()):
-            setattr(layer, key, tensor.cpu())
-    for layer in stats.layers.values():
-        layer.moment = stats.layers[layer.owner].moment
+        layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+    share_moments(stats.layers)
     return stats

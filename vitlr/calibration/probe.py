@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitlr.data.batches import tensors
 from vitlr.errors import InputError, VitlrError
 from vitlr.measuring import cost
+from vitlr.runtime.words import some
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
     silent = [name for name in targets if not sources[name]]
     if silent:
         raise InputError(
-            f"{len(silent)} linear layers are never called ({', '.join(silent[:4])}{', …' * (len(silent) > 4)}): "
+            f"{len(silent)} linear layers are never called ({some(silent)}): "
             "the model reads their weights itself or does not use them, and replacing them would change nothing; "
             "leave them out with exclude="
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,67 +19,77 @@ from vitlr.runtime import storage
 from vitlr.runtime.storage import fingerprint
 
 SCHEMA = 1
-HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
-VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
-_EXTRA_SUMS = ("input_moment", "input_abs", "row_gradient")
-EXTRAS = (*_EXTRA_SUMS, HIDDEN, VALUES)
-_LONG = ("input_sum", "input_abs", "image_input_sum")
-BY_IMAGE_HIDDEN = ("image_input_moment", "image_input_sum", "image_output_gradient")  # of "fisher" with these two
-SCORES = ("score_moment", "score_gradient", "image_score_moment", "image_score_gradient")
-_SUMS = (
-    "moment",
-    "gradient",
-    "normalized",
-    "image_moment",
-    "image_gradient",
-    "input_sum",
-    *_EXTRA_SUMS,
-    *BY_IMAGE_HIDDEN,
-    *SCORES,
-)
 
 
-@dataclass(eq=False)  # tensors have no single truth
+@dataclass(frozen=True)
+class Sum:
+    """A row of the table: the shape in letters of the layer, what must all be asked for or true, and what it is."""
+
+    shape: str
+    when: str
+    meaning: str
+
+    def asked(self, words: Collection[str]) -> bool:
+        """Whether a layer of which the words say what is asked for and true collects it."""
+        return set(self.when.split()) <= set(words)
+
+
+# Shapes: n = min(N, K), the rest as the layer has them. Words: objectives ("fisher" brings "loss" along), extras, the
+# layer's side, "owner" of its input's moment, "queries" where its first rows make those of an attention.
+# P = Σ_tokens y gᵀ (or x (Wᵀg)ᵀ) is one image's gradient seen from the smaller side, wide ones through a random sketch.
+SUMS: dict[str, Sum] = {
+    "moment": Sum("n n", "owner", "Σ y yᵀ (before the bias) on the output side, Σ x xᵀ on the input side"),
+    "gradient": Sum("n n", "loss", "Σ g gᵀ or Σ (Wᵀg)(Wᵀg)ᵀ, g the gradient of the loss at the output"),
+    "normalized": Sum("n n", "normalized", "moment with image i weighted by 1 / ‖W x_i‖²_F (arXiv 2402.06004)"),
+    "image_moment": Sum("n n", "fisher", "Σ_images P Pᵀ"),
+    "image_gradient": Sum("n n", "fisher", "Σ_images Pᵀ P"),
+    "input_sum": Sum("K", "", "Σ x"),
+    "input_moment": Sum(
+        "K K", "input_moment", "Σ x xᵀ on any side; of hidden neurons and of heads side by side, Σ h hᵀ"
+    ),
+    "input_abs": Sum("K", "input_abs", "Σ |x|"),
+    "row_gradient": Sum("N", "row_gradient", "Σ_images Σ_k (∂L/∂W)²"),
+    "image_input_moment": Sum("K K", "fisher hidden output", "Σ_images P Pᵀ for P = Σ_tokens h gᵀ"),
+    "image_input_sum": Sum("K", "fisher hidden output", "Σ_images P ḡ, ḡ = Σ_tokens g: moves P to another mean of h"),
+    "image_output_gradient": Sum("1", "fisher hidden output", "Σ_images ‖ḡ‖²"),
+    "score_moment": Sum("heads d d", "loss queries", "Σ q qᵀ by head"),
+    "score_gradient": Sum("heads d d", "loss queries", "Σ g gᵀ by head, g the gradient by q"),
+    "image_score_moment": Sum("heads d d", "fisher queries", "Σ_images P Pᵀ by head for P = Σ_tokens q gᵀ"),
+    "image_score_gradient": Sum("heads d d", "fisher queries", "Σ_images Pᵀ P by head"),
+}
+BY_IMAGE_HIDDEN = tuple(key for key, row in SUMS.items() if row.when == "fisher hidden output")
+SCORES = tuple(key for key, row in SUMS.items() if "queries" in row.when)
+
+
 class LayerStatistics:
     """Sums for one layer `y = W x + b`, `W [N, K]`, on its smaller side `n = min(N, K)`, in float64.
 
-    `moment [n, n]` is `Σ y yᵀ` (before the bias) where N ≤ K ("output" side), else `Σ x xᵀ` ("input" side);
-    `gradient [n, n]` is `Σ g gᵀ` or `Σ (Wᵀg)(Wᵀg)ᵀ` with `g` the gradient of the loss at the output;
-    `normalized [n, n]` is `moment` with image i weighted by `1 / ‖W x_i‖²_F` (arXiv 2402.06004);
-    `image_moment [n, n]` is `Σ_images P Pᵀ` and `image_gradient [n, n]` is `Σ_images Pᵀ P` for `P = Σ_tokens y gᵀ`
-    (or `x (Wᵀg)ᵀ`), one image's gradient seen from the layer's smaller side, wide ones through a random sketch;
-    `input_sum [K]` is `Σ x`. Extras: `input_moment [K, K] = Σ x xᵀ` on any side, `input_abs [K] = Σ |x|`,
-    `row_gradient [N] = Σ_images Σ_k (∂L/∂W)²`. With the extra "hidden", the second linears of MLPs have their
-    `input_moment`, which is that of the hidden neurons, `Σ h hᵀ [D, D]`; with "values" the projections of attentions
-    have it, that of the heads side by side. With "fisher" too they have
-    `image_input_moment [D, D] = Σ_images P Pᵀ` for `P = Σ_tokens h gᵀ`, and what moves it to another mean of h:
-    `image_input_sum [D] = Σ P ḡ` and `image_output_gradient [1] = Σ ‖ḡ‖²`, `ḡ = Σ_tokens g`. Layers fed by one tensor
-    share one `moment`, kept by `owner`. With "hidden" and an objective of gradients, linears that make queries have
-    `score_moment [heads, d, d]` `Σ q qᵀ` and `score_gradient` `Σ g gᵀ`, g the gradient by q, and with "fisher"
-    `image_score_moment` `Σ_images P Pᵀ` and `image_score_gradient` `Σ_images Pᵀ P` for `P = Σ_tokens q gᵀ`, by head.
+    `SUMS` says which there are and of what shape; each is an attribute, None where it was not collected. Layers fed by
+    one tensor share one `moment`, kept by `owner`. With the extra "hidden", the second linears of MLPs have an
+    `input_moment`; with "values" the projections of attentions have one.
     """
 
-    name: str
-    in_features: int
-    out_features: int
-    owner: str
-    tokens: int = 0
-    moment: Tensor | None = None
-    gradient: Tensor | None = None
-    normalized: Tensor | None = None
-    image_moment: Tensor | None = None
-    image_gradient: Tensor | None = None
-    input_sum: Tensor | None = None
-    input_moment: Tensor | None = None
-    input_abs: Tensor | None = None
-    row_gradient: Tensor | None = None
-    image_input_moment: Tensor | None = None
-    image_input_sum: Tensor | None = None
-    image_output_gradient: Tensor | None = None
-    score_moment: Tensor | None = None
-    score_gradient: Tensor | None = None
-    image_score_moment: Tensor | None = None
-    image_score_gradient: Tensor | None = None
+    def __init__(
+        self, name: str, in_features: int, out_features: int, owner: str, tokens: int = 0, **sums: Tensor | None
+    ) -> None:
+        if unknown := set(sums) - set(SUMS):
+            raise TypeError(f"a layer has no sum {min(unknown)!r}")
+        self.held: dict[str, Tensor] = {key: tensor for key, tensor in sums.items() if tensor is not None}
+        self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.owner, self.tokens = owner, tokens
+
+    def __getattr__(self, key: str) -> Tensor | None:
+        if key not in SUMS:
+            raise AttributeError(f"{type(self).__name__} has no {key!r}")
+        return self.held.get(key)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if key not in SUMS:
+            super().__setattr__(key, value)
+        elif value is None:
+            self.held.pop(key, None)
+        else:
+            self.held[key] = value
 
     @property
     def side(self) -> str:
@@ -93,36 +103,33 @@ class LayerStatistics:
 
     def sum(self, key: str) -> Tensor:
         """One of the sums by name; raises `InputError` where calibration did not collect it."""
-        tensor = getattr(self, key)
+        tensor = self.held.get(key)
         if tensor is None:
             raise InputError(
                 f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective=, extras=, hidden=)"
             )
         return tensor
 
+    def shape(self, key: str, heads: int = 0, d: int = 0) -> tuple[int, ...]:
+        """The shape that the layer's sizes, and the heads of its queries, give a sum."""
+        sizes = {"n": self.size, "K": self.in_features, "N": self.out_features, "1": 1, "heads": heads, "d": d}
+        return tuple(sizes[letter] for letter in SUMS[key].shape.split())
+
     def check_shapes(self) -> None:
         """Raise `InputError` where a sum has another shape than the layer's sizes give it."""
-        n, K, N = self.size, self.in_features, self.out_features
-        square = dict.fromkeys(("moment", "gradient", "normalized", "image_moment", "image_gradient"), (n, n))
-        wide, long = dict.fromkeys(("input_moment", "image_input_moment"), (K, K)), dict.fromkeys(_LONG, (K,))
-        expected = {**square, **wide, **long, "row_gradient": (N,), "image_output_gradient": (1,)}
         for key, tensor in self.sums():
-            if key in SCORES:
-                self._check_heads(key, tensor)
-            elif tensor.shape != expected[key]:
-                raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected {list(expected[key])}")
-
-    def _check_heads(self, key: str, tensor: Tensor) -> None:
-        heads, d = tensor.shape[0] if tensor.ndim else 0, tensor.shape[-1] if tensor.ndim else 0
-        if tensor.ndim != 3 or tensor.shape[1] != d or heads * d not in (N := self.out_features, N // 3):
-            raise InputError(f"layer {self.name}: {key} is {list(tensor.shape)}, expected [heads, d, d] of its rows")
+            found, N = tuple(tensor.shape), self.out_features
+            heads, d = (found[0], found[-1]) if found else (0, 0)
+            of_heads = key in SCORES
+            if found != self.shape(key, heads, d) or (of_heads and heads * d not in (N, N // 3)):
+                expected = "[heads, d, d] of its rows" if of_heads else str(list(self.shape(key)))
+                raise InputError(f"layer {self.name}: {key} is {list(found)}, expected {expected}")
 
     def sums(self) -> Iterator[tuple[str, Tensor]]:
-        """The sums that this layer keeps itself, by name; a moment that another layer owns is left out."""
-        for key in _SUMS:
-            tensor = getattr(self, key)
-            if tensor is not None and not (key == "moment" and self.owner != self.name):
-                yield key, tensor
+        """The sums that this layer keeps itself, in the table's order; a moment that another owns is left out."""
+        for key in SUMS:
+            if key in self.held and not (key == "moment" and self.owner != self.name):
+                yield key, self.held[key]
 
     def metric(self, W: Tensor) -> Metric:
         """What these statistics say about errors of the layer; its weight W [N, K] in float64.
@@ -213,11 +220,11 @@ class Statistics:
         layers: dict[str, LayerStatistics] = {}
         for name, mine in self.layers.items():
             theirs = other.layers[name]
-            sums = {key: tensor + getattr(theirs, key) for key, tensor in mine.sums()}
+            sums = {key: tensor + theirs.sum(key) for key, tensor in mine.sums()}
             layers[name] = LayerStatistics(
                 name, mine.in_features, mine.out_features, mine.owner, mine.tokens + theirs.tokens, **sums
             )
-        _share_moments(layers)
+        share_moments(layers)
         notes = {**self.notes, **other.notes}
         return replace(self, layers=layers, images=self.images + other.images, notes=notes)
 
@@ -276,10 +283,10 @@ class Statistics:
         try:
             layers = {}
             for name, k, n, owner, tokens in header["layers"]:
-                sums = {key: tensors.get(f"{name}|{key}") for key in _SUMS}
+                sums = {key: tensors.get(f"{name}|{key}") for key in SUMS}
                 layers[name] = LayerStatistics(name, int(k), int(n), owner, int(tokens), **sums)
                 layers[name].check_shapes()
-            _share_moments(layers)
+            share_moments(layers)
             return cls(
                 layers,
                 header["fingerprint"],
@@ -296,7 +303,8 @@ class Statistics:
             raise InputError(f"{path}: its statistics are damaged ({cause!r}); calibrate again") from cause
 
 
-def _share_moments(layers: Mapping[str, LayerStatistics]) -> None:
+def share_moments(layers: Mapping[str, LayerStatistics]) -> None:
+    """Give every layer the moment that its owner keeps."""
     for layer in layers.values():
         if layer.owner != layer.name:
             layer.moment = layers[layer.owner].moment

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.words import one_line, some
 
 _NOT_ARCHITECTURE = {"cache_dir", "device", "dtype"}  # where and in what, not which model
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys training scripts store weights under
-_SHOWN = 3  # names listed in a message before "..."
 
 
 def create_model(
@@ -43,7 +43,7 @@ def create_model(
         what = "download the weights of" if pretrained else "make"
         hint = "; use checkpoint= to read weights from a file" if pretrained else ""
         given = f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else ""
-        raise InputError(f"could not {what} {name}{given}: {_one_line(cause)}{hint}") from cause
+        raise InputError(f"could not {what} {name}{given}: {one_line(cause)}{hint}") from cause
     if checkpoint is not None:
         load_weights(model, checkpoint, name=name)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
@@ -102,7 +102,7 @@ def _check_name(name: str) -> None:
     if timm.is_model(name):
         return
     base = name.split(".", 1)[0]
-    close = difflib.get_close_matches(base, timm.list_models(), n=_SHOWN, cutoff=0.6)
+    close = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
     raise InputError(f"unknown model {name!r}; {hint}")
 
@@ -114,7 +114,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
                 raise InputError(f"{path} was written by vitlr; open it with vitlr.load, it needs no model name")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as cause:
-        raise InputError(f"checkpoint {path} is not a whole safetensors file ({_one_line(cause)})") from cause
+        raise InputError(f"checkpoint {path} is not a whole safetensors file ({one_line(cause)})") from cause
 
 
 def _read_torch(path: Path) -> Any:
@@ -124,7 +124,7 @@ def _read_torch(path: Path) -> Any:
     except Exception as cause:  # a damaged or foreign file makes the unpickler raise almost anything
         raise InputError(
             f"checkpoint {path} is neither safetensors nor a torch file of plain tensors "
-            f"(pickled objects are refused): {_one_line(cause)}"
+            f"(pickled objects are refused): {one_line(cause)}"
         ) from cause
 
 
@@ -141,7 +141,7 @@ def _mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
         "unexpected": [name for name in weights if name not in expected],
         "of another shape": shapes,
     }
-    return "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds.items() if names)
+    return "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names)
 
 
 def _original_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -160,12 +160,3 @@ def _original_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
         return {name: t for name, t in rename(dict(weights), model).items() if isinstance(t, Tensor)}
     except Exception:  # the filter knows some layouts only; the caller reports what is wrong with this one
         return None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-
-
-def _one_line(cause: BaseException) -> str:
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitlr.errors import InputError
+from vitlr.runtime.modules import class_of
+from vitlr.runtime.words import one_line
 
 Origin = dict[str, Any]
 """{"library": "timm", "name": str, "args": {str: plain value}}"""
@@ -103,7 +105,7 @@ def build(origin: Origin, device: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled():
             return timm.create_model(origin["name"], pretrained=False, **origin["args"])
     except Exception as cause:  # an architecture may raise anything on arguments it was not made for
-        raise InputError(f"timm cannot build {describe(origin)}: {_one_line(cause)}") from cause
+        raise InputError(f"timm cannot build {describe(origin)}: {one_line(cause)}") from cause
 
 
 def unfilled() -> TorchFunctionMode:
@@ -128,7 +130,7 @@ def differences(model: nn.Module, twin: nn.Module) -> str | None:
             return f"module {name or '(model)'} is only in {'the model' if name in ours else 'the rebuilt one'}"
     for name, module in ours.items():
         label = name or "(model)"
-        a, b = _class(module), _class(theirs[name])
+        a, b = class_of(module), class_of(theirs[name])
         if a != b:
             return f"{label} is a {a}, rebuilt it is a {b}"
         mine, other = dict(_scalars(module)), dict(_scalars(theirs[name]))
@@ -171,10 +173,6 @@ def _buffers_differ(model: nn.Module, twin: nn.Module) -> str | None:
 
 def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
-
-
-def _class(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _scalars(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -252,7 +250,3 @@ def _plain_value(key: str, value: Any, nested: int) -> Any:
     if value is None or isinstance(value, bool) or number or (isinstance(value, str) and _TEXT.fullmatch(value)):
         return value
     raise InputError(f"the model argument {key}={str(value)[:80]!r} is not a plain value in range")
-
-
-def _one_line(cause: BaseException) -> str:
-    return (" ".join(str(cause).split()) or type(cause).__name__)[:200]

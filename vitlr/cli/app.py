@@ -13,13 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from vitlr.cli.command import Command
 from vitlr.cli.commands.bench import bench
 from vitlr.cli.commands.compress import compress
 from vitlr.cli.commands.finetune import finetune
 from vitlr.cli.commands.inspect import inspect
 from vitlr.cli.commands.prune import prune
 from vitlr.cli.commands.validate import validate
-from vitlr.cli.options import AsJson, Command
+from vitlr.cli.options import OUTPUT, AsJson
 from vitlr.cli.result import Result, guarded
 
 app = typer.Typer(
@@ -42,7 +43,9 @@ def doctor(as_json: AsJson = False) -> Result:
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Train less.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Keep the files there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Keep the files there.", rich_help_panel=OUTPUT)
+    ] = None,
     as_json: AsJson = False,
 ) -> Result:
     """Train a small ViT on digits, compress it, and show what that changed; no download, a few minutes."""
@@ -66,8 +69,21 @@ def _root(
     pass
 
 
+_EXAMPLES = {
+    "inspect": "vitlr inspect vit_tiny_patch16_224",
+    "compress": "vitlr compress vit_tiny_patch16_224 --data train --limit 1000 \\\n"
+    "    --budget params:80% --out small.safetensors",
+    "prune": "vitlr prune vit_tiny_patch16_224 --data train --rate 0.3 \\\n    --out pruned.safetensors",
+    "finetune": "vitlr finetune small.safetensors --data train --val-data val --epochs 10 \\\n"
+    "    --reference vit_tiny_patch16_224 --out tuned.safetensors",
+    "validate": "vitlr validate small.safetensors --data val --class-map synsets.txt \\\n"
+    "    --reference vit_tiny_patch16_224",
+    "bench": "vitlr bench small.safetensors --batch-size 1,64",
+}
+
 for _command in (inspect, compress, prune, finetune, validate, bench, doctor, demo):
-    app.command(_command.__name__, cls=Command)(guarded(_command))
+    _example = _EXAMPLES.get(_command.__name__)
+    app.command(_command.__name__, cls=Command, epilog=_example)(guarded(_command))
 
 
 def main() -> Any:

@@ -15,7 +15,8 @@ from typing import Any
 
 import typer
 
-from vitlr.errors import VitlrError
+from vitlr.cli.command import flags_of, in_flags
+from vitlr.errors import Interrupted, VitlrError
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -26,10 +27,6 @@ class Result:
 
     values: dict[str, Any]
     text: str
-
-
-class Interrupted(KeyboardInterrupt):
-    """An interrupt whose message says what was kept."""
 
 
 @contextlib.contextmanager
@@ -45,6 +42,7 @@ def resumable(folder: Path | None) -> Iterator[None]:
 
 def guarded(command: Callable[..., Result]) -> Callable[..., None]:
     """Run a command, print its result, and turn what vitlr raises on purpose into one line and an exit status."""
+    flags = flags_of(command)
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
@@ -57,7 +55,7 @@ def guarded(command: Callable[..., Result]) -> Callable[..., None]:
         except KeyboardInterrupt as cause:
             _fail(f"interrupted; {cause}" if str(cause) else "interrupted", 130, cause)
         except VitlrError as cause:
-            _fail(str(cause), cause.exit_status, cause)
+            _fail(in_flags(str(cause), flags), cause.exit_status, cause)
         except MemoryError as cause:
             _fail(f"out of memory {cause}".strip() + "; try a smaller --batch-size", 1, cause)
         except OSError as cause:

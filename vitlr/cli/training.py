@@ -1,32 +1,15 @@
-"""Options of the commands that train, under the names of timm's train.py. Importing this costs no torch."""
+"""What the commands that train share. Importing this costs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from vitlr.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
-
-Opt = Annotated[str, typer.Option(metavar="NAME", help="One of timm's optimizers.")]
-Sched = Annotated[str, typer.Option(metavar="NAME", help="One of timm's schedules.")]
-WarmupEpochs = Annotated[float, typer.Option(metavar="X", help="Epochs of rising rate.")]
-Smoothing = Annotated[float, typer.Option(metavar="X", help="Label smoothing.")]
-Mixup = Annotated[float, typer.Option(metavar="X", help="Mixup alpha, 0 for none.")]
-Cutmix = Annotated[float, typer.Option(metavar="X", help="CutMix alpha, 0 for none.")]
-AutoAugment = Annotated[str | None, typer.Option(metavar="POLICY", help="AutoAugment, such as rand-m9-mstd0.5.")]
-ColorJitter = Annotated[float, typer.Option(metavar="X", help="Strength of colour jitter.")]
-ClipGrad = Annotated[float | None, typer.Option(metavar="X", help="Largest norm of the gradient.")]
-GradAccumSteps = Annotated[int, typer.Option(metavar="N", min=1, help="Batches in one update.")]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of order, augmentation and dropout.")]
-PeakLr = Annotated[float, typer.Option(metavar="X", help="Peak learning rate.")]
-ValData = Annotated[str | None, typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.")]
-Resume = Annotated[Path | None, typer.Option(metavar="DIR", help="Keep snapshots there, and go on from them.")]
 
 
 def judge_on(data: str | None, model: nn.Module, options: dict[str, Any]) -> Callable[[nn.Module], float] | None:

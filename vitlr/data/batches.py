@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.modules import like
 
 
 def to_model(model: nn.Module, batch: Any) -> Any:
     """What the model is called with: the batch without labels, on the model's device, in its dtype."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    wanted = like(model)
     if isinstance(batch, Mapping):
-        return {key: _like(value, like) for key, value in batch.items() if key not in ("labels", "label")}
+        return {key: _like(value, wanted) for key, value in batch.items() if key not in ("labels", "label")}
     first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(first, Tensor):
         raise InputError(f"the loader gave {type(first).__name__}, expected tensors, tuples or dicts of tensors")
-    return _like(first, like)
+    return _like(first, wanted)
 
 
-def _like(value: Any, like: Tensor) -> Any:
+def _like(value: Any, wanted: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    return value.to(wanted.device, wanted.dtype if value.is_floating_point() else value.dtype)
 
 
 def tensors(inputs: Any) -> list[Tensor]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.words import some
 
 _logger = logging.getLogger(__name__)
-_SHOWN = 3
 
 
 def num_classes(model: nn.Module) -> int | None:
@@ -86,8 +86,3 @@ def label_images(
             some(left_out),
         )
     return labels
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few of `names`, for a message."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from vitlr.data.classes import label_images, num_classes, read_class_map, some
+from vitlr.data.classes import label_images, num_classes, read_class_map
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import seeded
+from vitlr.runtime.machine import cores
+from vitlr.runtime.modules import device_of
+from vitlr.runtime.words import one_line, some
 
 _logger = logging.getLogger(__name__)
 _MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
@@ -152,9 +155,8 @@ def open_data(
         raise InputError(f"skip={skip} leaves none of the {len(kept)} images in {path}")
     dataset = _Images(reader, chosen, data_config(model))
     if workers is None:
-        workers = 0 if len(chosen) < _WORKERS_PAY else min(4, _cores())
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return Loader(dataset, path, batch_size, workers, device.type == "cuda")
+        workers = 0 if len(chosen) < _WORKERS_PAY else min(4, cores())
+    return Loader(dataset, path, batch_size, workers, device_of(model).type == "cuda")
 
 
 def spread(count: int) -> list[int]:
@@ -218,7 +220,7 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
         except MemoryError:
             raise
         except Exception as cause:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            return None, index, f"{self.reader.filename(index) or f'image {index}'} ({_reason(cause)})"
+            return None, index, f"{self.reader.filename(index) or f'image {index}'} ({one_line(cause, 120)})"
         return transform(image), label, None
 
     def _decode(self, index: int) -> Any:
@@ -248,7 +250,7 @@ class _Augmented(Dataset[tuple[Any, Any, Any]]):
             self.transform = create_transform(**config, is_training=True, **transform)
         except (AssertionError, IndexError, KeyError, ValueError) as cause:
             given = ", ".join(f"{key}={value!r}" for key, value in transform.items())
-            raise InputError(f"timm makes no training transform of {given}: {_reason(cause)}") from cause
+            raise InputError(f"timm makes no training transform of {given}: {one_line(cause, 120)}") from cause
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Any, Any, Any]:
         position, seed = item
@@ -303,13 +305,4 @@ def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[in
 def _empty_hint(path: str, cause: Exception) -> str:
     if "unpack" in str(cause) or "Found 0 images" in str(cause):
         return "there are none (.jpg, .jpeg, .png) in it"
-    return _reason(cause)
-
-
-def _reason(cause: BaseException) -> str:
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return one_line(cause, 120)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlr.data.batches import call
 from vitlr.nn import ResidualLowRankLinear
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
+from vitlr.runtime.modules import like
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ def _counted(model: nn.Module, inputs: Any) -> FlopCounterMode:
 
 def example_input(model: nn.Module, input_shape: Any) -> Any:
     """One image of zeros in the model's dtype and device; `input_shape` as `Statistics` keeps it."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    p = like(model)
     if isinstance(input_shape, dict):
-        return {key: torch.zeros(1, *shape, dtype=like.dtype, device=like.device) for key, shape in input_shape.items()}
-    return torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
+        return {key: torch.zeros(1, *shape, dtype=p.dtype, device=p.device) for key, shape in input_shape.items()}
+    return torch.zeros(1, *input_shape, dtype=p.dtype, device=p.device)
 
 
 def measure(model: nn.Module, input_shape: Any) -> Cost:

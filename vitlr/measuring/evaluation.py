@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
-from vitlr.measuring.losses import first_tensor
+from vitlr.measuring.losses import agreeing, first_tensor, kl
 from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.modules import like
+from vitlr.runtime.progress import Progress
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -48,7 +50,7 @@ def evaluate(
     loader: Iterable[Any],
     reference: nn.Module | None = None,
     *,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
 ) -> Metrics:
     """Classify every image of `loader` and compare with the labels, and with `reference` where one is given.
 
@@ -59,7 +61,7 @@ def evaluate(
     """
     total = getattr(loader, "images", None)
     images = top1 = top5 = agree = 0
-    divergence = 0.0
+    distance = 0.0
     with evaluation_mode(model), evaluation_mode(reference or model), torch.no_grad():
         for batch in loader:
             x, labels = _pair(batch)
@@ -75,8 +77,8 @@ def evaluate(
                     raise InputError(
                         f"the reference has {expected.shape[1]} classes, the model {logits.shape[1]}; expected the same"
                     )
-                agree += int((expected.topk(1, dim=1).indices[:, 0] == best[:, 0]).sum())
-                divergence += _kl(expected, logits)
+                agree += int(agreeing(expected, logits).sum())
+                distance += float(kl(expected, logits).clamp_(min=0).sum())  # rounding may leave it below 0
             if progress is not None:
                 progress(images + getattr(loader, "skipped", 0), total)
     if not images:
@@ -86,7 +88,7 @@ def evaluate(
         top1=100 * top1 / images,
         top5=100 * top5 / images,
         agreement=None if reference is None else 100 * agree / images,
-        kl=None if reference is None else divergence / images,
+        kl=None if reference is None else distance / images,
         images=images,
         skipped=getattr(loader, "skipped", 0),
         top1_low=100 * low,
@@ -102,12 +104,6 @@ def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
     return max(0.0, min(p, (centre - spread) / scale)), min(1.0, max(p, (centre + spread) / scale))
 
 
-def _kl(expected: Tensor, logits: Tensor) -> float:
-    """Sum over images of KL(softmax(expected) || softmax(logits)), in nats, never below 0."""
-    p, q = expected.log_softmax(1), logits.log_softmax(1)
-    return float((p.exp() * (p - q)).sum(1).clamp_(min=0).sum())
-
-
 def _pair(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2 and all(isinstance(t, Tensor) for t in batch[:2]):
         images, labels = batch[0], batch[1]
@@ -119,10 +115,8 @@ def _pair(batch: Any) -> tuple[Tensor, Tensor]:
 
 def _logits(model: nn.Module, x: Tensor, name: str) -> Tensor:
     """The model's answer as [B, classes] float64 on the CPU, whatever device and dtype it computes in."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-    if weight is not None:
-        x = x.to(weight.device, weight.dtype, non_blocking=True)
-    logits = first_tensor(model(x))
+    p = like(model)
+    logits = first_tensor(model(x.to(p.device, p.dtype, non_blocking=True)))
     if logits.ndim != 2:
         raise InputError(f"the {name} returned {list(logits.shape)}, expected logits [images, classes]")
     logits = logits.double().cpu()

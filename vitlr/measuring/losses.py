@@ -84,5 +84,15 @@ def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: flo
     """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
     if not logits:
         return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
-    p, q = (expected / temperature).log_softmax(1), (answers / temperature).log_softmax(1)
-    return temperature**2 * (p.exp() * (p - q)).sum(1).mean()
+    return temperature**2 * kl(expected / temperature, answers / temperature).mean()
+
+
+def kl(expected: Tensor, answers: Tensor) -> Tensor:
+    """`KL(softmax(e) || softmax(a))` of every image, in nats."""
+    p, q = expected.log_softmax(1), answers.log_softmax(1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def agreeing(expected: Tensor, answers: Tensor) -> Tensor:
+    """Whether the largest logit is that of the same class, image by image."""
+    return expected.argmax(1) == answers.argmax(1)

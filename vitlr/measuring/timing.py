@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.modules import like
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def forward(
         from vitlr.data.loader import data_config
 
         input_size = data_config(model)["input_size"]
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = like(model)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *input_size, generator=generator).to(weight.device, weight.dtype)
 

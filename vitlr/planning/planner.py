@@ -21,9 +21,11 @@ from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.offers import Sizes
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
+from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 
 
+@keywords(Planning)
 def plan(
     model: nn.Module,
     stats: Statistics,

@@ -6,7 +6,6 @@ Source: arXiv 2104.08500. Like `vitlr.pipeline`, this joins stages: gates, remov
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,20 +14,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitlr.errors import InputError, NumericalError
+from vitlr.errors import NumericalError
 from vitlr.planning.budgets import Budget
 from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import add_gates, gates, penalty, remove_gates
-from vitlr.pruning.sites import KINDS, parse_kinds
+from vitlr.pruning.options import Gating
 from vitlr.pruning.thresholds import Cut, check_wanted, choose
+from vitlr.runtime.fields import keywords
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.application import unfuse
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
-
-L1 = 1e-4  # λ of arXiv 2104.08500 on DeiT-B
-TILE = 16  # as the step of ranks: matrices of ragged widths run slower
-Progress = Callable[[int, "int | None"], None]
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,14 @@ class Pruning:
         return "\n".join([*lines, *([f"fine-tuning: {self.finetuning}"] if self.finetuning is not None else [])])
 
 
+@keywords(Gating)
 def prune(
     model: nn.Module,
     loader: Iterable[Any],
     rate: float | None = None,
     *,
     budget: str | Budget | None = None,
-    thresholds: str = "global",
-    kinds: str | Iterable[str] = KINDS,
-    l1: float = L1,
-    tile: int = TILE,
-    floor: int = 1,
-    fold: bool = True,
+    options: Gating | None = None,
     recipe: TrainRecipe | None = None,
     finetune: TrainRecipe | bool = True,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -78,6 +71,7 @@ def prune(
     inplace: bool = False,
     of: int | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> nn.Module:
     """Prune a model by learnt gates, with labels; a new model whose `vitlr_pruning` says what was done.
 
@@ -85,6 +79,7 @@ def prune(
     `loss + l1 ‖a‖₁` as `recipe` says; the least important gates go until a share `rate` of them has gone, or until the
     budget of what is KEPT ("params:60%") is met (`vitlr.pruning.thresholds.choose` has thresholds, tile, floor); rows
     and columns are removed; what is left is fine-tuned without that term as `finetune` says (True: like the gates).
+    All about the gates is said by `options`, or by keywords of its names.
     With `fold` the kept gates are multiplied into the weights, so that removal changes nothing but what it removes;
     without, they become 1, as published. Frozen weights are not trained: all that may happen to them is removal, and
     that factor.
@@ -97,33 +92,32 @@ def prune(
     untrained gates, `NumericalError`. Raises `InputError` for rates outside (0, 1), models whose attention or MLPs are
     not known (named), budgets out of reach, and what the training refuses.
     """
-    check_wanted(rate, budget, thresholds, tile, floor)
-    if isinstance(l1, bool) or not isinstance(l1, (int, float)) or not 0 <= l1 < math.inf:
-        raise InputError(f"l1={l1!r}, expected a number of at least 0")
-    asked = parse_kinds(kinds)
+    check_wanted(rate, budget)
+    gating = Gating.of(options, **changes)
+    how: dict[str, Any] = {key: getattr(gating, key) for key in ("thresholds", "tile", "floor")} | {"of": of}
     recipe = TrainRecipe() if recipe is None else recipe
     second = recipe if finetune is True else finetune or None
     if reference is model and inplace:
         reference = copy.deepcopy(model)  # it answers as it was
     shared: dict[str, Any] = {"loss": loss, "reference": reference, "callbacks": callbacks}
     model = unfuse(model, inplace=inplace)
-    folder = _Folder(resume, model, asked, l1)
+    folder = _Folder(resume, model, gating)
 
-    gated = add_gates(model, asked, inplace=True)
-    choose(gated, rate, budget=budget, thresholds=thresholds, tile=tile, floor=floor, of=of)  # in reach, whoever goes?
+    gated = add_gates(model, gating.gated, inplace=True)
+    choose(gated, rate, budget=budget, **how)  # in reach, whoever goes?
     trained = train(
         gated,
         loader,
         replace(recipe, keep="last"),  # an earlier epoch's gates would be nearer to where they started
-        penalty=lambda m: l1 * penalty(m),
+        penalty=lambda m: gating.l1 * penalty(m),
         resume=folder.phase("gates"),
         progress=_part(progress, 0, recipe, second),
         **shared,
     )
     if trained.kept == 0:
         raise NumericalError(f"the gates are untrained: {trained.note}; lower the learning rate")
-    cut = choose(gated, rate, budget=budget, thresholds=thresholds, tile=tile, floor=floor, of=of)
-    small = cut_off(gated, cut, fold=fold)
+    cut = choose(gated, rate, budget=budget, **how)
+    small = cut_off(gated, cut, fold=gating.fold)
     tuned = None
     if second is not None:
         tuned = train(
@@ -135,7 +129,7 @@ def prune(
             progress=_part(progress, 1, recipe, second),
             **shared,
         )
-    small.vitlr_pruning = Pruning(l1, trained, cut, tuned)  # type: ignore[assignment]
+    small.vitlr_pruning = Pruning(gating.l1, trained, cut, tuned)  # type: ignore[assignment]
     return small.eval()
 
 
@@ -148,12 +142,10 @@ def cut_off(gated: nn.Module, cut: Cut, *, fold: bool = True) -> nn.Module:
 class _Folder:
     """Where the phases of a run keep their snapshots; None keeps nothing."""
 
-    def __init__(
-        self, folder: str | os.PathLike[str] | None, model: nn.Module, kinds: tuple[str, ...], l1: float
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None, model: nn.Module, gating: Gating) -> None:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
-            run = {"model": fingerprint(dict(model.named_parameters())), "gates": list(kinds), "l1": float(l1)}
+            run = {"model": fingerprint(dict(model.named_parameters())), "gates": list(gating.gated), "l1": gating.l1}
             kept = Snapshots(self.folder, run)
             if kept.load("pruning") is None:
                 kept.save("pruning", {}, {})

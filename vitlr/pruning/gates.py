@@ -12,7 +12,8 @@ from vitlr.anatomy import linears
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear
 from vitlr.nn._plain import has_hooks
-from vitlr.pruning.sites import KINDS, Site, sites
+from vitlr.pruning.options import KINDS
+from vitlr.pruning.sites import Site, sites
 from vitlr.runtime.modules import put
 
 

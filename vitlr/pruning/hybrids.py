@@ -18,20 +18,19 @@ from torch import Tensor, nn
 from vitlr.anatomy import linears
 from vitlr.anatomy.attention import SUPPORTED, attention_names, attentions
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import DEFAULT
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.planning import planner
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.plans import Plan
-from vitlr.pruning.gated import L1, TILE, Progress, Pruning, prune
-from vitlr.pruning.sites import FEED_FORWARD, parse_kinds
+from vitlr.pruning.gated import Pruning, prune
+from vitlr.pruning.options import Blending, Gating
 from vitlr.pruning.thresholds import check_wanted
+from vitlr.runtime.fields import keywords, names_of
+from vitlr.runtime.progress import Progress
 from vitlr.surgery import application
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
-
-SHARE = 0.5  # of the attention's weights
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,16 @@ class Hybrid:
         return "\n".join([str(self.plan), *([] if self.pruning is None else [str(self.pruning)]), *tuned])
 
 
+@keywords(Blending)
 def hybrid(
     model: nn.Module,
     loader: Iterable[Any],
     rate: float | None = None,
     *,
     budget: str | Budget | None = None,
-    share: float = SHARE,
-    kinds: str | Iterable[str] | None = FEED_FORWARD,
-    uniform: bool = True,
-    rank_step: int = 16,
+    options: Blending | None = None,
     stats: Statistics | None = None,
     calibration: Iterable[Any] | None = None,
-    objective: str = DEFAULT,
-    thresholds: str = "global",
-    l1: float = L1,
-    tile: int = TILE,
-    floor: int = 1,
-    fold: bool = True,
     recipe: TrainRecipe | None = None,
     finetune: TrainRecipe | bool = True,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -78,11 +69,12 @@ def hybrid(
     validate: Callable[[nn.Module], float] | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> nn.Module:
     """Make attention low rank, prune feed-forward blocks by gates, fine-tune; `vitlr_hybrid` of the result says how.
 
     The linears of every attention keep a `share` of their weights, the same one each as published or, without
-    `uniform`, as one knapsack allocates them. Then `vitlr.vtp.prune` with `kinds` (fc1, fc2): to a `rate` of
+    `uniform`, as one knapsack allocates them. Then `vitlr.prune` with `kinds` (fc1, fc2): to a `rate` of
     the gates, or until the whole model meets the `budget` ("params:50%" of the model given). `kinds=None` prunes
     nothing: attention and feed-forward blocks alike become low rank under the budget, and are fine-tuned.
 
@@ -90,33 +82,31 @@ def hybrid(
     Raises `InputError` as that does, and where the attention is not known or the share leaves no rank.
     """
     total = cost.count_params(model)
-    if kinds is None:
+    how = Blending.of(options, **changes)
+    if how.kinds is None:
         if budget is None or rate is not None:
             raise InputError("low rank alone needs a budget, such as params:50%, and no rate")
         wanted, names = parse_budget(budget), []
     else:
-        parse_kinds(kinds)
-        check_wanted(rate, budget, thresholds, tile, floor)
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise InputError(f"share={share!r}, expected what the attention keeps of its weights, between 0 and 1")
+        check_wanted(rate, budget)
         found = _attention(model)
         names, weights = list(found), sum(linear.weight.numel() for linear in found.values())
-        wanted = Budget("params", math.floor(total - (1 - share) * weights), relative=False)
-    measured = _measured(model, stats, loader if calibration is None else calibration, objective, resume)
+        wanted = Budget("params", math.floor(total - (1 - how.share) * weights), relative=False)
+    measured = _measured(model, stats, loader if calibration is None else calibration, how.objective, resume)
     try:
         plan = planner.plan(
             model,
             measured,
             wanted,
             method="lowrank",
-            uniform=uniform,
-            rank_step=rank_step,
+            uniform=how.uniform,
+            rank_step=how.rank_step,
             include=_exactly(names) or None,
         )
     except InputError as cause:
-        if kinds is None:
+        if how.kinds is None:
             raise
-        raise InputError(f"attention cannot keep share={share:g} at rank_step={rank_step}: {cause}") from cause
+        raise InputError(f"attention cannot keep share={how.share:g} at rank_step={how.rank_step}: {cause}") from cause
     small = application.apply(model, plan)
     shared: dict[str, Any] = {
         "loss": loss,
@@ -127,19 +117,14 @@ def hybrid(
     }
     pruning: Pruning | None = None
     tuned: TrainReport | None = None
-    if kinds is not None:
+    if how.kinds is not None:
         small = prune(
             small,
             loader,
             rate,
             budget=budget,
             of=total,
-            thresholds=thresholds,
-            kinds=kinds,
-            l1=l1,
-            tile=tile,
-            floor=floor,
-            fold=fold,
+            options=Gating(**{key: getattr(how, key) for key in names_of(Gating)}),
             recipe=recipe,
             finetune=finetune,
             resume=resume,
@@ -175,7 +160,7 @@ def _measured(
         return stats
     path = None if folder is None else Path(folder) / "statistics.safetensors"
     if path is None or not path.exists():
-        found = calibrate(model, loader, objective=objective)
+        found = calibrate(model, loader, objective=objective, hidden=False)
         if path is None:
             return found
         path.parent.mkdir(parents=True, exist_ok=True)

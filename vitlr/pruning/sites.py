@@ -23,9 +23,7 @@ from vitlr.anatomy.mlps import SUPPORTED as MLPS
 from vitlr.anatomy.mlps import find_mlps, refused_mlps
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear
-
-KINDS = ("qkv", "proj", "fc1", "fc2")
-ATTENTION, FEED_FORWARD = KINDS[:2], KINDS[2:]
+from vitlr.pruning.options import ATTENTION, FEED_FORWARD, KINDS, parse_kinds
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,6 @@ class Site:
     def name(self) -> str:
         """The name of the first linear that reads x."""
         return self.readers[0]
-
-
-def parse_kinds(kinds: str | Iterable[str]) -> tuple[str, ...]:
-    """The kinds in their order; `InputError` for none or one that is unknown."""
-    asked = tuple(kinds.replace(",", " ").split()) if isinstance(kinds, str) else tuple(kinds)
-    unknown = [kind for kind in asked if kind not in KINDS]
-    if unknown or not asked:
-        raise InputError(f"unknown gates {unknown[0]!r}" if unknown else f"no gates; choose some of {', '.join(KINDS)}")
-    return tuple(kind for kind in KINDS if kind in asked)
 
 
 def sites(model: nn.Module, kinds: str | Iterable[str] = KINDS) -> dict[str, Site]:

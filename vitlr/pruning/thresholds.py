@@ -14,9 +14,8 @@ from vitlr.errors import InputError
 from vitlr.measuring.cost import count_params
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.pruning.gates import gates, scores
-from vitlr.pruning.sites import ATTENTION, KINDS, Layer, Site, layers, params, saved_by_one
-
-THRESHOLDS = ("global", "type", "params")
+from vitlr.pruning.options import ATTENTION, KINDS, Gating
+from vitlr.pruning.sites import Layer, Site, layers, params, saved_by_one
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def choose(
     whole), and no site gets less than `floor` channels (at least a tile). The fewest gates that suffice go.
     Raises `InputError` for a rate outside (0, 1), other budgets and what cannot be reached; `NumericalError` for NaN.
     """
-    wanted = check_wanted(rate, budget, thresholds, tile, floor)
+    Gating.of(thresholds=thresholds, tile=tile, floor=floor)
+    wanted = check_wanted(rate, budget)
     found = {name: gate.site for name, gate in gates(model).items()}
     if not found:
         raise InputError("this model has no gates; put them in first (add_gates)")
@@ -157,15 +157,8 @@ def choose(
     )
 
 
-def check_wanted(
-    rate: float | None, budget: str | Budget | None, thresholds: str = "global", tile: int = 1, floor: int = 1
-) -> float | Budget:
-    """The rate or the budget; `InputError` unless exactly one is given and everything is in range."""
-    if thresholds not in THRESHOLDS:
-        raise InputError(f"thresholds {thresholds!r} is unknown, expected one of {', '.join(THRESHOLDS)}")
-    for key, value in (("tile", tile), ("floor", floor)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{key}={value!r}, expected a whole number of at least 1")
+def check_wanted(rate: float | None, budget: str | Budget | None) -> float | Budget:
+    """The rate or the budget; `InputError` unless exactly one is given and in range."""
     if (rate is None) == (budget is None):
         raise InputError("give either a rate (the share of the gates that goes) or a budget (params:60% is kept)")
     if budget is not None:

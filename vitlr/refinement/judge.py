@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vitlr.data.batches import to_model
 from vitlr.errors import NumericalError
-from vitlr.measuring.losses import divergence, first_tensor, is_logits
+from vitlr.measuring.losses import agreeing, divergence, first_tensor, is_logits
 from vitlr.runtime.contexts import evaluation_mode
 
 
@@ -44,7 +44,7 @@ class Judge:
             return Distance(math.inf, None)
         agreement = None
         if self.logits:
-            agreement = 100 * float((answers.argmax(1) == self.expected.argmax(1)).double().mean())
+            agreement = 100 * float(agreeing(self.expected, answers).double().mean())
         return Distance(float(divergence(self.expected, answers, self.logits)), agreement)
 
     @torch.no_grad()

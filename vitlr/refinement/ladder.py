@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,36 +17,37 @@ from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.errors import InputError
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
+from vitlr.refinement.distil import distil
 from vitlr.refinement.images import Proxy
-from vitlr.refinement.joint import joint
 from vitlr.refinement.judge import Judge
-from vitlr.refinement.recipe import Recipe, make_recipe, parse_rungs
+from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
-from vitlr.refinement.report import Refinement, Rung
-from vitlr.refinement.residual import residual
-from vitlr.refinement.snapshots import Snapshots
+from vitlr.refinement.regrow import regrow
+from vitlr.refinement.report import Refinement, Rung, Snapshots
+from vitlr.runtime.fields import keywords
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
 
-Progress = Callable[[int, "int | None"], None]
 
-
+@keywords(Recipe)
 def refine(
     model: nn.Module,
     reference: nn.Module,
     loader: Iterable[Any],
     *,
-    rungs: str | Sequence[str] = "joint",
+    rungs: str | Sequence[str] = "distil",
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    recipe: Recipe | None = None,
+    **changes: Any,
 ) -> nn.Module:
     """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
 
-    `rungs` "refit", "residual" or "joint" runs all up to that one, a sequence exactly those; `options` are the fields
-    of `vitlr.refinement.Recipe` (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held out
-    and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
+    `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those. How is said by a
+    `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held
+    out and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
     back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
     workers.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
@@ -56,7 +57,7 @@ def refine(
     fused, in half precision, frozen throughout or reached by no gradient, and snapshots of another run;
     `NumericalError` where the dense model's answers, or what is measured at a layer, are not finite.
     """
-    recipe, wanted = make_recipe(options), parse_rungs(rungs)
+    recipe, wanted = Recipe.of(recipe, **changes), parse_rungs(rungs)
     wanted = _with_work(model, wanted)
     _check(model, reference, wanted)
     model = model if inplace else copy.deepcopy(model)
@@ -103,13 +104,13 @@ def _climb(
             if name == "refit":
                 steps, note = refit(model, reference, proxy, judge, recipe, advance)
                 images = min(recipe.proxy_images, proxy.count)
-            elif name == "residual":
-                steps, note = residual(model, reference, proxy, judge, recipe, advance)
+            elif name == "regrow":
+                steps, note = regrow(model, reference, proxy, judge, recipe, advance)
                 images = min(recipe.proxy_images, proxy.count)
             else:
-                steps, note = joint(model, reference, proxy, judge, recipe, snapshots, advance)
+                steps, note = distil(model, reference, proxy, judge, recipe, snapshots, advance)
                 images = proxy.count
-            if name != "joint" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
+            if name != "distil" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
                 note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
             kept = after.kl < before.kl
@@ -129,7 +130,7 @@ def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has no residual."""
     if lowrank_layers(model):
         return wanted
-    useful = tuple(rung for rung in wanted if rung != "residual")
+    useful = tuple(rung for rung in wanted if rung != "regrow")
     narrower = narrowed_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
     if not (narrower or fewer_heads(model)) or (wanted and not useful):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
@@ -149,8 +150,8 @@ def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> N
     if wanted:
         check_free(model)
         movable = [*free_layers(model), *(free_norms(model, reference) if "refit" in wanted else ())]
-        if "joint" not in wanted and not movable:
-            raise InputError("every low-rank layer has a frozen parameter; refit and residual leave such layers alone")
+        if "distil" not in wanted and not movable:
+            raise InputError("every low-rank layer has a frozen parameter; refit and regrow leave such layers alone")
     if torch.is_inference_mode_enabled():
         raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")
 

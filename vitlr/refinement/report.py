@@ -1,12 +1,18 @@
-"""What refinement did, rung by rung: printed as a table, kept in the model's file."""
+"""What refinement did, rung by rung: printed as a table, kept in the model's file, and on the way in snapshots."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from vitlr.refinement.judge import Distance
+from vitlr.refinement.recipe import RENAMED, WORDS
+from vitlr.runtime import snapshots
+from vitlr.runtime.snapshots import restore, stored
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Rung:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Rung:
         ends = {key: _distance(body[key]) for key in ("before", "after")}
-        return cls(**{**body, **ends})
+        return cls(**{**body, **ends, "name": WORDS.get(body["name"], body["name"])})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; a distance without end, of answers that were NaN, is null."""
@@ -67,3 +73,25 @@ class Refinement:
 
 def _distance(body: dict[str, Any]) -> Distance:
     return Distance(math.inf if body["kl"] is None else body["kl"], body["agreement"])
+
+
+class Snapshots(snapshots.Snapshots):
+    """What a refinement has reached; see `runtime.snapshots`: finished rungs, and the state of the one that distils."""
+
+    kind = "refinement"
+    words: Mapping[str, str] = {**WORDS, **RENAMED}
+
+    def save_rung(self, rung: Rung, model: nn.Module) -> None:
+        """Keep the model as it left a rung, and drop what that rung kept on the way."""
+        if self.folder is not None:
+            self.save(f"after_{rung.name}", stored(model), rung.to_dict())
+            self._path(rung.name).unlink(missing_ok=True)
+
+    def load_rung(self, name: str, model: nn.Module) -> Rung | None:
+        """Put the model where a finished rung had left it; None where that rung has not finished."""
+        found = self.load(f"after_{name}")
+        if found is None:
+            return None
+        tensors, state = found
+        restore(model, tensors)
+        return Rung.from_dict(state)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def put(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Set the module called `name`."""
+    """Put `new` in place of the module called `name`, under that name only."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
@@ -31,5 +31,11 @@ def class_of(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def like(model: nn.Module) -> Tensor:
+    """A tensor on the device and of the dtype that the model's inputs take: its first parameter in floating point."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+
+
 def device_of(model: nn.Module) -> torch.device:
+    """Where the model lives: the device of its first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

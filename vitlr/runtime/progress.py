@@ -15,14 +15,14 @@ def bar(label: str, total: int | None = None, unit: str = "images") -> Iterator[
     """Yield a function (done, total) that draws how far `label` is, to be passed as any stage's `progress=`.
 
     At a terminal a bar with the rate and the time left; elsewhere only "label: 1000 images in 12.3 s" at the end. An
-    exception ends it without that line.
+    exception ends it without that line, and what never began says nothing.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Drawing
 
     console = Console(stderr=True)
-    reached = 0
+    reached: int | None = None
     start = time.perf_counter()
     if not console.is_terminal or console.is_dumb_terminal:
 
@@ -31,7 +31,8 @@ def bar(label: str, total: int | None = None, unit: str = "images") -> Iterator[
             reached = done
 
         yield count
-        print(f"{label}: {reached} {unit} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        if reached is not None:
+            print(f"{label}: {reached} {unit} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         return
 
     columns = (
@@ -41,13 +42,17 @@ def bar(label: str, total: int | None = None, unit: str = "images") -> Iterator[
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Drawing(*columns, console=console) as drawing:
-        task = drawing.add_task(label, total=total, rate=unit)
+    drawing = Drawing(*columns, console=console)
+    task = drawing.add_task(label, total=total, rate=unit)
 
-        def draw(done: int, total: int | None = None) -> None:
-            rate = done / max(time.perf_counter() - start, 1e-9)
-            drawing.update(task, completed=done, rate=f"{rate:.1f} {unit}/s")
-            if total is not None:
-                drawing.update(task, total=total)
+    def draw(done: int, total: int | None = None) -> None:
+        rate = done / max(time.perf_counter() - start, 1e-9)
+        drawing.start()  # at the first call
+        drawing.update(task, completed=done, rate=f"{rate:.1f} {unit}/s")
+        if total is not None:
+            drawing.update(task, total=total)
 
+    try:
         yield draw
+    finally:
+        drawing.stop()

@@ -24,6 +24,7 @@ class Snapshots:
     """
 
     kind = "training"
+    words: Mapping[str, str] = {}  # what files of earlier versions call things, and what these are called now
 
     def __init__(self, folder: str | os.PathLike[str] | None, run: Mapping[str, Any]) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -44,14 +45,15 @@ class Snapshots:
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
-        if self.folder is None or not self._path(name).exists():
+        path = None if self.folder is None else self.found(name)
+        if path is None:
             return None
-        tensors, header = load_tensors(self._path(name), kind=self.kind, schema=SCHEMA)
-        kept = header.get("run")
+        tensors, header = load_tensors(path, kind=self.kind, schema=SCHEMA)
+        kept = _renamed(header.get("run"), self.words)
         if kept != self.run:
             what, was, now = _difference(kept, self.run)
             raise InputError(
-                f"{self._path(name)} is of another run: its {what} was {was!r}, now it is {now!r}; "
+                f"{path} is of another run: its {what} was {was!r}, now it is {now!r}; "
                 "name another folder, or remove that file"
             )
         return tensors, header["state"]
@@ -59,6 +61,20 @@ class Snapshots:
     def _path(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{name}.safetensors"
+
+    def found(self, name: str) -> Path | None:
+        """The file of that name, or of a name that it had before; None where there is none."""
+        older = [name.replace(now, was) for was, now in self.words.items() if now in name]
+        return next((path for path in map(self._path, [name, *older]) if path.exists()), None)
+
+
+def _renamed(value: Any, words: Mapping[str, str]) -> Any:
+    """The description of a run with its keys and words as they are today."""
+    if isinstance(value, dict):
+        return {words.get(key, key): _renamed(part, words) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_renamed(part, words) for part in value]
+    return words.get(value, value) if isinstance(value, str) else value
 
 
 def _difference(was: Any, now: Mapping[str, Any], of: str = "") -> tuple[str, Any, Any]:

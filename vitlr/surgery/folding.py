@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitlr.anatomy import linears
 from vitlr.nn import FoldedScale, LowRankLinear
 from vitlr.nn._plain import has_hooks, is_plain
+from vitlr.runtime.modules import put
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def fold(model: nn.Module) -> list[str]:
         _set(low.up.weight, gamma.double()[:, None] * low.up.weight.double())
         if low.up.bias is not None:
             _set(low.up.bias, gamma.double() * low.up.bias.double())
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FoldedScale(scale))
+        put(model, name, FoldedScale(scale))
         folded.append(name)
     return folded
 

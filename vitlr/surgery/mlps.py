@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vitlr.anatomy.mlps import Mlp, read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear
+from vitlr.runtime.modules import put
 
 
 @torch.no_grad()
@@ -77,8 +78,7 @@ def _ready(mlp: Mlp, name: str, limit: int) -> nn.Linear | LowRankLinear:
     if isinstance(linear, LowRankLinear) and linear.rank > limit:
         frozen = not linear.up.weight.requires_grad
         linear = linear.to_linear().requires_grad_(not frozen)
-        parent, _, child = name.rpartition(".")
-        setattr(mlp.module.get_submodule(parent), child, linear)
+        put(mlp.module, name, linear)
     return linear
 
 

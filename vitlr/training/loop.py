@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,16 +15,18 @@ from torch import Tensor, nn
 from vitlr.data.batches import to_model
 from vitlr.data.seeds import derived_seed
 from vitlr.errors import InputError
-from vitlr.measuring.losses import check_reached, divergence, first_tensor
+from vitlr.measuring.losses import divergence, first_tensor
 from vitlr.nn import LowRankLinear
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
+from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.training.batches import Batch, batches, reseed
+from vitlr.training.epochs import Epochs
 from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import TrainReport
-from vitlr.training.state import State
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,6 +43,7 @@ class TrainStep:
     lr: float
 
 
+@keywords(TrainRecipe)
 def train(
     model: nn.Module,
     loader: Iterable[Any],
@@ -53,9 +55,12 @@ def train(
     callbacks: Sequence[Callable[[TrainStep], None]] = (),
     validate: Callable[[nn.Module], float] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: Progress | None = None,
+    **changes: Any,
 ) -> TrainReport:
     """Train `model` in place on `(1 - w) task + w T² KL(reference ‖ model) + penalty(model)`; w = 0 without reference.
+
+    `recipe` says how, or keywords of its names do.
 
     `loader` yields `(images [B, C, H, W], labels [B])`: one of `vitlr.data.open_data`, which is then shuffled and
     augmented as the recipe says, or any that has a length and can be gone through again, which does that itself.
@@ -70,7 +75,7 @@ def train(
     Raises `InputError` for loaders without length, images or fitting labels, models without trainable parameters that
     a gradient reaches or in half precision, references with other classes, and snapshots of another run.
     """
-    recipe = TrainRecipe() if recipe is None else recipe
+    recipe = TrainRecipe.of(recipe, **changes)
     _check(model, reference)
     source = batches(loader, recipe)
     per_epoch = source.per_epoch // recipe.grad_accum_steps
@@ -90,14 +95,16 @@ def train(
 
     objective = _Objective(model, reference, recipe, loss, penalty)
     with _training(model, reference):
-        state = State(model, recipe, per_epoch, snapshots)
+        state = Epochs(model, recipe, per_epoch, snapshots)
         # A part of an epoch that is too small for an update is left out, so epochs begin where the loader's do.
         with closing(_epochs(source, state.updates, per_epoch, recipe.grad_accum_steps)) as stream:
             while not state.over:
                 value = _update(state, stream, objective)
                 if value is None:
                     break
-                step = TrainStep(model, state.updates, state.total, len(state.epochs) + 1, value, state.lr)
+                step = TrainStep(
+                    model, state.updates, per_epoch * recipe.epochs, len(state.epochs) + 1, value, state.lr
+                )
                 for callback in callbacks:
                     callback(step)
                 if state.updates % per_epoch == 0:
@@ -166,7 +173,7 @@ class _Objective:
         return self.mix(images[:even].clone(), labels[:even])  # timm mixes in place
 
 
-def _update(state: State, stream: Iterator[list[Batch]], objective: _Objective) -> float | None:
+def _update(state: Epochs, stream: Iterator[list[Batch]], objective: _Objective) -> float | None:
     """One update; the loss, or None where it was no number and nothing was done."""
     group = next(stream)
     reseed(derived_seed(state.recipe.seed, "update", state.updates))
@@ -175,12 +182,8 @@ def _update(state: State, stream: Iterator[list[Batch]], objective: _Objective) 
         if len(images) < 1 + objective.recipe.mixes:
             continue  # all its files were corrupt
         value, parts = objective(images, labels)
-        if not math.isfinite(parts["loss"]):
-            state.note = f"the loss was {parts['loss']} at update {state.updates + 1}: stopped, kept the best before it"
-            state.optimizer.zero_grad(set_to_none=True)
+        if not state.add(value, len(group)):
             return None
-        check_reached(value)
-        (value / len(group)).backward()
         state.images += len(images)
         for part, number in parts.items():
             sums[part] = sums.get(part, 0.0) + number / len(group)
@@ -190,7 +193,7 @@ def _update(state: State, stream: Iterator[list[Batch]], objective: _Objective) 
     return sums.get("loss", 0.0)
 
 
-def _end_epoch(state: State, validate: Callable[[nn.Module], float] | None) -> None:
+def _end_epoch(state: Epochs, validate: Callable[[nn.Module], float] | None) -> None:
     if not state.images:
         raise InputError("no image of the first epoch could be read, so nothing was learnt; check the data")
     if not state.finite():
@@ -198,8 +201,8 @@ def _end_epoch(state: State, validate: Callable[[nn.Module], float] | None) -> N
         return
     validation = None
     if validate is not None:
-        with evaluation_mode(state.judged):
-            validation = float(validate(state.judged))
+        with state.judged(), evaluation_mode(state.model):
+            validation = float(validate(state.model))
     state.end_epoch(validation)
 
 

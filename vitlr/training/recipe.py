@@ -1,133 +1,82 @@
-"""How to train, under the names of timm's train.py, checked before anything is read."""
+"""How to train, under the names of timm's train.py, checked before anything is read; imports no torch."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from vitlr.errors import InputError
+from vitlr.runtime.fields import Options, option
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
-_CHOICES = {"clip_mode": ("norm", "value", "agc"), "mixup_mode": ("batch", "pair", "elem"), "keep": ("best", "last")}
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """The choices behind a training; names and meanings are those of timm's train.py where it has them.
+class TrainRecipe(Options):
+    """The choices behind a training; names and meanings are those of timm's train.py where it has them."""
 
-    epochs              passes over the images
-    opt, lr, weight_decay, momentum, layer_decay   timm's optimizer factory; biases and norms are not decayed
-    sched, warmup_epochs, warmup_lr, min_lr        timm's schedule, stepped with every update
-    smoothing, mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode   of the labels, and of images with labels
-    clip_grad, clip_mode                           largest gradient (None: any); norm, value or agc
-    grad_accum_steps    batches in one update
-    model_ema, model_ema_decay, model_ema_warmup   running mean of the weights, which is then validated and returned
-    amp                 bfloat16 autocast; None where it is known to pay (CUDA, and CPUs with AVX512-BF16 or AMX)
-    distill_loss_weight w in `(1 - w) task + w T² KL(reference ‖ model)`, T = `distill_temperature`; with a reference
-    scale, ratio, hflip, color_jitter, aa, reprob  timm's training transform; for the images of `vitlr.data.open_data`
-    keep                "best" returns the epoch that `validate` liked best, "last" the last one
-    recovery_interval   updates between two snapshots, besides one after every epoch
-    seed                of order, augmentation, mixing and dropout
-    """
+    epochs: int = option(10, "Passes over the images.", low=1, high=1e6, metavar="N")
+    lr: float = option(1e-4, "Peak learning rate.", low=0, metavar="X")
+    opt: str = option("adamw", "One of timm's optimizers.", metavar="NAME")
+    weight_decay: float = option(0.05, "Of weights, not of biases, norms and gates.", low=0, metavar="X")
+    momentum: float = option(0.9, "Of optimizers that have one.", low=0, high=1, flag="")
+    layer_decay: float | None = option(
+        None, "Factor of the rate from a layer to the one below.", above=0, high=1, flag=""
+    )
+    sched: str = option(
+        "cosine", "One of timm's schedules, stepped with every update.", among=SCHEDULES, metavar="NAME"
+    )
+    warmup_epochs: float = option(0.5, "Epochs of rising rate.", low=0, metavar="X")
+    warmup_lr: float = option(1e-6, "Rate that they start from.", low=0, flag="")
+    min_lr: float = option(0.0, "Rate at the end.", low=0, metavar="X")
+    smoothing: float = option(0.1, "Label smoothing.", low=0, below=1, metavar="X")
+    mixup: float = option(0.0, "Mixup alpha, 0 for none.", low=0, metavar="X")
+    cutmix: float = option(0.0, "CutMix alpha, 0 for none.", low=0, metavar="X")
+    mixup_prob: float = option(1.0, "Probability of either.", low=0, high=1, flag="")
+    mixup_switch_prob: float = option(0.5, "Probability of CutMix where both are on.", low=0, high=1, flag="")
+    mixup_mode: str = option("batch", "What is mixed at once.", among=("batch", "pair", "elem"), flag="")
+    clip_grad: float | None = option(1.0, "Largest norm of the gradient.", above=0, metavar="X")
+    clip_mode: str = option("norm", "What that limits.", among=("norm", "value", "agc"), flag="")
+    grad_accum_steps: int = option(1, "Batches in one update.", low=1, metavar="N")
+    model_ema: bool = option(False, "Validate and keep the running mean of the weights.")
+    model_ema_decay: float = option(0.9998, "Its decay.", low=0, below=1, metavar="X")
+    model_ema_warmup: bool = option(True, "Let that decay rise from 0.", flag="")
+    amp: bool | None = option(
+        None, "bfloat16 autocast; None where it pays (CUDA, and CPUs with AVX512-BF16 or AMX).", flag=""
+    )
+    distill_loss_weight: float = option(
+        0.5, "w in (1 - w) task + w T² KL(reference ‖ model), with a reference.", low=0, high=1, metavar="W"
+    )
+    distill_temperature: float = option(1.0, "T of it.", above=0, flag="")
+    scale: tuple[float, float] = option((0.08, 1.0), "Shares of an image's area that random crops keep.", flag="")
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "Their aspect ratios.", flag="")
+    hflip: float = option(0.5, "Probability of a flip.", low=0, high=1, flag="")
+    color_jitter: float = option(0.4, "Strength of colour jitter.", low=0, high=1, metavar="X")
+    aa: str | None = option(None, "AutoAugment, such as rand-m9-mstd0.5.", metavar="POLICY")
+    reprob: float = option(0.0, "Probability of random erasing.", low=0, high=1, metavar="P")
+    keep: str = option(
+        "best", "The epoch to return: that which held-out images like best, or last.", among=("best", "last"), flag=""
+    )
+    recovery_interval: int = option(
+        500, "Updates between two snapshots, besides one after every epoch.", low=1, flag=""
+    )
+    seed: int = option(0, "Of order, augmentation, mixing and dropout.", low=0, high=2**32 - 1, metavar="N")
 
-    epochs: int = 10
-    opt: str = "adamw"
-    lr: float = 1e-4
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    layer_decay: float | None = None
-    sched: str = "cosine"
-    warmup_epochs: float = 0.5
-    warmup_lr: float = 1e-6
-    min_lr: float = 0.0
-    smoothing: float = 0.1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mixup_prob: float = 1.0
-    mixup_switch_prob: float = 0.5
-    mixup_mode: str = "batch"
-    clip_grad: float | None = 1.0
-    clip_mode: str = "norm"
-    grad_accum_steps: int = 1
-    model_ema: bool = False
-    model_ema_decay: float = 0.9998
-    model_ema_warmup: bool = True
-    amp: bool | None = None
-    distill_loss_weight: float = 0.5
-    distill_temperature: float = 1.0
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = 0.5
-    color_jitter: float = 0.4
-    aa: str | None = None
-    reprob: float = 0.0
-    keep: str = "best"
-    recovery_interval: int = 500
-    seed: int = 0
-
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `InputError` for optimizers that timm has not, a warm-up without end, and ranges that are none."""
         from timm.optim import list_optimizers
 
-        for key, low, high in _RANGES:
-            value = getattr(self, key)
-            if value is None and key in ("clip_grad", "layer_decay"):
-                continue
-            whole = isinstance(getattr(TrainRecipe, key), int)
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise InputError(f"{key}={value!r}, expected a {'whole ' if whole else ''}number")
-            if not low <= value <= high:
-                bound = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-                raise InputError(f"{key}={value}, expected {bound}")
-        for key, known in {**_CHOICES, "sched": SCHEDULES}.items():
-            if getattr(self, key) not in known:
-                raise InputError(f"{key}={getattr(self, key)!r} is unknown, expected {', '.join(known)}")
-        for key in ("amp", "model_ema", "model_ema_warmup"):
-            value = getattr(self, key)
-            if not isinstance(value, bool) and not (key == "amp" and value is None):
-                raise InputError(f"{key}={value!r}, expected True or False")
         if self.opt not in list_optimizers():
             raise InputError(f"opt={self.opt!r} is unknown to timm; see timm.optim.list_optimizers(), such as adamw")
         if self.warmup_epochs >= self.epochs and self.sched != "constant":
             raise InputError(f"warmup_epochs={self.warmup_epochs:g} leaves nothing of {self.epochs} epochs; shorten it")
-        for key in ("scale", "ratio"):
+        for key, high in (("scale", 1.0), ("ratio", float("inf"))):
             pair = getattr(self, key)
-            if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "scale" and pair[1] > 1):
-                raise InputError(f"{key}={pair}, expected (low, high) with 0 < low <= high{' <= 1' * (key == 'scale')}")
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= high:
+                raise InputError(
+                    f"{key}={pair}, expected (low, high) with 0 < low <= high{' <= 1' if high == 1 else ''}"
+                )
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-
-_TINY = 1e-12
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("epochs", 1, 1e6),
-    ("lr", 0, 1e9),
-    ("weight_decay", 0, 1e9),
-    ("momentum", 0, 1),
-    ("layer_decay", _TINY, 1),
-    ("warmup_epochs", 0, 1e6),
-    ("warmup_lr", 0, 1e9),
-    ("min_lr", 0, 1e9),
-    ("smoothing", 0, 1 - _TINY),
-    ("mixup", 0, 1e9),
-    ("cutmix", 0, 1e9),
-    ("mixup_prob", 0, 1),
-    ("mixup_switch_prob", 0, 1),
-    ("clip_grad", _TINY, 1e30),
-    ("grad_accum_steps", 1, math.inf),
-    ("model_ema_decay", 0, 1 - _TINY),
-    ("distill_loss_weight", 0, 1),
-    ("distill_temperature", _TINY, 1e9),
-    ("hflip", 0, 1),
-    ("color_jitter", 0, 1),
-    ("reprob", 0, 1),
-    ("recovery_interval", 1, math.inf),
-    ("seed", 0, 2**32 - 1),
-)

@@ -1,179 +1,140 @@
-"""Where a training stands: weights, their running mean, the best of them, optimizer and schedule; saved and resumed."""
+"""Where a training stands: weights, their running mean, the best of them, optimizer and updates; saved and resumed."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.measuring.losses import check_reached
 from vitlr.runtime.snapshots import Snapshots, copied, restore, stored
-from vitlr.training.recipe import TrainRecipe
-from vitlr.training.report import Epoch, TrainReport
-
-_NAME = "state"
-_KEPT = ("updates", "images", "seconds", "kept", "best_validation", "note", "sums")
 
 
 class State:
-    """One training of `model` in place, `per_epoch` updates an epoch; goes on from its snapshot where there is one."""
+    """A training of `model` in place; who trains says the schedule, the clipping and the decay of the running mean.
 
-    def __init__(self, model: nn.Module, recipe: TrainRecipe, per_epoch: int, snapshots: Snapshots) -> None:
-        self.model, self.recipe, self.per_epoch, self.snapshots = model, recipe, per_epoch, snapshots
-        self.total = recipe.epochs * per_epoch
-        self.optimizer = _optimizer(model, recipe)
-        self.schedule = _schedule(self.optimizer, recipe, per_epoch)
-        self.ema = _running_mean(model, recipe)
+    What is judged and kept are the running means of all weights and buffers, where `decay` says there are any. `values`
+    name the plain attributes that a snapshot called `name` holds, `unit` what an update is called in notes.
+    """
+
+    name, unit = "state", "update"
+    values: tuple[str, ...] = ("updates", "best_validation", "note")
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, snapshots: Snapshots, mean: bool) -> None:
+        self.model, self.optimizer, self.snapshots = model, optimizer, snapshots
+        self.mean = copied(model) if mean else None
         self.best = copied(model)
-        self.epochs: list[Epoch] = []
-        self.updates, self.images, self.kept = 0, 0, 0
-        self.seconds, self.best_validation, self.note = 0.0, -math.inf, ""
-        self.sums: dict[str, float] = {}
-        self._resume()
-        self.began = time.monotonic() - self.seconds
+        self.updates, self.best_validation, self.note = 0, -math.inf, ""
+        self.total: int | None = None
+
+    def schedule(self) -> None:
+        """Set the rates of the update to come, the `updates`-th from 0 on."""
+        raise NotImplementedError
+
+    def clip(self, parameters: list[nn.Parameter]) -> None:
+        """Bound the gradients."""
+        raise NotImplementedError
+
+    def decay(self) -> float:
+        """What the running mean keeps of itself at the update to come."""
+        raise NotImplementedError
 
     @property
     def over(self) -> bool:
-        return bool(self.note) or self.updates >= self.total
+        return bool(self.note) or (self.total is not None and self.updates >= self.total)
 
-    @property
-    def judged(self) -> nn.Module:
-        """What is validated and returned: the running mean where there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    @property
-    def lr(self) -> float:
-        """The largest rate of all groups."""
-        return float(max(group["lr"] for group in self.optimizer.param_groups))
+    def add(self, loss: Tensor, parts: int = 1) -> bool:
+        """Add a loss's gradient, one of so many parts; one that is no number ends the training and changes nothing."""
+        check_reached(loss)
+        if not math.isfinite(value := float(loss.detach())):
+            self.note = f"the loss was {value} at {self.unit} {self.updates + 1}: stopped, kept the best before it"
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        (loss / parts).backward()
+        return True
 
     def update(self) -> None:
         """Clip, step, follow with the running mean; gradients are gone afterwards."""
-        if self.recipe.clip_grad is not None:
-            from timm.utils import dispatch_clip_grad
-
-            trained = [p for p in self.model.parameters() if p.grad is not None]
-            dispatch_clip_grad(trained, self.recipe.clip_grad, mode=self.recipe.clip_mode)
-        self.schedule.step_update(self.updates)
+        self.clip([p for p in self.model.parameters() if p.grad is not None])
+        self.schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.mean is not None:
+            _follow(self.mean, stored(self.model), self.decay())
         self.updates += 1
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.updates)
 
-    def end_epoch(self, validation: float | None) -> None:
-        """Record the epoch, keep its weights if they are wanted, save."""
-        means = {part: total / self.per_epoch for part, total in self.sums.items()}
-        epoch = Epoch(
-            len(self.epochs) + 1,
-            means.get("loss", 0.0),
-            means.get("task", 0.0),
-            means.get("distillation"),
-            means.get("penalty"),
-            self.lr,
-            validation,
-        )
-        self.epochs.append(epoch)
-        self.sums = {}
-        best = validation is None or self.recipe.keep == "last" or validation > self.best_validation
-        if best:
-            self.best, self.kept = copied(self.judged), epoch.number
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        """The model with the weights that are judged and kept, which it has for as long as this lasts."""
+        own = None if self.mean is None else copied(self.model)
+        if self.mean is not None:
+            restore(self.model, self.mean)
+        try:
+            yield self.model
+        finally:
+            if own is not None:
+                restore(self.model, own)
+
+    def judge(self, validation: float | None) -> bool:
+        """Keep the judged weights where `validation`, higher being better, is the best so far, or None."""
+        better = validation is None or validation > self.best_validation
+        if better:
+            with self.judged() as model:
+                self.best = copied(model)
             self.best_validation = -math.inf if validation is None else validation
-        self.save()
-
-    def finite(self) -> bool:
-        """Whether all weights are numbers."""
-        return all(bool(torch.isfinite(p).all()) for p in self.judged.parameters())
-
-    def finish(self) -> TrainReport:
-        """Leave the kept weights in the model, and say what happened."""
-        restore(self.model, self.best)
-        return TrainReport(
-            tuple(self.epochs),
-            self.updates,
-            self.images,
-            round(time.monotonic() - self.began, 3),
-            self.kept,
-            self.note,
-            self.recipe.to_dict(),
-        )
+        return better
 
     def save(self) -> None:
         if self.snapshots.folder is None:
             return
-        self.seconds = time.monotonic() - self.began
         tensors = {f"weight.{name}": t for name, t in stored(self.model).items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()}
-        if self.ema is not None:
-            tensors |= {f"mean.{name}": t for name, t in stored(self.ema.module).items()}
+        tensors |= {f"mean.{name}": t for name, t in (self.mean or {}).items()}
         moments, plain = _optimizer_state(self.optimizer)
-        state = {key: getattr(self, key) for key in _KEPT if key != "best_validation"}
+        state = {key: getattr(self, key) for key in self.values}
         state["best_validation"] = None if self.best_validation == -math.inf else self.best_validation
-        state |= {"epochs": [vars(epoch) for epoch in self.epochs], "optimizer": plain}
-        self.snapshots.save(_NAME, tensors | moments, state)
+        self.snapshots.save(self.name, tensors | moments, {**state, "optimizer": plain})
 
-    def _resume(self) -> None:
-        found = self.snapshots.load(_NAME)
+    def resume(self) -> bool:
+        """Go on from the snapshot; False where there is none."""
+        found = self.snapshots.load(self.name)
         if found is None:
-            return
+            return False
         tensors, state = found
-        for key in _KEPT:
+        if not {*self.values, "optimizer"} <= set(state):
+            raise InputError(
+                f"{self.snapshots.found(self.name)} was kept in the middle of a run by an earlier vitlr, and this one "
+                "cannot go on from there; remove that file, or name another folder"
+            )
+        for key in self.values:
             setattr(self, key, state[key])
         self.best_validation = -math.inf if self.best_validation is None else self.best_validation
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
         restore(self.model, _under("weight.", tensors))
         device = next(self.model.parameters()).device
         self.best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
-        if self.ema is not None:
-            restore(self.ema.module, _under("mean.", tensors))
+        if self.mean is not None:
+            self.mean = {name: tensor.to(device) for name, tensor in _under("mean.", tensors).items()}
         _restore_optimizer(self.optimizer, _under("optimizer.", tensors), state["optimizer"])
+        return True
+
+
+@torch.no_grad()
+def _follow(mean: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -> None:
+    """`mean ← decay mean + (1 - decay) weights`; whole numbers are copied."""
+    floating = [name for name, tensor in mean.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([mean[name] for name in floating], [weights[name] for name in floating], 1 - decay)
+    for name in mean.keys() - set(floating):
+        mean[name].copy_(weights[name])
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.Optimizer:
-    from timm.optim import create_optimizer_v2
-
-    try:
-        return create_optimizer_v2(
-            model,
-            opt=recipe.opt,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            layer_decay=recipe.layer_decay,
-        )
-    except (AssertionError, AttributeError, ImportError, TypeError, ValueError) as cause:
-        raise InputError(f"timm makes no optimizer {recipe.opt!r} for this model: {cause}; try opt='adamw'") from cause
-
-
-def _schedule(optimizer: torch.optim.Optimizer, recipe: TrainRecipe, per_epoch: int) -> Any:
-    from timm.scheduler import create_scheduler_v2
-
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        sched=recipe.sched,
-        num_epochs=recipe.epochs,
-        warmup_epochs=recipe.warmup_epochs,  # type: ignore[arg-type]
-        warmup_lr=min(recipe.warmup_lr, recipe.lr),
-        min_lr=recipe.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=per_epoch,
-    )
-    return schedule
-
-
-def _running_mean(model: nn.Module, recipe: TrainRecipe) -> Any:
-    if not recipe.model_ema:
-        return None
-    from timm.utils import ModelEmaV3
-
-    return ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

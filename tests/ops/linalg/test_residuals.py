@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -154,7 +152,9 @@ def test_what_does_not_fit():
     with pytest.raises(InputError, match="layer are of a layer 24x32, the weight is 24x16"):
         solve_parts(W[:, :16], 4, "int8", 8, BF16, statistics(W))
     with pytest.raises(InputError, match="hold no moment"):
-        solve_parts(W, 4, "int8", 8, BF16, dataclasses.replace(statistics(W), moment=None))
+        bare = statistics(W)
+        bare.moment = None
+        solve_parts(W, 4, "int8", 8, BF16, bare)
     broken = statistics(W)
     broken.moment[0, 0] = float("nan")
     with pytest.raises(NumericalError, match="its moment holds NaN"):

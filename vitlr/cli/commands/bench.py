@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from vitlr.cli.options import (
+    DATA,
+    MACHINE,
     AsJson,
     Checkpoint,
     Device,
@@ -23,28 +25,38 @@ from vitlr.errors import InputError, RunError
 
 def bench(
     model: FileOrModel,
+    vs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Compare with this model. [default: the same one, dense]", rich_help_panel=DATA
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
     batch_size: Annotated[
-        str, typer.Option("--batch-size", "-b", metavar="N,N", help="One or more, in turn.")
+        str,
+        typer.Option("--batch-size", "-b", metavar="N,N", help="One or more, in turn.", rich_help_panel=MACHINE),
     ] = "1,64",
     precision: Precision = "float32",
-    torchcompile: Annotated[bool, typer.Option("--torchcompile", help="Compile the models first.")] = False,
-    vs: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Compare with this model. [default: the same one, dense]")
-    ] = None,
+    device: Device = None,
+    torchcompile: Annotated[
+        bool, typer.Option("--torchcompile", help="Compile the models first.", rich_help_panel=MACHINE)
+    ] = False,
     kernels: Annotated[
         bool | None,
         typer.Option(
             "--kernels/--no-kernels",
             help="Time it on plain torch and fused (vitlr.fuse), too. [default: if it has low-rank layers]",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", min=1, help="Measurements of each; the fastest counts.")] = 10,
-    device: Device = None,
-    checkpoint: Checkpoint = None,
+    repeats: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Measurements of each; the fastest counts.", rich_help_panel=MACHINE),
+    ] = 10,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    as_json: AsJson = False,
 ) -> Result:
     """Measure throughput, and the speed-up over the dense model in one interleaved run.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vitlr.cli.options import (
+    DATA,
     AsJson,
     BatchSize,
     Checkpoint,
@@ -33,21 +34,30 @@ def validate(
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL_OR_F", help="Compare with this model: agreement and KL divergence.")
+        str | None,
+        typer.Option(
+            metavar="MODEL_OR_F",
+            help="Compare with this model: agreement and KL divergence.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     reference_checkpoint: Annotated[
         Path | None,
-        typer.Option(metavar="F", help="Weights of the reference. [default: --checkpoint where F_OR_MODEL is a file]"),
+        typer.Option(
+            metavar="F",
+            help="Weights of the reference. [default: --checkpoint where F_OR_MODEL is a file]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
+    limit: Limit = None,
+    as_json: AsJson = False,
     batch_size: BatchSize = 64,
     workers: Workers = None,
-    limit: Limit = None,
     device: Device = None,
     precision: Precision = "float32",
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    as_json: AsJson = False,
 ) -> Result:
     """Measure top-1 and top-5 on labelled images, and agreement with a reference."""
     if data is None:

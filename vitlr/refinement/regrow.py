@@ -8,7 +8,6 @@ from a zero left and a random right factor. Merging is exact, `[A₁ A₂][B₁;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,19 +22,20 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
 
 _HELD_PART = 4  # every fourth image judges
 _TOKENS = 1024  # in a step
 _LR = 3e-3  # of Adam, in units where inputs have size 1
 
 
-def residual(
+def regrow(
     model: nn.Module,
     reference: nn.Module,
     proxy: Proxy,
     judge: Judge,
     recipe: Recipe,
-    progress: Callable[[int, int | None], None],
+    progress: Progress,
 ) -> tuple[int, str]:
     """In place, block after block; (steps, a note).
 
@@ -55,11 +55,11 @@ def residual(
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, LowRankLinear)
-            share = round(recipe.residual_share * layer.rank)
+            share = round(recipe.regrow_share * layer.rank)
             if 1 <= share < layer.rank:
                 generator = torch.Generator().manual_seed(recipe.seed)
-                kept += learn(layer, tokens[name], share, recipe.residual_steps, generator)
-                steps += recipe.residual_steps
+                kept += learn(layer, tokens[name], share, recipe.regrow_steps, generator)
+                steps += recipe.regrow_steps
         kl = judge(model).kl if kept else math.inf
         if kl < nearest:
             nearest, learnt = kl, learnt + kept

@@ -1,9 +1,8 @@
-"""The joint rung: repeatable, resumable to the bit, and calm when numbers fail."""
+"""The rung distil: repeatable, resumable to the bit, and calm when numbers fail."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,28 +12,28 @@ import vitlr
 from vitlr import InputError
 from vitlr.nn import LowRankLinear
 from vitlr.refinement import Recipe
-from vitlr.refinement import joint as joint_rung
+from vitlr.refinement import distil as distil_rung
+from vitlr.refinement.distil import Distilling, rate
 from vitlr.refinement.images import Proxy
-from vitlr.refinement.joint import _Run
 from vitlr.refinement.judge import Distance, Judge
 
 
 @pytest.fixture
-def joint(pair, proxy_images, quick):
+def distil(pair, proxy_images, quick):
     dense, small = pair
 
     def run(**options):
-        return vitlr.refine(small, dense, proxy_images, rungs=["joint"], **{**quick, **options})
+        return vitlr.refine(small, dense, proxy_images, rungs=["distil"], **{**quick, **options})
 
     return run
 
 
-def test_the_seed_decides(joint):
-    first = joint()
-    assert same(first, joint()) and not same(first, joint(seed=1))
+def test_the_seed_decides(distil):
+    first = distil()
+    assert same(first, distil()) and not same(first, distil(seed=1))
 
 
-def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, joint, monkeypatch):
+def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, distil, monkeypatch):
     """Clipped gradient, AdamW at the warm-up's first rate, and the running mean of start and step."""
     dense, small = pair
     for module in small.modules():
@@ -43,7 +42,7 @@ def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, joint, monke
     quick |= {"steps": 1, "every": 1, "warmup": 4, "lr": 0.05, "clip": 1e-7, "features": 0.0, "weight_decay": 0.1}
     falling = iter(range(9, 0, -1))
     monkeypatch.setattr(Judge, "__call__", lambda self, model: Distance(next(falling), None))  # whatever comes is kept
-    refined = joint(**quick)
+    refined = distil(**quick)
     images = next(Proxy(proxy_images).mixed(8, 0, 0, Recipe.crop, Recipe.color_jitter, True))
     start = [p.detach().clone() for p in small.parameters()]
     loss = torch.nn.functional.kl_div(
@@ -62,8 +61,7 @@ def test_one_step_is_that_of_plain_torch(pair, proxy_images, quick, joint, monke
 
 def test_the_rate_warms_up_and_falls_as_a_cosine():
     def rates(total):
-        recipe = Recipe(warmup=4)
-        return [_Run._schedule(SimpleNamespace(step=k, total=total, recipe=recipe)) for k in range(total or 8)]
+        return [rate(k, total, warmup=4) for k in range(total or 8)]
 
     assert rates(24)[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert rates(24)[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 20)) for k in range(20)])
@@ -71,13 +69,13 @@ def test_the_rate_warms_up_and_falls_as_a_cosine():
     assert rates(None)[4:] == [1.0] * 4  # as long as the length is not known
 
 
-def test_factors_are_balanced_first(pair, joint):
-    expected = joint().vitlr_refinement.rungs[0].after.kl
+def test_factors_are_balanced_first(pair, distil):
+    expected = distil().vitlr_refinement.rungs[0].after.kl
     for module in pair[1].modules():
         if isinstance(module, LowRankLinear):
             module.up.weight.data *= 64
             module.down.weight.data /= 64
-    assert joint().vitlr_refinement.rungs[0].after.kl == pytest.approx(expected, rel=1e-2)
+    assert distil().vitlr_refinement.rungs[0].after.kl == pytest.approx(expected, rel=1e-2)
 
 
 class Cut(Exception):
@@ -85,57 +83,69 @@ class Cut(Exception):
 
 
 @pytest.mark.parametrize("at", [3, 8, 17])
-def test_an_interrupted_run_goes_on_to_the_same_bits(joint, tmp_path, at):
-    whole = joint()
+def test_an_interrupted_run_goes_on_to_the_same_bits(distil, tmp_path, at):
+    whole = distil()
 
     def cut(done, total):
         if done == at:
             raise Cut
 
     with pytest.raises(Cut):
-        joint(resume=tmp_path / "snapshots", progress=cut)
+        distil(resume=tmp_path / "snapshots", progress=cut)
     steps = []
-    resumed = joint(resume=tmp_path / "snapshots", progress=lambda done, total: steps.append(done))
+    resumed = distil(resume=tmp_path / "snapshots", progress=lambda done, total: steps.append(done))
     assert steps[0] == at // 8 * 8 + 1 and steps[-1] == 24
     assert same(resumed, whole)
     assert resumed.vitlr_refinement.rungs[0].after == whole.vitlr_refinement.rungs[0].after
-    again = joint(resume=tmp_path / "snapshots", progress=lambda *_: pytest.fail("it had finished"))
+    again = distil(resume=tmp_path / "snapshots", progress=lambda *_: pytest.fail("it had finished"))
     assert same(again, whole)
-    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["after_joint.safetensors"]
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["after_distil.safetensors"]
 
 
-def test_snapshots_of_another_run_are_refused(joint, tmp_path):
-    joint(resume=tmp_path)
+def test_a_snapshot_that_holds_less_than_is_needed_is_refused(distil, tmp_path, monkeypatch):
+    def cut(done, total):
+        if done == 9:
+            raise Cut
+
+    with monkeypatch.context() as earlier, pytest.raises(Cut):
+        earlier.setattr(Distilling, "values", ("note",))
+        distil(resume=tmp_path, progress=cut)
+    with pytest.raises(InputError, match=r"distil.safetensors was kept in the middle of a run by an earlier vitlr"):
+        distil(resume=tmp_path)
+
+
+def test_snapshots_of_another_run_are_refused(distil, tmp_path):
+    distil(resume=tmp_path)
     with pytest.raises(InputError, match="another run: its recipe seed was 0, now it is 1; name another folder"):
-        joint(resume=tmp_path, seed=1)
+        distil(resume=tmp_path, seed=1)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot keep snapshots"):
-        joint(resume=tmp_path / "file")
-    (tmp_path / "after_joint.safetensors").write_text("cut short")
+        distil(resume=tmp_path / "file")
+    (tmp_path / "after_distil.safetensors").write_text("cut short")
     with pytest.raises(InputError, match="not a whole"):
-        joint(resume=tmp_path)
+        distil(resume=tmp_path)
 
 
-def test_a_loss_that_is_no_number_ends_it_with_the_best_so_far(joint, monkeypatch):
-    real, calls = joint_rung.divergence, []
+def test_a_loss_that_is_no_number_ends_it_with_the_best_so_far(distil, monkeypatch):
+    real, calls = distil_rung.divergence, []
 
     def sick(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) > 13 else 1)
 
-    monkeypatch.setattr(joint_rung, "divergence", sick)
-    rung = (refined := joint()).vitlr_refinement.rungs[0]
+    monkeypatch.setattr(distil_rung, "divergence", sick)
+    rung = (refined := distil()).vitlr_refinement.rungs[0]
     assert "nan at step 14" in rung.note and rung.steps == 14 and rung.kept and rung.after.kl < rung.before.kl
-    monkeypatch.setattr(joint_rung, "divergence", real)
+    monkeypatch.setattr(distil_rung, "divergence", real)
     assert all(torch.isfinite(p).all() for p in refined.parameters())
     calls += [1] * 13
-    monkeypatch.setattr(joint_rung, "divergence", sick)
-    rung = joint().vitlr_refinement.rungs[0]
+    monkeypatch.setattr(distil_rung, "divergence", sick)
+    rung = distil().vitlr_refinement.rungs[0]
     assert "nan at step 1" in rung.note and not (rung.after.kl > rung.before.kl + 1e-6)
 
 
-def test_a_diverging_run_gives_back_what_it_got(joint):
-    refined = joint(lr=10.0, ema=0.0, patience=2)
+def test_a_diverging_run_gives_back_what_it_got(distil):
+    refined = distil(lr=10.0, ema=0.0, patience=2)
     rung = refined.vitlr_refinement.rungs[0]
     assert rung.after.kl <= rung.before.kl + 1e-6
     assert rung.steps < 24 and ("no gain" in rung.note or "stopped" in rung.note)
@@ -144,7 +154,7 @@ def test_a_diverging_run_gives_back_what_it_got(joint):
 def test_a_parameter_that_no_gradient_reaches_is_left_alone(pair, proxy_images, quick, tmp_path):
     dense, small = pair
     small.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
-    refined = vitlr.refine(small, dense, proxy_images, rungs=["joint"], resume=tmp_path, **quick)
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["distil"], resume=tmp_path, **quick)
     assert refined.vitlr_refinement.rungs[0].kept and torch.equal(refined.unused, torch.ones(3))
 
 
@@ -152,20 +162,20 @@ def test_a_loss_that_no_parameter_moves_is_refused(pair, proxy_images, quick):
     dense, small = pair
     small.requires_grad_(False).register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     with pytest.raises(InputError, match="no gradient reaches a parameter that is not frozen"):
-        vitlr.refine(small, dense, proxy_images, rungs=["joint"], **quick)
+        vitlr.refine(small, dense, proxy_images, rungs=["distil"], **quick)
 
 
-def test_minutes_become_steps(joint, monkeypatch):
+def test_minutes_become_steps(distil, monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(joint_rung.time, "monotonic", lambda: next(clock) * 0.5)
+    monkeypatch.setattr(distil_rung.time, "monotonic", lambda: next(clock) * 0.5)
     # A judgement takes one tick (half a second) and is shared by 8 steps; the five steps that are timed take one tick.
-    assert joint(minutes=0.1, steps=None, patience=99).vitlr_refinement.rungs[0].steps == int(6 / (0.5 / 5 + 0.5 / 8))
-    assert joint(minutes=0.1, steps=9, patience=99).vitlr_refinement.rungs[0].steps == 9
+    assert distil(minutes=0.1, steps=None, patience=99).vitlr_refinement.rungs[0].steps == int(6 / (0.5 / 5 + 0.5 / 8))
+    assert distil(minutes=0.1, steps=9, patience=99).vitlr_refinement.rungs[0].steps == 9
 
 
-def test_autocast_and_a_temperature_run(joint):
+def test_autocast_and_a_temperature_run(distil):
     for options in ({"amp": True, "temperature": 2.0}, {"features": 0.0, "mixup": False, "weight_decay": 0.1}):
-        rung = joint(**options).vitlr_refinement.rungs[0]
+        rung = distil(**options).vitlr_refinement.rungs[0]
         assert rung.kept and rung.after.kl < rung.before.kl, options
 
 
@@ -178,8 +188,8 @@ def test_balancing_changes_no_product():
     torch.testing.assert_close(*sizes)
 
 
-def test_attention_is_given_back(joint, pair):
+def test_attention_is_given_back(distil, pair):
     dense, _ = pair
     before = [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]
-    after = [m.fused_attn for m in joint().modules() if hasattr(m, "fused_attn")]
+    after = [m.fused_attn for m in distil().modules() if hasattr(m, "fused_attn")]
     assert before == after == [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]

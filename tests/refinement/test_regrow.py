@@ -7,7 +7,7 @@ import torch
 
 import vitlr
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.residual import _error, _Tokens, learn, principal
+from vitlr.refinement.regrow import _error, _Tokens, learn, principal
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_plainly_cut_layers_come_nearer(pair, proxy_images, quick, parallel):
             with torch.no_grad():
                 module.up.weight.copy_(A)
                 module.down.weight.copy_(B)
-    quick |= {"residual_steps": 150, "residual_share": 0.5}
-    refined = vitlr.refine(small, dense, proxy_images, rungs=["residual"], parallel=parallel, **quick)
+    quick |= {"regrow_steps": 150, "regrow_share": 0.5}
+    refined = vitlr.refine(small, dense, proxy_images, rungs=["regrow"], parallel=parallel, **quick)
     (rung,) = refined.vitlr_refinement.rungs
     assert rung.kept and rung.after.kl < rung.before.kl and not rung.note.startswith("0 of")
     shapes = [p.shape for p in small.parameters()]
     assert [p.shape for p in refined.parameters()] == shapes
-    again = vitlr.refine(small, dense, proxy_images, rungs=["residual"], parallel=parallel, **quick)
+    again = vitlr.refine(small, dense, proxy_images, rungs=["regrow"], parallel=parallel, **quick)
     assert all(torch.equal(a, b) for a, b in zip(refined.parameters(), again.parameters(), strict=True))

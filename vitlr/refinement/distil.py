@@ -1,0 +1,149 @@
+"""The third rung: all factors, biases and norms trained together against the dense model, without labels."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.data.batches import to_model
+from vitlr.measuring.losses import divergence, first_tensor
+from vitlr.nn import LowRankLinear
+from vitlr.refinement.blocks import by_block, watched
+from vitlr.refinement.images import Proxy
+from vitlr.refinement.judge import Judge
+from vitlr.refinement.recipe import Recipe
+from vitlr.refinement.report import Snapshots
+from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
+from vitlr.runtime.modules import device_of
+from vitlr.runtime.progress import Progress
+from vitlr.runtime.snapshots import restore
+from vitlr.training.state import State
+
+_TIMED = 6  # steps after which `minutes` becomes a number of steps
+_NO_END = 2**62
+
+
+def distil(
+    model: nn.Module,
+    reference: nn.Module,
+    proxy: Proxy,
+    judge: Judge,
+    recipe: Recipe,
+    snapshots: Snapshots,
+    progress: Progress,
+) -> tuple[int, str]:
+    """Train in place on `KL(dense ‖ model) + features · Σ_blocks ‖h − h̃‖² / ‖h − mean h‖² / blocks`; (steps, a note).
+
+    Both see the same augmented images in eval mode. What is left is the running mean of the weights at its best on
+    the held-out images, the start included. Frozen parameters stay frozen. A loss that is no number ends the run.
+    """
+    for module in model.modules():
+        if isinstance(module, LowRankLinear) and all(p.requires_grad for p in module.parameters()):
+            module.balance()
+    state = Distilling(model, judge, recipe, snapshots)
+    names = list(by_block(model)) if recipe.features else []
+    blocks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    device = device_of(model)
+
+    def loss_of(images: Tensor) -> Tensor:
+        with autocast(device, recipe.amp):
+            with torch.no_grad():
+                expected = first_tensor(reference(to_model(reference, images)))
+            answers = first_tensor(model(to_model(model, images)))
+        loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
+        for name in names:
+            loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])
+        return loss
+
+    with (
+        torch.enable_grad(),
+        evaluation_mode(model),
+        evaluation_mode(reference),
+        plain_attention(model, reference),
+        watched(reference, names, lambda name, x, y: blocks[0].__setitem__(name, y)),
+        watched(model, names, lambda name, x, y: blocks[1].__setitem__(name, y)),
+    ):
+        start = state.updates
+        batches = proxy.mixed(recipe.batch_size, recipe.seed, start, recipe.crop, recipe.color_jitter, recipe.mixup)
+        while not state.over:
+            images = next(batches)
+            if len(images) and state.add(loss_of(images)):
+                state.update()
+            else:
+                state.updates += 1
+            state.look()
+            progress(state.updates, state.total)
+    restore(model, state.best)
+    return state.updates, state.note
+
+
+class Distilling(State):
+    """The state of the rung: AdamW, a rate that warms up and falls, looks at the held-out images, early stopping."""
+
+    name, unit = "distil", "step"
+    values = (*State.values, "total", "since_best", "curve")
+
+    def __init__(self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        super().__init__(model, optimizer, snapshots, mean=True)
+        self.distance, self.recipe = judge, recipe
+        self.total, self.since_best = recipe.most_steps, 0
+        self.curve: list[list[float]] = []
+        self.start = time.monotonic()
+        if not self.resume():
+            self.best_validation = -judge(model).kl
+            self.curve.append([0, -self.best_validation])
+        self.look_seconds = time.monotonic() - self.start
+
+    def schedule(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * rate(self.updates, self.total, self.recipe.warmup)
+
+    def clip(self, parameters: list[nn.Parameter]) -> None:
+        nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
+
+    def decay(self) -> float:
+        """The mean of the first steps would otherwise remember the start for too long."""
+        return min(self.recipe.ema, (self.updates + 1) / (self.updates + 10))
+
+    def look(self) -> None:
+        """Every now and then: judge the running mean, keep it if it is the best, save a snapshot."""
+        if self.updates == 1:
+            self.start = time.monotonic()  # the first step starts workers and fills caches
+        if self.updates == _TIMED and self.recipe.minutes is not None:
+            self.total = min(self._affordable(self.recipe.minutes), self.total or self.recipe.most_steps or _NO_END)
+        if self.note or not (self.over or self.updates % self.recipe.every == 0):
+            return
+        with self.judged() as model:
+            kl = self.distance(model).kl
+        self.curve.append([self.updates, kl])
+        self.since_best = 0 if self.judge(-kl) else self.since_best + 1
+        if self.since_best >= self.recipe.patience:
+            self.note = f"no gain on held-out images for {self.since_best} looks: stopped early"
+        self.save()
+
+    def _affordable(self, minutes: float) -> int:
+        each = (time.monotonic() - self.start) / (_TIMED - 1) + self.look_seconds / self.recipe.every
+        return max(self.updates, int(60 * minutes / each))
+
+
+def rate(step: int, total: int | None, warmup: int) -> float:
+    """Warm-up to 1 over at most half of all steps, then a cosine down to 0; 1 as long as `total` is not known."""
+    whole = math.inf if total is None else total
+    warm = min(warmup, whole / 2)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if total is None:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+def _relative(expected: Tensor, found: Tensor) -> Tensor:
+    """`‖h − h̃‖² / ‖h − mean h‖²`, the mean over images and tokens."""
+    expected, found = expected.detach().to(found.device).float(), found.float()
+    centred = expected - expected.flatten(0, -2).mean(0)
+    return (found - expected).square().sum() / centred.square().sum().clamp_min(1e-12)
