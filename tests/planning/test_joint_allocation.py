@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import vitlr
+from vitlr.anatomy import reading
+from vitlr.anatomy.mlps import find_mlps
 from vitlr.checkpoint import files
 from vitlr.checkpoint.structure import structure
 from vitlr.decomposition.baselines import svd
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn import LowRankLinear
-from vitlr.planning.choices import worth_having
-from vitlr.planning.knapsack import Prices
+from vitlr.planning.knapsack import Prices, worth_having
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import LayerPlan, Plan
 
@@ -318,3 +319,13 @@ def test_old_words_are_taken_and_read_and_no_longer_written(calibrated, images):
         row["kind"] = row["kind"].replace("query_keys", "scores")
     read = Plan.from_dict(body)
     assert read == plan and torch.equal(vitlr.apply(model, read, stats)(images), vitlr.apply(model, plan)(images))
+
+
+def test_a_plan_looks_for_mlps_once(calibrated, monkeypatch):
+    model, stats = calibrated
+    traced = []
+    monkeypatch.setattr(reading, "find_mlps", lambda model: traced.append(model) or find_mlps(model))
+    vitlr.plan(model, stats, "params:70%", **STEPS)
+    assert len(traced) == 1
+    vitlr.plan(model, stats, "params:70%", method="lowrank", rank_step=4)
+    assert len(traced) == 1  # ranks need none
