@@ -1,4 +1,4 @@
-"""`python -m bench.gate`, from anywhere and with nothing but a copy of this tree: `python -m bench.gate`."""
+"""`python -m bench.gate`, from anywhere and with nothing but a copy of this tree: `python bench/gpu_gate.py`."""
 
 from __future__ import annotations
 

@@ -123,12 +123,17 @@ def sources(archs: Sequence[Architecture]) -> list[str]:
     return [name for name in (str(path.relative_to(ROOT)) for path in every) if taken(name, archs)]
 
 
-def compile_all(names: Sequence[str], archs: Sequence[Architecture], nvcc: str | None = None) -> list[Compiled]:
-    """Objects of sources, from the cache where nothing changed. Raises BuildError with the first error."""
+def compile_all(
+    names: Sequence[str], archs: Sequence[Architecture], nvcc: str | None = None, bounded: bool = False
+) -> list[Compiled]:
+    """Objects of sources, from the cache where nothing changed. Raises BuildError with the first error.
+
+    `bounded`: the debug build, whose waits give up after seconds and name the barrier (csrc/cuda/bounded_wait.h).
+    """
     nvcc = nvcc or find()
     compiler, kept = f"{version(nvcc)}, {_host_version()}", cache()
     with ThreadPoolExecutor(jobs()) as pool:
-        return list(pool.map(lambda name: _compile(nvcc, compiler, name, archs, kept), names))
+        return list(pool.map(lambda name: _compile(nvcc, compiler, name, archs, kept, bounded), names))
 
 
 def link(objects: Sequence[Path], target: Path, nvcc: str | None = None) -> None:
@@ -170,7 +175,9 @@ def resources(log: str) -> list[Resources]:
     return found
 
 
-def _compile(nvcc: str, compiler: str, name: str, archs: Sequence[Architecture], folder: Path) -> Compiled:
+def _compile(
+    nvcc: str, compiler: str, name: str, archs: Sequence[Architecture], folder: Path, bounded: bool
+) -> Compiled:
     flags = [flag for arch in taken(name, archs) for flag in arch.gencode] if name.endswith(".cu") else []
     flags += FLAGS
     includes, python = [], ""
@@ -184,6 +191,8 @@ def _compile(nvcc: str, compiler: str, name: str, archs: Sequence[Architecture],
         flags += [f'-DVITLR_CUDA_{key}="{value}"' for key, value in facts.items()]
     if any(arch.number in ("90", "90a") for arch in archs):
         flags.append("-DVITLR_WITH_SM90")
+    if bounded:
+        flags.append("-DVITLR_BOUNDED_WAITS")
     key = hashlib.sha256("\0".join([compiler, python, *flags]).encode())
     for file in _with_headers(name):
         key.update(f"\0{file}\0".encode() + (ROOT / file).read_bytes())

@@ -15,7 +15,7 @@ from vitlr.compression import compressed
 from vitlr.measuring import cost
 from vitlr.planning.options import Planning
 from vitlr.refinement import Recipe
-from vitlr.surgery.application import fused_names
+from vitlr.surgery.fusion import fused_names
 
 
 @pytest.fixture

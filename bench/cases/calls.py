@@ -21,6 +21,11 @@ class Call:
     label: str
     make: Callable[[int], tuple]
 
+    @property
+    def dtype(self) -> str:
+        """The dtype by its name, the label's last word."""
+        return self.label.rpartition(" ")[2]
+
     def reference(self) -> Callable[..., Any]:
         """The op's specification in plain torch."""
         return registry.candidates(self.op)[0].run

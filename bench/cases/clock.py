@@ -21,7 +21,7 @@ from vitlr.measuring.timing import compare
 Inputs = tuple[Any, ...]
 
 
-def input_sets(make: Callable[[int], Inputs], device: torch.device, most: int = 16) -> list[Inputs]:
+def input_sets(make: Callable[[int], Inputs], device: torch.device, most: int = 64) -> list[Inputs]:
     """`make(seed)` as often as it takes for the inputs to exceed twice the L2 cache (8 to `most` sets, CPU: one).
 
     At least eight, so that one replay of a graph is long beside the gap before it.
@@ -47,11 +47,24 @@ def microseconds(
     as in eager use.
     """
     of = dict(sets) if isinstance(sets, Mapping) else dict.fromkeys(functions, sets)
+    runs = {name: prepared(f, of[name], device, graphs) for name, f in functions.items()}
+    return in_turns(runs, {name: len(of[name]) for name in runs}, device, rounds)
+
+
+def prepared(
+    function: Callable[..., Any], sets: Sequence[Inputs], device: torch.device, graphs: bool = True
+) -> Callable[[], Any]:
+    """One call of a function for every set: a replay of its graph, or as in eager use."""
+    return _graph(function, sets).replay if graphs and device.type == "cuda" else _loop(function, sets)
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Any]], calls: Mapping[str, int], device: torch.device, rounds: int = 20
+) -> dict[str, float]:
+    """The median time in µs of one of the `calls` that a run makes, over rounds in which all runs take turns."""
     if device.type != "cuda":
-        calls = {name: _loop(f, of[name]) for name, f in functions.items()}
-        found = compare(calls, repeats=3, warmup=1, min_seconds=0.0)
-        return {name: 1e6 * timing.median / len(of[name]) for name, timing in found.items()}
-    runs = {name: (_graph(f, of[name]).replay if graphs else _loop(f, of[name])) for name, f in functions.items()}
+        found = compare(dict(runs), repeats=3, warmup=1, min_seconds=0.0)
+        return {name: 1e6 * timing.median / calls[name] for name, timing in found.items()}
     warm = time.monotonic() + 0.1  # the card's clock idles between measurements
     while time.monotonic() < warm:
         for run in runs.values():
@@ -66,7 +79,7 @@ def microseconds(
             runs[name]()
             end.record()
             end.synchronize()
-            times[name].append(1e3 * start.elapsed_time(end) / len(of[name]))
+            times[name].append(1e3 * start.elapsed_time(end) / calls[name])
         order.append(order.pop(0))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -1,4 +1,4 @@
-"""The gate's first question: does every kernel that can run here compute what its specification says?
+"""Does every kernel that can run here compute what its specification says?
 
 Each candidate of each op against the specification in fp64, by the tolerance of the tests: twice the distance of plain
 torch in the same dtype. Freed memory is filled with NaN before a call, so that what a kernel leaves unwritten shows.
@@ -7,11 +7,8 @@ Without a GPU the kernels run in Triton's interpreter, on small shapes.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from bench.cases.calls import Call
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from tolerance import assert_close_to
 
-PARTS = 24
 ROWS = 4096
 
 
@@ -47,71 +43,55 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     yield calls.glu(63, 64, 80, 48, None, 24, dtype, device)
 
 
-def large(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
-    """Shapes of ViT-B, whole and ragged."""
-    for M in (1, 197, 1000, 12608):
-        for r in (64, 128, 192, 256):
-            yield calls.linear(M, 768, 3072, r, dtype, device, "gelu", residual=True)
-            yield calls.linear(M, 3072, 768, r, dtype, device)
-            yield calls.mlp(M, 768, 3072, 768, r, r, dtype, device)
-    for r1, r2 in ((96, 160), (None, 128), (128, None)):
-        yield calls.mlp(1000, 768, 3000, 768, r1, r2, dtype, device, residual=True)
-    for form, group in (("int8", 64), ("int4", 64), ("fp8", 128), ("blockdiag", 64)):
-        for r in (16, 64, 128):
-            yield calls.residual_linear(1000, 768, 2304, r, form, group, dtype, device)
-    for n in (192, 768):
-        yield calls.gram(5000, n, dtype, device, weighted=True)
-    yield calls.chain(8, 768, 768, torch.float32, device)
-    for b, m, k in ((8, 768, 768), (3, 197, 130), (50, 64, 100)):
-        yield calls.chain(b, m, k, torch.float64, device)
-    for r, packed in ((64, True), (64, False), (128, True), (None, False)):
-        yield calls.glu(1000, 1536, 4096, 1536, r, 128, dtype, device, packed)
+def interpreted() -> list[dict[str, Any]]:
+    """One row a call and candidate, in Triton's interpreter: op, call, candidate, problem (None: right)."""
+    device = torch.device("cpu")
+    every = (call for dtype in (torch.float32, torch.float16) for call in small(device, dtype))
+    return [row for call in every for row in check_call(call, device)]
 
 
-def check(device: torch.device) -> list[dict[str, Any]]:
-    """One row a call and candidate: op, call, candidate, problem (None: right)."""
-    if device.type != "cuda":
-        return _check_part(device.type, 0, 1)
-    # Compiling takes most of the time, so processes share it; an illegal access spoils the process that made it alone.
-    options: dict[str, Any] = {"max_tasks_per_child": 1} if sys.version_info >= (3, 11) else {}
-    rows = []
-    with ProcessPoolExecutor(min(12, os.cpu_count() or 1), get_context("spawn"), **options) as pool:
-        parts = [pool.submit(_check_part, device.type, part, PARTS) for part in range(PARTS)]
-        for number, part in enumerate(parts):
-            try:
-                rows += part.result()
-            except Exception as cause:  # the process died, or making the arguments failed after an illegal access
-                problem = f"{type(cause).__name__}: {str(cause)[:300]}"
-                rows.append({"op": "part", "call": f"{number} of {PARTS}", "candidate": "?", "problem": problem})
-    return rows
+class Fault(Exception):
+    """A candidate did something wrong: `kind` says what in one word."""
 
-
-def _check_part(kind: str, part: int, parts: int) -> list[dict[str, Any]]:
-    """Every `parts`-th call, from `part` on."""
-    device = torch.device(kind)
-    dtypes = [torch.float32, torch.float16, *[torch.bfloat16] * (kind == "cuda")]
-    every = [
-        call for dtype in dtypes for call in (*small(device, dtype), *(large(device, dtype) if kind == "cuda" else ()))
-    ]
-    return [row for call in every[part::parts] for row in check_call(call, device)]
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 def check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row a candidate of a call: op, call, candidate, problem (None: right)."""
     args = call.make(0)
-    reference = call.reference()
-    exact = _run(reference, _double(args))
-    plain = _like_many_rows(call, args) if device.type == "cuda" else _run(reference, args)
+    plain, exact = references(call, args, device)
     for name, run in call.candidates(args).items():
         if name == "torch":
             continue
         row = {"op": call.op, "call": call.label, "candidate": name, "problem": None}
         try:
-            _poison(plain, device)
-            assert_close_to(_run(run, args), plain, exact)
+            judge(run, args, plain, exact, device)
         except Exception as cause:  # a wrong value and a failed launch alike: the gate lists all of them
             row["problem"] = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:300]
         yield row
+
+
+def references(call: Call, args: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What plain torch gives in the call's dtype, and the specification in fp64."""
+    reference = call.reference()
+    exact = _run(reference, _double(args))
+    return (_like_many_rows(call, args) if device.type == "cuda" else _run(reference, args)), exact
+
+
+def judge(run: Any, args: tuple, plain: Tensor, exact: Tensor, device: torch.device) -> None:
+    """Raises Fault where a candidate leaves NaN or is further from fp64 than the tolerance allows."""
+    _poison(plain, device)
+    out = _run(run, args)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if not torch.isfinite(out).all():
+        raise Fault("nan", "NaN or Inf in the result")
+    try:
+        assert_close_to(out, plain, exact)
+    except AssertionError as cause:
+        raise Fault("wrong", str(cause)) from cause
 
 
 def _run(function: Any, args: tuple) -> Tensor:

@@ -1,13 +1,12 @@
-"""The gate's third question: what of it arrives in a whole ViT-B?
+"""What of the kernels arrives in a whole ViT-B?
 
-Dense, low rank as two GEMMs, and fused with kernels, in bf16: eager, as a CUDA graph, and compiled as a CUDA graph;
-images a second and peak memory beyond the weights. Ranks are uniform and weights random: neither changes the time.
+Dense, compressed as plain products, and fused with kernels, in bf16, as a CUDA graph or compiled as one: images a
+second and peak memory beyond the weights. Weights are random: they do not change the time.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +14,17 @@ import torch
 from torch import nn
 
 from bench.cases.clock import microseconds
-from bench.gate.choice import trusting
 from vitlr.anatomy import linears
+from vitlr.anatomy.mlps import find_mlps
 from vitlr.checkpoint.creation import create_model
 from vitlr.checkpoint.structure import restructure
 from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear
-from vitlr.surgery.application import fuse
+from vitlr.surgery.fusion import fuse
 
 MODEL = "vit_base_patch16_224"
+OFF = 0.1
+"""How far the outputs of the fused model may be from those of plain products, relatively: bf16 in 48 layers."""
 
 
 def low_rank(dense: nn.Module, share: float, step: int = 16) -> nn.Module:
@@ -36,59 +37,104 @@ def low_rank(dense: nn.Module, share: float, step: int = 16) -> nn.Module:
         rank = max(step, int(part * N * K / (N + K)) // step * step)
         bias = dense.get_submodule(name).bias is not None
         layers[name] = {"rank": rank, "in_features": K, "out_features": N, "bias": bias}
-    model = restructure(copy.deepcopy(dense), layers)
+    return _filled(restructure(copy.deepcopy(dense), layers))
+
+
+def joint(dense: nn.Module, width: float = 0.625, rank: float = 0.3) -> nn.Module:
+    """A copy in the form of a joint plan: every MLP narrowed, three linears of 48 low-rank, as such plans of ViT-B are.
+
+    Which channels and layers go is decided by nothing: the time depends on shapes alone.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    for mlp in find_mlps(dense).values():
+        layers[mlp.name] = {"width": int(mlp.width * width) // 16 * 16}
+    names = [name for name in linears.targets(dense) if name.endswith("qkv")]
+    for name in names[:: max(1, len(names) // 3)][:3]:
+        linear = dense.get_submodule(name)
+        N, K = linear.out_features, linear.in_features
+        layers[name] = {"rank": max(8, int(rank * K) // 8 * 8), "in_features": K, "out_features": N}
+        layers[name]["bias"] = linear.bias is not None
+    return _filled(restructure(copy.deepcopy(dense), layers))
+
+
+def fixed_rank(dense: nn.Module, rank: int) -> nn.Module:
+    """A copy with random factors of one rank in every layer that has so many."""
+    layers = {}
+    for name, linear in linears.targets(dense).items():
+        N, K = linear.out_features, linear.in_features
+        if rank < N * K / (N + K):
+            bias = linear.bias is not None
+            layers[name] = {"rank": rank, "in_features": K, "out_features": N, "bias": bias}
+    return _filled(restructure(copy.deepcopy(dense), layers))
+
+
+def _filled(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, LowRankLinear):
             module.reset_parameters()
     return model
 
 
+def planned(dense: nn.Module, plan: str) -> nn.Module:
+    """A compressed copy by the plan's name: `joint`, `ranks R` or `params:P%`."""
+    if plan == "joint":
+        return joint(dense)
+    if plan.startswith("ranks "):
+        return fixed_rank(dense, int(plan.removeprefix("ranks ")))
+    return low_rank(dense, float(plan.removeprefix("params:").removesuffix("%")) / 100)
+
+
 @torch.inference_mode()
 def run(
+    kept: dict[str, Any],
     device: torch.device,
-    rows: list[dict[str, Any]],
-    seconds: float,
-    *,
-    batches: tuple[int, ...] = (64, 256, 1),
-    shares: tuple[float, ...] = (0.4, 0.6),
+    begin: Callable[[str], None],
+    plan: str,
+    batch: int,
+    mode: str = "graph",
+    names: tuple[str, ...] = ("dense", "products", "fused"),
     make: Callable[[], nn.Module] = lambda: create_model(MODEL),
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows {budget, batch, model, mode, images_per_s, peak_mb} and what there was no time for."""
-    end = time.monotonic() + seconds
-    found, left = [], []
+) -> list[dict[str, Any]]:
+    """Rows {plan, batch, model, mode, images_per_s, peak_mb, off} of the dense model and of the compressed one.
+
+    `off`: ‖fused − products‖ / ‖products‖ of the outputs, where kernels run at shapes that nobody checked.
+    `kept` holds the models of the last plan from one call to the next.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    dense = make()
-    size = dense.default_cfg["input_size"] if not hasattr(dense, "patch_embed") else (3, *dense.patch_embed.img_size)
-    with trusting(device, rows):
-        for share in shares:
-            small = low_rank(dense, share)
-            models = {"two GEMMs": two_gemms(small), "fused": fuse(small)}
-            if share == shares[0]:
-                models = {"dense": dense, **models}
-            models = {name: copy.deepcopy(model).to(device, dtype).eval() for name, model in models.items()}
-            for batch in batches:
-                x = torch.randn(batch, *size, device=device, dtype=dtype)
-                for mode in ("eager", "graph", "compiled"):
-                    label = f"params:{share:.0%} batch {batch} {mode}"
-                    if time.monotonic() > end:
-                        left.append(label)
-                        continue
-                    functions = {name: _in_mode(model, mode, x) for name, model in models.items()}
-                    us = microseconds(functions, [(x,)], device, rounds=10, graphs=mode != "eager")
-                    for name, value in us.items():
-                        found.append(
-                            {
-                                "budget": f"{share:.0%}" if name != "dense" else "100%",
-                                "batch": batch,
-                                "model": name,
-                                "mode": mode,
-                                "images_per_s": round(1e6 * batch / value, 1),
-                                "peak_mb": _peak(functions[name], x, device),
-                            }
-                        )
-                    torch.compiler.reset()
-    return found, left
+    begin("models")
+    if "dense" not in kept:
+        torch.manual_seed(0)
+        kept["made"] = make().eval()
+        kept["dense"] = copy.deepcopy(kept["made"]).to(device, dtype)
+    if kept.get("plan") != plan:
+        small = planned(kept["made"], plan).eval()
+        pair = {"products": two_gemms(small), "fused": fuse(small)}
+        kept |= {"plan": plan, **{name: model.to(device, dtype) for name, model in pair.items()}}
+    models = {name: kept[name] for name in names}
+    size = (3, *kept["made"].patch_embed.img_size)
+    x = torch.randn(batch, *size, device=device, dtype=dtype)
+    functions, outputs = {}, {}
+    for name, model in models.items():
+        begin(f"{name}, {mode}")
+        functions[name] = _in_mode(model, mode, x)
+        outputs[name] = functions[name](x).double()
+    if mode != "graph":
+        outputs["products"] = kept["products"](x).double()
+    off = float((outputs["fused"] - outputs["products"]).norm() / outputs["products"].norm())
+    begin("turns")
+    us = microseconds(functions, [(x,)], device, rounds=10, graphs=mode != "eager")
+    return [
+        {
+            "plan": plan,
+            "batch": batch,
+            "model": name,
+            "mode": mode,
+            "images_per_s": round(1e6 * batch / value, 1),
+            "peak_mb": _peak(functions[name], x, device),
+            "off": off if name == "fused" else None,
+        }
+        for name, value in us.items()
+    ]
 
 
 def two_gemms(model: nn.Module) -> nn.Module:
@@ -104,8 +150,8 @@ def two_gemms(model: nn.Module) -> nn.Module:
 def _in_mode(model: nn.Module, mode: str, x: torch.Tensor) -> Callable[..., Any]:
     function: Callable[..., Any] = model
     if mode == "compiled":
-        function = torch.compile(model, fullgraph=True, dynamic=False)
-    function(x)
+        backend = "inductor" if x.device.type == "cuda" else "eager"  # rehearsed, it need only be traced
+        function = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     return function
 
 
@@ -119,16 +165,3 @@ def _peak(function: Callable[..., Any], x: torch.Tensor, device: torch.device) -
     function(x)
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table, with throughput as a multiple of the dense model's in the same mode."""
-    dense = {(r["batch"], r["mode"]): r["images_per_s"] for r in rows if r["model"] == "dense"}
-    lines = ["| kept | batch | mode | model | images/s | of dense | peak MB |", "|---" * 7 + "|"]
-    for r in rows:
-        base = dense.get((r["batch"], r["mode"]))
-        ratio = f"{r['images_per_s'] / base:.2f}x" if base else ""
-        peak = "" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
-        cells = (r["budget"], r["batch"], r["mode"], r["model"], f"{r['images_per_s']:.0f}", ratio, peak)
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines)

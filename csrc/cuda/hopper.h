@@ -28,11 +28,17 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "cuda/bounded_wait.h"
 #include "cuda/lowrank_tile.h"
 #include "cuda/tiles.h"
 #include "cuda/wgmma.h"
 
 namespace vitlr::cuda::lowrank {
+
+#ifdef VITLR_BOUNDED_WAITS
+static __device__ Hang* hang_note;  // the host's memory, as the launch says
+static __device__ int somebody_hangs;
+#endif
 
 template <class T>
 struct Numbers;
@@ -125,22 +131,49 @@ class Hopper : public Numbers<T> {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(rank, barrier))
                  : "memory");
   }
-  __device__ __forceinline__ void wait(int barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nWAIT:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
-        "r"(parity)
-        : "memory");
+#ifdef VITLR_BOUNDED_WAITS
+  static __device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    return now;
   }
-  __device__ __forceinline__ void wait_cluster(int barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nWAIT:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"
-        "@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"(address(barrier)),
-        "r"(parity)
-        : "memory");
+  // The first to give up leaves the note; a trap of another one must not come before it is written.
+  __device__ __forceinline__ void give_up(int barrier, uint32_t parity) const {
+    if (atomicExch(&somebody_hangs, 1) == 0) {
+      volatile Hang* note = hang_note;
+      note->block = blockIdx.x, note->warp = threadIdx.x / 32, note->barrier = barrier, note->parity = parity;
+      note->there = 1;
+      __threadfence_system();
+    } else {
+      passes_in_time([] { return false; }, nanoseconds, 50'000'000);
+    }
+    asm volatile("trap;");
   }
+#define VITLR_WAIT(name, instruction)                                                                        \
+  __device__ __forceinline__ void name(int barrier, uint32_t parity) {                                       \
+    const auto passed = [&] {                                                                                \
+      uint32_t answer;                                                                                       \
+      asm volatile("{\n.reg .pred p;\n" instruction " p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"              \
+                   : "=r"(answer)                                                                            \
+                   : "r"(address(barrier)), "r"(parity)                                                      \
+                   : "memory");                                                                              \
+      return answer != 0;                                                                                    \
+    };                                                                                                       \
+    if (!passes_in_time(passed, nanoseconds)) give_up(barrier, parity);                                      \
+  }
+#else
+#define VITLR_WAIT(name, instruction)                                       \
+  __device__ __forceinline__ void name(int barrier, uint32_t parity) {      \
+    asm volatile("{\n.reg .pred p;\nWAIT:\n" instruction                    \
+                 " p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}\n" ::"r"( \
+                     address(barrier)),                                     \
+                 "r"(parity)                                                \
+                 : "memory");                                               \
+  }
+#endif
+  VITLR_WAIT(wait, "mbarrier.try_wait.parity.shared::cta.b64")
+  VITLR_WAIT(wait_cluster, "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64")
+#undef VITLR_WAIT
   __device__ __forceinline__ void synchronise(int w) {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + w), "n"(kWarpgroup) : "memory");
   }

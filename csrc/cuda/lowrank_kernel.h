@@ -1,5 +1,6 @@
 // The kernel around lowrank_body.h: one branch between producer and consumers, and its launch.
 #pragma once
+#include "cuda/hang.h"
 #include "cuda/hopper.h"
 #include "cuda/lowrank_body.h"
 #include "cuda/lowrank_sm90.h"
@@ -56,6 +57,10 @@ void launch(const Maps<CUtensorMap>& maps, const Sizes& sizes, const Plan& plan,
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
+#ifdef VITLR_BOUNDED_WAITS
+  Hang* const note = allocated_hang();
+  check(cudaMemcpyToSymbol(hang_note, &note, sizeof note), "the note of the debug build");
+#endif
   check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of a low-rank kernel");
 }
 

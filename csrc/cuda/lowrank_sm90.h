@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "cuda/lowrank_tile.h"
 
@@ -100,6 +101,34 @@ inline Plan plan(const LowrankParams& p, int processors) {
   else
     each_tile<false>(consider);
   return best;
+}
+
+// Why a plan that was asked for by its numbers cannot run a shape; empty where it can.
+inline std::string objection(const LowrankParams& p, const Plan& plan) {
+  const auto number = [](int value) { return std::to_string(value); };
+  const int largest = std::max(p.r1, p.r2);
+  int shares = 0;  // a CTA without one would wait for ever
+  const auto note = [&](auto tile) {
+    using T = decltype(tile);
+    if (T::R == plan.R && T::WARPGROUPS == plan.warpgroups)
+      shares = p.mlp() ? ceil_div(p.D, T::hidden) : ceil_div(p.K, kPanelColumns);
+  };
+  if (p.mlp())
+    each_tile<true>(note);
+  else
+    each_tile<false>(note);
+  if (shares == 0) return "no tile of rank " + number(plan.R) + " with " + number(plan.warpgroups) + " warpgroups is compiled";
+  if (plan.R < largest) return "a tile of rank " + number(plan.R) + " does not hold ranks up to " + number(largest);
+  if (plan.ranks < 1 || plan.ranks > kMostRanks || (plan.ranks & (plan.ranks - 1)))
+    return number(plan.ranks) + " CTAs a cluster, expected 1, 2, 4 or 8";
+  if (plan.ranks > shares)
+    return number(plan.ranks) + " CTAs a cluster share " + number(shares) + " steps, expected at least one each";
+  if (plan.clusters < 1 || plan.clusters > (1 << 20)) return number(plan.clusters) + " clusters, expected 1 to 2^20";
+  if (plan.groups < 1 || (p.mlp() && plan.groups > 1))
+    return number(plan.groups) + " groups, expected " + (p.mlp() ? "1, as of every MLP" : "at least 1");
+  if (plan.groups > 1 && plan.groups * plan.ranks > ceil_div(p.N, kColumns))
+    return number(plan.groups * plan.ranks) + " CTAs share " + number(ceil_div(p.N, kColumns)) + " tiles of output";
+  return "";
 }
 
 inline Sizes sizes_of(const LowrankParams& p, const Plan& plan) {

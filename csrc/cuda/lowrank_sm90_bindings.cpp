@@ -1,9 +1,10 @@
-// lowrank_sm90(x, B1, A1, B2, A2, residual, b1, b2, y, M, K, D, N, r1, r2, act, fp16, device, stream): the MLP, or with
-// D = 0 lowrank_linear of B1 and A2. Matrices are (address, elements from row to row) or None; vectors addresses, 0:
-// none. lowrank_sm90_plan(M, K, D, N, r1, r2, residual, device) -> (R, warpgroups, ranks, clusters, groups, modelled
-// µs).
+// lowrank_sm90(x, B1, A1, B2, A2, residual, b1, b2, y, M, K, D, N, r1, r2, act, fp16, plan, device, stream): the MLP, or
+// with D = 0 lowrank_linear of B1 and A2. Matrices are (address, elements from row to row) or None; vectors addresses,
+// 0: none; plan None, or (R, warpgroups, ranks, clusters, groups) in place of the one that the model picks.
+// lowrank_sm90_plan(M, K, D, N, r1, r2, residual, device) -> (R, warpgroups, ranks, clusters, groups, modelled µs).
 #include <pybind11/pybind11.h>
 
+#include "cuda/hang.h"
 #include "cuda/lowrank_sm90.h"
 #include "cuda/status.h"
 
@@ -43,11 +44,27 @@ void require(const LowrankParams& p, int device) {
     refuse("widths and ranks have to be multiples of 8, rows 1 to 2^30");
 }
 
+Plan given_plan(const LowrankParams& p, const py::tuple& fields) {
+  if (fields.size() != 5) refuse("a plan is (R, warpgroups, ranks, clusters, groups)");
+  int values[5];
+  for (int i = 0; i < 5; ++i) values[i] = fields[i].cast<int>();
+  const Plan found{values[0], values[1], values[2], values[3], values[4], 0};
+  const std::string why = objection(p, found);
+  if (!why.empty()) refuse("the plan that was given does not run: " + why);
+  return found;
+}
+
 int processors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 }  // namespace
 
 void register_lowrank_sm90(py::module_& m) {
+#ifdef VITLR_BOUNDED_WAITS
+  m.def("hung", [] {  // who waited for what; empty where nothing hung
+    const Hang* note = hang_of_this_process();
+    return note == nullptr ? std::string() : told(*note);
+  });
+#endif
   m.def("lowrank_sm90_plan", [](int M, int K, int D, int N, int r1, int r2, bool residual, int device) {
     LowrankParams p{};
     p.M = M, p.K = K, p.D = D, p.N = N, p.r1 = r1, p.r2 = r2;
@@ -57,14 +74,14 @@ void register_lowrank_sm90(py::module_& m) {
   });
   m.def("lowrank_sm90", [](const py::object& x, const py::object& B1, const py::object& A1, const py::object& B2,
                            const py::object& A2, const py::object& residual, uintptr_t b1, uintptr_t b2, uintptr_t y,
-                           int M, int K, int D, int N, int r1, int r2, int act, bool fp16, int device,
-                           uintptr_t stream) {
+                           int M, int K, int D, int N, int r1, int r2, int act, bool fp16,
+                           const py::object& given, int device, uintptr_t stream) {
     const DeviceGuard guard(device);
     const LowrankParams p{matrix_of(x), matrix_of(B1), matrix_of(A1), matrix_of(B2), matrix_of(A2), matrix_of(residual),
                           reinterpret_cast<const void*>(b1), reinterpret_cast<const void*>(b2),
                           reinterpret_cast<void*>(y), M, K, D, N, r1, r2, static_cast<Act>(act), fp16};
     require(p, device);
-    const Plan found = plan(p, processors(device));
+    const Plan found = given.is_none() ? plan(p, processors(device)) : given_plan(p, given);
     if (found.R == 0) refuse("ranks " + std::to_string(r1) + " and " + std::to_string(r2) + " are beyond 256");
     void* const on = reinterpret_cast<void*>(stream);
     if (!p.mlp())

@@ -12,10 +12,17 @@
 #include <random>
 #include <thread>
 
+#include "cuda/bounded_wait.h"
 #include "cuda/lowrank_body.h"
 #include "emulated_cluster.h"
 
 namespace emulated {
+
+// A barrier as the debug build names it.
+inline std::string called(int barrier) {
+  const vitlr::cuda::lowrank::BarrierName name = vitlr::cuda::lowrank::barrier_name(barrier);
+  return std::string(name.kind) + " " + std::to_string(name.index);
+}
 
 template <class T>
 class Hopper {
@@ -80,7 +87,7 @@ class Hopper {
     pause();
     Barrier& found = cta_.barriers.at(barrier);
     all_.block([&] { return (found.phase & 1) != parity; },
-               "barrier " + std::to_string(barrier) + " of CTA " + std::to_string(rank_));
+               "barrier " + called(barrier) + " of CTA " + std::to_string(rank_));
   }
   void wait_cluster(int barrier, uint32_t parity) { wait(barrier, parity); }
   void synchronise(int) {}
@@ -269,7 +276,7 @@ class Hopper {
   }
   void arrive(Cta& cta, int barrier) {
     Barrier& found = cta.barriers.at(barrier);
-    if (--found.pending < 0) all_.breach("more arrivals than barrier " + std::to_string(barrier) + " expects");
+    if (--found.pending < 0) all_.breach("more arrivals than barrier " + called(barrier) + " expects");
     complete(cta, barrier, 0);
   }
   void complete(Cta& cta, int barrier, int bytes) {
@@ -334,7 +341,7 @@ std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::low
     for (Cta& cta : cluster.ctas) {
       for (auto& [offset, barrier] : cta.barriers)
         if (barrier.pending != barrier.expected || barrier.bytes != 0)
-          cluster.breach("barrier " + std::to_string(offset) + " is left in the middle of a phase");
+          cluster.breach("barrier " + called(offset) + " is left in the middle of a phase");
       for (Turn& turn : cta.turns)
         if (turn.waiting || turn.passed) cluster.breach("a turn is left over");
     }

@@ -59,3 +59,17 @@ extern "C" void activations(int act, bool fp16, const float* x, float* y, int64_
       y[i] = fp16 ? activate<choice.act>(x[i], Fp16{}) : activate<choice.act>(x[i], Bf16{});
   });
 }
+
+// How often a bounded wait asks until it passes, by a clock of `tick` ns a reading; 0 where it gives up. `opens`: the
+// barrier opens at that asking.
+extern "C" int bounded_wait(int opens, uint64_t tick, uint64_t patience) {
+  uint64_t now = 0;
+  int asked = 0;
+  const bool passed = passes_in_time([&] { return ++asked >= opens; }, [&] { return now += tick; }, patience);
+  return passed ? asked : 0;
+}
+
+// What the debug build says of its note.
+extern "C" void hang(int block, int warp, int barrier, int parity, char* said, int size) {
+  std::snprintf(said, size, "%s", told({1, block, warp, barrier, parity}).c_str());
+}

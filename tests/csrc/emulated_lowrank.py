@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from ctypes import c_bool, c_char_p, c_double, c_int, c_int64, c_uint, c_void_p
+from ctypes import c_bool, c_char_p, c_double, c_int, c_int64, c_uint, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def library() -> ctypes.CDLL:
     built.emulate.argtypes = [c_void_p, c_void_p, c_void_p, c_uint, c_char_p, c_int]
     built.activations.argtypes = [c_int, c_bool, c_void_p, c_void_p, c_int64]
     built.emulate.restype = built.activations.restype = None
+    built.bounded_wait.argtypes, built.bounded_wait.restype = [c_int, c_uint64, c_uint64], c_int
     return built
 
 

@@ -200,8 +200,9 @@ def lowrank_mlp(fake, M=12608, K=768, D=3072, N=768, r1=128, r2=128, act=1, resi
     matrices = {"x": (at(1), K), "B1": (at(2), K), "A1": (at(3), r1), "B2": (at(4), D), "A2": (at(5), r2)}
     matrices["residual"] = (at(6), N) if residual else None
     matrices |= {name: given.pop(name) for name in list(given) if name in matrices}
+    plan = given.pop("plan", None)
     vectors = {"b1": at(7), "b2": at(8), "y": at(9), **given}
-    fake.module.lowrank_sm90(*matrices.values(), *vectors.values(), M, K, D, N, r1, r2, act, False, 1, STREAM)
+    fake.module.lowrank_sm90(*matrices.values(), *vectors.values(), M, K, D, N, r1, r2, act, False, plan, 1, STREAM)
 
 
 def lowrank_linear(fake, M=197, K=3072, N=768, r=128, **given):
@@ -217,6 +218,9 @@ def lowrank_linear(fake, M=197, K=3072, N=768, r=128, **given):
         (lowrank_mlp, {"M": 197, "r1": 64, "r2": 8}, 32, 256, "TileILi64ELi1EEELb1"),
         (lowrank_linear, {}, 32, 256, "TileILi128ELi1EEELb0"),
         (lowrank_linear, {"M": 1, "K": 8, "N": 8, "r": 8}, 1, 256, "TileILi64ELi1EEELb0"),
+        (lowrank_mlp, {"plan": (128, 1, 8, 16, 1)}, 128, 256, "TileILi128ELi1EEELb1"),  # as given
+        (lowrank_mlp, {"plan": (256, 2, 1, 7, 1)}, 7, 384, "TileILi256ELi2EEELb1"),
+        (lowrank_linear, {"plan": (128, 1, 2, 5, 3)}, 10, 256, "TileILi128ELi1EEELb0"),
     ],
 )
 def test_lowrank_kernels(fake, call, sizes, blocks, threads, kernel):
@@ -243,12 +247,38 @@ def test_lowrank_kernels(fake, call, sizes, blocks, threads, kernel):
         (lowrank_mlp, {"act": 6}, "no such activation"),
         (lowrank_mlp, {"r1": 264}, "ranks 264 and 128 are beyond 256"),
         (lowrank_linear, {"r": 264}, "ranks 264 and 264 are beyond 256"),
+        (lowrank_mlp, {"plan": (128, 3, 1, 1)}, "a plan is .R, warpgroups, ranks, clusters, groups"),
+        (lowrank_mlp, {"plan": (128, 2, 1, 1, 1)}, "no tile of rank 128 with 2 warpgroups is compiled"),
+        (lowrank_linear, {"plan": (128, 3, 1, 1, 1)}, "no tile of rank 128 with 3 warpgroups is compiled"),
+        (lowrank_mlp, {"plan": (64, 3, 1, 1, 1)}, "a tile of rank 64 does not hold ranks up to 128"),
+        (lowrank_mlp, {"plan": (128, 3, 3, 1, 1)}, "3 CTAs a cluster, expected 1, 2, 4 or 8"),
+        (lowrank_mlp, {"plan": (128, 3, 16, 1, 1)}, "16 CTAs a cluster, expected 1, 2, 4 or 8"),
+        (lowrank_mlp, {"D": 192, "plan": (128, 3, 4, 1, 1)}, "4 CTAs a cluster share 2 steps"),
+        (lowrank_linear, {"K": 64, "plan": (128, 1, 2, 1, 1)}, "2 CTAs a cluster share 1 steps"),
+        (lowrank_linear, {"plan": (128, 1, 2, 1, 4)}, "8 CTAs share 6 tiles of output"),
+        (lowrank_mlp, {"plan": (128, 3, 1, 0, 1)}, "0 clusters, expected 1 to"),
+        (lowrank_mlp, {"plan": (128, 3, 1, 1, 2)}, "2 groups, expected 1, as of every MLP"),
     ],
 )
 def test_lowrank_kernels_refuse_before_a_launch(fake, call, given, message):
     with pytest.raises(ValueError, match=message):
         call(fake, **given)
     assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
+def test_every_plan_that_the_gate_forces_is_launched(fake):
+    if not (ROOT / "bench").is_dir():
+        pytest.skip("bench/ is not beside the tests")
+    sys.path.insert(0, str(ROOT))
+    gate, tuning = (importlib.import_module(f"bench.gate.{name}") for name in ("checks", "tuning"))
+    plans = [(plan, *shape) for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS)]
+    plans += [(plan, 12608, 768, 3072, 768, r, r) for r in gate.RANKS for plan in tuning.plans(12608, r)]
+    for plan, *shape in plans:
+        lowrank_mlp(fake, *shape, plan=plan)
+    for plan, shape in gate.LINEARS:
+        lowrank_linear(fake, *shape, plan=plan)
+    assert len(fake.launches()) == len(plans) + len(gate.LINEARS)
+    assert any(plan[2] > 1 for plan, *_ in plans) and {plan[:2] for plan, *_ in plans} == set(tuning.TILES)
 
 
 @pytest.mark.parametrize("capability", [80, 89, 100])

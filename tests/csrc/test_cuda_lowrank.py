@@ -6,7 +6,11 @@ output written once, barriers balanced and free of deadlock, results independent
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import emulated_lowrank as emulated
 import pytest
@@ -19,6 +23,7 @@ from vitlr.ops.layers.activations import ACTIVATIONS
 pytestmark = pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler that knows _Float16")
 
 BF16, FP16 = torch.bfloat16, torch.float16
+ROOT = Path(__file__).parents[2]
 
 
 def tensor(*shape, dtype=BF16):
@@ -182,3 +187,35 @@ def test_a_cluster_that_misses_a_share_is_noticed():
     """The emulation is no rubber stamp: with more CTAs than hidden tiles some have nothing to wait for."""
     with pytest.raises(AssertionError, match=r"deadlock|breach"):
         emulated.emulate(mlp(64, 64, 128, 64, 64, 64), (64, 1, 4, 1, 1))
+
+
+def test_a_deadlock_names_the_barrier():
+    """By the same words as the debug build on a GPU."""
+    with pytest.raises(AssertionError, match=r"barrier (full|empty|ready|taken|incoming|gathered) \d of CTA \d"):
+        emulated.emulate(mlp(64, 64, 128, 64, 64, 64), (64, 1, 4, 1, 1))
+
+
+@pytest.mark.parametrize(("barrier", "name"), [(0, "full 0"), (56, "full 7"), (64, "empty 0"), (120, "empty 7")])
+def test_the_note_of_a_hang_in_words(barrier, name):
+    said = ctypes.create_string_buffer(200)
+    emulated.library().hang(7, 5, barrier, 1, said, len(said))
+    assert said.value.decode() == f"block 7, warp 5, barrier {name}, parity 1"
+
+
+def test_a_bounded_wait_passes_late_but_not_never():
+    wait = emulated.library().bounded_wait
+    assert wait(1, 10, 100) == 1, "what is open is not waited for"
+    assert wait(8, 10, 100) == 8
+    assert wait(1000, 10, 100) == 0, "it gives up"
+    assert wait(2, 10**9, 100) == 2, "a thread that did not run for longer than its patience asks once more"
+
+
+def test_every_plan_that_the_gate_forces_is_right():
+    if not (ROOT / "bench").is_dir():
+        pytest.skip("bench/ is not beside the tests")
+    sys.path.insert(0, str(ROOT))
+    gate = importlib.import_module("bench.gate.checks")
+    for plan, shape in (*gate.TILES, *gate.CLUSTERS, *gate.ITEMS):
+        check(mlp(*shape), plan)
+    for plan, (M, K, N, r) in gate.LINEARS:
+        check(linear(M, K, N, r), plan)

@@ -36,3 +36,16 @@ def test_nothing_spills_and_products_are_not_serialised(source, kernels, nvcc):
         assert resources.registers <= 255, resources
     # C7510 to C7514: "wgmma.mma_async instructions are serialized due to ..."; C7508: setmaxnreg is ignored.
     assert "Potential Performance Loss" not in built.log and "C7508" not in built.log
+
+
+@pytest.mark.slow
+def test_the_debug_build_gives_up_in_place_of_waiting_for_ever(nvcc):
+    """It traps; and ptxas leaves setmaxnreg in it, so that it is the kernel that hangs."""
+    try:
+        archs = nvcc.architectures("9.0a")
+        (built,) = nvcc.compile_all(["csrc/cuda/lowrank_mlp_bf16_sm90.cu"], archs, bounded=True)
+    except nvcc.BuildError as cause:
+        pytest.skip(str(cause))
+    assert len(nvcc.resources(built.log)) == 7
+    assert "setmaxnreg" not in built.log and "Potential Performance Loss" not in built.log
+    assert b"somebody_hangs" in built.object.read_bytes()

@@ -12,9 +12,10 @@ from tolerance import assert_close_to
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.ops.backends.triton.lowrank_mlp import row_block_floor, split_floor
 from vitlr.ops.dispatch import registry
 from vitlr.ops.layers.activations import ACTIVATIONS
-from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference, row_block_floor, split_floor
+from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference
 from vitlr.triton_kernels import lowrank_mlp as kernel
 from vitlr.triton_kernels import tables, targets
 from vitlr.triton_kernels.targets import TARGETS, Unsupported

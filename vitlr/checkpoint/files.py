@@ -21,7 +21,7 @@ from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
-from vitlr.surgery import application
+from vitlr.surgery import fusion
 
 SCHEMA = 1
 _DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -52,7 +52,7 @@ def save(
     header = {
         "origin": None if model_args is False else find_origin(model, model_args),
         "structure": structure(model),
-        "fused": application.fused_names(model),
+        "fused": fusion.fused_names(model),
         "visible": [name for name, module in timm.switchable(model) if getattr(module, timm.SWITCH)],
         "tied": tied,
         "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if _casts(buffer)},
@@ -170,7 +170,7 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
         swapped = isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear, SelectedLinear))
         on = name in header["visible"] or swapped
         setattr(attention, timm.SWITCH, on)
-    application.fuse_again(model, header["fused"])
+    fusion.fuse_again(model, header["fused"])
     return model
 
 

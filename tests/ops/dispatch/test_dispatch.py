@@ -129,6 +129,22 @@ def test_without_measurements_the_lowest_floor_wins(monkeypatch):
         assert chosen(LARGE._replace(M=None)) == "new"
 
 
+@pytest.mark.parametrize(
+    ("card", "limits"),
+    [
+        ("NVIDIA H100 80GB HBM3", registry.H100),
+        ("NVIDIA H200", registry.H200),
+        ("NVIDIA H100 PCIe", None),  # less memory bandwidth, lower clocks: nobody measured it
+        ("NVIDIA GH200 480GB", None),
+    ],
+)
+def test_ceilings_are_those_of_the_very_card(monkeypatch, card, limits):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert registry.ceilings_of("cuda") is limits
+    assert registry.ceilings_of("cpu") is None
+
+
 def test_a_last_wave_takes_as_long_as_a_full_one():
     limits, bf16 = registry.H200, torch.bfloat16
     full = 1e6 * 132e9 / 790e12  # µs of 132 programs of 1 GFLOP
@@ -154,6 +170,21 @@ def test_every_shipped_table_is_of_known_ops():
         for row in table["rows"]:
             fields = set(registry._ops[row["op"]].key_type._fields) - {"device"}
             assert set(row["key"]) == fields and all(us > 0 for us in row["us"].values())
+
+
+def test_a_back_end_can_be_asked_for_in_one_place(monkeypatch):
+    with fake_kernel("lowrank_linear"):
+        kernel = chosen()
+        with registry.backend("torch"):
+            assert chosen() == "torch" and "chosen: VITLR_BACKEND=torch" in str(
+                ops.explain("lowrank_linear", **SMALL._asdict())
+            )
+            monkeypatch.setenv("VITLR_BACKEND", kernel)
+            assert chosen() == "torch"  # the nearer word counts
+        assert chosen() == kernel != "torch"
+        with pytest.raises(ZeroDivisionError), registry.backend("torch"):
+            raise ZeroDivisionError
+        assert chosen() == kernel
 
 
 def test_torch_can_be_forced(monkeypatch):

@@ -121,8 +121,8 @@ def test_flops_are_counted():
 
 
 def test_a_shared_factor_counts_once():
-    sizes = (12608, 768, 2048, 768, 128, 128, 128, torch.bfloat16)
-    once, twice = roofline(*sizes, shared=True), roofline(*sizes)
+    key = Key(12608, 768, 2048, 768, 128, 128, 128, dtype=torch.bfloat16)
+    once, twice = roofline(key._replace(shared=True)), roofline(key)
     assert twice.flops - once.flops == 2 * 12608 * 128 * 768
     assert twice.bytes - once.bytes == 2 * 128 * 768
 

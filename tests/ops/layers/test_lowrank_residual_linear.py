@@ -12,7 +12,7 @@ from vitlr.errors import InputError
 from vitlr.ops import explain
 from vitlr.ops.dispatch import registry
 from vitlr.ops.layers.codes import FORMS, FP8, code_shape, dequantise, encode, groups, spread
-from vitlr.ops.layers.lowrank_residual_linear import lowrank_residual_linear, reference, roofline
+from vitlr.ops.layers.lowrank_residual_linear import Key, lowrank_residual_linear, reference, roofline
 
 K, N, R, GROUP = 24, 42, 6, 8
 OP, OVERLOAD = "lowrank_residual_linear", torch.ops.vitlr.lowrank_residual_linear.default
@@ -110,7 +110,7 @@ def test_flops_are_counted(form, of_R):
 
 def test_roofline_counts_the_codes_as_they_are_stored():
     def floor(form, group=64):
-        return roofline(197, 768, 3072, 32, form, group, torch.bfloat16, registry.H200)
+        return roofline(Key(197, 768, 3072, 32, form, group, dtype=torch.bfloat16), registry.H200)
 
     around = 2 * (197 + 32) * (768 + 3072)
     assert floor("int8").bytes == around + 768 * 3072 + 2 * 3072 * 12

@@ -23,6 +23,7 @@ ACTS = ("none", "gelu", "gelu_tanh", "silu", "sigmoid", "relu")  # the order of 
 LARGEST_RANK = 256
 MOST_ROWS = 2**30  # coordinates of TMA and row blocks are counted in 32 bits
 PROCESSORS = 132  # of an H100 or H200
+Plan = tuple[int, int, int, int, int]
 
 
 def device_objection(device: torch.device) -> str | None:
@@ -85,10 +86,7 @@ def planned_floor(key: Any, plan: tuple, ceilings: registry.Ceilings) -> float |
     products = 2 * rows * (r1 * key.K / (1 if mlp else ranks) + (r1 + r2) * D / ranks + r2 * key.N / (ranks * groups))
     activated = D / ranks if mlp else key.N / (ranks * groups)
     issued = triton.kernels("activations").issue_flops(1, key.act, triton.kernels("targets").TARGETS["sm_90"])
-    if mlp:
-        whole = lowrank_mlp.roofline(M, key.K, D, key.N, r1, r2, key.dtype, residual=key.residual)
-    else:
-        whole = lowrank_linear.roofline(M, key.K, key.N, r1, key.dtype, residual=key.residual)
+    whole = lowrank_mlp.roofline(key) if mlp else lowrank_linear.roofline(key)
     each = max(products, rows * activated * issued)
     programs = math.ceil(M / rows) * groups * ranks
     return floors.in_waves(each, programs, PROCESSORS, whole.bytes, key.dtype, ceilings)
@@ -104,17 +102,25 @@ def run_mlp(
     b2: Tensor | None,
     residual: Tensor | None,
     act: str,
+    plan: Plan | None = None,
 ) -> Tensor:
-    """y [..., N] of the arguments of lowrank_mlp, one launch. Raises InputError for what the kernel refuses."""
-    return _run(x, B1, A1, b1, B2, A2, b2, residual, act)
+    """y [..., N] of the arguments of lowrank_mlp, one launch. Raises InputError for what the kernel refuses.
+
+    `plan` forces (R, warpgroups, CTAs a cluster, clusters, clusters a row block), to bisect a fault and to tune.
+    """
+    return _run(x, B1, A1, b1, B2, A2, b2, residual, act, plan)
 
 
-def run_linear(x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor | None, act: str) -> Tensor:
-    """y [..., N] of the arguments of lowrank_linear, one launch. Raises InputError for what the kernel refuses."""
-    return _run(x, B, None, None, None, A, bias, residual, act)
+def run_linear(
+    x: Tensor, B: Tensor, A: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, plan: Plan | None = None
+) -> Tensor:
+    """y [..., N] of the arguments of lowrank_linear, one launch; `plan` and InputError as in `run_mlp`."""
+    return _run(x, B, None, None, None, A, bias, residual, act, plan)
 
 
-def _run(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Any, A2: Tensor, b2: Any, residual: Any, act: str) -> Tensor:
+def _run(
+    x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Any, A2: Tensor, b2: Any, residual: Any, act: str, plan: Plan | None
+) -> Tensor:
     K, N, r1, r2 = x.shape[-1], A2.shape[0], B1.shape[0], A2.shape[1]
     M, D = math.prod(x.shape[:-1]), 0 if A1 is None else A1.shape[0]
     y = x.new_empty((*x.shape[:-1], N))
@@ -129,7 +135,7 @@ def _run(x: Tensor, B1: Tensor, A1: Any, b1: Any, B2: Any, A2: Tensor, b2: Any, 
         "lowrank_sm90",
         *(None if matrix is None else (matrix.data_ptr(), _row_stride(matrix)) for matrix in matrices),
         *(0 if vector is None else vector.data_ptr() for vector in vectors),
-        y.data_ptr(), M, K, D, N, r1, r2, ACTS.index(act), x.dtype == torch.float16,
+        y.data_ptr(), M, K, D, N, r1, r2, ACTS.index(act), x.dtype == torch.float16, plan,
         device=x.device,
     )  # fmt: skip
     return y

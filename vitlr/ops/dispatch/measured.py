@@ -1,8 +1,8 @@
 """Times of candidates measured on real devices: small tables, asked for the nearest shape.
 
 A table is `measured/<device>.json`: `{"device", "date", "torch", "rows": [{"op", "key", "us"}]}`, written by
-`bench/gpu_gate.py` on that device. `key` holds the fields of the op's `Key` but the device, `us` microseconds by
-candidate.
+`bench/gpu_gate.py --report` from what that device did. `key` holds the fields of the op's `Key` but the device, `us`
+microseconds by candidate.
 """
 
 from __future__ import annotations
