@@ -151,7 +151,8 @@ def select(op: str, key: Any, wanted: str | None = None) -> Candidate:
 
     `wanted`: a back-end; by default what the op's environment variable says, `VITLR_BACKEND` for all but `eigh`.
     """
-    wanted = wanted or os.environ.get(_op(op).override.variable)
+    known = _ops.get(op)
+    wanted = wanted or os.environ.get(known.override.variable if known else VARIABLE)
     entry = (op, key, wanted)
     chosen = _chosen.get(entry)
     if chosen is None:
