@@ -224,7 +224,7 @@ def test_nothing_but_native_imports_the_extension():
         for path in (ROOT / "vitlr").rglob("*.py")
         if re.search(r"import.*[\"' ]vitlr\._(C|cuda)\b|from vitlr import .*\b_(C|cuda)\b", path.read_text())
     }
-    assert importers == {"vitlr/ops/_native.py"}
+    assert importers == {"vitlr/ops/backends/native.py"}
 
 
 @needs_source

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
-from vitlr.planning.choices import Item, Offers
+from vitlr.planning.choices import Item
+from vitlr.planning.offers import Offers
 from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
 
 
@@ -50,7 +51,7 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             spectrum.out_features,
             rank,
             offers.sizes.tokens[name],
-            0.0 if rank is None else float(offers.errors(item.narrowing, name, width)[rank]),
+            0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank]),
             _why_rank(offers, item, name, rank),
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,

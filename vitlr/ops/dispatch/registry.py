@@ -10,7 +10,9 @@ alone, or says why none can: nothing falls back silently.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,50 +20,9 @@ import torch
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import measured
+from vitlr.ops.dispatch.ceilings import Ceilings, Roofline, ceilings_of
 
 VARIABLE = "VITLR_BACKEND"
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches at best, as measured: bytes/s of memory and FLOP/s for each dtype."""
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: Mapping[torch.dtype, float]
-
-    def microseconds(self, flops: float, size: float, dtype: torch.dtype) -> float | None:
-        """`max(flops / peak, bytes / bandwidth)` in µs; None where the dtype's peak is not known."""
-        peak = self.flops_per_s.get(dtype)
-        return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
-
-
-# Copy bandwidth and bf16 GEMM as measured on such cards; their tensor cores run fp16 at the same rate.
-H100 = Ceilings("NVIDIA H100 80GB HBM3", 3.0e12, {torch.bfloat16: 798e12, torch.float16: 798e12})
-H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
-
-
-def ceilings_of(device: torch.device | str) -> Ceilings | None:
-    """The measured ceilings of a device, or None: no floor in µs is better than one from another machine."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    card = torch.cuda.get_device_name(device)
-    return next((limits for limits in (H100, H200) if limits.name in card), None)
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """FLOPs, compulsory bytes and the time in µs that no implementation can beat (None: ceilings not known)."""
-
-    flops: int
-    bytes: int
-    floor_us: float | None
-
-    @classmethod
-    def of(cls, flops: int, size: int, dtype: torch.dtype, ceilings: Ceilings | None) -> Roofline:
-        """Of FLOPs in a dtype and `size` bytes, under the ceilings of a device."""
-        return cls(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
 
 
 @dataclass(frozen=True)
@@ -110,6 +71,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _chosen: dict[tuple, Candidate] = {}
+_inside: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def register_op(
@@ -146,13 +108,27 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return tuple(_op(op).candidates)
 
 
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose among the candidates of one back-end for as long as this lasts, as `VITLR_BACKEND=name` would."""
+    before = _inside.set(name)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
+
+def _wanted(override: Override) -> str | None:
+    """The back-end that this context asks for, else what the op's environment variable says."""
+    return (_inside.get() if override is BACKEND else None) or os.environ.get(override.variable)
+
+
 def select(op: str, key: Any, wanted: str | None = None) -> Candidate:
     """The candidate that runs on `key`. Raises InputError if the one that is wanted cannot.
 
     `wanted`: a back-end; by default what the op's environment variable says, `VITLR_BACKEND` for all but `eigh`.
     """
-    known = _ops.get(op)
-    wanted = wanted or os.environ.get(known.override.variable if known else VARIABLE)
+    wanted = wanted or _wanted(_op(op).override)
     entry = (op, key, wanted)
     chosen = _chosen.get(entry)
     if chosen is None:
@@ -308,7 +284,7 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
         refusal = candidate.supports(key)
         why = refusal or _objection(op, candidate, key) or ""
         if candidate is chosen:
-            wanted = os.environ.get(entry.override.variable)
+            wanted = _wanted(entry.override)
             why = f"chosen: {entry.override.variable}={wanted}" if wanted else "chosen"
         elif not why:
             why = f"{chosen.name} is preferred"
