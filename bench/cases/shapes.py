@@ -77,7 +77,7 @@ def main() -> None:
 
     import torch
 
-    from vitlr.ops.dispatch.registry import H200
+    from vitlr.ops.dispatch.ceilings import H200
     from vitlr.ops.layers.lowrank_linear import Key, roofline
 
     parser = argparse.ArgumentParser(description=__doc__)

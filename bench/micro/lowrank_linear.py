@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitlr import ops
 from vitlr.measuring.timing import compare
-from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.dispatch.ceilings import ceilings_of
 from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.ops.layers.lowrank_linear import Key, reference, roofline
 

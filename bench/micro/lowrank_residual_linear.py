@@ -21,7 +21,7 @@ from bench.common import VIT_B, finish, parser
 from vitlr import ops
 from vitlr.measuring.timing import compare
 from vitlr.nn import ResidualLowRankLinear
-from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.dispatch.ceilings import ceilings_of
 from vitlr.ops.layers.lowrank_residual_linear import OP, Key, reference, roofline
 
 TOKENS, GROUPS = 197, {"int8": 64, "int4": 64, "fp8": 64, "blockdiag": 192}

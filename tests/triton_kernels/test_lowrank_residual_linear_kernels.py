@@ -8,7 +8,7 @@ from tolerance import assert_close_to
 
 from vitlr.errors import InputError
 from vitlr.ops import candidates, explain
-from vitlr.ops.dispatch.registry import H200
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.codes import code_shape, dequantise, encode, groups, spread
 from vitlr.ops.layers.lowrank_residual_linear import Key, lowrank_residual_linear, reference
 from vitlr.triton_kernels import lowrank_residual_linear as kernels

@@ -10,19 +10,22 @@ from typing import Any
 
 from torch import fx, nn
 
+from vitlr.nn._plain import does_nothing
+
 
 class Untraceable(Exception):
     """The forward cannot be traced; says so in one line."""
 
 
 class Formula:
-    """Reads the forward of a module step by step; what a call of a child comes to, subclasses say.
+    """Reads the forward of a module step by step, in the names of the children that are `kept`; the input is `x`.
 
-    The input is `x`, `E.chunk(2, dim=-1)` gives `halves of E`, one of them is `E[0]` or `E[1]`.
+    Others are left out if they do nothing. `E.chunk(2, dim=-1)` gives `halves of E`, one of them is `E[0]` or `E[1]`;
+    of a product the activated factor comes first.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, kept: tuple[str, ...] = ()) -> None:
+        self.module, self.kept = module, kept
         self.values: dict[fx.Node, str] = {}
 
     def read(self) -> str:
@@ -45,7 +48,10 @@ class Formula:
 
     def call(self, node: fx.Node, args: list[str]) -> str:
         """What a call of the child `node.target` comes to."""
-        raise NotImplementedError
+        if node.target in self.kept:
+            return f"{node.target}({', '.join(args)})"
+        nothing = args and does_nothing(self.module.get_submodule(str(node.target)))
+        return args[0] if nothing else str(node)
 
     def step(self, node: fx.Node, args: list[str]) -> str:
         """What any other node comes to."""
@@ -56,7 +62,7 @@ class Formula:
         if node.op == "call_function" and node.target is operator.getitem and args[0].startswith("halves of "):
             return f"{args[0].removeprefix('halves of ')}[{args[1]}]"
         if node.op == "call_function" and node.target is operator.mul:
-            return " * ".join(args)
+            return " * ".join(sorted(args))  # "act" sorts before "fc1"
         return f"{node.target}({', '.join(args)})"
 
     def _written(self, arg: Any) -> str:

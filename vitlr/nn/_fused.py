@@ -9,21 +9,18 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from vitlr.errors import InputError
-from vitlr.nn._plain import has_hooks
 
 
 class StandIn(nn.Module):
     """A module in the place of another one, its `original`, which `back` gives back."""
 
-    __jit_unused_properties__ = ("original",)
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        original: nn.Module
 
-    @property
-    def original(self) -> nn.Module:
-        """The module that stood here, for what is kept with it; its weights are those of this module."""
-        return self.__dict__["_original"]
-
-    def _stand_for(self, original: nn.Module) -> None:
-        self.__dict__["_original"] = original  # past nn.Module, which would register it as a child
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # past nn.Module, which would register it as a child
+        self.training = original.training
 
     def back(self) -> nn.Module:
         """The original module with the weights of now."""
@@ -41,7 +38,7 @@ class Fused(StandIn):
     The keys of state_dict do not change. Raises InputError with the reason of `why_not`.
     """
 
-    if TYPE_CHECKING:  # TorchScript reads annotations and does not know tuples of any length
+    if TYPE_CHECKING:
         KEPT: tuple[str, ...]
         kept: tuple[str, ...]
 
@@ -49,12 +46,11 @@ class Fused(StandIn):
         reason = self.why_not(module)
         if reason is not None:
             raise InputError(f"{type(module).__name__} cannot become a {type(self).__name__}: {reason}")
-        super().__init__()
-        self.kept = self.children_of(module)
-        for name in self.kept:
+        kept = self.children_of(module)
+        super().__init__(with_children(module, dict.fromkeys(kept)))  # emptied of what it shares with this module
+        self.kept = kept
+        for name in kept:
             self.add_module(name, getattr(module, name))
-        self._stand_for(with_children(module, dict.fromkeys(self.kept)))  # emptied of what it shares with this module
-        self.training = module.training
 
     @classmethod
     def children_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -83,10 +79,3 @@ def with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -
     twin.__dict__.update({name: value.copy() for name, value in vars(module).items() if isinstance(value, dict)})
     twin._modules.update(children)
     return twin
-
-
-def does_nothing(child: nn.Module) -> bool:
-    """Whether a module passes on what it gets, in training too."""
-    if has_hooks(child):
-        return False
-    return type(child) is nn.Identity or (type(child) is nn.Dropout and child.p == 0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
-from torch import fx, nn
+from torch import nn
 
 from vitlr.nn._formula import Formula, Untraceable
-from vitlr.nn._fused import Fused, does_nothing
-from vitlr.nn._plain import has_hooks, is_plain
+from vitlr.nn._fused import Fused
+from vitlr.nn._plain import does_nothing, has_hooks, is_plain
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.ops.layers.factors import Factors
@@ -25,7 +23,7 @@ class FusedMlp(Fused):
             return "it is one already"
         kept = cls.children_of(module)
         try:
-            return objection(module, kept) or cls.unlike(_Kept(module, kept).read())
+            return objection(module, kept) or cls.unlike(Formula(module, kept).read())
         except Untraceable as reason:
             return str(reason)
 
@@ -33,28 +31,6 @@ class FusedMlp(Fused):
     def unlike(cls, form: str) -> str | None:
         """Why a forward of that formula is not this module's; None if it is."""
         raise NotImplementedError
-
-    @classmethod
-    def form(cls, module: nn.Module) -> str:
-        """The formula of a module's forward, in the names of the children to keep."""
-        return _Kept(module, cls.children_of(module)).read()
-
-
-class _Kept(Formula):
-    """The formula of a forward in the names of some children; of a product the activated factor comes first."""
-
-    def __init__(self, module: nn.Module, kept: tuple[str, ...]) -> None:
-        super().__init__(module)
-        self.kept = kept
-
-    def call(self, node: fx.Node, args: list[str]) -> str:
-        if node.target in self.kept:
-            return f"{node.target}({', '.join(args)})"
-        return args[0] if does_nothing(self.module.get_submodule(str(node.target))) else str(node)
-
-    def step(self, node: fx.Node, args: list[str]) -> str:
-        commutes = node.op == "call_function" and node.target is operator.mul
-        return super().step(node, sorted(args) if commutes else args)  # "act" sorts before "fc1"
 
 
 # timm's own classes by name: this package does not import timm.

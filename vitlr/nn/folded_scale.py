@@ -17,13 +17,11 @@ class FoldedScale(StandIn):
     """
 
     def __init__(self, scale: nn.Module) -> None:
-        super().__init__()
+        super().__init__(scale)
         gamma = scale.get_parameter("gamma")
         # Nothing depends on it any more: an optimiser must not move it, and DDP would wait for its gradient.
         self.gamma = nn.Parameter(torch.ones_like(gamma), requires_grad=False)
         self._trained = gamma.requires_grad
-        self._stand_for(scale)
-        self.training = scale.training
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlr.nn._fused import Fused, does_nothing
-from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.nn._fused import Fused
+from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import attention as op

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vitlr.nn._formula import Formula
 from vitlr.nn._fused_mlp import FusedMlp, activation_name, factors
 from vitlr.nn._plain import has_hooks, is_transformed
 from vitlr.ops.dispatch.registration import kernel_chosen
@@ -43,16 +44,14 @@ class LowRankGLU(FusedMlp):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__(mlp)
-        self.gate_last = _FORMS[self.form(mlp)]
+        self.gate_last = _FORMS[Formula(mlp, self.kept).read()]
 
     @classmethod
     def children_of(cls, module: nn.Module) -> tuple[str, ...]:
-        """The names of the children to keep."""
         return (*(("fc1_g", "fc1_x") if "fc1_g" in module._modules else ("fc1",)), "act", "fc2")
 
     @classmethod
     def unlike(cls, form: str) -> str | None:
-        """Why a forward of that formula is not this module's; None if it is."""
         return None if form in _FORMS else f"its forward is {form}, none of {', '.join(_FORMS)}"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ class LowRankMLP(FusedMlp):
 
     @classmethod
     def unlike(cls, form: str) -> str | None:
-        """Why a forward of that formula is not this module's; None if it is."""
         if not _CHAIN.fullmatch(form):
             return "its forward is more than fc1, act, fc2 in a row"
         steps = tuple(reversed(re.findall(r"\w+(?=\()", form)))

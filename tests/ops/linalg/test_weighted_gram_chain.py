@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.errors import InputError
 from vitlr.ops import explain
-from vitlr.ops.dispatch.registry import Ceilings
+from vitlr.ops.dispatch.ceilings import Ceilings
 from vitlr.ops.linalg.weighted_gram_chain import Key, roofline, weighted_gram_chain
 
 OVERLOAD = torch.ops.vitlr.weighted_gram_chain.default

@@ -20,47 +20,12 @@ class Factors(NamedTuple):
     b: Maybe
 
     def __call__(self, x: Tensor) -> Tensor:
-        B, A, b = self
-        return F.linear(x, B, b) if A is None else F.linear(F.linear(x, B), A, b)
+        return linear(x, *self)
 
     @property
     def rank(self) -> int | None:
         """r, or None where the linear is dense."""
         return None if self.A is None else self.B.shape[0]
-
-    def check(self, op: str, x: Tensor, names: tuple[str, str, str], K: int | None = None) -> int:
-        """N, if an input [..., K] and the three fit; else InputError, by their `names`.
-
-        The input is x, or something of x's dtype and device with K features.
-        """
-        B, A, b = self
-        B_name, A_name, b_name = names
-        shape, dtype, device = B.shape, x.dtype, x.device
-        if x.dim() == 0 or len(shape) != 2 or (x.shape[-1] if K is None else K) != shape[1]:
-            raise InputError(
-                f"{op}: x {list(x.shape)} and {B_name} {list(shape)} do not fit, "
-                f"expected x [..., K] and {B_name} [r, K]"
-            )
-        N = shape[0]
-        if A is not None:
-            if A.dim() != 2 or A.shape[1] != N:
-                raise InputError(
-                    f"{op}: {A_name} {list(A.shape)} and {B_name} {list(shape)} do not fit, "
-                    f"expected {A_name} [N, r] and {B_name} [r, K]"
-                )
-            N = A.shape[0]
-        if b is not None and (b.dim() != 1 or b.shape[0] != N):
-            raise InputError(f"{op}: {b_name} {list(b.shape)} does not fit, expected [{N}]")
-        for name, tensor in ((B_name, B), (A_name, A), (b_name, b)):
-            if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-                raise InputError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, x is {dtype} on {device}")
-        return N
-
-    def check_second(self, op: str, x: Tensor, D: int) -> int:
-        """N, if the linear B2, A2, b2 of an MLP fits the hidden width D; else InputError."""
-        if self.B.dim() != 2 or self.B.shape[1] != D:
-            raise InputError(f"{op}: B2 {list(self.B.shape)} does not fit the hidden width {D}, expected [r2, {D}]")
-        return self.check(op, x, ("B2", "A2", "b2"), D)
 
     def gradients(self, x: Maybe, g: Tensor, needs: tuple[bool, ...]) -> tuple[Maybe, Maybe, Maybe, Maybe]:
         """Gradients for x, B, A, b given g [..., N] at the output, each where `needs` says so, else None.
@@ -75,6 +40,45 @@ class Factors(NamedTuple):
         dB = _rows(s).mT @ _rows(x) if needs_B and x is not None else None
         dA = _rows(g).mT @ _rows(F.linear(x, B)) if needs_A and A is not None and x is not None else None
         return dx, dB, dA, _rows(g).sum(0) if needs_b else None
+
+
+def linear(x: Tensor, B: Tensor, A: Maybe, b: Maybe) -> Tensor:
+    """`A (B x) + b`, or `B x + b` where A is None."""
+    return F.linear(x, B, b) if A is None else F.linear(F.linear(x, B), A, b)
+
+
+def check(op: str, x: Tensor, names: tuple[str, str, str], B: Tensor, A: Maybe, b: Maybe, K: int | None = None) -> int:
+    """N, if an input [..., K] and the factors B, A, b fit; else InputError, by their `names`.
+
+    The input is x, or something of x's dtype and device with K features.
+    """
+    B_name, A_name, b_name = names
+    shape, dtype, device = B.shape, x.dtype, x.device
+    if x.dim() == 0 or len(shape) != 2 or (x.shape[-1] if K is None else K) != shape[1]:
+        raise InputError(
+            f"{op}: x {list(x.shape)} and {B_name} {list(shape)} do not fit, expected x [..., K] and {B_name} [r, K]"
+        )
+    N = shape[0]
+    if A is not None:
+        if A.dim() != 2 or A.shape[1] != N:
+            raise InputError(
+                f"{op}: {A_name} {list(A.shape)} and {B_name} {list(shape)} do not fit, "
+                f"expected {A_name} [N, r] and {B_name} [r, K]"
+            )
+        N = A.shape[0]
+    if b is not None and (b.dim() != 1 or b.shape[0] != N):
+        raise InputError(f"{op}: {b_name} {list(b.shape)} does not fit, expected [{N}]")
+    for name, tensor in ((B_name, B), (A_name, A), (b_name, b)):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            raise InputError(f"{op}: {name} is {tensor.dtype} on {tensor.device}, x is {dtype} on {device}")
+    return N
+
+
+def check_second(op: str, x: Tensor, D: int, B: Tensor, A: Maybe, b: Maybe) -> int:
+    """N, if the linear B2, A2, b2 of an MLP fits the hidden width D; else InputError."""
+    if B.dim() != 2 or B.shape[1] != D:
+        raise InputError(f"{op}: B2 {list(B.shape)} does not fit the hidden width {D}, expected [r2, {D}]")
+    return check(op, x, ("B2", "A2", "b2"), B, A, b, D)
 
 
 def check_added(op: str, x: Tensor, N: int, residual: Maybe) -> None:

@@ -11,7 +11,7 @@ from vitlr.errors import InputError
 from vitlr.ops.dispatch import floors, registry
 from vitlr.ops.dispatch.registration import register_layer_op
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
-from vitlr.ops.layers.factors import Factors, Maybe, check_added, weight_size
+from vitlr.ops.layers.factors import Factors, Maybe, check, check_added, check_second, linear, weight_size
 
 OP = "lowrank_glu"
 
@@ -21,8 +21,8 @@ def reference(
     residual: Maybe = None, act: str = "silu",
 ) -> Tensor:  # fmt: skip
     """The specification, in plain torch."""
-    h = ACTIVATIONS[act][0](Factors(Bg, Ag, bg)(x)) * Factors(Bv, Av, bv)(x)  # [..., D]
-    y = Factors(B2, A2, b2)(h)  # [..., N]
+    h = ACTIVATIONS[act][0](linear(x, Bg, Ag, bg)) * linear(x, Bv, Av, bv)  # [..., D]
+    y = linear(h, B2, A2, b2)  # [..., N]
     return y if residual is None else y + residual
 
 
@@ -80,17 +80,16 @@ def _describe(
     M: int | None, x: Tensor, Bg: Tensor, Ag: Maybe, bg: Maybe, Bv: Tensor, Av: Maybe, bv: Maybe, B2: Tensor,
     A2: Maybe, b2: Maybe, residual: Maybe, act: str,
 ) -> Key:  # fmt: skip
-    gate, value, second = Factors(Bg, Ag, bg), Factors(Bv, Av, bv), Factors(B2, A2, b2)
     check_activation(OP, act)
-    D = gate.check(OP, x, ("Bg", "Ag", "bg"))
-    width = value.check(OP, x, ("Bv", "Av", "bv"))
+    D = check(OP, x, ("Bg", "Ag", "bg"), Bg, Ag, bg)
+    width = check(OP, x, ("Bv", "Av", "bv"), Bv, Av, bv)
     if width != D:
         raise InputError(f"{OP}: gate and value do not fit, they are {D} and {width} wide")
-    N = second.check_second(OP, x, D)
+    N = check_second(OP, x, D, B2, A2, b2)
     check_added(OP, x, N, residual)
-    ranks = (gate.rank, value.rank, second.rank)
-    shared = M is not None and None not in ranks[:2] and _same(Bg, Bv)
-    return Key(M, x.shape[-1], D, N, *ranks, shared, act, residual is not None, x.dtype, x.device)
+    rg, rv, r2 = (None if A is None else B.shape[0] for B, A in ((Bg, Ag), (Bv, Av), (B2, A2)))
+    shared = M is not None and rg is not None and rv is not None and _same(Bg, Bv)
+    return Key(M, x.shape[-1], D, N, rg, rv, r2, shared, act, residual is not None, x.dtype, x.device)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

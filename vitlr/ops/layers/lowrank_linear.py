@@ -11,7 +11,7 @@ from torch import Tensor
 from vitlr.ops.dispatch import floors, registry
 from vitlr.ops.dispatch.registration import register_layer_op
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
-from vitlr.ops.layers.factors import Factors, Maybe, check_added
+from vitlr.ops.layers.factors import Factors, Maybe, check, check_added
 
 OP = "lowrank_linear"
 
@@ -65,7 +65,7 @@ def two_gemms_floor(key: Key, ceilings: registry.Ceilings) -> float | None:
 
 def _describe(M: int | None, x: Tensor, B: Tensor, A: Tensor, bias: Maybe, residual: Maybe, act: str) -> Key:
     check_activation(OP, act)
-    N = Factors(B, A, bias).check(OP, x, ("B", "A", "bias"))
+    N = check(OP, x, ("B", "A", "bias"), B, A, bias)
     check_added(OP, x, N, residual)
     return Key(M, x.shape[-1], N, B.shape[0], bias is not None, act, residual is not None, x.dtype, x.device)
 

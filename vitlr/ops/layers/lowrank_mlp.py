@@ -10,7 +10,7 @@ from torch import Tensor
 from vitlr.ops.dispatch import floors, registry
 from vitlr.ops.dispatch.registration import register_layer_op
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
-from vitlr.ops.layers.factors import Factors, Maybe, check_added, weight_size
+from vitlr.ops.layers.factors import Factors, Maybe, check, check_added, check_second, linear, weight_size
 
 OP = "lowrank_mlp"
 
@@ -20,8 +20,8 @@ def reference(
     act: str = "gelu",
 ) -> Tensor:  # fmt: skip
     """The specification, in plain torch."""
-    h = ACTIVATIONS[act][0](Factors(B1, A1, b1)(x))  # [..., D]
-    y = Factors(B2, A2, b2)(h)  # [..., N]
+    h = ACTIVATIONS[act][0](linear(x, B1, A1, b1))  # [..., D]
+    y = linear(h, B2, A2, b2)  # [..., N]
     return y if residual is None else y + residual
 
 
@@ -72,12 +72,12 @@ def _describe(
     M: int | None, x: Tensor, B1: Tensor, A1: Maybe, b1: Maybe, B2: Tensor, A2: Maybe, b2: Maybe, residual: Maybe,
     act: str,
 ) -> Key:  # fmt: skip
-    first, second = Factors(B1, A1, b1), Factors(B2, A2, b2)
     check_activation(OP, act)
-    D = first.check(OP, x, ("B1", "A1", "b1"))
-    N = second.check_second(OP, x, D)
+    D = check(OP, x, ("B1", "A1", "b1"), B1, A1, b1)
+    N = check_second(OP, x, D, B2, A2, b2)
     check_added(OP, x, N, residual)
-    return Key(M, x.shape[-1], D, N, first.rank, second.rank, act, residual is not None, x.dtype, x.device)
+    r1, r2 = None if A1 is None else B1.shape[0], None if A2 is None else B2.shape[0]
+    return Key(M, x.shape[-1], D, N, r1, r2, act, residual is not None, x.dtype, x.device)
 
 
 def _backward(

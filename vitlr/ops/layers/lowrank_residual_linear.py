@@ -13,7 +13,7 @@ from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
 from vitlr.ops.dispatch.registration import register_layer_op
 from vitlr.ops.layers.codes import FORMS, FP8, code_dtype, code_shape, decode, dequantise, groups
-from vitlr.ops.layers.factors import Factors, Maybe
+from vitlr.ops.layers.factors import Factors, Maybe, check
 
 OP = "lowrank_residual_linear"
 
@@ -143,7 +143,7 @@ def check_residual(op: str, x: Tensor, N: int, R: Tensor, scale: Tensor | None, 
 def _describe(
     M: int | None, x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Maybe, bias: Maybe, form: str, group_size: int
 ) -> Key:
-    N = Factors(B, A, bias).check(OP, x, ("B", "A", "bias"))
+    N = check(OP, x, ("B", "A", "bias"), B, A, bias)
     check_residual(OP, x, N, R, scale, form, group_size)
     return Key(M, x.shape[-1], N, B.shape[0], form, group_size, bias is not None, x.dtype, x.device)
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from vitlr.errors import InputError
-from vitlr.ops.dispatch.registry import Candidate, Ceilings
+from vitlr.ops.dispatch.ceilings import Ceilings
+from vitlr.ops.dispatch.registry import Candidate
 
 
 def kernels(module: str) -> Any:
