@@ -15,7 +15,7 @@ from vitlr.compression import compressed
 from vitlr.measuring import cost
 from vitlr.planning.options import Planning
 from vitlr.refinement import Recipe
-from vitlr.surgery.application import fused_names
+from vitlr.surgery.fusion import fused_names
 
 
 @pytest.fixture
@@ -252,6 +252,32 @@ def test_the_best_method_that_can_be_had_is_the_default(tiny_vit, batches):
     assert compressed(model, batches, "params:70%", rank_step=4, hidden_memory=1000).plan.method == "lowrank"
     assert compressed(model, batches, "params:70%", rank_step=4, uniform=True).plan.method == "lowrank"
     assert compressed(model, batches, "params:70%", rank_step=4, objective="normalized").plan.method == "lowrank"
+
+
+def test_what_a_plan_is_asked_for_is_measured(tiny_vit, batches):
+    model, seen = tiny_vit(), []
+
+    def kept(plan):
+        seen.append(plan)
+
+    options = {"rank_step": 4, "width_step": 8, "decided": kept, "plan_only": True}
+    done = compressed(model, batches, "params:60%", attention="channels", **options)
+    assert done.statistics.extras == ("hidden", "values") and done.plan.attention == "channels"
+    assert compressed(model, batches, "params:70%", objective=None, **options).plan.objective == "fisher"
+    assert compressed(model, batches, "params:70%", method="lowrank", **options).statistics.extras == ()
+
+
+def test_whoever_measures_himself_needs_no_loader(tiny_vit, batches):
+    model, seen = tiny_vit(), []
+
+    def measure(network):
+        seen.append(network)
+        return vitlr.calibrate(network, batches)
+
+    done = compressed(model, None, "params:60%", rounds=2, rank_step=4, width_step=8, measure=measure)
+    assert len(seen) == 2 and seen[0] is model and cost.count_params(done.model) == done.plan.params_kept
+    twin = vitlr.compress(model, batches, "params:60%", rounds=2, rank_step=4, width_step=8)
+    assert torch.equal(logits(twin, batches), logits(done.model, batches))
 
 
 def test_compress_goes_on_from_a_file_of_statistics(tiny_vit, batches, tmp_path):

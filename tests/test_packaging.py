@@ -28,16 +28,16 @@ PROBE = """
 import json, sys
 sys.path += sys.argv[1:]
 import torch, vitlr, vitlr.triton_kernels
-from vitlr.ops import _native
-from vitlr.ops.gram import gram_update_
+from vitlr.ops.backends import native
+from vitlr.ops.linalg.gram import gram_update_
 C, X = torch.zeros(40, 40, dtype=torch.float64), torch.randn(300, 40)
 gram_update_(C, X)
 error = (C - X.double().T @ X.double()).abs().max().item()
-info = _native.build_info()
+info = native.build_info()
 maps = open("/proc/self/maps").read().split() if sys.platform == "linux" else []
 libgomp = sorted({path for path in maps if "libgomp" in path})
 print(json.dumps({"vitlr": vitlr.__file__, "libgomp": libgomp, "kernels": vitlr.triton_kernels.__file__, "error": error,
-                  "available": _native.available(), "why_not": _native.why_not(), "isas": info["isa_compiled"]}))
+                  "available": native.available(), "why_not": native.why_not(), "isas": info["isa_compiled"]}))
 """
 
 
@@ -224,7 +224,7 @@ def test_nothing_but_native_imports_the_extension():
         for path in (ROOT / "vitlr").rglob("*.py")
         if re.search(r"import.*[\"' ]vitlr\._(C|cuda)\b|from vitlr import .*\b_(C|cuda)\b", path.read_text())
     }
-    assert importers == {"vitlr/ops/_native.py"}
+    assert importers == {"vitlr/ops/backends/native.py"}
 
 
 @needs_source

@@ -219,7 +219,7 @@ def cases(target: Target) -> list[Case]:
             {"sm_80": sm_80, "sm_90": sm_90},
             aligned,
             tensor_cores=type_ != "fp32",
-            shared=shared_memory(config, summed(r, fused), form, dtype.itemsize),
+            shared=shared_memory(config, summed(r, fused), form, dtype.itemsize, target),
         )
 
     return [
@@ -231,7 +231,7 @@ def cases(target: Target) -> list[Case]:
         *case("fp8", "bf16", 12608, 32, True, sm_80=178, sm_90=182),
         *case("blockdiag", "bf16", 12608, 32, True, sm_80=198, sm_90=150),
         *case("int8", "bf16", 16, 32, True, sm_80=136, sm_90=88),
-        *case("int4", "bf16", 12608, 256, False, sm_80=176, sm_90=140),
+        *case("int4", "bf16", 12608, 256, False, sm_80=176, sm_90=165),  # 140 with Triton 3.6 and 3.9
         *case("int8", "fp16", 12608, 192, False, sm_80=186, sm_90=136),
         *case("int8", "fp32", 12608, 64, True, sm_80=178, sm_90=116),
         *case("int4", "fp32", 12608, 192, False, sm_80=82, sm_90=82),

@@ -26,7 +26,8 @@ _HOMES = {
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
     "refinement.ladder": ("refine",),
-    "surgery.application": ("apply", "fuse", "to_dense", "unfuse"),
+    "surgery.application": ("apply",),
+    "surgery.fusion": ("fuse", "to_dense", "unfuse"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -32,9 +32,9 @@ from vitlr.pruning.options import Blending, Gating
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply as apply
-from vitlr.surgery.application import fuse as fuse
-from vitlr.surgery.application import to_dense as to_dense
-from vitlr.surgery.application import unfuse as unfuse
+from vitlr.surgery.fusion import fuse as fuse
+from vitlr.surgery.fusion import to_dense as to_dense
+from vitlr.surgery.fusion import unfuse as unfuse
 from vitlr.training.loop import TrainStep
 from vitlr.training.recipe import TrainRecipe
 

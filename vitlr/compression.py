@@ -57,7 +57,6 @@ class Stages:
     planning: Planning
     recipe: Recipe
     rungs: tuple[str, ...]
-    rounds: int
     asked: dict[str, Any]  # of calibration, by name
 
 
@@ -91,7 +90,7 @@ def compressed(
     narrow MLPs part of the way, calibrate what is left and go on, each at the price of a calibration. `rungs` are those
     of `refine`: "none", "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
 
-    `measure(model)` takes the place of the first calibration. `decided` sees the plan before anything is changed;
+    `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
     `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.
     The plan stays with the model, in `vitlr_info` and so in its file.
     Budget and options are checked before any image is read. Raises what the stages raise.
@@ -104,7 +103,7 @@ def compressed(
             raise InputError(
                 "calibration uses this loader up, what follows needs it again; give a list or a DataLoader"
             )
-        if loader is None:
+        if loader is None and (stages.rungs or measure is None):
             raise InputError("loader= is missing: refinement, and more rounds than one, need images")
     watch = watch or (lambda *_: nullcontext(progress))
     layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
@@ -131,7 +130,7 @@ def compressed(
             include=exactly(layers),
             exclude=None,
         )
-        once_more = lambda network: calibrated(network, again)  # noqa: E731
+        once_more = measure or (lambda network: calibrated(network, again))
         small, measured, left = narrowed(small, measured, left, whole, rounds, once_more, options, inplace)
 
     with watch("solving", len(measured.layers), "layers") as advance:
@@ -185,7 +184,7 @@ def read_options(
     """The options by stage; `InputError` for what is unknown, out of range or does not go together."""
     check_names(changes, Planning, Calibration, Recipe)
     goal = None if budget is None else parse_budget(budget)
-    asked = own(Calibration, changes)
+    asked = {key: value for key, value in own(Calibration, changes).items() if key != "objective" or value is not None}
     measuring = Calibration.of(calibration, **asked)
     # Layers are chosen by what is measured; of several objectives a plan takes the first.
     planned = {key: value for key, value in own(Planning, changes).items() if key not in ("include", "exclude")}
@@ -194,11 +193,11 @@ def read_options(
     deciding = Planning.of(planning, **planned)
     deciding.check_budget(goal)
     if deciding.objective is None and (stats is None or not Path(stats).exists()):
-        replace(deciding, objective=measuring.objectives[0])
+        replace(deciding, objective=measuring.objectives[0])  # refused where that one does not go with the rest
     if rounds > 1 and deciding.settled is None:
         deciding = replace(deciding, method="joint")
     check_rounds(rounds, deciding, goal)
-    if measuring.hidden is None and deciding.settled is not None:
+    if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
     if deciding.settled == "bits":
         if parse_rungs(rungs):
@@ -207,9 +206,8 @@ def read_options(
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
         measuring = replace(measuring, extras=(*measuring.extras, *missing))
-    return Stages(
-        goal, measuring, deciding, Recipe.of(recipe, **own(Recipe, changes)), parse_rungs(rungs), rounds, asked
-    )
+    repairing = Recipe.of(recipe, **own(Recipe, changes))
+    return Stages(goal, measuring, deciding, repairing, parse_rungs(rungs), asked)
 
 
 def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:

@@ -77,8 +77,8 @@ def main() -> None:
 
     import torch
 
-    from vitlr.ops.dispatch.registry import H200
-    from vitlr.ops.layers.lowrank_linear import roofline
+    from vitlr.ops.dispatch.ceilings import H200
+    from vitlr.ops.layers.lowrank_linear import Key, roofline
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64, help="images")
@@ -89,7 +89,8 @@ def main() -> None:
         flops, size = 2 * M * linear.K * linear.N, 2 * (M * (linear.K + linear.N) + linear.K * linear.N)
         dense = H200.microseconds(flops, size, torch.bfloat16)
         floors = [
-            f"r={r} {roofline(M, linear.K, linear.N, r, torch.bfloat16, H200).floor_us:.1f}" for r in linear.ranks
+            f"r={r} {roofline(Key(M, linear.K, linear.N, r, dtype=torch.bfloat16), H200).floor_us:.1f}"
+            for r in linear.ranks
         ]
         shape = f"{linear.K}x{linear.N}"
         print(f"{linear.model:30} {linear.layer:5} {shape:>10}  M={M:<7} dense {dense:8.1f}   {'  '.join(floors)}")

@@ -27,8 +27,8 @@ from vitlr.measuring.timing import throughput
 from vitlr.planning.planner import plan
 from vitlr.surgery.application import apply
 
-GRAINS = ("none", "scores", "channels", "heads")
-STEPS = {"prune": 16, "joint": 1}  # of ranks
+GRAINS = ("none", "query_keys", "channels", "heads")
+STEPS = {"widths": 16, "joint": 1}  # of ranks
 
 
 def main(args: argparse.Namespace) -> None:

@@ -64,7 +64,7 @@ def row(
 ) -> dict[str, Any]:
     """Plan, apply and evaluate one method under one budget."""
     start = time.perf_counter()
-    chosen = plan(model, stats, budget, spectra=spectra, **ALLOCATIONS[allocation])
+    chosen = plan(model, stats, budget, spectra=spectra, method="lowrank", **ALLOCATIONS[allocation])
     small = apply(model, chosen)
     seconds = time.perf_counter() - start
     dense.next = 0

@@ -55,10 +55,10 @@ def main() -> None:
     weights = folder / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
     model = create_model("vit_tiny_patch16_224", checkpoint=weights)
     tar, synsets = folder / "imagenet_calibration_1000.tar", folder / "imagenet_synsets.txt"
-    stats = calibrate(model, open_data(tar, model, limit=64, batch_size=32))
+    stats = calibrate(model, open_data(tar, model, limit=64, batch_size=32), hidden=False)
     loader = open_data(tar, model, class_map=synsets, skip=200, limit=100, batch_size=50, need_labels=True)
     others = list(loader)
-    seen = calibrate(model, others, objective="output", extras=("input_moment",))
+    seen = calibrate(model, others, objective="output", extras=("input_moment",), hidden=False)
     rows = []
     print("  ".join(f"{name:>15}" for name in COLUMNS))
     for form, rank in VARIANTS:

@@ -20,7 +20,7 @@ from vitlr.checkpoint.creation import create_model
 from vitlr.checkpoint.structure import restructure
 from vitlr.measuring.cost import count_params
 from vitlr.nn import LowRankLinear
-from vitlr.surgery.application import fuse
+from vitlr.surgery.fusion import fuse
 
 MODEL = "vit_base_patch16_224"
 OFF = 0.1

@@ -53,10 +53,10 @@ def variants(model: nn.Module, loader: list[Tensor]) -> dict[str, Callable[[], o
 
     return {
         "forward": forward,
-        "calibrate output": lambda: calibrate(model, loader, objective="output"),
+        "calibrate output": lambda: calibrate(model, loader, objective="output", hidden=False),
         "forward+backward": backward,
-        "calibrate loss": lambda: calibrate(model, loader, objective="loss"),
-        "calibrate fisher": lambda: calibrate(model, loader, objective="fisher"),
+        "calibrate loss": lambda: calibrate(model, loader, objective="loss", hidden=False),
+        "calibrate fisher": lambda: calibrate(model, loader, objective="fisher", hidden=False),
         "calibrate fisher, hidden": lambda: calibrate(model, loader, objective="fisher", hidden=True),
     }
 

@@ -2,8 +2,8 @@
 
 Widths of ViT-Ti to ViT-L, 50 to 1576 rows, fp32 and bf16. For every call that dispatch gives to the CPU kernel
 (`--all`: every call that it can run) the time of plain torch over the op's, in turns in one process, least of all
-rounds; for residual layers also that of the dense layer in fp32 and in bf16. The rules in `vitlr/ops/_cpu.py` rest on
-it.
+rounds; for residual layers also that of the dense layer in fp32 and in bf16. The rules in
+`vitlr/ops/backends/cpu.py` rest on it.
 """
 
 from __future__ import annotations

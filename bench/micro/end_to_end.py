@@ -23,7 +23,7 @@ from vitlr.compression import compress
 from vitlr.measuring.cost import count_macs, count_params
 from vitlr.measuring.timing import compare
 from vitlr.ops.dispatch.registry import VARIABLE
-from vitlr.surgery.application import fuse, to_dense
+from vitlr.surgery.fusion import fuse, to_dense
 
 WANTED = {"float32": {"plain": 1.85, "fused": 2.15}, "bfloat16": {"plain": 1.80, "fused": 2.25}}  # dense over it
 WANTED_OF_FUSED = 1.1  # plain over fused

@@ -15,7 +15,7 @@ import torch
 
 from vitlr.measuring.timing import compare
 from vitlr.ops.backends import native
-from vitlr.ops.linalg.gram import gram_update_, roofline
+from vitlr.ops.linalg.gram import Key, gram_update_, roofline
 
 # (n, T): widths of ViT-B and ViT-Ti, tokens of 8 and 32 images
 SHAPES = [(768, 1576), (192, 1576), (192, 6304)]
@@ -44,7 +44,7 @@ def test_gram(benchmark: Callable, capsys: pytest.CaptureFixture, n: int, T: int
     benchmark.group = f"gram n={n} T={T} threads={threads}"
     if what != "torch.mm":
         ours, mm = compare({"ours": functions[what], "mm": functions["torch.mm"]}, repeats=ROUNDS).values()
-        flops, ratio = roofline(T, n, X.dtype).flops, mm.min / ours.min
+        flops, ratio = roofline(Key(T, n)).flops, mm.min / ours.min
         benchmark.extra_info.update(
             isa=native.build_info()["isa_used"], ratio_to_mm=ratio, ms=1e3 * ours.min, floor_ms=1e3 * mm.min / 2
         )

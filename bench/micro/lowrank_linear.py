@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vitlr import ops
 from vitlr.measuring.timing import compare
-from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.dispatch.ceilings import ceilings_of
 from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.ops.layers.lowrank_linear import Key, reference, roofline
 
@@ -59,7 +59,7 @@ def test_lowrank_linear(
         "dense": _timed(_dense(), sets, act),
     }
     ours, two, dense = compare(functions, repeats=ROUNDS, device=DEVICE).values()
-    floor = roofline(M, K, N, r, DTYPE, ceilings_of(DEVICE))
+    floor = roofline(Key(M, K, N, r, dtype=DTYPE), ceilings_of(DEVICE))
     floor_us = floor.floor_us or 1e6 * dense.min * r * (K + N) / (K * N)
     us = 1e6 * ours.min
     benchmark.extra_info.update(

@@ -15,7 +15,7 @@ import torch
 
 from vitlr.measuring.timing import compare
 from vitlr.ops.backends import native
-from vitlr.ops.layers.lowrank_mlp import lowrank_mlp, reference, roofline
+from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference, roofline
 
 K, D, N = 768, 3072, 768
 ROWS, RANKS = [197, 1576], [64, 128, 256]  # tokens of one image and of eight
@@ -57,7 +57,7 @@ def test_lowrank_mlp(
         _check(args)
         times = compare(functions, repeats=ROUNDS)
         peak = threads * native.peak(dtype)
-        flops = roofline(M, K, D, N, r, r, dtype).flops
+        flops = roofline(Key(M, K, D, N, r, r)).flops
         ours, best = times["vitlr"].min, min(times["eager"].min, times["compiled"].min)
         benchmark.group = f"{dtype} M={M} r={r} threads={threads}"
         benchmark.extra_info.update(

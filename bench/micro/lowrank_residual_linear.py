@@ -21,7 +21,7 @@ from bench.common import VIT_B, finish, parser
 from vitlr import ops
 from vitlr.measuring.timing import compare
 from vitlr.nn import ResidualLowRankLinear
-from vitlr.ops.dispatch.registry import ceilings_of
+from vitlr.ops.dispatch.ceilings import ceilings_of
 from vitlr.ops.layers.lowrank_residual_linear import OP, Key, reference, roofline
 
 TOKENS, GROUPS = 197, {"int8": 64, "int4": 64, "fp8": 64, "blockdiag": 192}
@@ -89,7 +89,7 @@ def main() -> None:
             functions[candidate.name] = repeated(lambda x, run=candidate.run, parts=parts: run(x, *parts), copies)
         times = compare(functions, repeats=given.repeats, device=device)
         us = {name: 1e6 * timing.min / len(copies) for name, timing in times.items()}
-        floor = roofline(M, K, N, r, form, group, dtype, ceilings_of(device)).floor_us
+        floor = roofline(key, ceilings_of(device)).floor_us
         told = ", ".join(f"{name} {t:.1f} µs ({us['dense'] / t:.2f}x dense)" for name, t in us.items())
         print(f"{layer:9} M={M:5} r={r:3} {form:9} floor {'unknown' if floor is None else f'{floor:.1f} µs'}: {told}")
         rows.append({"layer": layer, "M": M, "r": r, "form": form, "floor_us": floor, "us": us})

@@ -88,7 +88,7 @@ class Run:
             loader = self.proxy()
             with bar("calibrating", loader.images) as progress:
                 choices = {key: getattr(self.args, key) for key in ("objective", "samples", "seed")}
-                stats = calibrate(self.model, loader, **choices, progress=progress)
+                stats = calibrate(self.model, loader, hidden=False, **choices, progress=progress)
             stats.save(path)
         return Statistics.load(path)
 
@@ -109,7 +109,7 @@ class Run:
         """One budget: compressed without training, then by every ladder asked for."""
         stats = self.statistics()
         start = time.perf_counter()
-        chosen = plan(self.model, stats, budget, rank_step=self.args.rank_step)
+        chosen = plan(self.model, stats, budget, method="lowrank", rank_step=self.args.rank_step)
         small = apply(self.model, chosen)
         seconds = time.perf_counter() - start
         name = budget.replace(":", "-").replace("%", "")

@@ -73,7 +73,7 @@ class Run:
 
 def low_rank(run: Run, kept: str) -> tuple[nn.Module, int]:
     model = run.trained()
-    return apply(model, plan(model, run.calibrated(model), kept, rank_step=STEP)), 0
+    return apply(model, plan(model, run.calibrated(model), kept, method="lowrank", rank_step=STEP)), 0
 
 
 def joint(run: Run, kept: str) -> tuple[nn.Module, int]:

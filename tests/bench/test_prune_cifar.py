@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -42,9 +41,7 @@ def experiment(tmp_path, monkeypatch):
         monkeypatch.setattr(prune_cifar, name, tmp_path / name.lower())
     monkeypatch.setattr(prune_cifar, "REPEATS", 2)
     monkeypatch.setattr(prune_cifar, "FROM_NOTHING", TrainRecipe(epochs=1, lr=1e-3, keep="last"))
-    yield prune_cifar, tmp_path
-    for name in ("cifar", "prune_cifar", "prune_cifar_table", "_common"):
-        sys.modules.pop(name, None)
+    return prune_cifar, tmp_path
 
 
 def test_every_arm_makes_a_row_once(experiment, capsys):

@@ -9,7 +9,8 @@ from torch import nn
 
 from vitlr.calibration import hooks
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import SUMS, Statistics
+from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.sums import SUMS
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws, image_seeds, is_logits, sampled_losses
 

@@ -22,7 +22,7 @@ from vitlr.checkpoint.structure import structure
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear
 from vitlr.planning.plans import LayerPlan, Plan
-from vitlr.surgery import application
+from vitlr.surgery import fusion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,13 +82,13 @@ def rewrite(path: Path, change) -> Path:
 def test_logits_are_bit_identical(tiny_vit, tmp_path, x, dtype, fused):
     model = shrink(tiny_vit()).to(dtype)
     if fused:
-        model = application.fuse(model)
-        assert application.fused_names(model)
+        model = fusion.fuse(model)
+        assert fusion.fused_names(model)
     files.save(model, tmp_path / "m.safetensors")
     loaded = files.load(tmp_path / "m.safetensors")
     assert same(model, loaded, x.to(dtype)) and not loaded.training
     assert structure(loaded) == structure(model)
-    assert application.fused_names(loaded) == application.fused_names(model)
+    assert fusion.fused_names(loaded) == fusion.fused_names(model)
     assert loaded.vitlr_origin == model.vitlr_origin
     assert all(p.requires_grad and p.dtype == dtype for p in loaded.parameters())
 

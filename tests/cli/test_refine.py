@@ -39,19 +39,19 @@ def test_people_read_it_too(run, refine):
 def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
     whole = tmp_path / "whole.safetensors"
     assert run(*refine(out=whole)).status == 0
-    real = distil_rung._Run.take
+    real = distil_rung.Distilling.add
 
     def interrupt(self, loss):
-        if self.step == 2:
+        if self.updates == 2:
             raise KeyboardInterrupt
-        real(self, loss)
+        return real(self, loss)
 
     snapshots, stats = tmp_path / "snapshots", tmp_path / "stats.safetensors"
-    monkeypatch.setattr(distil_rung._Run, "take", interrupt)
+    monkeypatch.setattr(distil_rung.Distilling, "add", interrupt)
     answer = run(*refine(resume=snapshots, stats=stats))
     assert answer.status == 130 and str(snapshots) in answer.err and nothing_left(tmp_path, "small.safetensors")
     assert "--resume" in run(*refine()).err
-    monkeypatch.setattr(distil_rung._Run, "take", real)
+    monkeypatch.setattr(distil_rung.Distilling, "add", real)
     assert run(*refine(resume=snapshots, stats=stats)).status == 0
     first, second = (vitlr.load(path).state_dict() for path in (whole, tmp_path / "small.safetensors"))
     assert all((first[key] == second[key]).all() for key in first)

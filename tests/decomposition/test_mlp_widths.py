@@ -51,7 +51,7 @@ def test_they_are_saved_merged_and_refused_like_all_sums(double, tmp_path):
     merged = Statistics.load(tmp_path / "s.safetensors").merge(parts[1])
     for name in ("blocks.0.mlp.fc2", "blocks.1.mlp.fc2"):
         assert torch.allclose(merged.layers[name].input_moment, whole.layers[name].input_moment, rtol=1e-12)
-    plain = vitlr.calibrate(model, batches)
+    plain = vitlr.calibrate(model, batches, hidden=False)
     with pytest.raises(InputError, match="extras differ"):
         plain.merge(whole)
     with pytest.raises(InputError, match=r"no hidden moments .* calibrate with hidden=True"):

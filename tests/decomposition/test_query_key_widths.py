@@ -60,7 +60,7 @@ def test_every_sum_matches_its_definition(tiny_vit, images):
         torch.testing.assert_close(layer.sum(key), expected.sum(0), rtol=2e-5, atol=1e-9)
         for other in ("blocks.1.attn.proj", "blocks.1.mlp.fc1"):
             assert getattr(stats.layers[other], key) is None
-    plain = vitlr.calibrate(model, [images]).layers["blocks.1.attn.qkv"]
+    plain = vitlr.calibrate(model, [images], hidden=False).layers["blocks.1.attn.qkv"]
     assert plain.score_moment is None  # nobody asked for what pruning needs
     only = vitlr.calibrate(model, [images], objective="loss", hidden=True).layers["blocks.1.attn.qkv"]
     assert only.score_gradient is not None and only.image_score_moment is None
@@ -197,7 +197,7 @@ def test_joint_takes_them_where_it_can(calibrated, tiny_vit, images):
     assert vitlr.plan(model, plain, "params:70%", **options).attention is None
     with pytest.raises(InputError, match="needs an objective of gradients"):
         vitlr.plan(model, plain, "params:70%", attention="query_keys", **options)
-    bare = vitlr.calibrate(model, [images])
+    bare = vitlr.calibrate(model, [images], hidden=False)
     with pytest.raises(InputError, match="no hidden moments"):
         vitlr.plan(model, bare, "params:70%", attention="query_keys", **options)
     normed = tiny_vit(qk_norm=True)

@@ -13,7 +13,7 @@ from torch import nn
 import vitlr
 from vitlr.errors import InputError
 from vitlr.nn import FusedAttention, LowRankLinear
-from vitlr.surgery.application import fused_names
+from vitlr.surgery.fusion import fused_names
 
 K, HEADS = 24, 3
 
@@ -66,12 +66,12 @@ def test_keys_stay_and_the_original_comes_back_with_the_weights_of_now(x):
     assert list(fused.state_dict()) == list(module.state_dict())
     with torch.no_grad():
         fused.proj.weight.mul_(2)
-    back = fused.to_attention()
+    back = fused.back()
     assert type(back) is Attention and back.note == "kept" and back.qkv is fused.qkv
     assert [name for name, _ in back.named_children()] == [name for name, _ in module.named_children()]
     assert torch.equal(back(x), fused(x)) and not torch.equal(back(x), module(x))
     fused = fused.to(torch.bfloat16).train()
-    back = fused.to_attention()
+    back = fused.back()
     assert all(child.training for child in back.modules()) and back.proj.weight.dtype == torch.bfloat16
 
 
@@ -134,9 +134,9 @@ def test_exported_scripted_and_traced_without_the_op(x):
     fused = FusedAttention(attention())
     with fake_kernel("attention") as calls:
         program = torch.export.export(fused, (x,))
-        torch.testing.assert_close(program.module()(x), fused.to_attention()(x))
+        torch.testing.assert_close(program.module()(x), fused.back()(x))
         for module in (torch.jit.script(fused), torch.jit.trace(fused, x, check_trace=False)):
-            torch.testing.assert_close(module(x), fused.to_attention()(x))
+            torch.testing.assert_close(module(x), fused.back()(x))
         assert not calls
 
 

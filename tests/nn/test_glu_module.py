@@ -17,7 +17,7 @@ import vitlr
 from vitlr.checkpoint import files
 from vitlr.errors import InputError
 from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP
-from vitlr.surgery import application
+from vitlr.surgery import fusion
 
 K, D = 12, 20
 MAKERS = {"split": SwiGLU, "packed": SwiGLUPacked, "gate last": GluMlp}
@@ -73,7 +73,7 @@ def test_keys_stay_and_the_original_comes_back_with_the_weights_of_now(kind):
     fused = copy.deepcopy(fused)
     with torch.no_grad():
         fused.fc2.up.weight.mul_(2)
-    back = fused.to_mlp()
+    back = fused.back()
     assert type(back) is type(module)
     assert [name for name, _ in back.named_children()] == [name for name, _ in module.named_children()]
     assert torch.equal(back(x), fused(x)) and not torch.equal(back(x), module(x))
@@ -100,6 +100,19 @@ class Swapped(SwiGLU):
         return self.fc2(self.fc1_g(x) * self.act(self.fc1_x(x)))
 
 
+class Rows(GluMlp):
+    """Takes the first two rows of fc1's output, not the halves of its columns."""
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(self.act(h[0]) * h[1])
+
+
+class Masked(SwiGLU):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
 def hooked():
     module = mlp()
     module.register_forward_hook(lambda *_: None)
@@ -118,6 +131,8 @@ def hooked():
         (lambda: mlp(Ungated), "its forward is fc2(act(fc1_g(x)) * fc1_g(x))"),
         (lambda: mlp(Swapped), "its forward is fc2(act(fc1_x(x)) * fc1_g(x))"),
         (lambda: mlp(Branching), "cannot be traced"),
+        (lambda: mlp(Rows), "getitem>(fc1(x), 1) * act("),
+        (lambda: mlp(Masked), "its forward is x, mask -> fc2("),
         (lambda: mlp(Mlp), "its forward is fc2(act(fc1(x)))"),
         (lambda: mlp("packed", use_conv=True, low=()), "fc1 is a Conv2d"),
         (lambda: LowRankGLU(mlp()), "it is one already"),
@@ -211,17 +226,17 @@ def test_a_whole_model_is_fused_saved_and_loaded(name, tmp_path):
             if hasattr(block.mlp, layer):
                 setattr(block.mlp, layer, LowRankLinear.from_linear(getattr(block.mlp, layer), 6))
     fused = vitlr.fuse(model, fold=False)  # tests/test_folding.py folds
-    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(application.fused_names(fused))
+    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(fusion.fused_names(fused))
     assert all(type(block.mlp) is LowRankGLU for block in fused.blocks)
     with torch.no_grad():
-        assert torch.equal(fused(x), model(x)) and torch.equal(application.unfuse(fused)(x), model(x))
+        assert torch.equal(fused(x), model(x)) and torch.equal(fusion.unfuse(fused)(x), model(x))
     files.save(fused, tmp_path / "m.safetensors", model_args=False)
     dense = vit(name)
     if name == "eva02_base_patch14_224":
         for block in dense.blocks:
             block.mlp.norm = nn.Identity()
     loaded = files.load(tmp_path / "m.safetensors", model=dense)
-    assert application.fused_names(loaded) == application.fused_names(fused)
+    assert fusion.fused_names(loaded) == fusion.fused_names(fused)
     with torch.no_grad():
         assert torch.equal(loaded(x), fused(x))
 
@@ -241,6 +256,6 @@ def test_a_fused_model_of_timms_registry_rebuilds_itself(tmp_path):
 
 def test_plain_mlps_are_none_of_its_business():
     module = mlp(Mlp)
-    assert LowRankMLP.why_not(module) is None and type(application.fused(module)) is LowRankMLP
+    assert LowRankMLP.why_not(module) is None and type(fusion.fused(module)) is LowRankMLP
     with pytest.raises(InputError, match=r"no LowRankMLP: .*; no LowRankGLU: "):
-        application.fused(nn.GELU())
+        fusion.fused(nn.GELU())

@@ -56,19 +56,19 @@ def test_keys_stay_and_the_original_comes_back_with_the_weights_of_now():
     fused = copy.deepcopy(fused)  # what surgery does
     with torch.no_grad():
         fused.fc1.up.weight.mul_(2)
-    back = fused.to_mlp()
+    back = fused.back()
     assert type(back) is Mlp and back.note == "kept"
     assert [name for name, _ in back.named_children()] == [name for name, _ in module.named_children()]
     assert torch.equal(back(x), fused(x)) and not torch.equal(back(x), module(x))
     assert LowRankMLP.why_not(back) is None
     assert not any(child.training for child in back.modules())
     fused.train()
-    assert all(child.training for child in fused.to_mlp().modules())
+    assert all(child.training for child in fused.back().modules())
 
 
 def test_moves_and_casts_reach_what_comes_back():
     fused = LowRankMLP(mlp()).to(torch.bfloat16)
-    assert {p.dtype for p in fused.to_mlp().parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in fused.back().parameters()} == {torch.bfloat16}
     assert len(list(fused.modules())) == 1 + 3 + 3 + 1  # itself, two layers and their children, the activation
 
 
@@ -94,6 +94,11 @@ class Backwards(nn.Module):
 class Branching(Mlp):
     def forward(self, x):
         return super().forward(x) if x.sum() > 0 else x
+
+
+class Masked(Mlp):
+    def forward(self, x, mask=None):
+        return super().forward(x)
 
 
 class Extra(Mlp):
@@ -129,6 +134,7 @@ def adapted():
         (lambda: mlp(cls=Twice), "runs fc1, act, act, fc2"),
         (lambda: mlp(cls=Backwards), "runs fc2, act, fc1"),
         (lambda: mlp(cls=Branching), "cannot be traced"),
+        (lambda: mlp(cls=Masked), "more than fc1, act, fc2 in a row"),
         (lambda: mlp(cls=Extra), "parameters of its own: scale"),
         (lambda: mlp(use_conv=True, low=()), "fc1 is a Conv2d"),
         (lambda: LowRankMLP(mlp()), "it is one already"),
@@ -243,5 +249,5 @@ def test_what_comes_back_shares_no_hooks_with_the_original():
     module = mlp()
     fused, seen = LowRankMLP(module), []
     module.register_forward_hook(lambda *_: seen.append(1))
-    fused.to_mlp()(torch.randn(2, K))
+    fused.back()(torch.randn(2, K))
     assert not seen

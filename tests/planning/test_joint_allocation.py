@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import vitlr
+from vitlr.anatomy import reading
+from vitlr.anatomy.mlps import find_mlps
 from vitlr.checkpoint import files
 from vitlr.checkpoint.structure import structure
 from vitlr.decomposition.baselines import svd
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn import LowRankLinear
-from vitlr.planning.choices import worth_having
-from vitlr.planning.knapsack import Prices
+from vitlr.planning.knapsack import Prices, worth_having
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import LayerPlan, Plan
 
@@ -239,12 +240,14 @@ def test_the_best_method_is_the_default_and_the_plan_says_why(calibrated, batche
     assert plan == asked and plan.method == "joint" and not asked.why
     assert "method joint: the hidden neurons of 2 MLPs were measured" in str(plan).splitlines()
     assert "why" not in plan.to_dict() and "method joint:" not in str(asked)
-    bare = vitlr.calibrate(model, batches)
+    bare = vitlr.calibrate(model, batches, hidden=False)
     plan = vitlr.plan(model, bare, "params:70%", rank_step=4)
     assert plan.method == "lowrank" and plan == vitlr.plan(model, bare, "params:70%", rank_step=4, method="lowrank")
     assert plan.why.startswith("these statistics hold no hidden moments (blocks.0.mlp); calibrate with hidden=True")
-    parts = vitlr.calibrate(model, batches, exclude="blocks.0.mlp.fc1|blocks.1.mlp.fc2")
+    parts = vitlr.calibrate(model, batches, exclude="blocks.0.mlp.fc1|blocks.1.mlp.fc2", hidden=False)
     assert "none of the 2 MLPs" in vitlr.plan(model, parts, "params:90%", rank_step=4).why
+    small = vitlr.calibrate(model, batches, hidden_memory=1000)  # what calibration could not have
+    assert "more than hidden_memory=1,000" in vitlr.plan(model, small, "params:90%", rank_step=4).why
 
 
 @pytest.mark.parametrize(
@@ -316,3 +319,13 @@ def test_old_words_are_taken_and_read_and_no_longer_written(calibrated, images):
         row["kind"] = row["kind"].replace("query_keys", "scores")
     read = Plan.from_dict(body)
     assert read == plan and torch.equal(vitlr.apply(model, read, stats)(images), vitlr.apply(model, plan)(images))
+
+
+def test_a_plan_looks_for_mlps_once(calibrated, monkeypatch):
+    model, stats = calibrated
+    traced = []
+    monkeypatch.setattr(reading, "find_mlps", lambda model: traced.append(model) or find_mlps(model))
+    vitlr.plan(model, stats, "params:70%", **STEPS)
+    assert len(traced) == 1
+    vitlr.plan(model, stats, "params:70%", method="lowrank", rank_step=4)
+    assert len(traced) == 1  # ranks need none

@@ -18,7 +18,7 @@ from vitlr.pruning.channels import remove_channels
 from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates, scores
 from vitlr.pruning.options import KINDS
 from vitlr.pruning.sites import layers, params, sites
-from vitlr.surgery.application import to_dense
+from vitlr.surgery.fusion import to_dense
 
 
 def kinds_of(name: str) -> tuple[str, ...]:

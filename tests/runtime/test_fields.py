@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from vitlr.errors import InputError
+from vitlr.planning.options import Planning
+from vitlr.refinement.recipe import parse_rungs
+from vitlr.runtime import words
 from vitlr.runtime.fields import Options, check_names, declared, keywords, names_of, option, own
 
 
@@ -109,3 +113,12 @@ def test_plain_values_are_json():
     assert Sample(names=("a", "b")).to_dict() == {
         "count": 4, "few": None, "share": 0.5, "rate": 0.0, "on": True, "kind": "new", "names": ["a", "b"]
     }  # fmt: skip
+
+
+def test_an_old_word_is_understood_with_one_note(caplog):
+    words._note.cache_clear()
+    with caplog.at_level(logging.WARNING, "vitlr"):
+        assert [Planning(method="prune").method for _ in range(2)] == ["widths", "widths"]
+        assert parse_rungs("joint") == ("refit", "regrow", "distil")
+    said = "is called {} now; the old word is still understood"
+    assert caplog.messages == [f"'prune' {said.format(repr('widths'))}", f"'joint' {said.format(repr('distil'))}"]

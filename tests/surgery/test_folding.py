@@ -12,8 +12,8 @@ from timm.layers import GluMlp, SwiGLU, SwiGLUPacked
 import vitlr
 from vitlr.anatomy import linears
 from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear
-from vitlr.surgery.application import fused_names
 from vitlr.surgery.folding import fold
+from vitlr.surgery.fusion import fused_names
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn import LowRankLinear, ResidualLowRankLinear
 from vitlr.pruning import find_mlps, narrow_mlp, narrowed_mlps, read_mlp
-from vitlr.surgery import application
+from vitlr.surgery import fusion
 
 FAMILIES = [  # plain, gated in one and in two linears, pooling by attention, stages, channels last
     "vit_tiny_patch16_224", "eva_giant_patch14_224", "eva02_tiny_patch14_224", "vit_base_patch16_siglip_224",
@@ -149,7 +149,7 @@ def narrow(tiny_vit):
 
 def test_loads_alone_in_a_fresh_process(narrow, images, tmp_path):
     model = vitlr.fuse(narrow, fold=False)
-    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(application.fused_names(model))
+    assert {"blocks.0.mlp", "blocks.1.mlp"} <= set(fusion.fused_names(model))
     files.save(model, tmp_path / "m.safetensors")
     with torch.no_grad():
         torch.save((images, model(images)), tmp_path / "logits.pt")

@@ -132,7 +132,7 @@ def test_hidden_widths_alone_still_fuse(tiny_vit, images):
     cut = choose(gated, 0.4, tile=8)
     small = remove_channels(remove_gates(gated), {n: g.site for n, g in gates(gated).items()}, cut.keep)
     fused = vitlr.fuse(small)
-    assert vitlr.surgery.application.fused_names(fused)
+    assert vitlr.surgery.fusion.fused_names(fused)
     with torch.no_grad():
         assert torch.allclose(fused(images), small(images), atol=1e-5)
 

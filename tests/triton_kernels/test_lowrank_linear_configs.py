@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from vitlr.ops import explain
-from vitlr.ops.dispatch.registry import H200, Ceilings
-from vitlr.ops.layers.lowrank_linear import Key, row_block_floor, split_floor
+from vitlr.ops.backends.triton.lowrank_linear import row_block_floor, split_floor
+from vitlr.ops.dispatch.ceilings import H200, Ceilings
+from vitlr.ops.layers.lowrank_linear import Key
 from vitlr.triton_kernels.activations import INSTRUCTIONS
 from vitlr.triton_kernels.lowrank_linear import row_block, shared_memory, tiles
 from vitlr.triton_kernels.lowrank_linear_split import configs, split

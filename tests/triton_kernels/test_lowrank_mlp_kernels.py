@@ -12,9 +12,11 @@ from tolerance import assert_close_to
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, LowRankMLP
+from vitlr.ops.backends.triton.lowrank_mlp import row_block_floor, split_floor
 from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.activations import ACTIVATIONS
-from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference, row_block_floor, split_floor
+from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference
 from vitlr.triton_kernels import lowrank_mlp as kernel
 from vitlr.triton_kernels import tables, targets
 from vitlr.triton_kernels.targets import TARGETS, Unsupported
@@ -206,11 +208,11 @@ def test_few_rows_share_the_hidden_width():
 
 def test_floors():
     key = Key(12608, 768, 3072, 768, 128, 128, dtype=BF16)
-    products = row_block_floor(key._replace(act="relu"), registry.H200, SM_90)
+    products = row_block_floor(key._replace(act="relu"), H200, SM_90)
     assert products == pytest.approx(31.4 * 132 / 99, abs=0.1)  # three quarters of the processors have a row block
-    assert row_block_floor(key._replace(r1=64, r2=64), registry.H200, SM_90) > 0.6 * products  # GELU, not products
+    assert row_block_floor(key._replace(r1=64, r2=64), H200, SM_90) > 0.6 * products  # GELU, not products
     few = key._replace(M=1576)
-    assert split_floor(few, registry.H200, SM_90) < row_block_floor(few, registry.H200, SM_90)
+    assert split_floor(few, H200, SM_90) < row_block_floor(few, H200, SM_90)
 
 
 def test_autotune_measures_once(device, monkeypatch, tmp_path):

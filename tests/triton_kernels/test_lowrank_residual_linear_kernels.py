@@ -8,7 +8,7 @@ from tolerance import assert_close_to
 
 from vitlr.errors import InputError
 from vitlr.ops import candidates, explain
-from vitlr.ops.dispatch.registry import H200
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.codes import code_shape, dequantise, encode, groups, spread
 from vitlr.ops.layers.lowrank_residual_linear import Key, lowrank_residual_linear, reference
 from vitlr.triton_kernels import lowrank_residual_linear as kernels
@@ -202,7 +202,7 @@ def test_tiles_by_shape():
     assert tile(group_size=32).BK == 32 and tile(group_size=48).BK == 16 and tile(group_size=768).BK == 64
     assert tile(dtype=torch.float32).BM == 32
     for target in TARGETS.values():  # also those without rows of their own
-        taken = kernels.shared_memory(tile(target=target), 32, "int8", 2)
+        taken = kernels.shared_memory(tile(target=target), 32, "int8", 2, target)
         assert taken <= target.shared_memory and tile(target=target).BM >= 64
     assert kernels.tiles(12608, 768, 768, "int8", 64, tile()) == 99 * 6
     assert kernels.tiles(12608, 768, 768, "blockdiag", 192, tile()) == 99 * 4 * 2  # none lies across two blocks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.nn import SelectedLinear
+from vitlr.nn._fused import original_of
 from vitlr.nn.fused_attention import CLASSES
 from vitlr.runtime.modules import class_of, join
 
@@ -201,8 +202,9 @@ def set_heads(module: nn.Module, heads: int) -> None:
 
 def fewer_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Attentions that lost heads, by name: (heads now, heads before)."""
-    owners = {name: module.__dict__.get("_original", module) for name, module in model.named_modules()}
-    return {name: (int(m.num_heads), int(getattr(m, _MARK))) for name, m in owners.items() if hasattr(m, _MARK)}
+    owners = {name: original_of(module) for name, module in model.named_modules()}
+    marked = {name: owner for name, owner in owners.items() if hasattr(owner, _MARK)}
+    return {name: (int(m.num_heads), int(getattr(m, _MARK))) for name, m in marked.items()}  # type: ignore[arg-type]
 
 
 def attention_names(model: nn.Module) -> Iterator[str]:

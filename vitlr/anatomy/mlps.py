@@ -6,7 +6,6 @@ It can go without changing the others where everything between the linears treat
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import dataclass
 
@@ -16,8 +15,10 @@ from torch import Tensor, fx, nn
 
 from vitlr.anatomy import linears
 from vitlr.errors import InputError
-from vitlr.nn import LowRankGLU, LowRankLinear, LowRankMLP, ResidualLowRankLinear, SelectedLinear
-from vitlr.nn._fused import LeafTracer
+from vitlr.nn import LowRankGLU, LowRankLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn._formula import Formula, Untraceable
+from vitlr.nn._fused import original_of
+from vitlr.nn._fused_mlp import FusedMlp
 
 SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
@@ -70,7 +71,7 @@ class Mlp:
     @property
     def _owner(self) -> nn.Module:
         # A fused MLP gives its original back when it is unfused, and the mark with it.
-        return self.module.__dict__.get("_original", self.module)
+        return original_of(self.module)
 
     def rows(self, keep: Tensor) -> Tensor:
         """The rows of a first linear that belong to the neurons `keep`."""
@@ -93,17 +94,15 @@ def refused_mlps(model: nn.Module) -> dict[str, str]:
 
 def narrowed_mlps(model: nn.Module) -> dict[str, Mlp]:
     """The MLPs that were narrowed (`vitlr.pruning.narrow_mlp`), by name."""
-    candidates = ((name, module, module.__dict__.get("_original", module)) for name, module in model.named_modules())
-    return {name: read_mlp(module, name) for name, module, owner in candidates if hasattr(owner, _MARK)}
+    marked = ((name, module) for name, module in model.named_modules() if hasattr(original_of(module), _MARK))
+    return {name: read_mlp(module, name) for name, module in marked}
 
 
 def read_mlp(module: nn.Module, name: str = "") -> Mlp:
     """Read one module as an MLP. Raises `InputError` with the reason where its neurons cannot be removed one by one."""
-    if isinstance(module, LowRankMLP):
-        return Mlp(name, module, ("fc1",), "fc2")
-    if isinstance(module, LowRankGLU):
-        packed = "fc1" in module._modules
-        return Mlp(name, module, ("fc1",) if packed else ("fc1_g", "fc1_x"), "fc2", packed)
+    if isinstance(module, FusedMlp):
+        first = module.kept[:-2]  # before act and fc2
+        return Mlp(name, module, first, "fc2", isinstance(module, LowRankGLU) and len(first) == 1)
     try:
         return _read_pair(module, name) or _read_forward(module, name)
     except _NotOne as reason:
@@ -120,7 +119,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
     found: dict[str, Mlp] = {}
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        fused = isinstance(module, (LowRankMLP, LowRankGLU))
+        fused = isinstance(module, FusedMlp)
         if not fused and not _has_pair(module) and sum(isinstance(m, _LINEARS) for m in module.children()) < 2:
             if _named_like_one(name, module) and any(isinstance(m, nn.Conv2d) for m in module.children()):
                 refused[name] = "its layers are convolutions, not linears"
@@ -165,63 +164,74 @@ def _read_pair(module: nn.Module, name: str) -> Mlp | None:
     return _sized(Mlp(name, module, ("intermediate.dense",), "output.dense"))
 
 
-@dataclass(frozen=True)
-class _Hidden:
-    """What a node of the graph holds: the output of one linear, its two halves, one of them, or gate times value."""
+_LINEAR = r"([^ ()]+)\(x\)"
+_WHOLE = re.compile(_LINEAR)
+_HALF = re.compile(rf"halves of {_LINEAR}|{_LINEAR}\[[01]\]")
+_GATED = re.compile(rf"{_LINEAR} \* (?!\1\(){_LINEAR}")
+_PACKED = re.compile(rf"{_LINEAR}\[([01])\] \* \1\(x\)\[(?!\2)[01]\]")
 
-    made_by: tuple[str, ...]
-    form: str = "whole"  # or "halves", "half 0", "half 1", "product"
+
+class _Hidden(Formula):
+    """Follows the hidden neurons from the first linears to the second: `fc1(x)`, `fc1(x)[0] * fc1(x)[1]`.
+
+    What treats every neuron alone is left out of the formula, and `x` is all that holds none.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__(module)
+        self.name = name
+        self.found: Mlp | None = None
+
+    def input(self, node: fx.Node, first: bool) -> str:
+        return "x"
+
+    def call(self, node: fx.Node, args: list[str]) -> str:
+        name, hidden = str(node.target), self._hidden(node)
+        child = self.module.get_submodule(name)
+        if isinstance(child, _LINEARS):
+            if not hidden:
+                return f"{name}(x)"
+            whole, gated, packed = (form.fullmatch(hidden[0]) for form in (_WHOLE, _GATED, _PACKED))
+            made = whole or gated or packed
+            if self.found is not None or args != hidden[:1] or made is None:
+                raise _NotOne("its hidden neurons are read otherwise than by one linear")
+            first = made.groups() if made is gated else made.groups()[:1]
+            self.found = Mlp(self.name, self.module, first, name, made is packed)
+            return "x"
+        if not hidden:
+            return "x"
+        if hidden[0].startswith("halves of "):
+            raise _NotOne(f"its hidden neurons go through {name}")
+        _check_alone(name, child)
+        return hidden[0]
+
+    def step(self, node: fx.Node, args: list[str]) -> str:
+        hidden = self._hidden(node)
+        if not hidden:
+            return "x"
+        if node.op == "output":
+            raise _NotOne("its hidden neurons are part of what it returns")
+        made = super().step(node, args)
+        if any(form.fullmatch(made) for form in (_HALF, _GATED, _PACKED)):
+            return made
+        if node.op == "call_function" and node.target in _FUNCTIONS and not hidden[0].startswith("halves of "):
+            return hidden[0]
+        raise _NotOne(f"its hidden neurons go through {getattr(node.target, '__name__', node.target)}")
+
+    def _hidden(self, node: fx.Node) -> list[str]:
+        return [value for arg in node.all_input_nodes if (value := self.values[arg]) != "x"]
 
 
 def _read_forward(module: nn.Module, name: str) -> Mlp:
-    """Follow the traced forward from the input through the first linears to the second, on any device, unrun."""
+    """The MLP that a module's forward is, on any device, unrun."""
+    hidden = _Hidden(module, name)
     try:
-        graph = LeafTracer().trace(module)
-    except Exception as error:  # whatever its author wrote: control flow on values, missing arguments ...
-        raise _NotOne(f"its forward cannot be traced ({type(error).__name__})") from error
-    carried: dict[fx.Node, _Hidden] = {}
-    found: Mlp | None = None
-    for node in graph.nodes:
-        hidden = [arg for arg in node.all_input_nodes if arg in carried]
-        if node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), _LINEARS):
-            if not hidden:
-                carried[node] = _Hidden((str(node.target),))
-                continue
-            source = carried[hidden[0]]
-            if found is not None or node.args != (hidden[0],) or source.form not in ("whole", "product"):
-                raise _NotOne("its hidden neurons are read otherwise than by one linear")
-            packed = source.form == "product" and len(source.made_by) == 1
-            found = Mlp(name, module, source.made_by, str(node.target), packed)
-        elif hidden:
-            carried[node] = _through(module, node, [carried[arg] for arg in hidden])
-    if found is None:
+        hidden.read()
+    except Untraceable as reason:
+        raise _NotOne(str(reason)) from reason
+    if hidden.found is None:
         raise _NotOne("no linear reads what another one and an activation made")
-    return _sized(found)
-
-
-def _through(module: nn.Module, node: fx.Node, hidden: list[_Hidden]) -> _Hidden:
-    """What comes out of one step of the graph; raises `_NotOne` for a step that mixes neurons."""
-    source = hidden[0]
-    if node.op == "output":
-        raise _NotOne("its hidden neurons are part of what it returns")
-    if source.form == "halves":
-        if node.op == "call_function" and node.target is operator.getitem and node.args[1] in (0, 1):
-            return _Hidden(source.made_by, f"half {node.args[1]}")
-    elif node.op == "call_module":
-        _check_alone(str(node.target), module.get_submodule(str(node.target)))
-        return source
-    elif node.op == "call_method" and (node.target, node.args[1:], node.kwargs) == ("chunk", (2,), {"dim": -1}):
-        if source.form == "whole":
-            return _Hidden(source.made_by, "halves")
-    elif node.op == "call_function" and node.target is operator.mul and len(hidden) == 2:
-        other = hidden[1]
-        if source.made_by == other.made_by and {source.form, other.form} == {"half 0", "half 1"}:
-            return _Hidden(source.made_by, "product")
-        if source.made_by != other.made_by and source.form == other.form == "whole":
-            return _Hidden(source.made_by + other.made_by, "product")
-    elif node.op == "call_function" and node.target in _FUNCTIONS:
-        return source
-    raise _NotOne(f"its hidden neurons go through {getattr(node.target, '__name__', node.target)}")
+    return _sized(hidden.found)
 
 
 def _check_alone(name: str, module: nn.Module) -> None:

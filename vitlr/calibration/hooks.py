@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.calibration.statistics import SUMS, LayerStatistics
+from vitlr.calibration.sums import SUMS, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_

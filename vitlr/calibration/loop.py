@@ -18,7 +18,8 @@ from vitlr.calibration.hooks import Tap, sketches
 from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
 from vitlr.calibration.probe import Probe, probe
 from vitlr.calibration.resuming import images_of, resumed
-from vitlr.calibration.statistics import LayerStatistics, Statistics, share_moments
+from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.sums import LayerStatistics, share_moments
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses

@@ -44,7 +44,7 @@ class Calibration(Options):
     @property
     def objectives(self) -> tuple[str, ...]:
         """All objectives asked for."""
-        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective)
+        return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective or ())
 
     def check(self) -> None:
         """Raise `InputError` for objectives, extras and a choice of hidden moments that there are none of."""

@@ -23,7 +23,7 @@ from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, Sele
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
 from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
-from vitlr.surgery import application
+from vitlr.surgery import fusion
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
 _DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
@@ -55,7 +55,7 @@ def save(
     header = {
         "origin": None if model_args is False else find_origin(model, model_args),
         "structure": structure(model),
-        "fused": application.fused_names(model),
+        "fused": fusion.fused_names(model),
         "visible": [name for name, module in timm.switchable(model) if getattr(module, timm.SWITCH)],
         "tied": tied,
         "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if _casts(buffer)},
@@ -176,7 +176,7 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
         swapped = isinstance(attention.qkv, _SWAPPED)
         on = name in header["visible"] or swapped
         setattr(attention, timm.SWITCH, on)
-    application.fuse_again(model, header["fused"])
+    fusion.fuse_again(model, header["fused"])
     return model
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitlr.anatomy import linears
-from vitlr.anatomy.attention import Attention, fewer_heads, loses_heads
 from vitlr.anatomy.attention import attentions as known_attentions
-from vitlr.anatomy.mlps import Mlp, narrowed_mlps, read_mlp
+from vitlr.anatomy.attention import fewer_heads, loses_heads
+from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
+
+Entry = Mapping[str, Any]
+Do = Callable[[], Any]  # what is left to do once all is checked
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -59,133 +62,136 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {**widths, **heads, **selected, **layers}
 
 
-def restructure(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     """Narrow the named MLPs and attentions, take channels out of linears, put low-rank ones in: unfilled, in place.
 
     Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
     fit, and widths, channels and ranks out of range; the model is then untouched.
     """
-    modules = dict(model.named_modules())
-    widths = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "width" in entry}
-    selections = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "inputs" in entry}
-    heads = {name: entry for name, entry in layers.items() if isinstance(entry, Mapping) and "heads" in entry}
-    others = {*widths, *selections, *heads}
-    factors = {name: entry for name, entry in layers.items() if name not in others}
-    mlps = {name: _checked_mlp(modules, name, entry) for name, entry in widths.items()}
-    sizes = {id(module): new for mlp in mlps.values() for module, new in _narrowed_sizes(mlp, widths[mlp.name])}
-    attentions = {name: _checked_attention(model, name, entry) for name, entry in heads.items()}
-    for attention, keep in attentions.values():
-        rows = attention.rows(keep)
-        sizes |= {id(modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
-        sizes[id(modules[attention.output])] = {"in_features": len(keep)}
-    for name, entry in selections.items():
-        linear = modules[name] = _checked_linear(modules, name)
-        _check_selection(name, {**_sizes(linear), **sizes.get(id(linear), {})}, entry)
-        modules[f"{name}.linear"] = _left(linear, entry)
-    for name, entry in factors.items():
-        linear = _checked_linear(modules, name)
-        expected = {**_sizes(linear), **sizes.get(id(linear), {})}
-        if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
-            raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
-        rank, bias = entry.get("rank"), entry.get("bias")
-        if "quantized" in entry:
-            if entry["quantized"] is not True or type(bias) is not bool:
-                raise InputError(
-                    f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}"
-                )
-            continue
-        limit = min(expected.values())
-        if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
-            raise InputError(
-                f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
-            )
-        _check_residual(name, entry)
+    dense = _Dense(model)
+    kinds = {name: _kind(entry) for name, entry in layers.items()}
+    changes = [
+        change(dense, name, layers[name]) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind
+    ]
     linears.make_visible(model)
     with torch.no_grad():
-        for name, mlp in mlps.items():
-            narrow_mlp(mlp, torch.arange(widths[name]["width"]))
-        for attention, keep in attentions.values():
-            narrow_attention(model, attention, keep)
-        for name, entry in selections.items():
-            swap(model, name, _selected(modules[f"{name}.linear"], entry))
-        for name, entry in factors.items():
-            swap(model, name, _factored(modules[name], entry).train(modules[name].training))
+        for do in changes:
+            do()
     return model
 
 
-def _checked_linear(modules: Mapping[str, nn.Module], name: str) -> nn.Linear:
-    """The plain linear of that name, if there is one."""
-    linear = modules.get(name)
-    if type(linear) is not nn.Linear:
-        raise InputError(f"layer {name!r} is no linear layer of this model")
-    return linear
+class _Dense:
+    """The model before any change: its modules, those that a change will make, and the sizes that one will leave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.modules = model, dict(model.named_modules())
+        self.narrowed: dict[int, dict[str, int]] = {}
+
+    def linear(self, name: str) -> nn.Linear:
+        """The plain linear of that name, if there is one."""
+        linear = self.modules.get(name)
+        if type(linear) is not nn.Linear:
+            raise InputError(f"layer {name!r} is no linear layer of this model")
+        return linear
+
+    def sizes(self, linear: nn.Linear) -> dict[str, int]:
+        """Those that a linear has once MLPs and attentions are narrow."""
+        now = {"in_features": linear.in_features, "out_features": linear.out_features}
+        return {**now, **self.narrowed.get(id(linear), {})}
 
 
-def _factored(linear: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
-    """The layer of factors or of integers that stands for a linear, unfilled."""
-    like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    shape = entry["in_features"], entry["out_features"]
-    if "quantized" in entry:
-        return QuantizedLinear(*shape, entry["bias"], **like)
-    if "residual" in entry:
-        return ResidualLowRankLinear(
-            *shape, entry["rank"], entry["residual"], entry["group_size"], entry["bias"], **like
-        )
-    return LowRankLinear(*shape, entry["rank"], entry["bias"], **like)
-
-
-def _sizes(linear: nn.Linear) -> dict[str, int]:
-    return {"in_features": linear.in_features, "out_features": linear.out_features}
-
-
-def _check_selection(name: str, sizes: Mapping[str, int], entry: Mapping[str, Any]) -> None:
-    """Raise `InputError` unless what a file says of the channels of a linear fits it."""
-    if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
-        raise InputError(f"layer {name}: expected {dict(sizes)} and a bias or none, the file says {entry!r}")
-    for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
-        left = entry.get(key)
-        if left is not None and (type(left) is not int or not 1 <= left <= size):
-            raise InputError(f"layer {name}: {key} {left!r:.80}, expected 1 to {size} channels or none taken out")
-
-
-def _left(linear: nn.Linear, entry: Mapping[str, Any]) -> nn.Linear:
-    """What is left of a linear, unfilled."""
-    K, N = entry["inputs"] or entry["in_features"], entry["outputs"] or entry["out_features"]
-    w = linear.weight
-    return nn.Linear(K, N, entry["bias"], device=w.device, dtype=w.dtype).train(linear.training)
-
-
-def _selected(linear: nn.Module, entry: Mapping[str, Any]) -> SelectedLinear:
-    """A linear with channels taken out, which ones the state will say."""
-    channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
-    return SelectedLinear(linear, entry["in_features"], entry["out_features"], *channels)
-
-
-def _checked_mlp(modules: Mapping[str, nn.Module], name: str, entry: Mapping[str, Any]) -> Mlp:
-    """The MLP that a file calls narrowed, if there is one and its width fits."""
-    if name not in modules:
+def _narrow(dense: _Dense, name: str, entry: Entry) -> Do:
+    """An MLP that is narrower."""
+    if name not in dense.modules:
         raise InputError(f"{name!r} is no MLP of this model")
-    mlp, width = read_mlp(modules[name], name), entry["width"]
+    mlp, width = read_mlp(dense.modules[name], name), entry["width"]
     if type(width) is not int or not 1 <= width <= mlp.width:
         raise InputError(f"MLP {name}: width {width!r:.80}, expected 1 to {mlp.width}")
-    return mlp
+    dense.narrowed |= {id(linear): {"out_features": width * (2 if mlp.packed else 1)} for linear in mlp.fc1}
+    dense.narrowed[id(mlp.fc2)] = {"in_features": width}
+    return lambda: narrow_mlp(mlp, torch.arange(width))
 
 
-def _checked_attention(model: nn.Module, name: str, entry: Mapping[str, Any]) -> tuple[Attention, Tensor]:
-    """An attention that a file says has fewer heads, with as many of its channels, if it can."""
-    attention, heads = known_attentions(model)[0].get(name), entry["heads"]
-    if attention is None or not loses_heads(model.get_submodule(name)):
+def _fewer_heads(dense: _Dense, name: str, entry: Entry) -> Do:
+    """An attention that has fewer heads: as many of its channels, which ones the state will say."""
+    attention, heads = known_attentions(dense.model)[0].get(name), entry["heads"]
+    if attention is None or not loses_heads(dense.model.get_submodule(name)):
         raise InputError(f"{name!r} is no attention of this model that could lose heads")
     if type(heads) is not int or not 1 <= heads <= attention.heads:
         raise InputError(f"attention {name}: {heads!r:.80} heads, expected 1 to {attention.heads}")
-    return attention, torch.arange(heads * attention.head_dim)
+    keep = torch.arange(heads * attention.head_dim)
+    rows = attention.rows(keep)
+    dense.narrowed |= {id(dense.modules[name]): {"out_features": len(rows[name])} for name in attention.inputs}
+    dense.narrowed[id(dense.modules[attention.output])] = {"in_features": len(keep)}
+    return lambda: narrow_attention(dense.model, attention, keep)
 
 
-def _narrowed_sizes(mlp: Mlp, entry: Mapping[str, Any]) -> Iterator[tuple[nn.Module, dict[str, int]]]:
-    """The sizes that narrowing will change, linear by linear."""
-    for linear in mlp.fc1:
-        yield linear, {"out_features": entry["width"] * (2 if mlp.packed else 1)}
-    yield mlp.fc2, {"in_features": entry["width"]}
+def _select(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear with channels taken out, which ones the state will say; what is left of it may have low rank."""
+    linear = dense.linear(name)
+    sizes = dense.sizes(linear)
+    if {key: entry.get(key) for key in sizes} != sizes or type(entry.get("bias")) is not bool:
+        raise InputError(f"layer {name}: expected {sizes} and a bias or none, the file says {entry!r}")
+    for key, size in (("inputs", sizes["in_features"]), ("outputs", sizes["out_features"])):
+        count = entry.get(key)
+        if count is not None and (type(count) is not int or not 1 <= count <= size):
+            raise InputError(f"layer {name}: {key} {count!r:.80}, expected 1 to {size} channels or none taken out")
+    K, N = entry["in_features"], entry["out_features"]
+    left = _like(linear, nn.Linear, entry["inputs"] or K, entry["outputs"] or N, entry["bias"])
+    dense.modules[f"{name}.linear"] = left
+    channels = [None if entry[key] is None else torch.arange(entry[key]) for key in ("inputs", "outputs")]
+    return lambda: swap(dense.model, name, SelectedLinear(left, K, N, *channels))
+
+
+def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of low rank, with a residual or without."""
+    linear = dense.linear(name)
+    expected = dense.sizes(linear)
+    if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
+        raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
+    rank, bias = entry.get("rank"), entry.get("bias")
+    limit = min(expected.values())
+    if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
+        raise InputError(
+            f"layer {name}: rank {rank!r} with bias {bias!r}, expected a rank from 1 to {limit} and true or false"
+        )
+    _check_residual(name, entry)
+    shape = (entry["in_features"], entry["out_features"], rank)
+    if "residual" in entry:
+        form = entry["residual"], entry["group_size"]
+        return lambda: swap(dense.model, name, _like(linear, ResidualLowRankLinear, *shape, *form, bias))
+    return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
+
+
+def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of integers."""
+    linear = dense.linear(name)
+    expected = {**dense.sizes(linear), "quantized": True}
+    if {key: entry.get(key) for key in expected} != expected or type(entry.get("bias")) is not bool:
+        raise InputError(f"layer {name}: expected {expected} and a bias or none, the file says {entry!r:.200}")
+    shape = entry["in_features"], entry["out_features"], entry["bias"]
+    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape))
+
+
+CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
+    "width": _narrow,
+    "heads": _fewer_heads,
+    "inputs": _select,
+    "quantized": _quantise,
+    "rank": _factorise,
+}
+"""By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""
+
+
+def _kind(entry: Any) -> str:
+    """The kind of change that an entry speaks of; low rank where it is none of the others."""
+    return next((kind for kind in CHANGES if isinstance(entry, Mapping) and kind in entry), "rank")
+
+
+def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """A module of that kind where the linear is, of its dtype and mode."""
+    made = kind(*arguments, device=linear.weight.device, dtype=linear.weight.dtype)
+    return made.train(linear.training)
 
 
 def _check_residual(name: str, entry: Mapping[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from torch import nn
 
-from vitlr.ops.dispatch.registry import VARIABLE
+from vitlr.ops.dispatch.registry import backend
 
 
 class PlainTorch(nn.Module):
@@ -18,12 +17,5 @@ class PlainTorch(nn.Module):
         self.model = model
 
     def forward(self, *args: Any) -> Any:
-        before = os.environ.get(VARIABLE)
-        os.environ[VARIABLE] = "torch"
-        try:
+        with backend("torch"):
             return self.model(*args)
-        finally:
-            if before is None:
-                del os.environ[VARIABLE]
-            else:
-                os.environ[VARIABLE] = before

@@ -40,7 +40,6 @@ def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomp
         mlp.name,
         "mlp",
         tuple(first),
-        second,
         mlp.fc2,
         stats.layers[second],
         objective,

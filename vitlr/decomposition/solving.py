@@ -20,6 +20,7 @@ from vitlr.decomposition.roundings import Rounding, measured_linears, solve_roun
 from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError
+from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.runtime.progress import Progress
 
 
@@ -29,7 +30,7 @@ def decompose(
     objective: str | None = None,
     *,
     centred: bool = False,
-    damping: float | None = None,
+    damping: float = DAMPING,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> Spectra:
@@ -38,7 +39,7 @@ def decompose(
     `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
     an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
     output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
-    into the bias. `damping` is added to F relative to its mean eigenvalue, by default 0.1.
+    into the bias. `damping` is added to F relative to its mean eigenvalue.
 
     Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
     solve meets NaN or Inf or does not converge.
@@ -69,23 +70,16 @@ def solve(
     if known is not None and not kinds:
         return known
     options = options or Decomposition()
-    tasks: dict[str, Callable[[], Narrowing]] = {}
-    widths: dict[str, Narrowing] = {}
-    rounds = "rounding" in kinds and not (known is not None and known.roundings)
+    layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
+    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
     roundings = {} if known is None else dict(known.roundings)
-    for kind in (kind for kind in kinds if kind != "rounding"):
-        old = {} if known is None else {name: width for name, width in known.widths.items() if width.kind == kind}
-        fitting = {name: width for name, width in old.items() if width.fits(options)}
-        widths |= fitting
-        if not fitting:
-            tasks |= _tasks(kind, parts, stats, objective, options)
-    layers = {} if known is None else dict(known.layers)
-    ranks = solve_ranks(parts, stats, objective, device) if known is None else iter(())
-    if rounds:
-        measured_linears(stats, objective)
-    rounded = solve_roundings(parts, stats, objective) if rounds else iter(())
-    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, (task() for task in tasks.values()), rounded)
-    total = len(tasks) + len(stats.layers) * ((known is None) + rounds)
+    unrounded = [] if roundings or "rounding" not in kinds else measured_linears(stats, objective)
+    missing = [kind for kind in kinds if kind != "rounding" and all(width.kind != kind for width in widths.values())]
+    tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
+    names = [name for name in stats.layers if name not in layers]
+    ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
+    rounded = solve_roundings(unrounded, parts, stats, objective)
+    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, (task() for task in tasks), rounded)
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
@@ -94,28 +88,28 @@ def solve(
         else:
             widths[spectrum.name] = spectrum
         if progress is not None:
-            progress(done, total)
-    in_order = {name: layers[name] for name in stats.layers} if known is None else layers
+            progress(done, len(names) + len(tasks) + len(unrounded))
+    layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
-    return Spectra(in_order, *made, widths, roundings)
+    return Spectra(layers, *made, widths, roundings)
 
 
 def _tasks(
     kind: str, parts: Parts, stats: Statistics, objective: Objective, options: Decomposition
-) -> dict[str, Callable[[], Narrowing]]:
-    """What there is to solve of one kind, by name; `InputError` where there is nothing, or it was not measured."""
+) -> list[Callable[[], Narrowing]]:
+    """What there is to solve of one kind; `InputError` where there is nothing, or it was not measured."""
     if kind == "mlp":
         mlps = measured_mlps(parts, stats, objective)
-        return {name: partial(solve_mlp, mlp, stats, objective, options) for name, mlp in mlps.items()}
+        return [partial(solve_mlp, mlp, stats, objective, options) for mlp in mlps.values()]
     if kind == "query_keys":
         found = measured_query_keys(parts, stats, objective)
-        return {name: partial(solve_query_keys, one, stats, objective) for name, one in found.items()}
+        return [partial(solve_query_keys, attention, stats, objective) for attention in found.values()]
     found = measured_values(parts, stats, objective)
     macs = macs_between(parts, stats, found)
-    return {
-        name: partial(solve_values, one, parts, stats, objective, kind, macs.get(name), options)
-        for name, one in found.items()
-    }
+    return [
+        partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options)
+        for name, attention in found.items()
+    ]
 
 
 def check_fits(parts: Parts, stats: Statistics) -> None:

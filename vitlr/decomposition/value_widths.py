@@ -85,7 +85,6 @@ def solve_values(
         attention.name,
         grain,
         attention.inputs,
-        attention.output,
         parts.linears[attention.output],
         stats.layers[attention.output],
         objective,

@@ -58,7 +58,6 @@ class WidthSpectrum:
         name: str,
         kind: str,
         first: tuple[str, ...],
-        second: str,
         linear: nn.Module,
         layer: LayerStatistics,
         objective: Objective,
@@ -67,7 +66,7 @@ class WidthSpectrum:
         group: int = 1,
         **own: Any,
     ) -> S:
-        """All widths of what `linear`, the layer `second`, reads. `NumericalError` naming the MLP or attention."""
+        """All widths of what `linear`, the second one, reads. Raises `NumericalError` naming the MLP or attention."""
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach().cpu()
         bias = None if linear.bias is None else linear.bias.detach().cpu()
@@ -82,7 +81,7 @@ class WidthSpectrum:
             name=name,
             kind=kind,
             first=first,
-            second=second,
+            second=layer.name,
             order=order,
             errors=torch.zeros_like(errors) if free else errors,
             compensated=options.compensate,

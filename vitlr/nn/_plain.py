@@ -20,6 +20,13 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def does_nothing(child: nn.Module) -> bool:
+    """Whether a module passes on what it gets, in training too."""
+    if has_hooks(child):
+        return False
+    return type(child) is nn.Identity or (type(child) is nn.Dropout and child.p == 0)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling this linear is exactly `F.linear(x, module.weight, module.bias)` and nobody would notice.
 

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlr.nn._fused import StandIn
 
-class FoldedScale(nn.Module):
+
+class FoldedScale(StandIn):
     """Passes its input through: `x · 1`. Holds `gamma` [N], all ones, so that state_dict keys do not change.
 
-    `to_scale` gives the original module back, with ones: the linear before it keeps the factors.
+    `back` gives the original module back, with ones: the linear before it keeps the factors.
     """
 
     def __init__(self, scale: nn.Module) -> None:
-        super().__init__()
+        super().__init__(scale)
         gamma = scale.get_parameter("gamma")
         # Nothing depends on it any more: an optimiser must not move it, and DDP would wait for its gradient.
         self.gamma = nn.Parameter(torch.ones_like(gamma), requires_grad=False)
         self._trained = gamma.requires_grad
-        self.__dict__["_original"] = scale  # past nn.Module, which would register it as a child
-        self.training = scale.training
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -33,8 +33,8 @@ class FoldedScale(nn.Module):
             args[-1].append(f"{prefix}gamma is not all ones, and here it is folded: load into the unfused model")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def to_scale(self) -> nn.Module:
+    def back(self) -> nn.Module:
         """The original module with `gamma` all ones, on this module's device and in its dtype."""
-        scale = self.__dict__["_original"]
+        scale = self.original
         scale.gamma = nn.Parameter(self.gamma.detach().clone(), requires_grad=self._trained)
         return scale.train(self.training)

@@ -8,23 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlr.errors import InputError
-from vitlr.nn._fused import does_nothing, restored, with_children
-from vitlr.nn._plain import has_hooks, is_transformed
+from vitlr.nn._fused import Fused
+from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import attention as op
+from vitlr.runtime.modules import class_of
 
 # Classes whose forward is known, by name: this package does not import timm.
 CLASSES = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
-_KEPT = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(Fused):
     """`y = proj(softmax(q kᵀ / √d) v)`, q, k, v from `qkv(x)`: timm's `Attention` with the op `attention` inside.
 
-    The children keep their names, so state_dict keys do not change, and are shared with `attention`; `to_attention`
+    The children keep their names, so state_dict keys do not change, and are shared with `attention`; `back`
     gives the original module back. The op runs without mask and dropout where dispatch chooses a kernel, otherwise
     `F.scaled_dot_product_attention`, as in the original. Raises InputError with the reason of `why_not`.
     """
+
+    KEPT = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop")
 
     if TYPE_CHECKING:
         qkv: nn.Module
@@ -35,31 +38,23 @@ class FusedAttention(nn.Module):
         proj_drop: nn.Module
 
     def __init__(self, attention: nn.Module) -> None:
-        reason = self.why_not(attention)
-        if reason is not None:
-            raise InputError(f"{type(attention).__name__} cannot become a FusedAttention: {reason}")
-        super().__init__()
+        super().__init__(attention)
         self.num_heads: int = attention.num_heads  # type: ignore[assignment]
         self.head_dim: int = attention.head_dim  # type: ignore[assignment]
-        for name in _KEPT:
-            self.add_module(name, getattr(attention, name))
-        # The original, emptied of what it shares with this module; past nn.Module, which would register it as a child.
-        self.__dict__["_original"] = with_children(attention, {name: None for name in _KEPT})
-        self.training = attention.training
 
-    @staticmethod
-    def why_not(module: nn.Module) -> str | None:
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
         """Why a module cannot become a FusedAttention with the same outputs; None if it can."""
-        if isinstance(module, FusedAttention):
+        if isinstance(module, cls):
             return "it is one already"
-        if f"{type(module).__module__}.{type(module).__qualname__}" not in CLASSES:
+        if class_of(module) not in CLASSES:
             return f"it is no {CLASSES[0]}"
         if getattr(module, "fused_attn", False) is not True:
             return "it multiplies matrices itself (fused_attn is off)"
-        missing = [name for name in (*_KEPT, "num_heads", "head_dim") if not hasattr(module, name)]
+        missing = [name for name in (*cls.KEPT, "num_heads", "head_dim") if not hasattr(module, name)]
         if missing:
             return f"it has no {', '.join(missing)}"
-        extra = [name for name, _ in module.named_children() if name not in _KEPT]
+        extra = [name for name, _ in module.named_children() if name not in cls.KEPT]
         if extra or module._parameters or module._buffers:
             return f"it has {', '.join([*extra, *module._parameters, *module._buffers])} besides"
         if not does_nothing(module.get_submodule("attn_drop")):
@@ -82,10 +77,8 @@ class FusedAttention(nn.Module):
 
     @torch.jit.unused
     def _dispatched(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is None and not is_causal and op.has_kernels() and not is_transformed() and op.kernel_chosen(q, k):
-            return op.attention(q, k, v)
+        if attn_mask is None and not is_causal and has_kernels(op.OP) and not is_transformed():
+            keys = None if torch.compiler.is_compiling() else k.shape[2]
+            if kernel_chosen(op.OP, q, keys, self.head_dim):
+                return op.attention(q, k, v)
         return self._plain(q, k, v, attn_mask, is_causal)
-
-    def to_attention(self) -> nn.Module:
-        """The original module, class and all, with the children as they are now."""
-        return restored(self.__dict__["_original"], self, _KEPT)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import is_plain, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import lowrank_linear as op
 from vitlr.ops.linalg.factors import balance
 
@@ -61,9 +63,10 @@ class LowRankLinear(nn.Module):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
-        if op.has_kernels() and not is_transformed() and is_plain(self.down) and is_plain(self.up):
+        if has_kernels(op.OP) and not is_transformed() and is_plain(self.down) and is_plain(self.up):
             B, A, bias = self.down.weight, self.up.weight, self.up.bias
-            if op.kernel_chosen(x, self.in_features, self.out_features, self.rank, bias is not None):
+            sizes = (self.in_features, self.out_features, self.rank)
+            if kernel_chosen(op.OP, x, *sizes, bias is not None, "none", False):
                 return op.lowrank_linear(x, B, A, bias)
         return self.up(self.down(x))
 

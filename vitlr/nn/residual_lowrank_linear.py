@@ -12,6 +12,8 @@ from vitlr.errors import InputError
 from vitlr.nn._plain import is_plain, is_transformed
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.ops.dispatch.autocast import compute_dtype
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import lowrank_residual_linear as op
 from vitlr.ops.layers.codes import ZERO, code_dtype, code_shape, dequantise, groups
 
@@ -66,9 +68,9 @@ class ResidualLowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, A = self.down, self.up
-        if op.has_kernels() and not is_transformed() and is_plain(B) and is_plain(A):
+        if has_kernels(op.OP) and not is_transformed() and is_plain(B) and is_plain(A):
             N, K, bias = self.out_features, self.in_features, A.bias
-            if op.kernel_chosen(x, K, N, self.rank, self.residual, self.group_size, bias is not None):
+            if kernel_chosen(op.OP, x, K, N, self.rank, self.residual, self.group_size, bias is not None):
                 rest = (self.codes, self.scale, bias, self.residual, self.group_size)
                 return op.lowrank_residual_linear(x, B.weight, A.weight, *rest)
         scale = None if self.scale is None else self.scale.to(compute_dtype(x))  # as the op rounds it under autocast

@@ -1,11 +1,6 @@
 """Operations: each with its specification in plain torch, and the kernels that may run in its place."""
 
-from vitlr.ops.backends import (
-    cpu,  # noqa: F401 (registers its candidates)
-    cuda,  # noqa: F401 (registers its candidates)
-    cuda_solve,  # noqa: F401 (registers its candidates)
-    two_steps,  # noqa: F401 (registers its candidate)
-)
+from vitlr.ops import backends  # noqa: F401 (registers the candidates)
 from vitlr.ops.dispatch.registry import Candidate, Explanation, candidates, explain, register, select, unregister
 from vitlr.ops.layers import attention, lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear
 from vitlr.ops.linalg import batched_solve, gram, weighted_gram_chain

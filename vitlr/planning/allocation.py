@@ -13,11 +13,12 @@ import numpy as np
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
-from vitlr.planning.buckets import best, bucketed
+from vitlr.planning.buckets import bucketed
 from vitlr.planning.budgets import Budget
-from vitlr.planning.choices import Item, Offers, Sizes
+from vitlr.planning.choices import Item, best
 from vitlr.planning.fixed_ranks import by_hand, uniform
 from vitlr.planning.knapsack import Prices, choose
+from vitlr.planning.offers import Offers, Sizes
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
 from vitlr.planning.rows import planned

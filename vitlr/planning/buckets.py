@@ -7,14 +7,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from vitlr.planning.choices import Item, Offers
-from vitlr.planning.knapsack import choose
-
-
-def best(items: Sequence[Item], room: float) -> list[Item] | None:
-    """Every item with the one choice that the knapsack takes; None where nothing fits."""
-    picked = choose([item.prices for item in items], room)
-    return None if picked is None else [item.only([index]) for item, index in zip(items, picked, strict=True)]
+from vitlr.planning.choices import Item, best
+from vitlr.planning.offers import Offers
 
 
 def bucketed(offers: Offers, items: Sequence[Item], room: float, buckets: int) -> list[Item] | None:

@@ -6,7 +6,8 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from vitlr.errors import InputError
-from vitlr.planning.choices import Item, Offers
+from vitlr.planning.choices import Item
+from vitlr.planning.offers import Offers
 
 
 def uniform(offers: Offers, items: Sequence[Item], room: float) -> list[Item] | None:

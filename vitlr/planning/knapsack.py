@@ -19,6 +19,14 @@ class Prices:
     loss: Array
 
 
+def worth_having(prices: Prices) -> Array:
+    """Indices of the choices that no other one beats in both cost and loss, the cheapest first."""
+    order = np.lexsort((prices.loss, prices.cost))
+    least = np.minimum.accumulate(prices.loss[order])
+    better = np.concatenate([[True], prices.loss[order][1:] < least[:-1]])
+    return order[better]
+
+
 def choose(items: Sequence[Prices], limit: float) -> list[int] | None:
     """The choice of every item with the least total loss at a total cost of at most `limit`; None if none fits.
 

@@ -64,7 +64,7 @@ class Planning(Decomposition):
     @property
     def settled(self) -> str | None:
         """The method as far as the options alone settle it: "lowrank" where they ask for what only ranks have."""
-        return self.method or ("lowrank" if self.of_ranks() or self.objective == "normalized" else None)
+        return self.method or ("lowrank" if self.of_ranks() else None)
 
     @property
     def hidden(self) -> bool | str:
@@ -90,10 +90,11 @@ class Planning(Decomposition):
             raise InputError(
                 f"attention={self.attention!r} goes with a budget and method='widths' or 'joint', not with {how}"
             )
+        if method in ("widths", "widths+ranks", "joint"):
+            check_objective(self.objective, widths=True)
         if method in ("widths", "widths+ranks", "joint", "bits"):
             for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
-            check_objective(self.objective, widths=True)
         if self.ranks is not None and (self.uniform or self.rank_buckets):
             raise InputError("ranks= names the ranks itself; it does not go with uniform= or rank_buckets=")
         if self.ranks is not None and (self.include is not None or self.exclude is not None):
@@ -139,5 +140,6 @@ class Planning(Decomposition):
             "ranks=": self.ranks is not None,
             "rank_buckets=": self.rank_buckets,
             "centred=True": self.centred,
+            "objective='normalized'": self.objective == "normalized",
         }
         return [name for name, given in asked.items() if given]

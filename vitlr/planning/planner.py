@@ -18,7 +18,7 @@ from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
-from vitlr.planning.choices import Sizes
+from vitlr.planning.offers import Sizes
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
@@ -62,17 +62,16 @@ def plan(
 def settle(options: Planning, parts: Parts, stats: Statistics, objective: Objective) -> tuple[Planning, list[str], str]:
     """The options with a method, the kinds of what gets narrower, and why it is this method."""
     method, why = options.settled, ""
-    if options.method is None and method is not None:
-        why = f"{[*options.of_ranks(), f'objective={options.objective!r}'][0]} goes with no other"
+    if method is not None and options.method is None:
+        why = f"{options.of_ranks()[0]} goes with no other"
+    elif method is None and options.attention not in (None, "none"):
+        method, why = "joint", f"attention={options.attention!r} was asked for"
     elif method is None:
         try:
             mlps = measured_mlps(parts, stats, objective)
             method, why = "joint", f"the hidden neurons of {len(mlps)} MLPs were measured"
         except InputError as reason:
-            method, why = (
-                "lowrank" if options.attention in (None, "none") else "joint",
-                stats.notes.get("no_hidden", str(reason)),
-            )
+            method, why = "lowrank", stats.notes.get("no_hidden", str(reason))
     if method in ("lowrank", "bits"):
         return replace(options, method=method), ["rounding"] if method == "bits" else [], why
     attention = None if options.attention == "none" else options.attention

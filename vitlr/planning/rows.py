@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
-from vitlr.planning.choices import Item, Offers
+from vitlr.planning.choices import Item
+from vitlr.planning.offers import Offers
 from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
 
 
@@ -63,10 +64,10 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
 
 def _error(offers: Offers, item: Item, name: str, rank: int | None) -> float:
     """The predicted loss of one of its linears, without that of the width."""
-    width, _, level = item.choices[0]
+    width, ranks, level = item.choices[0]
     if level is not None:
         return float(item.prices.loss[0])
-    return 0.0 if rank is None else float(offers.errors(item.narrowing, name, width)[rank])
+    return 0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank])
 
 
 def _widths(offers: Offers, item: Item) -> Iterator[WidthPlan]:

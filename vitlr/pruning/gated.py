@@ -24,7 +24,7 @@ from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
-from vitlr.surgery.application import unfuse
+from vitlr.surgery.fusion import unfuse
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vitlr.errors import InputError
 from vitlr.runtime.fields import Options, option
+from vitlr.runtime.words import newer
 
 RUNGS = ("refit", "regrow", "distil")
 WORDS = {"residual": "regrow", "joint": "distil"}  # what rungs were called before: still understood, and read in files
@@ -61,11 +62,11 @@ def parse_rungs(rungs: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(rungs, str):
         if rungs == "none":
             return ()
-        last = WORDS.get(rungs, rungs)
+        last = newer(rungs, WORDS)
         if last not in RUNGS:
             raise InputError(f"unknown rung {rungs!r}, {known}")
         return RUNGS[: RUNGS.index(last) + 1]
-    rungs = [WORDS.get(rung, rung) for rung in rungs]
+    rungs = [newer(rung, WORDS) for rung in rungs]
     unknown = [rung for rung in rungs if rung not in RUNGS]
     if unknown:
         raise InputError(f"unknown rung {unknown[0]!r}, {known}")

@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vitlr.errors import InputError
+from vitlr.runtime.words import newer
 
 O = TypeVar("O", bound="Options")  # noqa: E741 (the type of the options themselves)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -151,7 +152,7 @@ def _checked(item: Field[Any], kinds: tuple[Any, ...], value: Any) -> Any:
     if value is None and type(None) in kinds:
         return None
     if isinstance(value, str) and said.words and said.words.get(value) in (said.among or ()):
-        value = said.words[value]
+        value = newer(value, said.words)
     for kind, word in ((bool, "true or false"), (int, "whole number"), (float, "number"), (str, "word")):
         if kind not in kinds:
             continue

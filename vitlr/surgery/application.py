@@ -1,9 +1,8 @@
-"""Surgery: swap linear layers for low-rank ones and back, narrow MLPs and attentions, fuse them."""
+"""Surgery: carry a plan out, narrow MLPs and attentions and swap linear layers for low-rank ones."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -20,28 +19,17 @@ from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.decomposition.value_widths import ValueSpectrum
 from vitlr.errors import InputError
-from vitlr.nn import (
-    FoldedScale,
-    FusedAttention,
-    LowRankGLU,
-    LowRankLinear,
-    LowRankMLP,
-    QuantizedLinear,
-    ResidualLowRankLinear,
-    SelectedLinear,
-)
+from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.planning.plans import Plan
 from vitlr.runtime.modules import swap
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
-from vitlr.surgery import folding
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 from vitlr.surgery.mlps import narrow_mlp
 from vitlr.surgery.rounding import round_weights
 
 Factors = tuple[Tensor, Tensor, Tensor | None]  # A [N, r], B [r, K], bias [N]
-FUSED = (LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def replace_layers(
@@ -132,77 +120,6 @@ def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, Factors
         else:
             narrow_mlp(read_mlp(model.get_submodule(name), name), keep, weight=weight, bias=bias)
     return factors
-
-
-def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Multiply all factors out, `W = A B` or `A B + R`, and all steps: the same function on plain `nn.Linear`s.
-
-    Channels that were taken out of a layer (`SelectedLinear`) come back as zeros.
-    """
-    model = unfuse(model, inplace=inplace)
-    for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)):
-            swap(model, name, module.to_linear().train(module.training))
-    return model
-
-
-def fused(module: nn.Module) -> LowRankMLP | LowRankGLU | FusedAttention:
-    """The fused module that stands for an MLP or an attention. Raises `InputError` with all reasons where none can."""
-    reasons = {kind: kind.why_not(module) for kind in FUSED}
-    for kind, reason in reasons.items():
-        if reason is None:
-            return kind(module)
-    raise InputError("; ".join(f"no {kind.__name__}: {reason}" for kind, reason in reasons.items()))
-
-
-def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
-    """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
-
-    Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
-    `FusedAttention`. With `fold`, norms and layer scales beside low-rank
-    layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
-    which stays so after `unfuse`.
-    """
-    model = model if inplace else copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if name and any(kind.why_not(module) is None for kind in FUSED):
-            swap(model, name, fused(module))
-    if fold:
-        folding.fold(model)
-    return model
-
-
-def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Give every fused module and folded layer scale back its original module, with the weights it has now."""
-    model = model if inplace else copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, FusedAttention):
-            swap(model, name, module.to_attention())
-        elif isinstance(module, (LowRankMLP, LowRankGLU)):
-            swap(model, name, module.to_mlp())
-        elif isinstance(module, FoldedScale):
-            swap(model, name, module.to_scale())
-    return model
-
-
-def fused_names(model: nn.Module) -> list[str]:
-    """Names of the MLPs and attentions that are fused and of the layer scales that are folded."""
-    return [name for name, module in model.named_modules() if isinstance(module, (*FUSED, FoldedScale))]
-
-
-def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
-    """Fuse what `fused_names` named in a model of the same structure, whatever its weights, in place.
-
-    Raises `InputError` for a module that cannot be fused.
-    """
-    for name in names:
-        module = dict(model.named_modules()).get(name)
-        try:
-            if module is None or not name:
-                raise InputError("there is no such module")
-            swap(model, name, FoldedScale(module) if linears.is_scale(module) else fused(module))
-        except InputError as cause:
-            raise InputError(f"it fuses {name!r}, which cannot be: {cause}") from cause
 
 
 def apply(

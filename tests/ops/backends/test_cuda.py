@@ -15,6 +15,7 @@ from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops.backends import cuda, native
 from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers import lowrank_linear, lowrank_mlp
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "csrc"))
@@ -102,7 +103,7 @@ def test_devices(monkeypatch):
 def test_never_chosen_by_default(hopper, op, name):
     shape = {"M": 197, "K": 64, "N": 64, "dtype": BF16}
     shape |= {"r": 64} if op == "lowrank_linear" else {"D": 128, "r1": 64, "r2": 64}
-    told = ops.explain(op, ceilings=registry.H200, **shape)
+    told = ops.explain(op, ceilings=H200, **shape)
     row = next(row for row in told.rows if row.candidate == name)
     assert told.chosen != name and row.runs and row.why.endswith("never ran on real hardware") and row.ran_on == ()
     assert row.floor_us > 0
@@ -159,7 +160,7 @@ def test_what_tma_does_not_take_is_copied(hopper, monkeypatch):
 
 def test_floors_of_a_vit_b():
     """One wave of 66 clusters of two at 64 images, two of single CTAs at 256: docs/kernels/lowrank_mlp.md."""
-    cluster = cuda.planned_floor(key(M=12608), (128, 3, 2, 66, 1, 0.0), registry.H200)
-    single = cuda.planned_floor(key(M=50432), (128, 3, 1, 132, 1, 0.0), registry.H200)
+    cluster = cuda.planned_floor(key(M=12608), (128, 3, 2, 66, 1, 0.0), H200)
+    single = cuda.planned_floor(key(M=50432), (128, 3, 1, 132, 1, 0.0), H200)
     assert cluster == pytest.approx(34.7, abs=0.1) and single == pytest.approx(126.1, abs=0.2)
-    assert single > lowrank_mlp.roofline(50432, 768, 3072, 768, 128, 128, BF16, registry.H200).floor_us
+    assert single > lowrank_mlp.roofline(key(M=50432), H200).floor_us

@@ -12,6 +12,7 @@ from fake_kernels import fake_kernel
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import floors, measured, registry
+from vitlr.ops.dispatch.ceilings import H100, H200
 from vitlr.ops.layers.lowrank_linear import Key
 
 SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
@@ -115,7 +116,7 @@ def test_a_measured_time_outweighs_an_estimate(measured_here):
 
 
 def test_without_measurements_the_lowest_floor_wins(monkeypatch):
-    monkeypatch.setattr(registry, "ceilings_of", lambda device: registry.H200)
+    monkeypatch.setattr(registry, "ceilings_of", lambda device: H200)
     floor = {"old": 10.0, "new": 20.0}
     with fake_kernel("lowrank_linear", name="old"), fake_kernel("lowrank_linear", name="new"):
         assert chosen(LARGE) == "new"  # without floors of their own
@@ -132,8 +133,8 @@ def test_without_measurements_the_lowest_floor_wins(monkeypatch):
 @pytest.mark.parametrize(
     ("card", "limits"),
     [
-        ("NVIDIA H100 80GB HBM3", registry.H100),
-        ("NVIDIA H200", registry.H200),
+        ("NVIDIA H100 80GB HBM3", H100),
+        ("NVIDIA H200", H200),
         ("NVIDIA H100 PCIe", None),  # less memory bandwidth, lower clocks: nobody measured it
         ("NVIDIA GH200 480GB", None),
     ],
@@ -146,7 +147,7 @@ def test_ceilings_are_those_of_the_very_card(monkeypatch, card, limits):
 
 
 def test_a_last_wave_takes_as_long_as_a_full_one():
-    limits, bf16 = registry.H200, torch.bfloat16
+    limits, bf16 = H200, torch.bfloat16
     full = 1e6 * 132e9 / 790e12  # µs of 132 programs of 1 GFLOP
     assert floors.in_waves(1e9, 132, 132, 1, bf16, limits) == pytest.approx(full)
     assert floors.in_waves(1e9, 99, 132, 1, bf16, limits) == pytest.approx(full)
@@ -156,7 +157,7 @@ def test_a_last_wave_takes_as_long_as_a_full_one():
 
 
 def test_separate_products_write_and_read_what_is_between_them():
-    limits, fp16 = registry.H200, torch.float16
+    limits, fp16 = H200, torch.float16
     rows, moved = 1000, 1000 * (8 + 2) + 8 * 2 + 1000 * (2 + 4) + 2 * 4
     assert floors.separate(rows, [(8, 4, 2)], 3, fp16, limits) == pytest.approx(2e6 * (moved + 3 * rows) / 4.3e12)
     assert floors.separate(rows, [(8, 4, None)], 0, fp16, limits) == pytest.approx(2e6 * (12 * rows + 32) / 4.3e12)
@@ -170,6 +171,21 @@ def test_every_shipped_table_is_of_known_ops():
         for row in table["rows"]:
             fields = set(registry._ops[row["op"]].key_type._fields) - {"device"}
             assert set(row["key"]) == fields and all(us > 0 for us in row["us"].values())
+
+
+def test_a_back_end_can_be_asked_for_in_one_place(monkeypatch):
+    with fake_kernel("lowrank_linear"):
+        kernel = chosen()
+        with registry.backend("torch"):
+            assert chosen() == "torch" and "chosen: VITLR_BACKEND=torch" in str(
+                ops.explain("lowrank_linear", **SMALL._asdict())
+            )
+            monkeypatch.setenv("VITLR_BACKEND", kernel)
+            assert chosen() == "torch"  # the nearer word counts
+        assert chosen() == kernel != "torch"
+        with pytest.raises(ZeroDivisionError), registry.backend("torch"):
+            raise ZeroDivisionError
+        assert chosen() == kernel
 
 
 def test_torch_can_be_forced(monkeypatch):
@@ -194,7 +210,7 @@ def test_an_override_that_cannot_be_met_is_an_error(monkeypatch, backend, messag
 
 def test_explain_says_which_and_why():
     with fake_kernel("lowrank_linear", lambda key: "rank over 4" if key.r > 4 else None, name="triton.small"):
-        told = ops.explain("lowrank_linear", M=12608, K=768, N=768, r=128, dtype=torch.float16, ceilings=registry.H200)
+        told = ops.explain("lowrank_linear", M=12608, K=768, N=768, r=128, dtype=torch.float16, ceilings=H200)
         assert told.chosen == "torch"
         reasons = {row.candidate: (row.runs, row.why) for row in told.rows if row.candidate != "cpu"}
         assert reasons == {"torch": (True, "chosen"), "triton.small": (False, "rank over 4")}

@@ -12,7 +12,7 @@ from tolerance import assert_close_to
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops.backends import native
-from vitlr.ops.layers.attention import attention, reference, roofline
+from vitlr.ops.layers.attention import Key, attention, reference, roofline
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"native extension: {native.why_not()}")
 # (B, H, L, S, d): one key, less than a tile, ragged everywhere, odd widths, more keys than one chunk of words
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(shapes, message):
 
 
 def test_roofline_counts_both_products():
-    assert roofline(12 * 197, 197, 64, torch.float32).flops == 4 * 12 * 197 * 197 * 64
+    assert roofline(Key(12 * 197, 197, 64)).flops == 4 * 12 * 197 * 197 * 64
 
 
 @needs_native

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr import ops
 from vitlr.errors import InputError
-from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.ops.layers.lowrank_glu import Key, lowrank_glu, reference, roofline, separate_floor
 
@@ -121,8 +121,8 @@ def test_flops_are_counted():
 
 
 def test_a_shared_factor_counts_once():
-    sizes = (12608, 768, 2048, 768, 128, 128, 128, torch.bfloat16)
-    once, twice = roofline(*sizes, shared=True), roofline(*sizes)
+    key = Key(12608, 768, 2048, 768, 128, 128, 128, dtype=torch.bfloat16)
+    once, twice = roofline(key._replace(shared=True)), roofline(key)
     assert twice.flops - once.flops == 2 * 12608 * 128 * 768
     assert twice.bytes - once.bytes == 2 * 128 * 768
 
@@ -137,9 +137,9 @@ def test_the_key_says_whether_the_factor_is_shared():
 
 def test_explained():
     sizes = {"M": 12608, "K": 768, "D": 2048, "N": 768, "rg": 128, "rv": 128, "r2": 128, "dtype": torch.bfloat16}
-    told = ops.explain("lowrank_glu", ceilings=registry.H200, **sizes)
+    told = ops.explain("lowrank_glu", ceilings=H200, **sizes)
     assert told.chosen == "torch" and told.roofline.floor_us < told.rows[0].floor_us
-    assert told.rows[0].floor_us == separate_floor(Key(**sizes), registry.H200)
+    assert told.rows[0].floor_us == separate_floor(Key(**sizes), H200)
 
 
 @pytest.mark.parametrize(

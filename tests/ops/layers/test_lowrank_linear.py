@@ -10,9 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.errors import InputError
-from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.activations import ACTIVATIONS
-from vitlr.ops.layers.lowrank_linear import lowrank_linear, reference, roofline
+from vitlr.ops.layers.lowrank_linear import Key, lowrank_linear, reference, roofline
 
 K, N, R = 24, 40, 6
 OVERLOAD = torch.ops.vitlr.lowrank_linear.default
@@ -156,14 +156,14 @@ def test_flops_are_counted():
 
 
 def test_roofline_of_a_vit_b_projection():
-    floor = roofline(12608, 768, 768, 128, torch.bfloat16, registry.H200)
+    floor = roofline(Key(12608, 768, 768, 128, dtype=torch.bfloat16), H200)
     assert floor.flops == 2 * 12608 * 128 * 1536
     assert floor.bytes == 2 * (12608 * 1536 + 128 * 1536)
     assert floor.floor_us == pytest.approx(9.1, abs=0.05)
     # Compute-bound where the rank exceeds the machine's FLOP per byte, and no floor without ceilings.
-    wide = roofline(12608, 768, 3072, 256, torch.bfloat16, registry.H200)
+    wide = roofline(Key(12608, 768, 3072, 256, dtype=torch.bfloat16), H200)
     assert wide.floor_us == pytest.approx(1e6 * wide.flops / 790e12)
-    assert roofline(1, 2, 3, 1, torch.float32).floor_us is None
+    assert roofline(Key(1, 2, 3, 1)).floor_us is None
 
 
 @pytest.mark.parametrize(

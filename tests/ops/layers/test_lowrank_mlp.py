@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr import ops
 from vitlr.errors import InputError
-from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 from vitlr.ops.layers.activations import ACTIVATIONS
-from vitlr.ops.layers.lowrank_mlp import lowrank_mlp, reference, roofline
+from vitlr.ops.layers.lowrank_mlp import Key, lowrank_mlp, reference, roofline
 
 OVERLOAD = torch.ops.vitlr.lowrank_mlp.default
 FORMS = ["both", "first", "second", "no bias"]  # which pair is low-rank, or both and no biases
@@ -154,14 +154,14 @@ def test_flops_are_counted(form, size):
 
 
 def test_roofline_of_a_vit_b_mlp():
-    floor = roofline(12608, 768, 3072, 768, 128, 128, torch.bfloat16, registry.H200)
+    floor = roofline(Key(12608, 768, 3072, 768, 128, 128, dtype=torch.bfloat16), H200)
     assert floor.floor_us == pytest.approx(31.4, abs=0.1)
     told = ops.explain(
-        "lowrank_mlp", M=12608, K=768, D=3072, N=768, r1=128, r2=128, dtype=torch.bfloat16, ceilings=registry.H200
+        "lowrank_mlp", M=12608, K=768, D=3072, N=768, r1=128, r2=128, dtype=torch.bfloat16, ceilings=H200
     )
     # Two pairs of products at 24.3 µs each and the activation's own pass of 36 µs over the hidden tensor.
     assert told.rows[0].floor_us == pytest.approx(2 * 24.3 + 36, abs=0.3)
-    assert roofline(10, 768, 3072, 768, None, None, torch.float32).flops == 2 * 10 * 2 * 768 * 3072
+    assert roofline(Key(10, 768, 3072, 768, None, None)).flops == 2 * 10 * 2 * 768 * 3072
 
 
 @pytest.mark.parametrize(

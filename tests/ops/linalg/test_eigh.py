@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from vitlr.errors import InputError
+from vitlr.ops import explain
 from vitlr.ops.backends import cusolver
-from vitlr.ops.linalg.eigh import VARIABLE, BatchError, eigh
+from vitlr.ops.dispatch import registry
+from vitlr.ops.linalg.eigh import VARIABLE, BatchError, Key, eigh
 
 
 def symmetric(b: int = 3, n: int = 6, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -49,8 +51,24 @@ def test_bad_input(monkeypatch):
     with pytest.raises(InputError, match="VITLR_EIGH=magma: unknown eigensolver, expected one of torch, cusolver"):
         eigh(symmetric())
     monkeypatch.setenv(VARIABLE, "cusolver")
-    with pytest.raises(InputError, match="cannot run here: K is on cpu"):
+    with pytest.raises(InputError, match=r"VITLR_EIGH=cusolver: eigh cannot run here \(cusolver: K is on cpu"):
         eigh(symmetric())
+
+
+def test_a_variable_of_its_own_chooses(monkeypatch):
+    monkeypatch.setenv("VITLR_BACKEND", "triton")  # of which there is no eigensolver
+    assert eigh(symmetric())[0].shape == (3, 6)
+    told = explain("eigh", b=48, n=768)
+    assert told.chosen == "torch" and [row.candidate for row in told.rows] == ["torch", "cusolver"]
+    assert told.rows[1].why == "K is on cpu, cuSOLVER runs on a CUDA device"
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert "chosen: VITLR_EIGH=torch" in str(explain("eigh", b=48, n=768))
+
+
+def test_too_many_matrices_are_told_before_the_call(monkeypatch):
+    monkeypatch.setattr(cusolver, "why_not", lambda device: None)
+    assert cusolver.objection(Key(2**11, 2**10)) is None
+    assert "2049 matrices of n = 1024 are more than" in cusolver.objection(Key(2**11 + 1, 2**10))
 
 
 class FakeCall:
@@ -136,6 +154,7 @@ def fake(monkeypatch):
 
     def install(**arguments):
         library = FakeLibrary(**arguments)
+        monkeypatch.setattr(registry, "_chosen", {})  # of a device that has no cuSOLVER
         monkeypatch.setattr(cusolver, "_library", lambda: cusolver.declare(library, "libfake.so"))
         monkeypatch.setattr(cusolver, "_handles", {})
         monkeypatch.setattr(cusolver, "why_not", lambda device: None)

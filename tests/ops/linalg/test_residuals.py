@@ -8,7 +8,7 @@ import torch
 from vitlr.calibration.statistics import LayerStatistics
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.layers.codes import FORMS, LARGEST, dequantise, encode, spread
-from vitlr.ops.linalg.residuals import Metric, fit_blocks, lowrank, merge, quantise, solve_parts
+from vitlr.ops.linalg.residuals import Metric, fit_blocks, lowrank, quantise, solve_parts
 
 BF16 = torch.bfloat16
 
@@ -162,10 +162,3 @@ def test_what_does_not_fit():
     W[0, 0] = float("inf")
     with pytest.raises(NumericalError, match=r"weight .* holds NaN or Inf"):
         solve_parts(W, 4, "int8", 8, BF16)
-
-
-def test_merge():
-    A, B, A2, B2 = torch.randn(6, 2), torch.randn(2, 5), torch.randn(6, 3), torch.randn(3, 5)
-    wide, tall = merge(A, B, A2, B2)
-    assert wide.shape == (6, 5) and tall.shape == (5, 5)
-    torch.testing.assert_close(wide @ tall, A @ B + A2 @ B2)

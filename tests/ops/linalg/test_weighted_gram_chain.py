@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.errors import InputError
 from vitlr.ops import explain
-from vitlr.ops.dispatch.registry import Ceilings
-from vitlr.ops.linalg.weighted_gram_chain import roofline, weighted_gram_chain
+from vitlr.ops.dispatch.ceilings import Ceilings
+from vitlr.ops.linalg.weighted_gram_chain import Key, roofline, weighted_gram_chain
 
 OVERLOAD = torch.ops.vitlr.weighted_gram_chain.default
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
@@ -66,7 +66,7 @@ def test_compiles_without_a_break():
 def test_flops_are_those_of_one_product_and_one_triangle():
     with FlopCounterMode(display=False) as counter:
         weighted_gram_chain(*problem())
-    count = roofline(3, 5, 7, torch.float64)
+    count = roofline(Key(3, 5, 7, torch.float64))
     assert counter.get_total_flops() == count.flops == 3 * (2 * 5 * 7 * 7 + 5 * 6 * 7)
     assert count.bytes == 8 * 3 * (35 + 49 + 25) and count.floor_us is None
     ceilings = Ceilings("a test", 1e9, {torch.float64: 1e9})

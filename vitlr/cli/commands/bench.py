@@ -75,7 +75,7 @@ def bench(
     from vitlr.measuring import cost, timing
     from vitlr.ops.backends import native
     from vitlr.runtime.progress import bar
-    from vitlr.surgery import application
+    from vitlr.surgery import fusion
 
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
@@ -84,14 +84,14 @@ def bench(
     if vs is not None:
         networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
     elif any("rank" in entry for entry in structure(networks["model"]).values()):
-        networks["vs"] = application.to_dense(networks["model"])
+        networks["vs"] = fusion.to_dense(networks["model"])
     shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
     costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
     runners: Any = {n: torch.compile(net, dynamic=False) for n, net in networks.items()} if torchcompile else networks
     if kernels or (kernels is None and not torchcompile and structure(networks["model"])):
-        runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": application.fuse(networks["model"])}
+        runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": fusion.fuse(networks["model"])}
     rows: list[dict[str, Any]] = []
     with bar("measuring", len(sizes), "batch sizes") as progress:
         for size in sizes:

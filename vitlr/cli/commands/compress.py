@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from vitlr.calibration.options import Calibration
-from vitlr.cli.command import takes
+from vitlr.cli.command import flags_of, in_flags, takes
 from vitlr.cli.options import (
     DATA,
     OUTPUT,
@@ -124,7 +124,7 @@ def compress(
 
     def decided(plan: Any) -> None:
         if plan.why:
-            typer.echo(f"method {plan.method}: {plan.why}", err=True)
+            typer.echo(f"method {plan.method}: {in_flags(plan.why, flags_of(compress))}", err=True)
         if plan_out is not None:
             plan.save(plan_out)
 

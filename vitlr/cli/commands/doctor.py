@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from vitlr.errors import InputError
+from vitlr.runtime.machine import cores, processor
+from vitlr.runtime.words import one_line
 
 _PACKAGES = ("vitlr", "torch", "torchvision", "triton", "timm", "safetensors", "numpy", "typer", "rich")
 _OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao")
@@ -25,7 +27,7 @@ def diagnose() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "optional": {name: _version(name) for name in _OPTIONAL},
         "triton": _triton(),
-        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cores": _cores()},
+        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cores": cores()},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "devices": devices,
         "native": _native(),
@@ -90,18 +92,14 @@ def _triton() -> dict[str, Any]:
     try:
         import triton
     except ImportError as cause:
-        return {"runs": False, "why_not": f"it does not import: {_line(cause)}"}
+        return {"runs": False, "why_not": f"it does not import: {one_line(cause)}"}
     if not torch.cuda.is_available():
         return {"runs": False, "why_not": f"triton {triton.__version__} is there, but torch sees no CUDA device"}
     return {"runs": True, "why_not": None}
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _devices() -> list[dict[str, str]]:
-    found = [{"name": "cpu", "description": f"{_processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"}]
+    found = [{"name": "cpu", "description": f"{processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
@@ -109,15 +107,6 @@ def _devices() -> list[dict[str, str]]:
             description = f"{card.name}, {size:.0f} GiB, compute capability {capability}"
             found.append({"name": f"cuda:{index}", "description": description})
     return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _native() -> dict[str, Any]:
@@ -155,6 +144,7 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "weighted_gram_chain": {"b": _BLOCKS, "m": _WIDTH, "k": _WIDTH, "device": device},
         "attention": {"M": 12 * _ROWS, "S": 197, "d": 64, **on},
         "batched_solve": {"b": 4 * _BLOCKS, "n": _WIDTH, "device": device},
+        "eigh": {"b": 4 * _BLOCKS, "n": _WIDTH, "device": device},
         "lowrank_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK},
         "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
@@ -176,7 +166,3 @@ def _explained(op: str, device: dict[str, str]) -> dict[str, Any]:
         {"candidate": row.candidate, "runs": row.runs, "why": row.why, "ran_on": list(row.ran_on)} for row in found.rows
     ]
     return {**answer, "chosen": found.chosen, "candidates": rows, "table": str(found)}
-
-
-def _line(cause: BaseException) -> str:
-    return " ".join(str(cause).split()) or type(cause).__name__

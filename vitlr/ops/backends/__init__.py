@@ -1,1 +1,8 @@
 """Who runs operations: candidates on the CPU, in CUDA and in Triton. They import operations, never the other way."""
+
+# Importing one registers its candidates. Of two without times the later is preferred, so the order counts.
+# isort: off
+from vitlr.ops.backends.triton import lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear  # noqa: F401
+from vitlr.ops.backends import cpu  # noqa: F401
+from vitlr.ops.backends.triton import linalg  # noqa: F401
+from vitlr.ops.backends import cuda, cuda_solve, cusolver, two_steps  # noqa: F401

@@ -10,10 +10,12 @@ from torch import Tensor
 from vitlr.ops.backends import native, packed
 from vitlr.ops.dispatch import registry
 from vitlr.ops.layers import attention, lowrank_linear, lowrank_mlp, lowrank_residual_linear
+from vitlr.ops.linalg import gram
 
 _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
 _ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16)
+_SLOW = "without AVX2 torch's own GEMM is faster"
 
 
 class _Chain:
@@ -93,6 +95,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return native.attention(q, k, v, native.isa_used()).flatten(2)
 
 
+def _gram(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
+    for x, w in [(X, weight)] if X.dtype == torch.float32 else gram.blocks(X, weight):
+        native.gram(C, x, None if w is None else w.to(torch.float32).contiguous())
+    return C
+
+
 def _supports(key: Any) -> str | None:
     if key.device.type != "cpu":
         return f"x is on {key.device}, the kernel runs on the CPU"
@@ -109,10 +117,22 @@ def _residual_supports(key: Any) -> str | None:
     return _supports(key)
 
 
+def _gram_supports(key: gram.Key) -> str | None:
+    if key.device.type != "cpu":
+        return f"X is on {key.device}, the kernel runs on the CPU"
+    if key.dtype == torch.float64:
+        return "the products are in fp32, X is fp64"
+    return native.why_not()
+
+
+def _gram_worth(key: gram.Key) -> str | None:
+    return _SLOW if native.best_isa() == "portable" else None
+
+
 def _too_little(M: int | None, weights: int, dtype: torch.dtype, least: int | None = None) -> str | None:
     """Calls of the op take tens of µs; torch's own fp32 linear starts quickly, its bf16 linear does not."""
     if native.best_isa() == "portable":
-        return "without AVX2 torch's own GEMM is faster"
+        return _SLOW
     least = least or (4_000_000 if dtype == torch.float32 else 100_000)
     if M is not None and M * weights < least:
         return f"it is {M * weights:,} multiplications, below {least:,} a call costs more than the kernel gains"
@@ -150,6 +170,7 @@ def _attention_worth(key: attention.Key) -> str | None:
 
 
 for _op, _candidate in (
+    (gram.OP, registry.Candidate("cpu", _gram_supports, _gram, _RAN_ON, _gram_worth)),
     (attention.OP, registry.Candidate("cpu", _supports, _attention, _RAN_ON, _attention_worth)),
     (lowrank_linear.OP, registry.Candidate("cpu", _supports, _linear, _RAN_ON, _linear_worth)),
     (lowrank_mlp.OP, registry.Candidate("cpu", _supports, _mlp, _RAN_ON, _mlp_worth)),

@@ -86,10 +86,7 @@ def planned_floor(key: Any, plan: tuple, ceilings: registry.Ceilings) -> float |
     products = 2 * rows * (r1 * key.K / (1 if mlp else ranks) + (r1 + r2) * D / ranks + r2 * key.N / (ranks * groups))
     activated = D / ranks if mlp else key.N / (ranks * groups)
     issued = triton.kernels("activations").issue_flops(1, key.act, triton.kernels("targets").TARGETS["sm_90"])
-    if mlp:
-        whole = lowrank_mlp.roofline(M, key.K, D, key.N, r1, r2, key.dtype, residual=key.residual)
-    else:
-        whole = lowrank_linear.roofline(M, key.K, key.N, r1, key.dtype, residual=key.residual)
+    whole = lowrank_mlp.roofline(key) if mlp else lowrank_linear.roofline(key)
     each = max(products, rows * activated * issued)
     programs = math.ceil(M / rows) * groups * ranks
     return floors.in_waves(each, programs, PROCESSORS, whole.bytes, key.dtype, ceilings)

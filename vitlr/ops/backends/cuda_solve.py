@@ -14,7 +14,6 @@ from torch import Tensor
 from vitlr.ops.backends import cusolver, native
 from vitlr.ops.dispatch.registry import Candidate, register
 from vitlr.ops.linalg import batched_solve, weighted_gram_chain
-from vitlr.ops.linalg.eigh import failure
 
 PANEL = 64  # columns of a panel of the factorisation: `_cuda.panel`
 FULL_RATE = (80, 90, 100)  # compute capabilities whose fp64 is no afterthought
@@ -109,9 +108,7 @@ def enqueue(M: Tensor, F: Tensor, shift: Tensor) -> Enqueued:
 def solve(M: Tensor, F: Tensor | None = None) -> batched_solve.Solution:
     """As `batched_solve.reference`; matrices that need more jitter are solved again, with the others left alone."""
     if F is None:
-        energies, U, info = cusolver.syev_batched(M)
-        _settled(M, info)
-        return batched_solve.back_transform(None, energies, U)
+        return batched_solve.back_transform(None, *cusolver.solve(M))
     level = batched_solve.mean_eigenvalue(F)
     found = enqueue(M, F, batched_solve.JITTERS[0] * level)
     again = _indices(found.not_definite, found.not_converged, M)
@@ -130,14 +127,8 @@ def solve(M: Tensor, F: Tensor | None = None) -> batched_solve.Solution:
 def _indices(not_definite: Tensor, not_converged: Tensor, M: Tensor) -> Tensor:
     """The matrices to factor again; the one wait for the device. What did not converge though factored is an error."""
     infos = torch.stack([not_definite, not_converged]).cpu()
-    _settled(M, infos[1] * (infos[0] == 0))
+    cusolver.settle(M, infos[1] * (infos[0] == 0))
     return infos[0].nonzero()[:, 0].to(M.device)
-
-
-def _settled(M: Tensor, info: Tensor) -> None:
-    error = failure(M, info)
-    if error is not None:
-        raise error
 
 
 def _multiply(
@@ -162,14 +153,8 @@ def _fields(A: Tensor) -> tuple[int, int, int, int]:
 
 
 def _solve_why_not(key: batched_solve.Key) -> str | None:
-    return why_not(key) or cusolver.why_not(key.device) or _limit(key)
-
-
-def _limit(key: batched_solve.Key) -> str | None:
-    if key.n * key.n * key.b > cusolver.LIMIT:
-        return f"{key.b} matrices of n = {key.n} are more than cuSOLVER takes at once: n · n · b up to 2^31"
-    return None
+    return why_not(key) or cusolver.objection(key)
 
 
 register(weighted_gram_chain.OP, Candidate("cuda.tensor_cores", why_not, chain, worth=slow))
-register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve, worth=slow))  # type: ignore[arg-type]
+register(batched_solve.OP, Candidate("cuda.fused", _solve_why_not, solve, worth=slow))

@@ -1,4 +1,4 @@
-"""`cusolverDnXsyevBatched` through ctypes, from the libcusolver that torch's own wheels bring.
+"""`cusolverDnXsyevBatched`, a candidate of `eigh`, through ctypes from the libcusolver that torch's own wheels bring.
 
 Opened at run time: there is no link-time dependency, and whether a version has the call is asked of the library.
 Signatures as in cusolverDn.h of CUDA 13 (64-bit API). Never ran on real hardware: the arguments are tested against a
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from vitlr.errors import InputError
+from vitlr.ops.dispatch import registry
+from vitlr.ops.linalg.eigh import OP, BatchError
 
 EIG_MODE_VECTOR, FILL_MODE_UPPER = 1, 1  # cusolver_common.h, cublas_api.h
 DATA_TYPE = {torch.float32: 0, torch.float64: 1}  # CUDA_R_32F, CUDA_R_64F of library_types.h
@@ -65,6 +67,35 @@ def why_not(device: torch.device) -> str | None:
     except InputError as cause:
         return str(cause)
     return None
+
+
+def objection(key: Any) -> str | None:
+    """Why the call cannot run for a key of b matrices of size n, in one line; None where it can."""
+    refusal = why_not(key.device)
+    if refusal is None and key.n * key.n * key.b > LIMIT:
+        refusal = f"{key.b} matrices of n = {key.n} are more than cuSOLVER takes at once: n · n · b up to 2^31"
+    return refusal
+
+
+def solve(K: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [b, n] ascending and vectors of K [b, n, n]; waits for the device, to ask whether all went well.
+
+    Raises `BatchError` with the index of a matrix that did not converge.
+    """
+    energies, U, info = syev_batched(K)
+    settle(K, info)
+    return energies, U
+
+
+def settle(K: Tensor, info: Tensor) -> None:
+    """Wait for info [b] of K [b, n, n] and raise the `BatchError` of the first matrix where it is not 0."""
+    failed = info.nonzero()[:, 0]
+    if not len(failed):
+        return
+    index = int(failed[0])
+    if not torch.isfinite(K[index]).all():
+        raise BatchError("it holds NaN or Inf", index)
+    raise BatchError(f"cuSOLVER did not converge (info {int(info[index])})", index)
 
 
 def syev_batched(K: Tensor, *, overwrite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,3 +230,6 @@ def _path() -> str:
         if found:
             return found[0]
     return name
+
+
+registry.register(OP, registry.Candidate("cusolver", objection, solve))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.ceilings import H200
 
 
 def in_waves(
@@ -43,7 +44,7 @@ def separate(
 
 def pays(op: str, name: str, key: Any) -> str | None:
     """None unless another candidate has a lower floor; a card without ceilings of its own is judged as an H200."""
-    limits = registry.ceilings_of(key.device) or registry.H200
+    limits = registry.ceilings_of(key.device) or H200
     able = [c for c in registry.candidates(op) if c.floor is not None and c.supports(key) is None]
     times = {c.name: time for c in able if c.floor is not None and (time := c.floor(key, limits)) is not None}
     if key.M is None or name not in times:

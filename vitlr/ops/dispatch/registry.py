@@ -10,54 +10,19 @@ alone, or says why none can: nothing falls back silently.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import measured
+from vitlr.ops.dispatch.ceilings import Ceilings, Roofline, ceilings_of
 
-BACKENDS = ("torch", "triton", "cuda", "cpu")
 VARIABLE = "VITLR_BACKEND"
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What a device reaches at best, as measured: bytes/s of memory and FLOP/s for each dtype."""
-
-    name: str
-    bytes_per_s: float
-    flops_per_s: Mapping[torch.dtype, float]
-
-    def microseconds(self, flops: float, size: float, dtype: torch.dtype) -> float | None:
-        """`max(flops / peak, bytes / bandwidth)` in µs; None where the dtype's peak is not known."""
-        peak = self.flops_per_s.get(dtype)
-        return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
-
-
-# Copy bandwidth and bf16 GEMM as measured on such cards; their tensor cores run fp16 at the same rate.
-H100 = Ceilings("NVIDIA H100 80GB HBM3", 3.0e12, {torch.bfloat16: 798e12, torch.float16: 798e12})
-H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
-
-
-def ceilings_of(device: torch.device | str) -> Ceilings | None:
-    """The measured ceilings of a device, or None: no floor in µs is better than one from another machine."""
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    card = torch.cuda.get_device_name(device)
-    return next((limits for limits in (H100, H200) if limits.name in card), None)
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """FLOPs, compulsory bytes and the time in µs that no implementation can beat (None: ceilings not known)."""
-
-    flops: int
-    bytes: int
-    floor_us: float | None
 
 
 @dataclass(frozen=True)
@@ -66,15 +31,15 @@ class Candidate:
 
     `name` is the back-end, or back-end and variant: `torch`, `triton.row_block`.
     `supports(key)` is None if it can run there, else the reason why not; `key.M` is None while a graph with unknown
-    rows is traced: the question is then whether it can run for some M. `run` takes the op's arguments and returns a
-    contiguous result. `ran_on` names the hardware it has been tested on: none, and it runs only where it is asked for
+    rows is traced: the question is then whether it can run for some M. `run` takes the op's arguments and returns its
+    result, contiguous. `ran_on` names the hardware it has been tested on: none, and it runs only where it is asked for
     by name. `worth(key)` is None if it pays there, else the reason why not. `floor(key, ceilings)` is its own best
     time in µs.
     """
 
     name: str
     supports: Callable[[Any], str | None]
-    run: Callable[..., torch.Tensor]
+    run: Callable[..., Any]
     ran_on: tuple[str, ...] = ()
     worth: Callable[[Any], str | None] = lambda key: None
     floor: Callable[[Any, Ceilings], float | None] | None = None
@@ -85,22 +50,39 @@ class Candidate:
         return self.name.partition(".")[0]
 
 
+class Override(NamedTuple):
+    """The environment variable that chooses among an op's candidates, the word for its values, those always known."""
+
+    variable: str
+    word: str
+    known: tuple[str, ...]
+
+
+BACKEND = Override(VARIABLE, "back-end", ("cpu", "cuda", "torch", "triton"))
+
+
 @dataclass
 class _Op:
     key_type: Any
     roofline: Callable[[Any, Ceilings | None], Roofline]
     candidates: list[Candidate]
+    override: Override
 
 
 _ops: dict[str, _Op] = {}
 _chosen: dict[tuple, Candidate] = {}
+_inside: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
 def register_op(
-    op: str, key_type: Any, roofline: Callable[[Any, Ceilings | None], Roofline], reference: Candidate
+    op: str,
+    key_type: Any,
+    roofline: Callable[[Any, Ceilings | None], Roofline],
+    reference: Candidate,
+    override: Override = BACKEND,
 ) -> None:
     """Makes an op known. `key_type`: the NamedTuple that describes a call; its fields are `explain`'s keywords."""
-    _ops[op] = _Op(key_type, roofline, [reference])
+    _ops[op] = _Op(key_type, roofline, [reference], override)
 
 
 def register(op: str, candidate: Candidate) -> None:
@@ -126,9 +108,27 @@ def candidates(op: str) -> tuple[Candidate, ...]:
     return tuple(_op(op).candidates)
 
 
-def select(op: str, key: Any) -> Candidate:
-    """The candidate that runs on `key`. Raises InputError if `VITLR_BACKEND` names one that cannot."""
-    wanted = os.environ.get(VARIABLE)
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose among the candidates of one back-end for as long as this lasts, as `VITLR_BACKEND=name` would."""
+    before = _inside.set(name)
+    try:
+        yield
+    finally:
+        _inside.reset(before)
+
+
+def _wanted(override: Override) -> str | None:
+    """The back-end that this context asks for, else what the op's environment variable says."""
+    return (_inside.get() if override is BACKEND else None) or os.environ.get(override.variable)
+
+
+def select(op: str, key: Any, wanted: str | None = None) -> Candidate:
+    """The candidate that runs on `key`. Raises InputError if the one that is wanted cannot.
+
+    `wanted`: a back-end; by default what the op's environment variable says, `VITLR_BACKEND` for all but `eigh`.
+    """
+    wanted = wanted or _wanted(_op(op).override)
     entry = (op, key, wanted)
     chosen = _chosen.get(entry)
     if chosen is None:
@@ -151,7 +151,7 @@ def constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:
 @constant_in_graphs
 def has_kernels(op: str) -> bool:
     """Whether there is anything to choose: while there is not, a module need not even describe its call."""
-    return len(_ops[op].candidates) > 1 or VARIABLE in os.environ
+    return len(_ops[op].candidates) > 1 or _ops[op].override.variable in os.environ
 
 
 @constant_in_graphs
@@ -200,18 +200,18 @@ def _floor(candidate: Candidate, key: Any, limits: Ceilings) -> float | None:
 
 
 def _forced(op: str, key: Any, wanted: str) -> Candidate:
-    every = _op(op).candidates
-    known = sorted({*BACKENDS, *(candidate.backend for candidate in every)})
+    every, (variable, word, always) = _op(op).candidates, _op(op).override
+    known = dict.fromkeys((*always, *(candidate.backend for candidate in every)))
     if wanted not in known:
-        raise InputError(f"{VARIABLE}={wanted}: unknown back-end, expected one of {', '.join(known)}")
+        raise InputError(f"{variable}={wanted}: unknown {word}, expected one of {', '.join(known)}")
     offered = [candidate for candidate in reversed(every) if candidate.backend == wanted]
     if not offered:
-        raise InputError(f"{VARIABLE}={wanted}: {op} has no such candidate, only {', '.join(c.name for c in every)}")
+        raise InputError(f"{variable}={wanted}: {op} has no such candidate, only {', '.join(c.name for c in every)}")
     reasons = {candidate.name: candidate.supports(key) for candidate in offered}
     able = [candidate for candidate in offered if reasons[candidate.name] is None]
     if not able:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise InputError(f"{VARIABLE}={wanted}: {op} cannot run here ({told})")
+        raise InputError(f"{variable}={wanted}: {op} cannot run here ({told})")
     # Asked for by name, an untried or slow kernel runs as well, but not in place of a good one of the same back-end.
     ranks = {candidate.name: (not candidate.ran_on, candidate.worth(key) is not None) for candidate in able}
     best = min(ranks.values())
@@ -284,7 +284,8 @@ def explain(op: str, *, ceilings: Ceilings | None = None, **shape: Any) -> Expla
         refusal = candidate.supports(key)
         why = refusal or _objection(op, candidate, key) or ""
         if candidate is chosen:
-            why = f"chosen: {VARIABLE}={os.environ[VARIABLE]}" if os.environ.get(VARIABLE) else "chosen"
+            wanted = _wanted(entry.override)
+            why = f"chosen: {entry.override.variable}={wanted}" if wanted else "chosen"
         elif not why:
             why = f"{chosen.name} is preferred"
         floor = _floor(candidate, key, limits) if limits and refusal is None else None

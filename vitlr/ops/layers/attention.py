@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.autocast import compute_dtype, register_autocast
+from vitlr.ops.dispatch.registration import register_layer_op
 
 OP = "attention"
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The specification, in plain torch."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`softmax(q kᵀ / √d) v`: q [B, H, L, d], k and v [B, H, S, d] -> y [B, L, H d], contiguous.
+
+    Any strides; differentiable; no mask, no dropout. Raises InputError for shapes, dtypes or devices that do not fit.
+    """
+    return torch.ops.vitlr.attention.default(q, k, v)
 
 
 class Key(NamedTuple):
@@ -27,74 +38,34 @@ class Key(NamedTuple):
     device: torch.device = torch.device("cpu")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`softmax(q kᵀ / √d) v`: q [B, H, L, d], k and v [B, H, S, d] -> y [B, L, H d], contiguous.
-
-    Any strides; differentiable; no mask, no dropout. Raises InputError for shapes, dtypes or devices that do not fit.
-    """
-    return torch.ops.vitlr.attention.default(q, k, v)
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The specification, in plain torch."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def roofline(
-    M: int, S: int, d: int, dtype: torch.dtype, ceilings: registry.Ceilings | None = None
-) -> registry.Roofline:
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
     """`4 M S d` FLOPs over the bytes of q and y alone: how often k and v are shared, M does not tell."""
-    flops, size = 4 * M * S * d, dtype.itemsize * 2 * M * d
-    return registry.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+    M = key.M or 0
+    return registry.Roofline.of(4 * M * (key.S or 0) * key.d, key.dtype.itemsize * 2 * M * key.d, key.dtype, ceilings)
 
 
-def has_kernels() -> bool:
-    """Whether there is anything to choose from but plain torch."""
-    return registry.has_kernels(OP)
-
-
-def kernel_chosen(q: Tensor, k: Tensor) -> bool:
-    """Whether dispatch takes a kernel rather than plain torch for q and k; a constant where a graph is traced."""
-    known = not torch.compiler.is_compiling()
-    M, S = (q.shape[:-1].numel(), k.shape[2]) if known else (None, None)
-    return registry.kernel_chosen(OP, M, S, q.shape[3], compute_dtype(q), q.device)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+def _describe(M: int | None, q: Tensor, k: Tensor, v: Tensor) -> Key:
     if not (q.dim() == k.dim() == v.dim() == 4):
-        raise InputError(f"{OP}: {shapes}, expected [B, H, L, d], [B, H, S, d] and [B, H, S, d]")
+        raise _unfit(q, k, v, ", expected")
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise InputError(f"{OP}: {shapes} do not fit, expected [B, H, L, d], [B, H, S, d] and [B, H, S, d]")
+        raise _unfit(q, k, v, " do not fit, expected")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype or tensor.device != q.device:
             raise InputError(f"{OP}: {name} is {tensor.dtype} on {tensor.device}, q is {q.dtype} on {q.device}")
+    return Key(M, k.shape[2], q.shape[3], q.dtype, q.device)
 
 
-_lib = torch.library.Library("vitlr", "FRAGMENT")
-_lib.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
+def _unfit(q: Tensor, k: Tensor, v: Tensor, expected: str) -> InputError:
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    return InputError(f"{OP}: {shapes}{expected} [B, H, L, d], [B, H, S, d] and [B, H, S, d]")
 
 
-@torch.library.register_fake("vitlr::attention", lib=_lib)
-def _fake(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _check(q, k, v)
+def _out(key: Key, q: Tensor, *_: Tensor) -> tuple[int, ...]:
     B, H, L, d = q.shape
-    return q.new_empty((B, L, H * d))
+    return B, L, H * d
 
 
-def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _check(q, k, v)
-    B, H, L, d = q.shape
-    key = Key(B * H * L, k.shape[2], d, q.dtype, q.device)
-    return registry.select(OP, key).run(q, k, v).contiguous()
-
-
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v = ctx.saved_tensors
+def _backward(g: Tensor, needs: tuple[bool, ...], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     B, H, L, d = q.shape
     g = g.view(B, L, H, d).transpose(1, 2)
     # The shares [B, H, L, S] are computed again: not keeping them is what the fused forward is for.
@@ -105,19 +76,13 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return dS @ k, dS.mT @ q, dv
 
 
-_lib.impl("attention", _run, "CompositeExplicitAutograd")
-torch.library.register_autograd("vitlr::attention", _backward, setup_context=_setup, lib=_lib)
-register_autocast(_lib, torch.ops.vitlr.attention.default)
-
-
-@register_flop_formula(torch.ops.vitlr.attention)
-def _flops(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return roofline(math.prod(q[:3]), k[2], q[3], torch.float32).flops
-
-
-registry.register_op(
-    OP,
-    Key,
-    lambda key, limits: roofline(key.M or 0, key.S or 0, key.d, key.dtype, limits),
-    registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)),
+register_layer_op(
+    "attention(Tensor q, Tensor k, Tensor v) -> Tensor",
+    reference,
+    key=Key,
+    describe=_describe,
+    out=_out,
+    roofline=roofline,
+    saved=lambda needs, *given: given,
+    backward=_backward,
 )

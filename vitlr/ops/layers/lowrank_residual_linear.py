@@ -8,31 +8,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops.backends import triton
-from vitlr.ops.dispatch import floors, registry
-from vitlr.ops.dispatch.autocast import compute_dtype, register_autocast
+from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.registration import register_layer_op
 from vitlr.ops.layers.codes import FORMS, FP8, code_dtype, code_shape, decode, dequantise, groups
-from vitlr.ops.layers.lowrank_linear import bias_gradient, check_pair, gradients
+from vitlr.ops.layers.factors import Factors, Maybe, check
 
 OP = "lowrank_residual_linear"
-CONFIG = "lowrank_residual_config"  # of its Triton kernel
 
 
-class Key(NamedTuple):
-    """What dispatch knows of a call; M is None while a graph with unknown rows is traced."""
+def reference(
+    x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Tensor | None, bias: Tensor | None, form: str, group_size: int
+) -> Tensor:
+    """The specification, in plain torch."""
+    y = F.linear(F.linear(x, B), A, bias)  # [..., N]
+    return y + residual(x, R, scale, form, group_size)
 
-    M: int | None
-    K: int
-    N: int
-    r: int
-    form: str
-    group_size: int
-    bias: bool = True
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+
+def residual(x: Tensor, R: Tensor, scale: Tensor | None, form: str, group_size: int) -> Tensor:
+    """`x Rᵀ` [..., N] for x [..., K]."""
+    if form == "blockdiag":
+        return torch.einsum("...bk,bnk->...bn", x.unflatten(-1, (-1, group_size)), R).flatten(-2)
+    return F.linear(x, dequantise(R, scale, form, group_size, x.shape[-1]))
 
 
 def lowrank_residual_linear(
@@ -58,19 +56,18 @@ def lowrank_residual_linear(
     return torch.ops.vitlr.lowrank_residual_linear.default(x, B, A, R, scale, bias, form, group_size)
 
 
-def reference(
-    x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Tensor | None, bias: Tensor | None, form: str, group_size: int
-) -> Tensor:
-    """The specification, in plain torch."""
-    y = F.linear(F.linear(x, B), A, bias)  # [..., N]
-    return y + residual(x, R, scale, form, group_size)
+class Key(NamedTuple):
+    """What dispatch knows of a call; M is None while a graph with unknown rows is traced."""
 
-
-def residual(x: Tensor, R: Tensor, scale: Tensor | None, form: str, group_size: int) -> Tensor:
-    """`x Rᵀ` [..., N] for x [..., K]."""
-    if form == "blockdiag":
-        return torch.einsum("...bk,bnk->...bn", x.unflatten(-1, (-1, group_size)), R).flatten(-2)
-    return F.linear(x, dequantise(R, scale, form, group_size, x.shape[-1]))
+    M: int | None
+    K: int
+    N: int
+    r: int
+    form: str
+    group_size: int
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
 
 
 def _residual_size(K: int, N: int, form: str, group_size: int) -> int:
@@ -78,24 +75,14 @@ def _residual_size(K: int, N: int, form: str, group_size: int) -> int:
     return N * group_size if form == "blockdiag" else N * K
 
 
-def roofline(
-    M: int,
-    K: int,
-    N: int,
-    r: int,
-    form: str,
-    group_size: int,
-    dtype: torch.dtype,
-    ceilings: registry.Ceilings | None = None,
-) -> registry.Roofline:
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
     """`2 M (r (K + N) + |R|)` FLOPs over the compulsory bytes of x, y, A, B, the stored R and its scales."""
+    M, K, N, r, form, group_size = key.M or 0, key.K, key.N, key.r, key.form, key.group_size
     flops = 2 * M * (r * (K + N) + _residual_size(K, N, form, group_size))
-    rows = 1
-    for extent in code_shape(form, N, K, group_size):
-        rows *= extent
+    codes = math.prod(code_shape(form, N, K, group_size)) * code_dtype(form, key.dtype).itemsize
     scales = 0 if form == "blockdiag" else N * groups(K, group_size)
-    size = dtype.itemsize * ((M + r) * (K + N) + scales) + rows * code_dtype(form, dtype).itemsize
-    return registry.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+    size = key.dtype.itemsize * ((M + r) * (K + N) + scales) + codes
+    return registry.Roofline.of(flops, size, key.dtype, ceilings)
 
 
 def separate_floor(key: Key, ceilings: registry.Ceilings) -> float | None:
@@ -114,17 +101,6 @@ def separate_floor(key: Key, ceilings: registry.Ceilings) -> float | None:
         moved += codes[0] * codes[1] + R * size
     steps.append(1e6 * moved / ceilings.bytes_per_s)
     return None if None in steps else sum(step for step in steps if step is not None)
-
-
-def has_kernels() -> bool:
-    """Whether there is anything to choose from but plain torch."""
-    return registry.has_kernels(OP)
-
-
-def kernel_chosen(x: Tensor, K: int, N: int, r: int, form: str, group_size: int, bias: bool) -> bool:
-    """Whether dispatch takes a kernel rather than plain torch for x [..., K]; a constant where a graph is traced."""
-    rows = None if torch.compiler.is_compiling() else x.numel() // K
-    return registry.kernel_chosen(OP, rows, K, N, r, form, group_size, bias, compute_dtype(x), x.device)
 
 
 def check_form(op: str, N: int, K: int, form: str, group_size: int) -> None:
@@ -164,54 +140,42 @@ def check_residual(op: str, x: Tensor, N: int, R: Tensor, scale: Tensor | None, 
         )
 
 
-def _check(x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Any, bias: Any, form: str, group_size: int) -> int:
-    N = check_pair(OP, x, ("B", "A", "bias"), B, A, bias)
+def _describe(
+    M: int | None, x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Maybe, bias: Maybe, form: str, group_size: int
+) -> Key:
+    N = check(OP, x, ("B", "A", "bias"), B, A, bias)
     check_residual(OP, x, N, R, scale, form, group_size)
-    return N
+    return Key(M, x.shape[-1], N, B.shape[0], form, group_size, bias is not None, x.dtype, x.device)
 
 
-_lib = torch.library.Library("vitlr", "FRAGMENT")
-# No defaults: the dispatcher would strip them, and autograd would see calls of several lengths.
-_lib.define(
-    "lowrank_residual_linear(Tensor x, Tensor B, Tensor A, Tensor R, Tensor? scale, Tensor? bias, str form, "
-    "int group_size) -> Tensor"
-)
-
-
-@torch.library.register_fake("vitlr::lowrank_residual_linear", lib=_lib)
-def _fake(x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Any, bias: Any, form: str, group_size: int) -> Tensor:
-    N = _check(x, B, A, R, scale, bias, form, group_size)
-    return x.new_empty((*x.shape[:-1], N))
-
-
-def _run(x: Tensor, B: Tensor, A: Tensor, R: Tensor, scale: Any, bias: Any, form: str, group_size: int) -> Tensor:
-    N = _check(x, B, A, R, scale, bias, form, group_size)
-    K, r = x.shape[-1], B.shape[0]
-    key = Key(x.numel() // max(K, 1), K, N, r, form, group_size, bias is not None, x.dtype, x.device)
-    return registry.select(OP, key).run(x, B, A, R, scale, bias, form, group_size).contiguous()
-
-
-def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, B, A, R, scale, _, ctx.form, ctx.group_size = inputs
+def _saved(needs: tuple[bool, ...], x: Tensor, *rest: Any) -> tuple[Maybe, ...]:
     # x is the large one: a frozen layer must not keep it alive.
-    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:5]) else None, B, A, R, scale)
+    return x if any(needs[1:5]) else None, *rest[:4]
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, B, A, R, scale = ctx.saved_tensors
-    needs_x, needs_B, needs_A, needs_R, needs_scale, needs_bias, _, _ = ctx.needs_input_grad
-    dx, dB, dA = gradients(x, B, A, g, (needs_x, needs_B, needs_A))
+def _backward(
+    g: Tensor,
+    needs: tuple[bool, ...],
+    x: Any,
+    B: Tensor,
+    A: Tensor,
+    R: Tensor,
+    scale: Maybe,
+    form: str,
+    group_size: int,
+) -> tuple[Maybe, ...]:
+    K, (needs_R, needs_scale, needs_bias) = B.shape[1], needs[3:6]
+    dx, dB, dA, dbias = Factors(B, A, None).gradients(x, g, (*needs[:3], needs_bias))
     if dx is not None:
-        dx = dx + _transposed(g, R, scale, ctx.form, ctx.group_size, B.shape[1])
+        dx = dx + _transposed(g, R, scale, form, group_size, K)
     dR = dscale = None
     if needs_R:  # block-diagonal: codes are not differentiable
-        columns = x.reshape(-1, len(R), ctx.group_size)
+        columns = x.reshape(-1, len(R), group_size)
         dR = torch.einsum("mbn,mbk->bnk", g.reshape(-1, *R.shape[:2]), columns)
     if needs_scale:
-        K = x.shape[-1]
         dense = g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, K)  # the gradient of a dense R, [N, K]
-        dscale = _group_sums(dense * decode(R, ctx.form, K, dense.dtype), ctx.group_size)
-    return dx, dB, dA, dR, dscale, bias_gradient(g) if needs_bias else None, None, None
+        dscale = _group_sums(dense * decode(R, form, K, dense.dtype), group_size)
+    return dx, dB, dA, dR, dscale, dbias
 
 
 def _transposed(g: Tensor, R: Tensor, scale: Tensor | None, form: str, group_size: int, K: int) -> Tensor:
@@ -227,74 +191,14 @@ def _group_sums(values: Tensor, group_size: int) -> Tensor:
     return F.pad(values, (0, -K % group_size)).unflatten(1, (-1, group_size)).sum(-1)
 
 
-_lib.impl("lowrank_residual_linear", _run, "CompositeExplicitAutograd")
-torch.library.register_autograd("vitlr::lowrank_residual_linear", _backward, setup_context=_setup, lib=_lib)
-register_autocast(_lib, torch.ops.vitlr.lowrank_residual_linear.default)
-
-
-@register_flop_formula(torch.ops.vitlr.lowrank_residual_linear)
-def _flops(
-    x: Any,
-    B: Any,
-    A: Any,
-    R: Any,
-    scale: Any,
-    bias: Any,
-    form: str,
-    group_size: int,
-    *,
-    out_shape: Any = None,
-    **_: Any,
-) -> int:
-    M = math.prod(x[:-1])
-    return roofline(M, x[-1], A[0], B[0], form, group_size, torch.float32).flops
-
-
-registry.register_op(
-    OP,
-    Key,
-    lambda key, limits: roofline(key.M or 0, key.K, key.N, key.r, key.form, key.group_size, key.dtype, limits),
-    registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=separate_floor),
+register_layer_op(
+    "lowrank_residual_linear(Tensor x, Tensor B, Tensor A, Tensor R, Tensor? scale, Tensor? bias, str form, "
+    "int group_size) -> Tensor",
+    reference,
+    key=Key,
+    describe=_describe,
+    roofline=roofline,
+    saved=_saved,
+    backward=_backward,
+    floor=separate_floor,
 )
-
-
-def _sizes(key: Key) -> tuple:
-    return key.M, key.K, key.N, key.r, key.form, key.group_size, key.dtype
-
-
-def _kernel_floor(variant: str) -> Any:
-    """The floor of a variant in µs: its own FLOPs on whole waves of tiles or the compulsory bytes, and T's launch."""
-
-    def floor(key: Key, ceilings: registry.Ceilings) -> float | None:
-        kernels, (rows, K, N, r, form, group_size, dtype) = triton.kernels(CONFIG), _sizes(key)
-        M, fused = rows or 1, variant == "one_pass"
-        target = triton.kernels("targets").target_of(key.device)
-        config = getattr(kernels, variant)(*_sizes(key), target)
-        tiles = kernels.tiles(M, K, N, form, group_size, config)
-        each = kernels.flops(M, K, N, r, form, group_size, config, fused) / tiles
-        size = roofline(M, K, N, r, form, group_size, dtype).bytes
-        main = floors.in_waves(each, tiles, target.sms, size, dtype, ceilings)
-        shrink = 0.0 if fused else ceilings.microseconds(2 * M * r * K, dtype.itemsize * (M * (K + r) + r * K), dtype)
-        return None if main is None or shrink is None else main + shrink
-
-    return floor
-
-
-_LAUNCH = 2e9  # FLOPs that a GPU of the H200's class does while a launch gets going
-
-
-def _one_pass_pays(key: Key) -> str | None:
-    """Every tile along N computes T again: it has to cost less than the launch that computes it once."""
-    kernels = triton.kernels(CONFIG)
-    config = kernels.one_pass(*_sizes(key), triton.kernels("targets").target_of(key.device))
-    given = (key.M or 1, key.K, key.N, key.r, key.form, key.group_size, config)
-    again = kernels.flops(*given, True) - kernels.flops(*given, False) - 2 * (key.M or 1) * key.r * key.K
-    return f"T again for every tile along N: {again / 1e9:.1f} GFLOP" if again > _LAUNCH else None
-
-
-def _candidate(variant: str, **more: Any) -> registry.Candidate:
-    return triton.candidate(variant, OP, variant, _sizes, f"run_{variant}", floor=_kernel_floor(variant), **more)
-
-
-registry.register(OP, _candidate("two_pass"))
-registry.register(OP, _candidate("one_pass", worth=_one_pass_pays))  # the last one is asked first

@@ -14,7 +14,6 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
 from vitlr.ops.linalg.eigh import BatchError, eigh
-from vitlr.ops.linalg.weighted_gram_chain import Key as ChainKey
 from vitlr.ops.linalg.weighted_gram_chain import weighted_gram_chain
 
 OP = "batched_solve"
@@ -43,8 +42,7 @@ def batched_solve(M: Tensor, F: Tensor | None = None) -> Solution:
     if not M.numel():
         return M.new_empty(M.shape[:2]), M.clone(), M.clone()
     key = Key(len(M), M.shape[-1], F is not None, M.dtype, M.device)
-    run = registry.select(OP, key).run
-    return run(M.detach(), None if F is None else F.detach())  # type: ignore[return-value]
+    return registry.select(OP, key).run(M.detach(), None if F is None else F.detach())
 
 
 def check(M: Tensor, F: Tensor | None) -> None:
@@ -101,28 +99,13 @@ def indefinite(index: int) -> BatchError:
     return BatchError("its gradient moment is not positive semidefinite", index)
 
 
-def roofline(
-    b: int, n: int, weighted: bool, dtype: torch.dtype, ceilings: registry.Ceilings | None = None
-) -> registry.Roofline:
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
     """Cholesky n³/3, `Lᵀ M L` 5n³/3, P and Q n³ each, as triangles; the eigenproblem 4n³/3 and 2n³.
 
     Reduction and back-transform of the eigenproblem, that is; what lies between them is small. M, F, P, Q pass once.
     """
-    flops = b * n**3 * (10 + 12 * weighted) // 3
-    size = dtype.itemsize * b * n * n * (3 + weighted)
-    return registry.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+    flops = key.b * key.n**3 * (10 + 12 * key.weighted) // 3
+    return registry.Roofline.of(flops, key.dtype.itemsize * key.b * key.n**2 * (3 + key.weighted), key.dtype, ceilings)
 
 
-def _with_triton(key: Key) -> str | None:
-    """Why the Triton kernel cannot take the reference's `Lᵀ M L`, which is what `VITLR_BACKEND=triton` means here."""
-    known = {candidate.name: candidate for candidate in registry.candidates("weighted_gram_chain")}
-    return known["triton.chain"].supports(ChainKey(key.b, key.n, key.n, key.dtype, key.device))
-
-
-registry.register_op(
-    OP,
-    Key,
-    lambda key, ceilings: roofline(key.b, key.n, key.weighted, key.dtype, ceilings),
-    registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)),  # type: ignore[arg-type]
-)
-registry.register(OP, registry.Candidate("triton.chain", _with_triton, reference))  # type: ignore[arg-type]
+registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops.backends import native, triton
-from vitlr.ops.dispatch import floors, registry
+from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.registration import define
 
 OP = "gram_update_"
 ROWS = 4096  # rows whose products are summed in fp32; also bounds the fp32 copy of half-precision rows
@@ -47,19 +46,13 @@ def gram_update_(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
 def reference(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
     """The specification, in plain torch; returns C."""
     with exact_products(X.device):
-        for x, w in _blocks(X, weight):  # x [at most ROWS, n]
+        for x, w in blocks(X, weight):  # x [at most ROWS, n]
             P = (x if w is None else x * w[:, None]).mT @ x
             C += P.triu() + P.triu(1).mT  # a GEMM's two triangles need not round alike
     return C
 
 
-def _native_run(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
-    for x, w in [(X, weight)] if X.dtype == torch.float32 else _blocks(X, weight):
-        native.gram(C, x, None if w is None else w.to(torch.float32).contiguous())
-    return C
-
-
-def _blocks(X: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def blocks(X: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Rows of X and their weights, ROWS at a time, in the dtype of the products."""
     dtype = X.dtype if X.dtype == torch.float64 else torch.float32
     for i, x in enumerate(X.split(ROWS)):
@@ -79,17 +72,16 @@ def exact_products(device: torch.device) -> Iterator[None]:
         yield
 
 
-def roofline(T: int, n: int, dtype: torch.dtype, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
     """`T n (n + 1)` FLOPs (one triangle) over X read once and C read and written once: the floor in µs.
 
     At the peak of X's dtype, whose products are exact in fp32; weighted rows `w x` need fp32 and take longer.
     """
-    flops = T * n * (n + 1)
-    size = dtype.itemsize * T * n + 2 * 8 * n * n
-    return registry.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+    T, n = key.T, key.n
+    return registry.Roofline.of(T * n * (n + 1), key.dtype.itemsize * T * n + 2 * 8 * n * n, key.dtype, ceilings)
 
 
-def _check(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
+def _check(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     if X.dim() != 2 or X.dtype not in DTYPES:
         raise InputError(f"{OP}: X is {list(X.shape)} {X.dtype}, expected [T, n] in fp32, bf16, fp16 or fp64")
     T, n = X.shape
@@ -103,15 +95,6 @@ def _check(C: Tensor, X: Tensor, weight: Tensor | None) -> None:
             raise InputError(f"{OP}: {name} is on {tensor.device}, X on {X.device}")
 
 
-_lib = torch.library.Library("vitlr", "FRAGMENT")
-_lib.define("gram_update_(Tensor(a!) C, Tensor X, Tensor? weight) -> ()")
-
-
-@torch.library.register_fake("vitlr::gram_update_", lib=_lib)
-def _fake(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
-    _check(C, X, weight)
-
-
 def _run(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     _check(C, X, weight)
     if weight is not None and weight.device.type == "cpu" and bool((weight < 0).any()):
@@ -120,50 +103,10 @@ def _run(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     registry.select(OP, Key(T, n, weight is not None, X.dtype, X.device)).run(C, X, weight)
 
 
-_lib.impl(OP, _run, "CompositeExplicitAutograd")
-
-
-@register_flop_formula(torch.ops.vitlr.gram_update_)
-def _flops(C_shape: Any, X_shape: Any, weight_shape: Any = None, *, out_shape: Any = None, **_: Any) -> int:
-    T, n = X_shape
-    return roofline(T, n, torch.float32).flops
-
-
-def _native_supports(key: Key) -> str | None:
-    if key.device.type != "cpu":
-        return f"X is on {key.device}, the kernel runs on the CPU"
-    if key.dtype == torch.float64:
-        return "the products are in fp32, X is fp64"
-    return native.why_not()
-
-
-def _native_worth(key: Key) -> str | None:
-    return None if native.best_isa() != "portable" else "without AVX2 torch's own GEMM is faster"
-
-
-def _triton_sizes(key: Key) -> tuple[int, int, bool, torch.dtype]:
-    return key.T, key.n, key.weighted, key.dtype
-
-
-def _triton_floor(key: Key, ceilings: registry.Ceilings) -> float | None:
-    """Whole tiles in whole waves, or the bytes, in µs; over 132 processors, as the known ceilings are an H200's."""
-    gram, target = triton.kernels("gram"), triton.kernels("targets").TARGETS["sm_90"]
-    config = gram.config(*_triton_sizes(key), target)
-    tiles = gram.tiles(key.n, config)
-    stretches, steps = gram.split(key.T, tiles, config.BT, target.sms)
-    each = 2 * config.BM**2 * steps * config.BT
-    size, products = roofline(key.T, key.n, key.dtype).bytes, torch.float32 if key.weighted else key.dtype
-    return floors.in_waves(each, tiles * stretches, target.sms, size, products, ceilings)
-
-
-registry.register_op(
-    OP,
-    Key,
-    lambda key, ceilings: roofline(key.T, key.n, key.dtype, ceilings),
-    registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)),
+define(
+    "gram_update_(Tensor(a!) C, Tensor X, Tensor? weight) -> ()",
+    fake=_check,
+    run=_run,
+    flops=lambda C, X, weight=None: roofline(Key(*X.shape)).flops,
 )
-registry.register(
-    OP,
-    registry.Candidate("cpu", _native_supports, _native_run, ran_on=("Zen 4 (AVX-512, AVX2)",), worth=_native_worth),
-)
-registry.register(OP, triton.candidate("split_rows", "gram", "config", _triton_sizes, "run", floor=_triton_floor))
+registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

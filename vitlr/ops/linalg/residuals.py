@@ -171,11 +171,3 @@ def _alternate(
             keep(A, B, codes, scale, R)
     assert best is not None
     return best
-
-
-def merge(A: Tensor, B: Tensor, A2: Tensor, B2: Tensor) -> tuple[Tensor, Tensor]:
-    """`A B + A₂ B₂ = [A A₂] [B; B₂]`: a residual that is low-rank itself joins the factors, without a kernel.
-
-    A [N, r], B [r, K], A2 [N, r2], B2 [r2, K] -> [N, r + r2], [r + r2, K]; the sum may have a smaller rank.
-    """
-    return torch.cat((A, A2), 1), torch.cat((B, B2), 0)

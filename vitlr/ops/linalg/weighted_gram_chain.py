@@ -6,15 +6,14 @@ The result is symmetric, so a kernel that forms one triangle saves half of the s
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vitlr.errors import InputError
-from vitlr.ops.backends.triton import candidate
 from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.registration import define
 from vitlr.ops.linalg.gram import exact_products
 
 OP = "weighted_gram_chain"
@@ -47,13 +46,11 @@ def reference(W: Tensor, C: Tensor) -> Tensor:
     return Y.triu_().add_(Y.triu(1).mT)
 
 
-def roofline(
-    b: int, m: int, k: int, dtype: torch.dtype, ceilings: registry.Ceilings | None = None
-) -> registry.Roofline:
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
     """`2 b m k²` FLOPs for `W C`, `b m (m + 1) k` for a triangle of the rest; W, C and the result pass once."""
-    flops = b * m * k * (2 * k + m + 1)
-    size = dtype.itemsize * b * (m * k + k * k + m * m)
-    return registry.Roofline(flops, size, None if ceilings is None else ceilings.microseconds(flops, size, dtype))
+    b, m, k = key.b, key.m, key.k
+    size = key.dtype.itemsize * b * (m * k + k * k + m * m)
+    return registry.Roofline.of(b * m * k * (2 * k + m + 1), size, key.dtype, ceilings)
 
 
 def _check(W: Tensor, C: Tensor) -> None:
@@ -66,11 +63,6 @@ def _check(W: Tensor, C: Tensor) -> None:
         raise InputError(f"{OP}: C is on {C.device}, W on {W.device}")
 
 
-_lib = torch.library.Library("vitlr", "FRAGMENT")
-_lib.define("weighted_gram_chain(Tensor W, Tensor C) -> Tensor")
-
-
-@torch.library.register_fake("vitlr::weighted_gram_chain", lib=_lib)
 def _fake(W: Tensor, C: Tensor) -> Tensor:
     _check(W, C)
     return W.new_empty(W.shape[0], W.shape[1], W.shape[1])
@@ -82,22 +74,10 @@ def _run(W: Tensor, C: Tensor) -> Tensor:
     return registry.select(OP, Key(b, m, k, W.dtype, W.device)).run(W, C)
 
 
-_lib.impl(OP, _run, "CompositeExplicitAutograd")
-
-
-@register_flop_formula(torch.ops.vitlr.weighted_gram_chain)
-def _flops(W_shape: Any, C_shape: Any, *, out_shape: Any = None, **_: Any) -> int:
-    b, m, k = W_shape
-    return roofline(b, m, k, torch.float64).flops
-
-
-registry.register_op(
-    OP,
-    Key,
-    lambda key, ceilings: roofline(key.b, key.m, key.k, key.dtype, ceilings),
-    registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)),
+define(
+    "weighted_gram_chain(Tensor W, Tensor C) -> Tensor",
+    fake=_fake,
+    run=_run,
+    flops=lambda W, C: roofline(Key(*W.shape)).flops,
 )
-registry.register(
-    OP,
-    candidate("chain", "weighted_gram_chain", "config", lambda key: (key.b, key.m, key.k, key.dtype), "run"),
-)
+registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

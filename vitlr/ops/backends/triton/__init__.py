@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from vitlr.errors import InputError
-from vitlr.ops.dispatch.registry import Candidate, Ceilings
+from vitlr.ops.dispatch.ceilings import Ceilings
+from vitlr.ops.dispatch.registry import Candidate
 
 
 def kernels(module: str) -> Any:
@@ -29,9 +30,19 @@ def config(module: str, variant: str, device: torch.device, *sizes: Any) -> Any:
     if importlib.util.find_spec("triton") is None:
         raise InputError("triton is not installed")
     try:
-        return getattr(kernels(module), variant)(*sizes, targets.target_of(device))
+        return getattr(kernels(module), variant)(*sizes, target_of(device))
     except targets.Unsupported as cause:
         raise InputError(str(cause)) from cause
+
+
+def target_of(device: torch.device) -> Any:
+    """What the kernels know of a device: its processors, and what its tiles may take."""
+    return kernels("targets").target_of(device)
+
+
+def issued(elements: int, act: str, target: Any) -> float:
+    """FLOPs that take as long as a program's activations: products and activations may at best overlap."""
+    return kernels("activations").issue_flops(elements, act, target)
 
 
 def candidate(

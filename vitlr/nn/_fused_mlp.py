@@ -1,0 +1,88 @@
+"""What modules that stand for a whole MLP share: which forwards they take, and what they read."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vitlr.nn._formula import Formula, Untraceable
+from vitlr.nn._fused import Fused
+from vitlr.nn._plain import does_nothing, has_hooks, is_plain
+from vitlr.nn.lowrank_linear import LowRankLinear
+from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.factors import Factors
+from vitlr.runtime.modules import class_of
+
+
+class FusedMlp(Fused):
+    """A fused MLP; the fused op runs where dispatch chooses a kernel and everything inside is plain."""
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why a module cannot become one of these with the same outputs; None if it can."""
+        if isinstance(module, cls):
+            return "it is one already"
+        kept = cls.children_of(module)
+        try:
+            return objection(module, kept) or cls.unlike(Formula(module, kept).read())
+        except Untraceable as reason:
+            return str(reason)
+
+    @classmethod
+    def unlike(cls, form: str) -> str | None:
+        """Why a forward of that formula is not this module's; None if it is."""
+        raise NotImplementedError
+
+
+# timm's own classes by name: this package does not import timm.
+_ACTIVATIONS = {
+    "torch.nn.modules.linear.Identity": "none",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Swish": "silu",
+}
+
+
+def activation_name(act: nn.Module) -> str | None:
+    """The op's name of an activation module, or None if the op has none for it (QuickGELU, GLU ...)."""
+    if type(act) is nn.GELU:
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    return _ACTIVATIONS.get(class_of(act))
+
+
+def objection(module: nn.Module, kept: tuple[str, ...]) -> str | None:
+    """Why the children of an MLP cannot be run by one operation; None if they can. Its forward is not looked at.
+
+    `kept`: the names of its linears and of `act`.
+    """
+    missing = [name for name in kept if not isinstance(getattr(module, name, None), nn.Module)]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    linears = {name: module.get_submodule(name) for name in kept if name != "act"}
+    for name, child in linears.items():
+        if type(child) not in (nn.Linear, LowRankLinear):
+            return f"{name} is a {type(child).__name__}, not a plain linear"
+    if not any(isinstance(child, LowRankLinear) for child in linears.values()):
+        return f"none of {', '.join(linears)} is low-rank"
+    act = module.get_submodule("act")
+    if activation_name(act) is None:
+        return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
+    if module._parameters or module._buffers:
+        return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
+    for name, child in module.named_children():
+        if name not in kept and not does_nothing(child):
+            return f"its {name} {child} does something"
+    return "it has hooks" if has_hooks(module) else None
+
+
+def factors(linear: nn.Linear | LowRankLinear) -> Factors | None:
+    """The factors of a low-rank linear or the weight of a dense one; None unless everything inside is plain."""
+    if isinstance(linear, LowRankLinear):
+        plain = type(linear) is LowRankLinear and not has_hooks(linear)
+        if not (plain and is_plain(linear.down) and is_plain(linear.up)):
+            return None
+        return Factors(linear.down.weight, linear.up.weight, linear.up.bias)
+    return Factors(linear.weight, None, linear.bias) if is_plain(linear) else None

@@ -1,0 +1,90 @@
+"""Operations made known to torch and to dispatch, from their schema and a few functions of their own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.autocast import compute_dtype, register_autocast
+
+_lib = torch.library.Library("vitlr", "FRAGMENT")
+
+
+def define(
+    schema: str, *, fake: Callable[..., Any], run: Callable[..., Any], flops: Callable[..., int]
+) -> torch._ops.OpOverload:
+    """Makes `torch.ops.vitlr.<name>` of a schema: `fake` gives shapes, `run` values, `flops` counts.
+
+    All three take what the schema says. It has no defaults: the dispatcher would strip them, and autograd would see
+    calls of several lengths.
+    """
+    name = schema.partition("(")[0]
+    _lib.define(schema)
+    torch.library.register_fake(f"vitlr::{name}", fake, lib=_lib)
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    packet = getattr(torch.ops.vitlr, name)
+    register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: flops(*args))
+    return packet.default
+
+
+def register_layer_op(
+    schema: str,
+    reference: Callable[..., Tensor],
+    *,
+    key: type,
+    describe: Callable[..., Any],
+    roofline: Callable[[Any, registry.Ceilings | None], registry.Roofline],
+    saved: Callable[..., tuple[Any, ...]],
+    backward: Callable[..., tuple[Any, ...]],
+    out: Callable[..., tuple[int, ...]] = lambda key, x, *_: (*x.shape[:-1], key.N),
+    floor: Callable[[Any, registry.Ceilings], float | None] | None = None,
+) -> None:
+    """Makes a layer op known: to torch with shapes, autograd, autocast and FLOPs, to dispatch with its reference.
+
+    Arguments of the schema: tensors first, the input x [..., K] before all others, then options.
+    `describe(M, *arguments)` checks them and returns the `key` of a call of M rows; None: they are not known, and no
+    tensor holds values. `out(key, *arguments)`: the shape of the result. `saved(needs, *arguments)`: the tensors that
+    the gradients ask for. `backward(g, needs, *saved, *options)`: a gradient, or None, for every tensor.
+    `floor`: of the reference.
+    """
+    name = schema.partition("(")[0]
+
+    def fake(*args: Any) -> Tensor:
+        return args[0].new_empty(out(describe(None, *args), *args))
+
+    def run(*args: Any) -> Tensor:
+        return registry.select(name, describe(math.prod(args[0].shape[:-1]), *args)).run(*args).contiguous()
+
+    def flops(*args: Any) -> int:
+        return roofline(describe(None, *args)._replace(M=math.prod(args[0].shape[:-1])), None).flops
+
+    op = define(schema, fake=fake, run=run, flops=flops)
+    tensors = sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+    rest = (None,) * (len(op._schema.arguments) - tensors)
+
+    def setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*saved(ctx.needs_input_grad, *inputs))
+        ctx.options = inputs[tensors:]
+
+    def gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return (*backward(g, ctx.needs_input_grad, *ctx.saved_tensors, *ctx.options), *rest)
+
+    torch.library.register_autograd(f"vitlr::{name}", gradients, setup_context=setup, lib=_lib)
+    register_autocast(_lib, op)
+    known = registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",), floor=floor)
+    registry.register_op(name, key, roofline, known)
+
+
+def kernel_chosen(op: str, x: Tensor, *fields: Any) -> bool:
+    """Whether dispatch takes a kernel rather than plain torch for x [..., K]; a constant where a graph is traced.
+
+    `fields`: those of the op's key between M and the dtype.
+    """
+    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    return registry.kernel_chosen(op, rows, *fields, compute_dtype(x), x.device)

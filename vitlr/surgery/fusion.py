@@ -1,0 +1,93 @@
+"""Fuse MLPs and attentions into one module each, fold what stands beside them, and take both back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import nn
+
+from vitlr.anatomy import linears
+from vitlr.errors import InputError
+from vitlr.nn import (
+    FoldedScale,
+    FusedAttention,
+    LowRankGLU,
+    LowRankLinear,
+    LowRankMLP,
+    QuantizedLinear,
+    ResidualLowRankLinear,
+    SelectedLinear,
+)
+from vitlr.nn._fused import Fused, StandIn
+from vitlr.runtime.modules import swap
+from vitlr.surgery import folding
+
+FUSED: tuple[type[Fused], ...] = (LowRankMLP, LowRankGLU, FusedAttention)
+
+
+def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Multiply all factors out, `W = A B` or `A B + R`, and all steps: the same function on plain `nn.Linear`s.
+
+    Channels that were taken out of a layer (`SelectedLinear`) come back as zeros.
+    """
+    model = unfuse(model, inplace=inplace)
+    for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)):
+            swap(model, name, module.to_linear().train(module.training))
+    return model
+
+
+def fused(module: nn.Module) -> Fused:
+    """The fused module that stands for an MLP or an attention. Raises `InputError` with all reasons where none can."""
+    reasons = {kind: kind.why_not(module) for kind in FUSED}
+    for kind, reason in reasons.items():
+        if reason is None:
+            return kind(module)
+    raise InputError("; ".join(f"no {kind.__name__}: {reason}" for kind, reason in reasons.items()))
+
+
+def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
+    """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
+
+    Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
+    `FusedAttention`. With `fold`, norms and layer scales beside low-rank
+    layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
+    which stays so after `unfuse`.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if name and any(kind.why_not(module) is None for kind in FUSED):
+            swap(model, name, fused(module))
+    if fold:
+        folding.fold(model)
+    return model
+
+
+def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Give every fused module and folded layer scale back its original module, with the weights it has now."""
+    model = model if inplace else copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, StandIn):
+            swap(model, name, module.back())
+    return model
+
+
+def fused_names(model: nn.Module) -> list[str]:
+    """Names of the MLPs and attentions that are fused and of the layer scales that are folded."""
+    return [name for name, module in model.named_modules() if isinstance(module, StandIn)]
+
+
+def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
+    """Fuse what `fused_names` named in a model of the same structure, whatever its weights, in place.
+
+    Raises `InputError` for a module that cannot be fused.
+    """
+    for name in names:
+        module = dict(model.named_modules()).get(name)
+        try:
+            if module is None or not name:
+                raise InputError("there is no such module")
+            swap(model, name, FoldedScale(module) if linears.is_scale(module) else fused(module))
+        except InputError as cause:
+            raise InputError(f"it fuses {name!r}, which cannot be: {cause}") from cause
