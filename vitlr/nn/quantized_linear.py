@@ -45,8 +45,9 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W [N, K], each entry rounded once to `dtype`."""
-        return (self.codes * step(self.row_exponent, self.column_exponent)).to(dtype)
+        """W [N, K], formed in float32 and rounded to `dtype`."""
+        columns, rows = power(self.column_exponent), power(self.row_exponent)[:, None]
+        return (self.codes * columns * rows).to(dtype)  # N + K powers, not N K
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
