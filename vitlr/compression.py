@@ -199,6 +199,13 @@ def read_options(
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
+    if deciding.settled == "bits":
+        if parse_rungs(rungs):
+            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with method='bits'")
+        if calibration is None and "objective" not in asked and deciding.objective is None:
+            measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
+    if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
+        measuring = replace(measuring, extras=(*measuring.extras, *missing))
     repairing = Recipe.of(recipe, **own(Recipe, changes))
     return Stages(goal, measuring, deciding, repairing, parse_rungs(rungs), asked)
 

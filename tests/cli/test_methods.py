@@ -53,12 +53,22 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         (("--rounds", "2", "--method", "lowrank"), "does not go with --method 'lowrank'"),
         (("--method", "joint", "--rounds", "9"), "--rounds 9, expected a whole number from 1 to 8"),
         (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),
+        (("--method", "bits"), "--method 'bits' changes bytes only"),
         (("--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
         (("--method", "joint", "--uniform"), "--uniform goes with --method 'lowrank' only"),
     ],
 )
 def test_bad_choices_are_refused_before_an_image_is_read(refused, squeeze, flags, said):
     assert said in refused(*squeeze(*flags))
+
+
+def test_weights_are_rounded_written_and_read(run, squeeze, tmp_path):
+    answer = run(*squeeze("--method", "bits", "--json", budget="bytes:20%"))
+    path = tmp_path / "small.safetensors"
+    assert answer.json["bytes"] == path.stat().st_size and answer.json["params_kept"] == answer.json["params"]
+    assert sum("quantized" in entry for entry in structure(vitlr.load(path)).values()) == 8
+    assert len(run("inspect", path, "--json").json["rounded"]) == 8
+    assert "rounded" in run("inspect", path).out
 
 
 def test_rounds_measure_again(run, squeeze, tmp_path):

@@ -83,6 +83,8 @@ class Tap:
                 self._follow(output, self._without_bias(made).reshape(made.shape) if self.by_image else made)
             if "image_input_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_hidden(x, g))
+            if "output_gradient" in self.wanted:
+                output.register_hook(self._add_output_gradient)
             if "score_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_scores(made, g))
             if "row_gradient" in self.wanted:
@@ -138,6 +140,9 @@ class Tap:
     def _add_gradient(self, g: Tensor) -> None:
         self.gradient_seen = True
         gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
+
+    def _add_output_gradient(self, g: Tensor) -> None:
+        gram_update_(self.stats.sum("output_gradient"), g.detach().reshape(-1, self.stats.out_features))
 
     def _add_products(self, y: Tensor, g: Tensor) -> None:
         """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`."""

@@ -15,7 +15,7 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, VALUES, Calibration
+from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
 from vitlr.calibration.probe import Probe, probe
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
@@ -112,6 +112,9 @@ def calibrate(
                 own = set(extras) - {HIDDEN, VALUES}
                 pruned = {"input_moment", HIDDEN}
                 collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
+                if ROUNDING in extras:  # on the input side `moment` is that of the inputs
+                    for name in targets:
+                        collect[name] |= {"input_moment"} if run.layers[name].side == "output" else set()
                 taps += [
                     Tap(run.layers[name], targets[name], collect[name], found.leading[name], queries.get(name))
                     for name in targets

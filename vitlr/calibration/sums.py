@@ -34,6 +34,7 @@ SUMS: dict[str, Sum] = {
     "moment": Sum("n n", "owner", "Σ y yᵀ (before the bias) on the output side, Σ x xᵀ on the input side"),
     "gradient": Sum("n n", "loss", "Σ g gᵀ or Σ (Wᵀg)(Wᵀg)ᵀ, g the gradient of the loss at the output"),
     "normalized": Sum("n n", "normalized", "moment with image i weighted by 1 / ‖W x_i‖²_F (arXiv 2402.06004)"),
+    "output_gradient": Sum("N N", "loss rounding input", "Σ g gᵀ, where `gradient` is the one at the inputs"),
     "image_moment": Sum("n n", "fisher", "Σ_images P Pᵀ"),
     "image_gradient": Sum("n n", "fisher", "Σ_images Pᵀ P"),
     "input_sum": Sum("K", "", "Σ x"),

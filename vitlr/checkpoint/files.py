@@ -18,14 +18,17 @@ from vitlr.anatomy import timm
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.checkpoint.structure import restructure, structure
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.measuring.cost import is_rounded
+from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
+from vitlr.runtime import compact
 from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
 from vitlr.surgery import fusion
 
-SCHEMA = 1
+SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
 _DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
 _MAX_HIDDEN = 2**30  # bytes of tables that a rebuilt model may compute; the largest we know of takes 40 MiB
+_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -69,7 +72,10 @@ def save(
         header = json.loads(json.dumps(header))
     except (TypeError, ValueError) as cause:
         raise InputError(f"plan, recipe and metrics must be plain JSON values: {cause}") from cause
-    save_tensors(path, tensors, {**header, "digest": _digest(tensors, header)}, kind="model", schema=SCHEMA)
+    schema = SCHEMA if is_rounded(model) else 1
+    if schema > 1:
+        tensors = {name + form: part for name, t in tensors.items() for form, part in compact.stored(t).items()}
+    save_tensors(path, tensors, {**header, "digest": _digest(tensors, header)}, kind="model", schema=schema)
 
 
 def load(
@@ -96,13 +102,13 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     origin = header["origin"]
     if model is not None:
         rebuilt = _reshape(copy.deepcopy(model), header)
-        _check_fit(rebuilt, shapes, header["tied"])
+        _check_fit(rebuilt, shapes, header)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
     else:
         origin = check_origin(origin)
         _check_depth(origin, len(shapes))
-        _check_fit(_reshape(build(origin, "meta"), header), shapes, header["tied"])
+        _check_fit(_reshape(build(origin, "meta"), header), shapes, header)
         rebuilt = _reshape(build(origin, "cpu"), header)
     tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
     if _digest(tensors, {key: value for key, value in header.items() if key != "digest"}) != header["digest"]:
@@ -167,7 +173,7 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
     with unfilled():
         restructure(model, header["structure"])
     for name, attention in timm.switchable(model):
-        swapped = isinstance(attention.qkv, (LowRankLinear, ResidualLowRankLinear, SelectedLinear))
+        swapped = isinstance(attention.qkv, _SWAPPED)
         on = name in header["visible"] or swapped
         setattr(attention, timm.SWITCH, on)
     fusion.fuse_again(model, header["fused"])
@@ -176,9 +182,15 @@ def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any]) -> None:
     # clone: the file's tensors lie at any multiple of 8 bytes, where BLAS may round otherwise than in aligned memory
+    if header["schema"] > 1:
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+        tensors = compact.restored(tensors, shapes)
     state = {name: tensor.clone() for name, tensor in tensors.items()}
     aliases = {name: state[known] for name, known in header["tied"].items()}
     model.load_state_dict(state | aliases, strict=True, assign=True)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.check(f"layer {name}")
     for name, known in header["tied"].items():
         (source, s), (target, t) = (n.rpartition(".")[::2] for n in (known, name))
         setattr(model.get_submodule(target), t, getattr(model.get_submodule(source), s))
@@ -187,8 +199,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any
             module._buffers[key] = buffer.to(_DTYPES[header["buffers"][name]])
 
 
-def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], tied: Mapping[str, str]) -> None:
+def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> None:
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    tied = header["tied"]
+    if header["schema"] > 1:
+        shapes = compact.shapes(shapes, expected)
     found = {**shapes, **{name: shapes.get(known, (-1,)) for name, known in tied.items()}}
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):

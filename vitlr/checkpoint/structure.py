@@ -13,7 +13,7 @@ from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
 from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.modules import swap
@@ -29,7 +29,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     `{mlp: {"width"}}` for narrowed MLPs, `{attention: {"heads"}}` for attentions that lost heads, `{linear: {"inputs",
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
-    its `"residual"` (the form) and `"group_size"` as well.
+    its `"residual"` (the form) and `"group_size"` as well. Layers of integers have `"quantized"` in the rank's place.
     """
     layers = {
         name: {
@@ -45,6 +45,16 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+    }
+    layers |= {
+        name: {
+            "quantized": True,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": module.bias is not None,
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
     widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
@@ -133,12 +143,28 @@ def _select(dense: _Dense, name: str, entry: Entry) -> Do:
     return lambda: swap(dense.model, name, SelectedLinear(left, K, N, *channels))
 
 
-def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
-    """A linear of low rank, with a residual or without."""
+def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of integers."""
+    linear, _ = _whole(dense, name, entry)
+    bias = entry.get("bias")
+    if entry["quantized"] is not True or type(bias) is not bool:
+        raise InputError(f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}")
+    shape = entry["in_features"], entry["out_features"]
+    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, bias))
+
+
+def _whole(dense: _Dense, name: str, entry: Entry) -> tuple[nn.Linear, dict[str, int]]:
+    """The linear that an entry speaks of, all of it, and its sizes."""
     linear = dense.linear(name)
     expected = dense.sizes(linear)
     if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
         raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
+    return linear, expected
+
+
+def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of low rank, with a residual or without."""
+    linear, expected = _whole(dense, name, entry)
     rank, bias = entry.get("rank"), entry.get("bias")
     limit = min(expected.values())
     if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
@@ -157,6 +183,7 @@ CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
     "width": _narrow,
     "heads": _fewer_heads,
     "inputs": _select,
+    "quantized": _quantise,
     "rank": _factorise,
 }
 """By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""

@@ -16,6 +16,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition
 from vitlr.decomposition.query_key_widths import measured_query_keys, solve_query_keys
 from vitlr.decomposition.ranks import solve_ranks
+from vitlr.decomposition.roundings import Rounding, measured_linears, solve_roundings
 from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError
@@ -60,6 +61,8 @@ def solve(
 ) -> Spectra:
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
+    Of the kind "rounding" are the levels that weights may be rounded to.
+
     `known` ones are kept. What cannot be solved is refused before anything is. Raises `InputError` for statistics of
     another model and those that lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
     """
@@ -68,21 +71,30 @@ def solve(
         return known
     options = options or Decomposition()
     layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
-    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
-    missing = [kind for kind in kinds if all(width.kind != kind for width in widths.values())]
+    roundings = {} if known is None else dict(known.roundings)
+    narrower = [kind for kind in kinds if kind != "rounding"]
+    widths = {name: width for name, width in widths.items() if width.kind in narrower and width.fits(options)}
+    missing = [kind for kind in narrower if all(width.kind != kind for width in widths.values())]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
     names = [name for name in stats.layers if name not in layers]
-    ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
-    solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, (task() for task in tasks))
+    rounded = measured_linears(stats, objective) if "rounding" in kinds and not roundings else []
+    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(
+        solve_ranks(parts, stats, objective, device) if names else (),
+        (task() for task in tasks),
+        solve_roundings(parts, stats, objective) if rounded else (),
+    )
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
+        elif isinstance(spectrum, Rounding):
+            roundings[spectrum.name] = spectrum
         else:
             widths[spectrum.name] = spectrum
         if progress is not None:
-            progress(done, len(names) + len(tasks))
+            progress(done, len(names) + len(tasks) + len(rounded))
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
-    return Spectra(layers, objective.name, stats.fingerprint, objective.centred, objective.damping, widths)
+    made = objective.name, stats.fingerprint, objective.centred, objective.damping
+    return Spectra(layers, *made, widths, roundings)
 
 
 def _tasks(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vitlr.decomposition.options import Decomposition
 from vitlr.errors import InputError
+from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.ops.linalg.factors import balance
 
 
@@ -118,11 +119,23 @@ class Narrowing(Protocol):
         """Loss of every rank of one of its linears at a width; None where it is that of the dense one."""
 
 
+class Levels(Protocol):
+    """What a linear's weight can be rounded to: every level, from fine to coarse, and the layer that it gives."""
+
+    @property
+    def ladder(self) -> dict[int, tuple[float, float]]:
+        """Bytes of the file and predicted loss of every level."""
+
+    def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
+        """The layer of integers at a level."""
+
+
 @dataclass(eq=False)
 class Spectra:
     """The spectra of all layers under one objective, how they were made, and of which weights they speak.
 
-    `widths` are those of what may get narrower, MLPs and attentions, where a plan asked for them.
+    `widths` are those of what may get narrower, MLPs and attentions, `roundings` those of the linears' weights, where a
+    plan asked for them.
     """
 
     layers: dict[str, LayerSpectrum]
@@ -131,6 +144,7 @@ class Spectra:
     centred: bool = False
     damping: float = 0.0
     widths: dict[str, Narrowing] = field(default_factory=dict)
+    roundings: dict[str, Levels] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"Spectra of {len(self.layers)} layers, objective {self.objective}, weights {self.fingerprint}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.data.batches import call
-from vitlr.nn import ResidualLowRankLinear
+from vitlr.nn import QuantizedLinear, ResidualLowRankLinear
+from vitlr.runtime import compact
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.modules import like
+
+_WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent")
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,38 @@ class Cost:
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, tied ones once; the weights of a quantised residual count, however they are stored."""
-    quantised = [m for m in model.modules() if isinstance(m, ResidualLowRankLinear) and m.scale is not None]
-    return sum(p.numel() for p in model.parameters()) + sum(m.in_features * m.out_features for m in quantised)
+    """Number of parameters, tied ones once; quantised weights count, however they are stored."""
+    total = sum(p.numel() for p in model.parameters())
+    for m in model.modules():
+        if isinstance(m, QuantizedLinear) or (isinstance(m, ResidualLowRankLinear) and m.scale is not None):
+            total += m.in_features * m.out_features
+    return total
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and persistent buffers, tied ones once."""
+    """Bytes of parameters and persistent buffers, tied ones once; of a rounded model what its file stores of them."""
     unique = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}
+    if is_rounded(model):
+        return sum(part.nbytes for t in unique.values() for part in compact.stored(t).values())
     return sum(t.numel() * t.element_size() for t in unique.values())
+
+
+def is_rounded(model: nn.Module) -> bool:
+    """Whether the model holds rounded weights, so that its file stores every tensor by what it was rounded to."""
+    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def rest(model: nn.Module, names: Container[str]) -> Iterator[Tensor]:
+    """All parameters and persistent buffers, tied ones once, but the weights of the linears (or codes) named."""
+    own = {f"{name}.{part}" for name, _ in model.named_modules() if name in names for part in _WEIGHTS}
+    state = {key: t for key, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    weights = {id(t) for key, t in state.items() if key in own}
+    yield from {id(t): t for t in state.values() if id(t) not in weights}.values()
+
+
+def count_rest(model: nn.Module, names: Container[str]) -> int:
+    """Bytes of all that once it is rounded."""
+    return sum(part.nbytes for t in rest(model, names) for part in compact.stored(compact.rounded(t.detach())).values())
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:

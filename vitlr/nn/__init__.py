@@ -5,6 +5,7 @@ from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
+from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 from vitlr.nn.selected_linear import SelectedLinear
 
@@ -14,6 +15,7 @@ __all__ = [
     "LowRankGLU",
     "LowRankLinear",
     "LowRankMLP",
+    "QuantizedLinear",
     "ResidualLowRankLinear",
     "SelectedLinear",
 ]

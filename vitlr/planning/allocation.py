@@ -28,9 +28,9 @@ def allocate(spectra: Spectra, sizes: Sizes, budget: Budget | None, options: Pla
     """Choose a rank, or dense, for every layer, and a width for everything that `spectra` has widths of.
 
     `options.method`: "lowrank" (or None) changes ranks only, "widths" widths only, "widths+ranks" widths of MLPs and
-    ranks of everything else (arXiv 2203.13444); "joint" offers MLPs every combination. Ranks are multiples of
-    `rank_step` from `min_rank` up to where low rank stops being smaller than dense; widths multiples of `width_step`,
-    and at least one step of everything stays. Equal spectra give an equal plan.
+    ranks of everything else (arXiv 2203.13444); "joint" offers MLPs every combination; "bits" rounds weights.
+    Ranks are multiples of `rank_step` from `min_rank` up to where low rank stops being smaller than dense; widths
+    multiples of `width_step`, and at least one step of everything stays. Equal spectra give an equal plan.
 
     Raises `InputError` where the budget cannot be reached, saying what can be, and for bad arguments.
     """
@@ -56,7 +56,7 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     if budget is None:
         return [item.only([int(np.argmin(item.prices.cost))]) for item in items]
     options, whole = offers.options, float(getattr(offers.sizes.total, budget.quantity))
-    outside = whole - sum(offers.dense(item) for item in items)
+    outside = offers.outside(items)
     room = budget.limit(whole) - outside
     if options.uniform:
         chosen = uniform(offers, items, room)
@@ -67,8 +67,8 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     if chosen is not None:
         return chosen
     least = outside + sum(item.prices.cost.min() for item in items)
-    steps = {"lowrank": "a smaller rank step", "widths": "a smaller width step"}
-    other = "" if offers.method == "joint" else ", or use method='joint'"
+    steps = {"lowrank": "a smaller rank step", "widths": "a smaller width step", "bits": "a smaller model"}
+    other = "" if offers.method in ("joint", "bits") else ", or use method='joint'"
     raise InputError(
         f"budget {budget} cannot be reached with method={offers.method!r}: the smallest plan keeps {least / whole:.2%} "
         f"({least:,.0f} of {whole:,.0f} {budget.quantity}; {outside / whole:.2%} lie outside the compressible layers); "

@@ -13,10 +13,11 @@ from vitlr.planning.knapsack import Array, Prices, choose
 
 
 class Choice(NamedTuple):
-    """What may become of an item; the bits of its weights would stand here too, with a cost and a loss of their own."""
+    """What may become of an item."""
 
     width: int | None  # of an MLP or attention; a linear alone has none
     ranks: tuple[int | None, ...]  # of each of its linears; None stays dense
+    level: int | None = None  # that the weight of a linear alone is rounded to; None leaves it
 
 
 @dataclass(frozen=True)

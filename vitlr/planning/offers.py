@@ -24,6 +24,7 @@ class Sizes:
     tokens: Mapping[str, float]
     itemsize: Mapping[str, int]
     has_bias: Mapping[str, bool]
+    rest: int = 0  # bytes that all else takes where weights are rounded
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class Offers:
 
     @property
     def method(self) -> str:
-        """What is offered: ranks, widths, or both."""
+        """What is offered: ranks, widths, both, or bits."""
         return self.options.settled or "lowrank"
 
     def items(self) -> Iterator[Item]:
         """One for every MLP or attention that may get narrower, and for every other linear, in the layers' order."""
-        narrowings = () if self.method == "lowrank" else self.spectra.widths.values()
+        narrowings = () if self.method in ("lowrank", "bits") else self.spectra.widths.values()
         of = {name: narrowing for narrowing in narrowings for name in (*narrowing.first, narrowing.second)}
         for name in self.spectra.layers:
             narrowing = of.get(name)
             if narrowing is None:
-                yield self.linear(name)
+                yield self.rounded(name) if self.method == "bits" else self.linear(name)
             elif name == narrowing.second:
                 yield self._narrowed(narrowing)
 
@@ -62,6 +63,20 @@ class Offers:
             factored = self.method != "widths" and name in self.wanted
             ranks = [*(self.ranks(*self.shape(None, name, None)) if factored else []), None]
         return self._extended(start, name, ranks)
+
+    def rounded(self, name: str) -> Item:
+        """One linear at every level, and left as it is."""
+        ladder = self.spectra.roundings[name].ladder if name in self.wanted else {}
+        dense = self.cost(None, name, self.shape(None, name, None), None)
+        prices = Prices(*np.array([*ladder.values(), (dense, 0.0)]).T)
+        item = Item((name,), None, [Choice(None, (None,), level) for level in (*ladder, None)], prices)
+        return item.only(worth_having(prices))
+
+    def outside(self, items: Collection[Item]) -> float:
+        """What lies outside of all items: as it is, or as it will be where weights are rounded."""
+        if self.method == "bits":
+            return self.sizes.rest
+        return float(getattr(self.sizes.total, self.quantity)) - sum(self.dense(item) for item in items)
 
     def _narrowed(self, narrowing: Narrowing) -> Item:
         """An MLP or attention: every width alone, and some of them, evenly spread, with ranks; what is worth having."""

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vitlr.calibration.options import ROUNDING
 from vitlr.decomposition.options import GRAINS, Decomposition, check_objective
 from vitlr.errors import InputError
 from vitlr.planning.budgets import Budget
 from vitlr.runtime.fields import option
 
-METHODS = ("lowrank", "widths", "widths+ranks", "joint")
+METHODS = ("lowrank", "widths", "widths+ranks", "joint", "bits")
 ATTENTION = ("query_keys", *GRAINS, "none")  # what attention may lose
 WORDS = {"prune": "widths", "hybrid": "widths+ranks", "scores": "query_keys"}  # old words: read and taken, not written
 WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
@@ -19,12 +20,13 @@ WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks
 
 @dataclass(frozen=True)
 class Planning(Decomposition):
-    """What is chosen under a budget, and how: ranks, widths, or both; `Decomposition` says how they are solved."""
+    """What is chosen under a budget, and how: ranks, widths, both, or bits; `Decomposition` says how it is solved."""
 
     method: str | None = option(
         None,
         "lowrank: ranks. widths: hidden widths of MLPs. widths+ranks: widths for MLPs, ranks for all else. "
-        "joint: both for all. [default: joint where the model's MLPs are known and measured, else lowrank]",
+        "joint: both for all. bits: weights are rounded, under a budget of bytes. "
+        "[default: joint where the model's MLPs are known and measured, else lowrank]",
         among=METHODS,
         words=WORDS,
         metavar="NAME",
@@ -67,7 +69,12 @@ class Planning(Decomposition):
     @property
     def hidden(self) -> bool | str:
         """What `calibrate(hidden=)` has to measure for such a plan."""
-        return False if self.settled == "lowrank" else "attention" if self.attention in GRAINS else True
+        return False if self.settled in ("lowrank", "bits") else "attention" if self.attention in GRAINS else True
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What `calibrate(extras=)` has to measure for such a plan."""
+        return (ROUNDING,) if self.settled == "bits" else ()
 
     def check(self) -> None:
         """Raise `InputError` for options that do not go together, whatever the budget."""
@@ -85,6 +92,7 @@ class Planning(Decomposition):
             )
         if method in ("widths", "widths+ranks", "joint"):
             check_objective(self.objective, widths=True)
+        if method not in (None, "lowrank"):
             for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
         if self.ranks is not None and (self.uniform or self.rank_buckets):
@@ -102,6 +110,8 @@ class Planning(Decomposition):
         elif budget is None and self.ranks is None:
             other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
             raise InputError(f"give a budget such as 'params:40%'{other}")
+        if self.method == "bits" and budget is not None and budget.quantity != "bytes":
+            raise InputError(f"method='bits' changes bytes only: give a budget such as bytes:20%, not {budget}")
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""

@@ -15,7 +15,7 @@ from vitlr.decomposition.query_key_widths import has_query_keys
 from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
-from vitlr.measuring.cost import Cost, count_bytes, count_params
+from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.offers import Sizes
@@ -36,11 +36,12 @@ def plan(
     progress: Progress | None = None,
     **changes: Any,
 ) -> Plan:
-    """Decide, without changing anything, which layer keeps which rank and width under a budget of what is KEPT.
+    """Decide, without changing anything, which layer keeps which rank, width or bits under a budget of what is KEPT.
 
     `changes` are the fields of `Planning`, on top of `options`. `method`: "lowrank" chooses ranks, "widths" the hidden
-    widths of MLPs, "widths+ranks" widths of MLPs and ranks of all else (arXiv 2203.13444), "joint" both for all; by
-    default the best that model and statistics allow, and the plan says why (`Plan.why`). Widths need statistics with
+    widths of MLPs, "widths+ranks" widths of MLPs and ranks of all else (arXiv 2203.13444), "joint" both for all, "bits"
+    to what weights are rounded, under a budget of bytes, from statistics with the extra "rounding"; by default
+    the best that model and statistics allow, and the plan says why (`Plan.why`). Widths need statistics with
     hidden moments; `compensate` folds removed neurons into those that stay, by regression with `ridge`, which is
     relative to their mean variance. `attention` ("widths" and "joint") also lets every attention lose directions of
     queries and keys ("query_keys", the default with "joint" where the statistics hold what it needs; "none" forbids
@@ -55,7 +56,7 @@ def plan(
     objective = Objective.of(stats, options, spectra)
     options, kinds, why = settle(options, parts, stats, objective)
     spectra = solve(parts, stats, objective, kinds, options, known=spectra, progress=progress)
-    return replace(allocate(spectra, sizes(model, stats), wanted, options), why=why)
+    return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why)
 
 
 def settle(options: Planning, parts: Parts, stats: Statistics, objective: Objective) -> tuple[Planning, list[str], str]:
@@ -71,8 +72,8 @@ def settle(options: Planning, parts: Parts, stats: Statistics, objective: Object
             method, why = "joint", f"the hidden neurons of {len(mlps)} MLPs were measured"
         except InputError as reason:
             method, why = "lowrank", stats.notes.get("no_hidden", str(reason))
-    if method == "lowrank":
-        return replace(options, method=method), [], why
+    if method in ("lowrank", "bits"):
+        return replace(options, method=method), ["rounding"] if method == "bits" else [], why
     attention = None if options.attention == "none" else options.attention
     if options.attention is None and method == "joint" and has_query_keys(stats, objective):
         attention = "query_keys"
@@ -80,12 +81,13 @@ def settle(options: Planning, parts: Parts, stats: Statistics, objective: Object
     return replace(options, method=method), [*kinds, *([attention] if attention else [])], why
 
 
-def sizes(model: nn.Module, stats: Statistics) -> Sizes:
-    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer."""
+def sizes(model: nn.Module, stats: Statistics, method: str | None = None) -> Sizes:
+    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; by "bits" the rest."""
     linears = {name: linear for name, linear in read(model).linears.items() if name in stats.layers}
     return Sizes(
         total=Cost(count_params(model), stats.macs, count_bytes(model)),
         tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
         itemsize={name: linear.weight.element_size() for name, linear in linears.items()},
         has_bias={name: linear.bias is not None for name, linear in linears.items()},
+        rest=count_rest(model, stats.layers) if method == "bits" else 0,
     )

@@ -13,8 +13,9 @@ from vitlr.errors import InputError
 from vitlr.planning.options import METHODS, WORDS
 from vitlr.runtime.storage import atomic_path
 
-SCHEMA = 3  # 2 knows widths, 3 those of attention; plans without them are written as 1 or 2, as they always were
+SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
+_LEVELS = 1000
 _MAX_BYTES = 16 * 2**20
 _ROWS = ("layers", "widths")
 _OWN = ("why", "spectra")  # of a plan just made, in no file
@@ -37,6 +38,8 @@ class LayerPlan:
     reason: str
     kept_in: int | None = None
     kept_out: int | None = None
+    level: int | None = None  # its weight is rounded, at a loss of 4^(level / 8) / 12 for every entry
+    bits: float | None = None  # of the file for each of its weights, as predicted
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,6 +106,16 @@ class Plan:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     @property
+    def levels(self) -> dict[str, int]:
+        """Level of every layer whose weight is rounded."""
+        return {layer.name: layer.level for layer in self.layers if layer.level is not None}
+
+    @property
+    def rounds_rest(self) -> bool:
+        """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
+        return self.method == "bits" and self.bytes_kept < self.bytes
+
+    @property
     def error(self) -> float:
         """Predicted error of the whole model: the sum over layers and widths."""
         return sum(layer.error for layer in self.layers) + sum(row.error for row in self.widths)
@@ -120,7 +133,7 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything at all is to be done."""
-        return bool(self.ranks or self.narrowed)
+        return bool(self.ranks or self.narrowed or self.levels or self.rounds_rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
@@ -133,7 +146,8 @@ class Plan:
         if self.attention is None:
             for row in widths:
                 del row["kind"]
-        return {"schema": 2 if self.attention is None else SCHEMA, **body, "layers": layers, "widths": widths}
+        schema = SCHEMA if self.method == "bits" else 2 if self.attention is None else 3
+        return {"schema": schema, **body, "layers": layers, "widths": widths}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -169,6 +183,10 @@ class Plan:
             if row.kind not in KINDS:
                 raise InputError(f"{row.name}: a width of {row.kind!r:.80}, expected one of {', '.join(KINDS)}")
         for layer in self.layers:
+            if layer.level is not None and (type(layer.level) is not int or abs(layer.level) > _LEVELS):
+                raise InputError(f"layer {layer.name}: level {layer.level!r:.80}, expected -{_LEVELS} to {_LEVELS}")
+            if not isinstance(layer.bits, int | float | None):
+                raise InputError(f"layer {layer.name}: {layer.bits!r:.80} bits a weight, expected a number")
             for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
                 if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
                     raise InputError(f"layer {layer.name}: {kept!r:.80} of {full} features cannot be kept")
@@ -203,12 +221,16 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
-        lines = [f"{'layer':<{width}}  {'W':>11}  {'rank':>5}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
+        by_bits = self.method == "bits"
+        own = f"{'bits':>5}  {'level':>5}" if by_bits else f"{'rank':>5}"
+        lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
-            rank = "dense" if layer.rank is None else str(layer.rank)
+            own = f"{'dense' if layer.rank is None else layer.rank:>5}"
+            if by_bits:
+                own = f"{'as is':>5}  {'':>5}" if layer.level is None else f"{layer.bits or 0:>5.2f}  {layer.level:>5}"
             lines.append(
-                f"{layer.name:<{width}}  {shape:>11}  {rank:>5}  {layer.error:>9.3g}  {layer.params:>10,}  "
+                f"{layer.name:<{width}}  {shape:>11}  {own}  {layer.error:>9.3g}  {layer.params:>10,}  "
                 f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
             )
         for row in self.widths:
@@ -226,10 +248,10 @@ class Plan:
                 narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
         if self.why:
             lines.append(f"method {self.method}: {self.why}")
-        lines.append(
-            f"{self.budget}, objective {self.objective}: {len(self.ranks)} of {len(self.layers)} layers factorised, "
-            f"{narrowed}predicted error {self.error:.4g}"
-        )
+        done = f"{len(self.levels)} of {len(self.layers)} layers rounded, "
+        if not by_bits:
+            done = f"{len(self.ranks)} of {len(self.layers)} layers factorised, "
+        lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
         for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
             before, after = getattr(self, what), getattr(self, f"{what}_kept")
             lines.append(

@@ -20,7 +20,9 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
     totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
     saved = _saved(offers, layers)
-    narrows = offers.method != "lowrank"
+    if offers.method == "bits" and budget is not None and budget.limit(totals["bytes"]) < totals["bytes"]:
+        saved["bytes"] = totals["bytes"] - round(offers.outside(chosen) + sum(item.prices.cost[0] for item in chosen))
+    narrows = offers.method not in ("lowrank", "bits")
     without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
     return Plan(
         budget=str(budget) if budget else without,
@@ -41,7 +43,7 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
 
 def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
     """A row for each of its linears."""
-    ((width, ranks),) = item.choices
+    ((width, ranks, level),) = item.choices
     for name, rank in zip(item.linears, ranks, strict=True):
         spectrum = offers.spectra.layers[name]
         N, K = offers.shape(item.narrowing, name, width)
@@ -51,11 +53,21 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             spectrum.out_features,
             rank,
             offers.sizes.tokens[name],
-            0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank]),
-            _why_rank(offers, item, name, rank),
+            _error(offers, item, name, ranks, rank),
+            _why_level(offers, name, level) if offers.method == "bits" else _why_rank(offers, item, name, rank),
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
+            level=level,
+            bits=None if level is None else round(8 * float(item.prices.cost[0]) / (N * K), 3),
         )
+
+
+def _error(offers: Offers, item: Item, name: str, ranks: Sequence[int | None], rank: int | None) -> float:
+    """The predicted loss of one of its linears, without that of the width."""
+    width, _, level = item.choices[0]
+    if level is not None:
+        return float(item.prices.loss[0])
+    return 0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank])
 
 
 def _widths(offers: Offers, item: Item) -> Iterator[WidthPlan]:
@@ -98,6 +110,15 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
     if len(offered) == 1:
         return f"full: no multiple of {step} lies below it" if narrowing.group == 1 else "full: it has one head"
     return "full: worth its cost within the budget"
+
+
+def _why_level(offers: Offers, name: str, level: int | None) -> str:
+    if level is not None:
+        ladder = [*offers.spectra.roundings[name].ladder]
+        return "rounded: at the coarsest level" if level == ladder[-1] else "rounded: saves most for its error"
+    if name not in offers.wanted:
+        return "as it is: left out by include/exclude"
+    return "as it is: worth its cost within the budget"
 
 
 def _why_rank(offers: Offers, item: Item, name: str, rank: int | None) -> str:

@@ -27,6 +27,7 @@ from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 from vitlr.surgery.mlps import narrow_mlp
+from vitlr.surgery.rounding import round_weights
 
 Factors = tuple[Tensor, Tensor, Tensor | None]  # A [N, r], B [r, K], bias [N]
 
@@ -40,6 +41,8 @@ def replace_layers(
     progress: Progress | None = None,
 ) -> nn.Module:
     """Narrow every planned MLP and attention, replace every planned layer `W` by factors `A [N, r]`, `B [r, K]`.
+
+    Or by integers, where its plan says a level.
 
     A new model unless `inplace`. Where an MLP is both narrowed and factorised, its first linears keep rows of the dense
     one's A, and the second one's factors are those of its weights after compensation.
@@ -56,7 +59,8 @@ def replace_layers(
         linear, shape = modules.get(row.name), (row.out_features, row.in_features)
         if type(linear) is not nn.Linear or linear.weight.shape != shape:
             raise InputError(f"the plan is of another model: no linear {shape[0]}x{shape[1]} at {row.name!r}")
-        if (row.rank is not None or row.name in taken) and has_hooks(linear):
+        changed = row.rank is not None or row.level is not None or row.name in taken
+        if changed and has_hooks(linear):
             raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
     if not inplace:
         model = copy.deepcopy(model)
@@ -71,6 +75,7 @@ def replace_layers(
         swap(model, place, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
         if progress is not None:
             progress(done, len(plan.ranks))
+    round_weights(model, plan, spectra, progress)
     return model
 
 
@@ -126,7 +131,7 @@ def apply(
     progress: Progress | None = None,
 ) -> nn.Module:
     """Carry a plan out: a new model (the same one if `inplace`) with MLPs and attentions narrowed and
-    `LowRankLinear`s as planned.
+    `LowRankLinear`s or `QuantizedLinear`s as planned.
 
     A plan read from JSON has no spectra and needs the statistics it was made from. Raises `InputError` where plan,
     statistics and model do not belong together.
@@ -154,5 +159,5 @@ def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
         compensate=plan.compensated,
         ridge=plan.ridge or RIDGE,
     )
-    kinds = {row.kind for row in plan.widths} if plan.narrowed else set()
+    kinds = {row.kind for row in plan.widths} if plan.narrowed else {"rounding"} if plan.levels else set()
     return solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options)

@@ -15,6 +15,7 @@ from vitlr.nn import (
     LowRankGLU,
     LowRankLinear,
     LowRankMLP,
+    QuantizedLinear,
     ResidualLowRankLinear,
     SelectedLinear,
 )
@@ -26,13 +27,13 @@ FUSED: tuple[type[Fused], ...] = (LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Multiply all factors out, `W = A B` or `A B + R`: the same function on plain `nn.Linear`s.
+    """Multiply all factors out, `W = A B` or `A B + R`, and all steps: the same function on plain `nn.Linear`s.
 
     Channels that were taken out of a layer (`SelectedLinear`) come back as zeros.
     """
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear)):
+        if isinstance(module, (LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear)):
             swap(model, name, module.to_linear().train(module.training))
     return model
 

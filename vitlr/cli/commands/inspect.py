@@ -46,6 +46,11 @@ def inspect(
         for name, s in structure(network).items()
         if "rank" in s
     ]
+    rounded = [
+        _row(name, s["out_features"], s["in_features"], s["out_features"] * s["in_features"], "codes of 8 bits or less")
+        for name, s in structure(network).items()
+        if "quantized" in s
+    ]
     narrowed = [
         {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
     ]
@@ -68,6 +73,7 @@ def inspect(
         "layers": len(targets),
         "targets": targets,
         "low_rank": low_rank,
+        "rounded": rounded,
         "narrowed": narrowed,
         "heads": heads,
         "selected": selected,
@@ -84,7 +90,8 @@ def _row(name: str, n: int, k: int, params: int, note: str) -> dict[str, Any]:
 def _text(values: dict[str, Any]) -> str:
     total = max(values["params"], 1)
     rows = []
-    headings = {"targets": "compressible", "low_rank": "low rank", "kept": "stays dense", "hidden": "out of reach"}
+    headings = {"targets": "compressible", "low_rank": "low rank", "rounded": "rounded"}
+    headings |= {"kept": "stays dense", "hidden": "out of reach"}
     for key, heading in headings.items():
         for row in values[key]:
             shape = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""

@@ -1,0 +1,188 @@
+"""Bits on the real ViT-Ti, without any training: top-1 against bytes of the file, one table, Markdown and JSON.
+
+    python -m bench.compare.bits [--data FOLDER] [--stats FILE] [--out docs/results]
+
+One calibration serves every row. The rival is plain rounding: every group of 64 weights of a row gets the step and the
+zero that lose least of the weight itself, nothing is made up for, and everything else is stored as ours is.
+Validation images are for these figures only; nothing was chosen on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.creation import create_model
+from vitlr.checkpoint.files import load, save
+from vitlr.data.loader import open_data
+from vitlr.measuring.cost import count_bytes, count_rest, rest
+from vitlr.measuring.evaluation import evaluate
+from vitlr.planning.planner import plan
+from vitlr.runtime import compact
+from vitlr.surgery.application import apply
+
+SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
+HEADER = 32e3  # bytes: names and the plan
+NEAREST = (4, 3)  # bits
+GROUP = 64
+
+
+def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) -> tuple[nn.Module, dict[str, Any], Any]:
+    """Rounded to a file of so many megabytes, and read back from that file."""
+    start = time.process_time()
+    budget = f"bytes:{megabytes * 1e6 - HEADER:.0f}"
+    chosen = plan(model, stats, budget, method="bits", spectra=spectra)
+    small = apply(model, chosen)
+    seconds = time.process_time() - start
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.safetensors"
+        save(small, path, plan=chosen)
+        size, small = path.stat().st_size, load(path)
+    facts = {"bytes": size, "planned_bytes": chosen.bytes_kept, "predicted_error": chosen.error}
+    return small, {**facts, "levels": chosen.levels, "cpu_seconds": seconds}, chosen.spectra
+
+
+@torch.no_grad()
+def nearest(model: nn.Module, stats: Statistics, bits: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Plain rounding: bits a weight, a scale in float16 and a zero of as many bits a group."""
+    small, size = copy.deepcopy(model), 0.0
+    for name in stats.layers:
+        weight = small.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(grouped(weight, bits))
+        size += weight.numel() * bits / 8 + weight.numel() / GROUP * (2 + bits / 8)
+    for tensor in rest(small, stats.layers):
+        tensor.copy_(compact.rounded(tensor.detach()))
+    return small, {"bytes": round(size + count_rest(small, stats.layers))}
+
+
+def grouped(weight: Tensor, bits: int, tries: int = 24) -> Tensor:
+    """W rounded in groups of a row, each in the range that loses least of its weights."""
+    top, groups = 2**bits - 1, weight.unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
+    best, loss = torch.zeros_like(groups), torch.full_like(low, torch.inf)
+    for share in torch.linspace(1, 0.3, tries):
+        step = ((high - low) * share / top).clamp(min=1e-12).half().float()
+        zero = (-low * share / step).round().clamp(0, top)
+        rounded = ((groups / step + zero).round().clamp(0, top) - zero) * step
+        lost = (rounded - groups).square().sum(-1, True)
+        best, loss = torch.where(lost < loss, rounded, best), torch.minimum(lost, loss)
+    return best.flatten(1)
+
+
+def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
+    """Of both sides of every linear, of an earlier run where there was one."""
+    path = args.stats or cache / f"statistics-{args.images}.safetensors"
+    if path.is_file():
+        return Statistics.load(path)
+    loader = open_data(calibration_tar(folder), model, batch_size=args.batch_size, limit=args.images)
+    stats = calibrate(model, loader, objective="loss", extras=("rounding",), hidden=False)
+    stats.save(path)
+    return stats
+
+
+def markdown(body: dict[str, Any]) -> str:
+    """All rows, as they stand in the docs."""
+    dense, facts = body["dense"], body["machine"]
+    lines = [
+        "# Bits, without any training",
+        "",
+        f"`{body['model']}` ({body['weights']}), {body['calibration_images']} calibration images; accuracy on the "
+        f"{body['validation_images']}-image subset of the ILSVRC2012 validation set (easier than the full set: do not "
+        f"read it as ImageNet accuracy). Dense: top-1 {_interval(dense)}, {dense['bytes'] / 1e6:.2f} MB. Intervals are "
+        "95 % (Wilson); all rows see the same images. KL(dense, small) in nats, agreement: same first class. MB of the "
+        "whole file; that of plain rounding is counted, without a header.",
+        "",
+        f"{facts['processor']}, {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}; code "
+        f"{body['code']}. Made by `python -m bench.compare.bits`; figures and levels in `bits.json`.",
+        "",
+        "| method | MB | bits a weight of the linears | top-1 (95 %) | top-5 | agreement | KL | predicted |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_line(row, body) for row in sorted(body["rows"], key=lambda row: -row["bytes"])),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict[str, Any], body: dict[str, Any]) -> str:
+    bits = 8 * (row.get("planned_bytes", row["bytes"]) - body["rest"]) / body["weights_rounded"]
+    predicted = f"{row['predicted_error']:.3f}" if "predicted_error" in row else ""
+    cells = [row["method"], f"{row['bytes'] / 1e6:.3f}", f"{bits:.2f}", _interval(row)]
+    cells += [f"{row['top5']:.2f}", f"{row['agreement']:.2f}", f"{row['kl']:.4f}", predicted]
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return f"{row['top1']:.2f} ({row['top1_low']:.1f} to {row['top1_high']:.1f})"
+
+
+def _arguments() -> argparse.Namespace:
+    args = parser(__doc__ or "")
+    args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
+    args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
+    args.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), metavar="MB")
+    args.add_argument("--stats", type=Path, help="statistics of an earlier run")
+    args.add_argument("--images", type=int, default=1000, help="calibration images")
+    args.add_argument("--limit", type=int, default=None, help="validation images (default: all)")
+    args.add_argument("--batch-size", type=int, default=50)
+    return args.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    folder = data_folder(args.data)
+    model = create_model(MODEL, checkpoint=folder / CHECKPOINT)
+    cache = BUILD / "compare_bits" / CODE
+    cache.mkdir(parents=True, exist_ok=True)
+    stats = statistics(model, folder, cache, args)
+    loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
+    dense = Recorded(model, loader)
+    reference = evaluate(dense, loader)
+    print(f"dense: {reference}", file=sys.stderr)
+    rows = []
+    for bits in NEAREST:
+        small, facts = nearest(model, stats, bits)
+        rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
+    spectra = None
+    for size in args.sizes:
+        small, facts, spectra = ours(model, stats, size, spectra)
+        rows.append(_measured('**vitlr, `method="bits"`**', small, facts, loader, dense))
+    if sources() != CODE:
+        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
+    body = {
+        "model": MODEL,
+        "weights": CHECKPOINT,
+        "calibration_images": stats.images,
+        "validation_images": reference.images,
+        "code": CODE,
+        "machine": machine(),
+        "dense": {**reference.to_dict(), "bytes": count_bytes(model)},
+        "rest": count_rest(model, stats.layers),
+        "weights_rounded": sum(layer.in_features * layer.out_features for layer in stats.layers.values()),
+        "rows": rows,
+    }
+    write_json(args.out / "bits.json", body)
+    (args.out / "bits.md").write_text(markdown(json.loads(json.dumps(body))))
+
+
+def _measured(method: str, small: nn.Module, facts: dict[str, Any], loader: Kept, dense: Recorded) -> dict[str, Any]:
+    dense.next = 0
+    row = {"method": method, **facts, **evaluate(small, loader, dense).to_dict()}
+    print(f"{method:<32} {row['bytes']:>9,}  top-1 {row['top1']:6.2f}  KL {row['kl']:7.4f}", file=sys.stderr)
+    return row
+
+
+if __name__ == "__main__":
+    main(_arguments())

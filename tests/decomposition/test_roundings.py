@@ -1,0 +1,125 @@
+"""Levels of rounding: what is predicted before anything is rounded is what rounding does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vitlr
+from vitlr.anatomy.reading import read
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.options import Decomposition
+from vitlr.decomposition.roundings import DAMPING, Rounding, solve_roundings
+from vitlr.errors import InputError
+from vitlr.runtime import compact
+
+
+@pytest.fixture(scope="module")
+def solved(tiny_vit):
+    model = tiny_vit(embed_dim=48, num_heads=3)
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
+    stats = vitlr.calibrate(model, images, objective="loss", extras=("rounding",), hidden=False)
+    objective = Objective.of(stats, Decomposition())
+    return model, images, stats, {r.name: r for r in solve_roundings(read(model), stats, objective)}
+
+
+def recorded(model: torch.nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What a linear reads, and a gradient by what it returns, one row a token."""
+    seen: list[Tensor] = []
+    linear = model.get_submodule(name)
+
+    def hook(module: torch.nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        y.retain_grad()
+        seen.extend((args[0], y))
+
+    handle = linear.register_forward_hook(hook)
+    model(images).square().sum().backward()
+    handle.remove()
+    return seen[0].detach().flatten(0, -2).double(), seen[1].grad.flatten(0, -2).double()
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.1.attn.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"])
+def test_both_sides_are_measured_in_full(tiny_vit, batches, name):
+    model = tiny_vit().double()
+    images = torch.cat([x for x, _ in batches]).double()
+    square = lambda output, batch: output.square().sum()  # noqa: E731
+    stats = vitlr.calibrate(model, [images], objective="loss", extras=("rounding",), hidden=False, loss_fn=square)
+    layer = stats.layers[name]
+    x, g = recorded(model, name, images)
+    inputs = layer.sum("input_moment" if layer.side == "output" else "moment")
+    outputs = layer.sum("gradient" if layer.side == "output" else "output_gradient")
+    torch.testing.assert_close(inputs, x.mT @ x)
+    torch.testing.assert_close(outputs, g.mT @ g)
+
+
+def moments(rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """S and C about the mean, damped, as the formula has them."""
+    layer = rounding.layer
+    S = layer.sum("gradient" if layer.side == "output" else "output_gradient") / (2 * layer.tokens)
+    C = layer.sum("input_moment" if layer.side == "output" else "moment")
+    total = layer.sum("input_sum").double()
+    C = (C - torch.outer(total, total) / layer.tokens) / 40
+    return tuple(M + DAMPING * M.diagonal().mean() * torch.eye(len(M)) for M in (S, C))
+
+
+def test_bytes_and_loss_are_known_before_rounding(solved):
+    for rounding in solved[3].values():
+        S, C = moments(rounding)
+        W = rounding.weight.double()
+        for level in rounding.levels[8:20:6]:
+            layer = rounding.rounded(level, rounding.weight, None)
+            E = layer.dense_weight(torch.float64) - W
+            true = float((S @ E @ C * E).sum())
+            size, loss = rounding.costs(level)
+            uniform = float(W.numel() * 4 ** (level / 8) / 12)
+            assert loss == pytest.approx(true, rel=0.1) and loss == pytest.approx(uniform, rel=0.25)
+            parts = (part for t in layer.state_dict().values() for part in compact.stored(t).values())
+            assert size == pytest.approx(sum(part.nbytes for part in parts), rel=0.03)
+
+
+def test_coarser_levels_are_smaller_and_lose_more(solved):
+    for rounding in solved[3].values():
+        sizes, losses = zip(*rounding.ladder.values(), strict=True)
+        assert list(sizes) == sorted(sizes, reverse=True) and list(losses) == sorted(losses)
+        assert [*rounding.ladder] == sorted(rounding.ladder)
+        assert sizes[0] > 0.7 * rounding.weight.numel() and sizes[-1] < 0.3 * rounding.weight.numel() + 400
+
+
+def test_making_up_for_errors_beats_rounding_to_the_nearest(solved):
+    for rounding in solved[3].values():
+        S, C = moments(rounding)
+        level = rounding.levels[12]
+        layer = rounding.rounded(level, rounding.weight, None)
+        W = rounding.weight.double()
+        steps = layer.dense_weight(torch.float64) / layer.codes.double().where(layer.codes != 0, torch.nan)
+        steps = (steps.nanmean(1, keepdim=True) / steps.nanmean()) * steps.nanmean(0)
+        nearest = (W / steps).round() * steps - W
+        E = layer.dense_weight(torch.float64) - W
+        assert (S @ E @ C * E).sum() < 0.9 * (S @ nearest @ C * nearest).sum()
+
+
+def test_the_bias_carries_the_mean(solved):
+    model, _, stats, roundings = solved
+    rounding = roundings["blocks.0.mlp.fc1"]
+    linear = model.get_submodule(rounding.name)
+    layer = rounding.rounded(rounding.levels[-6], linear.weight, linear.bias)
+    mean = stats.layers[rounding.name].sum("input_sum").float() / stats.layers[rounding.name].tokens
+    with torch.no_grad():
+        torch.testing.assert_close(layer(mean), linear(mean), rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_not_measured_is_refused(solved):
+    model, images, _, _ = solved
+    plain = vitlr.calibrate(model, images, objective="loss", hidden=False)
+    with pytest.raises(InputError, match=r"no moments to round by .*extras=\('rounding',\)"):
+        vitlr.plan(model, plain, "bytes:20%", method="bits")
+
+
+def test_a_layer_that_nothing_depends_on_is_rounded_all_the_same(tiny_vit):
+    model = tiny_vit()
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight.zero_()
+    stats = vitlr.calibrate(model, [torch.randn(8, 3, 32, 32)], objective="loss", extras=("rounding",), hidden=False)
+    small = vitlr.apply(model, vitlr.plan(model, stats, "bytes:20%", method="bits"))
+    assert torch.isfinite(small(torch.randn(2, 3, 32, 32))).all()
