@@ -35,7 +35,7 @@ from vitlr.runtime import compact
 from vitlr.surgery.application import apply
 
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
-HEADER = 32e3  # bytes: names and the plan
+HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
 GROUP = 64
 

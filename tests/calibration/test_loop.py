@@ -14,7 +14,10 @@ from vitlr.calibration.sums import SUMS
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws, image_seeds, is_logits, sampled_losses
 
-ALL = {"objective": ("loss", "output", "normalized", "fisher"), "extras": ("input_moment", "input_abs", "row_gradient")}
+ALL = {
+    "objective": ("loss", "output", "normalized", "fisher"),
+    "extras": ("input_moment", "input_abs", "row_gradient", "rounding"),
+}
 
 
 def close(a, b, rtol=2e-5):
@@ -97,6 +100,8 @@ def test_every_sum_matches_its_definition(tiny_vit, images, width):
             "itn,itk->ink", g.reshape(len(images), -1, len(W)), x.reshape(len(images), -1, W.shape[1])
         )
         close(layer.row_gradient, per_image.square().sum((0, 2)))
+        if not out:
+            close(layer.output_gradient, D.T @ D)
         if out:
             weighted = (small * weight[:, None]).T @ small
             assert float(weighted.detach().trace()) == pytest.approx(len(images), rel=1e-4)

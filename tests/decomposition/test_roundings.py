@@ -21,7 +21,7 @@ def solved(tiny_vit):
     images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(20)
     stats = vitlr.calibrate(model, images, objective="loss", extras=("rounding",), hidden=False)
     objective = Objective.of(stats, Decomposition())
-    return model, images, stats, {r.name: r for r in solve_roundings(read(model), stats, objective)}
+    return model, images, stats, {r.name: r for r in solve_roundings(list(stats.layers), read(model), stats, objective)}
 
 
 def recorded(model: torch.nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:

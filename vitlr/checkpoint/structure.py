@@ -143,28 +143,12 @@ def _select(dense: _Dense, name: str, entry: Entry) -> Do:
     return lambda: swap(dense.model, name, SelectedLinear(left, K, N, *channels))
 
 
-def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
-    """A linear of integers."""
-    linear, _ = _whole(dense, name, entry)
-    bias = entry.get("bias")
-    if entry["quantized"] is not True or type(bias) is not bool:
-        raise InputError(f"layer {name}: quantized and bias must be true or false, the file says {entry!r:.200}")
-    shape = entry["in_features"], entry["out_features"]
-    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, bias))
-
-
-def _whole(dense: _Dense, name: str, entry: Entry) -> tuple[nn.Linear, dict[str, int]]:
-    """The linear that an entry speaks of, all of it, and its sizes."""
+def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of low rank, with a residual or without."""
     linear = dense.linear(name)
     expected = dense.sizes(linear)
     if not isinstance(entry, Mapping) or {key: entry.get(key) for key in expected} != expected:
         raise InputError(f"layer {name}: expected {expected}, the file says {entry!r}")
-    return linear, expected
-
-
-def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
-    """A linear of low rank, with a residual or without."""
-    linear, expected = _whole(dense, name, entry)
     rank, bias = entry.get("rank"), entry.get("bias")
     limit = min(expected.values())
     if type(rank) is not int or not 1 <= rank <= limit or type(bias) is not bool:
@@ -177,6 +161,16 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
         form = entry["residual"], entry["group_size"]
         return lambda: swap(dense.model, name, _like(linear, ResidualLowRankLinear, *shape, *form, bias))
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
+
+
+def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear of integers."""
+    linear = dense.linear(name)
+    expected = {**dense.sizes(linear), "quantized": True}
+    if {key: entry.get(key) for key in expected} != expected or type(entry.get("bias")) is not bool:
+        raise InputError(f"layer {name}: expected {expected} and a bias or none, the file says {entry!r:.200}")
+    shape = entry["in_features"], entry["out_features"], entry["bias"]
+    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape))
 
 
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {

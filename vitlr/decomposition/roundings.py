@@ -30,7 +30,7 @@ LADDER = 2  # eighths of a power of two from one level to the next: a quarter of
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
 _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask of it comes on top
 _NOTHING = 1e-12  # of every direction where none was seen
-_SAMPLE = 2**18  # codes of a layer that its bytes are estimated from
+_SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +121,15 @@ def measured_linears(stats: Statistics, objective: Objective) -> list[str]:
     return list(stats.layers)
 
 
-def solve_roundings(parts: Parts, stats: Statistics, objective: Objective) -> Iterator[Rounding]:
-    """All levels of all linears, a thread a layer. Raises what `measured_linears` and `Rounding.of` raise."""
+def solve_roundings(names: list[str], parts: Parts, stats: Statistics, objective: Objective) -> Iterator[Rounding]:
+    """All levels of these linears, a thread a layer. Raises what `Rounding.of` raises."""
 
     def solved(name: str) -> Rounding:
         rounding = Rounding.of(name, parts, stats, objective)
         assert rounding.ladder  # made here, where layers go side by side
         return rounding
 
-    names, threads = measured_linears(stats, objective), torch.get_num_threads()
+    threads = torch.get_num_threads()
     for start in range(0, len(names), threads):
         yield from in_threads(solved, names[start : start + threads])
 

@@ -73,18 +73,15 @@ def solve(
         return known
     options = options or Decomposition()
     layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
+    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
     roundings = {} if known is None else dict(known.roundings)
-    narrower = [kind for kind in kinds if kind != "rounding"]
-    widths = {name: width for name, width in widths.items() if width.kind in narrower and width.fits(options)}
-    missing = [kind for kind in narrower if all(width.kind != kind for width in widths.values())]
+    unrounded = [] if roundings or "rounding" not in kinds else measured_linears(stats, objective)
+    missing = [kind for kind in kinds if kind != "rounding" and all(width.kind != kind for width in widths.values())]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
     names = [name for name in stats.layers if name not in layers]
-    rounded = measured_linears(stats, objective) if "rounding" in kinds and not roundings else []
-    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(
-        solve_ranks(parts, stats, objective, device) if names else (),
-        _done(tasks, skip),
-        solve_roundings(parts, stats, objective) if rounded else (),
-    )
+    ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
+    rounded = solve_roundings(unrounded, parts, stats, objective)
+    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, _done(tasks, skip), rounded)
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
@@ -93,7 +90,7 @@ def solve(
         else:
             widths[spectrum.name] = spectrum
         if progress is not None:
-            progress(done, len(names) + len(tasks) + len(rounded))
+            progress(done, len(names) + len(tasks) + len(unrounded))
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
     return Spectra(layers, *made, widths, roundings)

@@ -42,7 +42,7 @@ class Offers:
 
     @property
     def method(self) -> str:
-        """What is offered: ranks, widths, both, or bits."""
+        """What is offered: ranks, widths, or both."""
         return self.options.settled or "lowrank"
 
     def items(self) -> Iterator[Item]:
@@ -67,10 +67,10 @@ class Offers:
     def rounded(self, name: str) -> Item:
         """One linear at every level, and left as it is."""
         ladder = self.spectra.roundings[name].ladder if name in self.wanted else {}
-        dense = self.cost(None, name, self.shape(None, name, None), None)
-        prices = Prices(*np.array([*ladder.values(), (dense, 0.0)]).T)
-        item = Item((name,), None, [Choice(None, (None,), level) for level in (*ladder, None)], prices)
-        return item.only(worth_having(prices))
+        left = self.cost(None, name, self.shape(None, name, None), None)
+        cost, loss = np.array([*ladder.values(), (left, 0.0)]).T
+        item = Item((name,), None, [Choice(None, (None,), level) for level in (*ladder, None)], Prices(cost, loss))
+        return item.only(worth_having(item.prices))
 
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""

@@ -92,7 +92,7 @@ class Planning(Decomposition):
             )
         if method in ("widths", "widths+ranks", "joint"):
             check_objective(self.objective, widths=True)
-        if method not in (None, "lowrank"):
+        if method in ("widths", "widths+ranks", "joint", "bits"):
             for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
         if self.ranks is not None and (self.uniform or self.rank_buckets):

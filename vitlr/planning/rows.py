@@ -53,7 +53,7 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             spectrum.out_features,
             rank,
             offers.sizes.tokens[name],
-            _error(offers, item, name, ranks, rank),
+            _error(offers, item, name, rank),
             _why_level(offers, name, level) if offers.method == "bits" else _why_rank(offers, item, name, rank),
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
@@ -62,9 +62,9 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
         )
 
 
-def _error(offers: Offers, item: Item, name: str, ranks: Sequence[int | None], rank: int | None) -> float:
+def _error(offers: Offers, item: Item, name: str, rank: int | None) -> float:
     """The predicted loss of one of its linears, without that of the width."""
-    width, _, level = item.choices[0]
+    width, ranks, level = item.choices[0]
     if level is not None:
         return float(item.prices.loss[0])
     return 0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank])

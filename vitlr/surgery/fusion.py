@@ -33,7 +33,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear)):
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)):
             swap(model, name, module.to_linear().train(module.training))
     return model
 
