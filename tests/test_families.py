@@ -23,11 +23,11 @@ def test_every_family_is_compressed_saved_and_loaded(name, tmp_path):
 
     stats = vitlr.calibrate(model, [x], objective=("loss", "normalized"))
     assert len(stats.layers) == count and linears.bypassed(model).keys() == linears.bypassed(make(name)[0]).keys()
-    for objective in ("loss", "normalized"):
-        plan = vitlr.plan(model, stats, "params:85%", objective=objective, rank_step=1)
+    for objective, method in (("loss", None), ("loss", "lowrank"), ("normalized", None)):
+        plan = vitlr.plan(model, stats, "params:85%", objective=objective, method=method, rank_step=1)
         small = vitlr.apply(model, plan)
         assert cost.count_params(small) == plan.params_kept <= 0.85 * plan.params
-        assert structure(small).keys() == plan.ranks.keys()
+        assert plan.method != "lowrank" or structure(small).keys() == plan.ranks.keys()
         assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
         with torch.no_grad():
             logits = small(x)
@@ -52,3 +52,19 @@ def test_full_ranks_reproduce_the_dense_model(name):
     small = vitlr.apply(model, vitlr.plan(model, stats, ranks=ranks))
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_an_mlp_whose_numbers_fail_keeps_its_width_unless_widths_were_asked_for():
+    """The pooling sees one token an image, and two images say little of its hidden neurons."""
+    model, x = make("vit_base_patch16_siglip_224")
+    model, x = model.float(), x.float()
+    stats = vitlr.calibrate(model, [x], objective="loss")
+    plan = vitlr.plan(model, stats, "params:85%", rank_step=1)
+    kept = "1 left as wide as they are (MLP attn_pool.mlp: the moment of the hidden neurons is not positive definite"
+    assert plan.method == "joint" and kept in plan.why and kept in str(plan)
+    assert plan.narrowed and "attn_pool.mlp" not in {row.name for row in plan.widths}
+    read = vitlr.Plan.from_json(plan.to_json())
+    with torch.no_grad():
+        assert torch.equal(vitlr.apply(model, read, stats)(x), vitlr.apply(model, plan)(x))
+    with pytest.raises(vitlr.NumericalError, match=r"MLP attn_pool\.mlp"):
+        vitlr.plan(model, stats, "params:85%", rank_step=1, method="joint")

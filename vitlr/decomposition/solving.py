@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from itertools import chain
 
@@ -19,7 +19,7 @@ from vitlr.decomposition.ranks import solve_ranks
 from vitlr.decomposition.roundings import Rounding, measured_linears, solve_roundings
 from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
-from vitlr.errors import InputError
+from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.runtime.progress import Progress
 
@@ -57,14 +57,16 @@ def solve(
     *,
     known: Spectra | None = None,
     device: str | torch.device = "cpu",
+    skip: Callable[[NumericalError], None] | None = None,
     progress: Progress | None = None,
 ) -> Spectra:
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
     Of the kind "rounding" are the levels that weights may be rounded to.
 
-    `known` ones are kept. What cannot be solved is refused before anything is. Raises `InputError` for statistics of
-    another model and those that lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
+    `known` ones are kept. What cannot be solved is refused before anything is; an MLP or attention whose numbers fail
+    is left out where `skip` is there to be told. Raises `InputError` for statistics of another model and those that
+    lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
     """
     check_fits(parts, stats)
     if known is not None and not kinds:
@@ -79,7 +81,7 @@ def solve(
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
     rounded = solve_roundings(unrounded, parts, stats, objective)
-    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, (task() for task in tasks), rounded)
+    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, _done(tasks, skip), rounded)
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
@@ -92,6 +94,19 @@ def solve(
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
     return Spectra(layers, *made, widths, roundings)
+
+
+def _done(
+    tasks: Iterable[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
+) -> Iterator[Narrowing]:
+    """What tasks give, without those whose numbers fail where `skip` is told of them."""
+    for task in tasks:
+        try:
+            yield task()
+        except NumericalError as cause:
+            if skip is None:
+                raise
+            skip(cause)
 
 
 def _tasks(

@@ -14,7 +14,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
 from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
-from vitlr.errors import InputError
+from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
@@ -54,8 +54,13 @@ def plan(
     options.check_budget(wanted)
     parts = read(model)
     objective = Objective.of(stats, options, spectra)
+    failed: list[NumericalError] = []
+    skip = failed.append if options.method is None else None  # who asks for widths hears what failed, not another plan
     options, kinds, why = settle(options, parts, stats, objective)
-    spectra = solve(parts, stats, objective, kinds, options, known=spectra, progress=progress)
+    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=skip, progress=progress)
+    if failed:
+        why += f"; {len(failed)} left as wide as they are ({failed[0]})"
+        options = options if spectra.widths else replace(options, method="lowrank")
     return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why)
 
 

@@ -18,7 +18,7 @@ from vitlr.decomposition.query_key_widths import QueryKeySpectrum
 from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.decomposition.value_widths import ValueSpectrum
-from vitlr.errors import InputError
+from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.planning.plans import Plan
@@ -160,4 +160,8 @@ def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
         ridge=plan.ridge or RIDGE,
     )
     kinds = {row.kind for row in plan.widths} if plan.narrowed else {"rounding"} if plan.levels else set()
-    return solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options)
+    failed: list[NumericalError] = []  # the plan may have left these out
+    spectra = solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options, skip=failed.append)
+    if failed and not plan.narrowed.keys() <= spectra.widths.keys():
+        raise failed[0]
+    return spectra
