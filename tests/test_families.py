@@ -44,6 +44,23 @@ def test_every_family_is_compressed_saved_and_loaded(name, tmp_path):
         torch.testing.assert_close(vitlr.to_dense(loaded)(x), logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_is_rounded_saved_and_loaded(name, tmp_path):
+    model, x = make(name)
+    model, x = model.float(), x.float()
+    stats = vitlr.calibrate(model, [x], objective="loss", extras=("rounding",), hidden=False)
+    plan = vitlr.plan(model, stats, "bytes:26%", method="bits")
+    small = vitlr.apply(model, plan)
+    path = tmp_path / "m.safetensors"
+    vitlr.save(small, path, model_args=arguments(name)[0], plan=plan)
+    loaded = vitlr.load(path)
+    with torch.no_grad():
+        dense, logits = model(x), small(x)
+        assert torch.equal(loaded(x), logits) and torch.equal(vitlr.to_dense(small)(x), logits)
+    assert path.stat().st_size <= plan.bytes_kept + 64 * 2**10
+    assert plan.levels and (logits - dense).norm() < 0.1 * dense.norm()
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
 def test_full_ranks_reproduce_the_dense_model(name):
     model, x = make(name)

@@ -19,7 +19,7 @@ _HOMES = {
     "decomposition.spectra": ("Spectra",),
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "measuring.evaluation": ("evaluate",),
-    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "ResidualLowRankLinear", "SelectedLinear"),
+    "nn": ("LowRankGLU", "LowRankLinear", "LowRankMLP", "QuantizedLinear", "ResidualLowRankLinear", "SelectedLinear"),
     "planning.budgets": ("Budget", "parse_budget"),
     "planning.planner": ("plan",),
     "planning.plans": ("Plan",),

@@ -22,6 +22,7 @@ from vitlr.measuring.evaluation import evaluate as evaluate
 from vitlr.nn import LowRankGLU as LowRankGLU
 from vitlr.nn import LowRankLinear as LowRankLinear
 from vitlr.nn import LowRankMLP as LowRankMLP
+from vitlr.nn import QuantizedLinear as QuantizedLinear
 from vitlr.nn import ResidualLowRankLinear as ResidualLowRankLinear
 from vitlr.nn import SelectedLinear as SelectedLinear
 from vitlr.planning.budgets import Budget as Budget
