@@ -130,6 +130,15 @@ def test_refinement():
             assert f"{found['top1']:.2f} ({found['top1_low']:.1f} to {found['top1_high']:.1f})" in text, row["budget"]
 
 
+def test_bits():
+    found = results("docs/results/bits.json")["rows"]
+    for document, figures in (
+        (README, lambda row: f"{row['bytes'] / 1e6:.2f} MB | {row['top1']:.1f} |"),
+        (MEASURED, lambda row: f"{row['bytes'] / 1e6:.3f} | {row['top1']:.2f} ({row['top1_low']:.1f} to "),
+    ):
+        assert all(figures(row) in document.read_text() for row in found)
+
+
 def test_residuals():
     page = (ROOT / "docs" / "kernels" / "lowrank_residual_linear.md").read_text()
     for row in results("docs/results/residuals.json")["rows"]:

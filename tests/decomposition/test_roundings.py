@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -76,6 +78,17 @@ def test_bytes_and_loss_are_known_before_rounding(solved):
             assert loss == pytest.approx(true, rel=0.1) and loss == pytest.approx(uniform, rel=0.25)
             parts = (part for t in layer.state_dict().values() for part in compact.stored(t).values())
             assert size == pytest.approx(sum(part.nbytes for part in parts), rel=0.03)
+
+
+def test_some_columns_speak_for_all_even_where_one_is_far_larger(solved, monkeypatch):
+    rounding = copy.copy(solved[3]["blocks.1.mlp.fc2"])
+    W = rounding.weight.clone()
+    W[:, 0] *= 100  # no code of 8 bits holds it at the step of the others
+    object.__setattr__(rounding, "weight", W)
+    level = rounding.levels[16]
+    _, whole = rounding.costs(level)
+    monkeypatch.setattr("vitlr.decomposition.roundings._SAMPLE", W.numel() // 4)
+    assert rounding.costs(level)[1] == pytest.approx(whole, rel=0.1)
 
 
 def test_coarser_levels_are_smaller_and_lose_more(solved):
