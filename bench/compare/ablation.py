@@ -66,7 +66,9 @@ def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
     found = [BASE]
     found += [replace(BASE, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != BASE.objective]
     found += [replace(BASE, name="uniform ranks", uniform=True)]
-    found += [replace(BASE, name=f"allocation {m}", method=m) for m in METHODS if m != BASE.method]
+    # Rounding changes bytes only, under budgets of its own: bench/compare/bits.py.
+    methods = [method for method in METHODS if method not in (BASE.method, "bits")]
+    found += [replace(BASE, name=f"allocation {m}", method=m) for m in methods]
     found += [BOTH, WHOLE]
     for of in (BASE, BOTH):
         start = "" if of is BASE else f"{of.name}, "

@@ -96,7 +96,9 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--stats", type=Path, help="statistics of an earlier run")
     args.add_argument("--budgets", type=float, nargs="+", default=[80, 60], help="percent of parameters kept")
     args.add_argument("--ladders", nargs="+", choices=LADDERS, default=list(LADDERS))
-    args.add_argument("--method", choices=METHODS, default="lowrank", help="ranks, hidden widths, or both")
+    args.add_argument(
+        "--method", choices=[m for m in METHODS if m != "bits"], default="lowrank", help="ranks, hidden widths, or both"
+    )
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
     args.add_argument("--minutes", type=float, help="for the rung distil")
