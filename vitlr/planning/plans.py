@@ -10,7 +10,7 @@ from typing import Any
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
-from vitlr.planning.options import METHODS, WORDS
+from vitlr.planning.options import METHODS, ROUNDED, WORDS
 from vitlr.runtime.places import atomic_path
 
 SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
@@ -113,7 +113,7 @@ class Plan:
     @property
     def rounds_rest(self) -> bool:
         """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
-        return self.method == "bits" and self.bytes_kept < self.bytes
+        return self.method in ROUNDED and self.bytes_kept < self.bytes
 
     @property
     def error(self) -> float:
@@ -146,7 +146,7 @@ class Plan:
         if self.attention is None:
             for row in widths:
                 del row["kind"]
-        schema = SCHEMA if self.method == "bits" else 2 if self.attention is None else 3
+        schema = SCHEMA if self.method in ROUNDED else 2 if self.attention is None else 3
         return {"schema": schema, **body, "layers": layers, "widths": widths}
 
     def to_json(self) -> str:
@@ -221,7 +221,7 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
-        by_bits = self.method == "bits"
+        by_bits = self.method in ROUNDED
         own = f"{'bits':>5}  {'level':>5}" if by_bits else f"{'rank':>5}"
         lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
         for layer in self.layers:
