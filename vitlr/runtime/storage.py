@@ -136,7 +136,7 @@ def _header(path: Path, metadata: dict[str, str] | None, kind: str, schema: int)
         raise InputError(f"{path}: its vitlr header is damaged ({cause}); write the file again") from cause
     if header["kind"] != kind:
         raise InputError(f"{path} holds a vitlr {header['kind']:.40}, expected a {kind}")
-    found = header.get("schema")
+    found: Any = header.get("schema")
     if not whole(1).holds(found):
         raise InputError(f"{path}: its vitlr header is damaged: schema {shown(found)}; write the file again")
     if found > schema:
