@@ -75,6 +75,7 @@ def text(most: int) -> Kind:
 
 
 NONE, FLAG, NAME = Kind("null", lambda value: value is None), among(True, False), text(_NAME)
+ANY_NUMBER = Kind("a number", lambda value: type(value) in (int, float))
 PLAIN = Kind(f"plain JSON at most {_DEPTH} deep", lambda value: _deep(value, _DEPTH))
 
 
