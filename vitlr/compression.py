@@ -200,8 +200,8 @@ def read_options(
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
     if deciding.settled == "bits":
-        if parse_rungs(rungs):
-            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with method='bits'")
+        if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
+            raise InputError(f"rungs={rungs!r} moves weights that method='bits' makes integers; take rungs='distil'")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
