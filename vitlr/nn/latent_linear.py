@@ -58,7 +58,7 @@ class _Round(torch.autograd.Function):
         return u.round().clamp(-LARGEST, LARGEST)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
