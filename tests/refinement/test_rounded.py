@@ -36,7 +36,7 @@ def rounded(_rounded):
     return copy.deepcopy(_rounded)
 
 
-QUICK = {"steps": 24, "every": 8, "batch_size": 16, "lr": 1e-3, "code_lr": 0.05, "warmup": 2, "ema": 0.8}
+QUICK = {"steps": 24, "every": 8, "batch_size": 16, "lr": 2.5e-4, "warmup": 2, "ema": 0.8}
 QUICK |= {"mixup": False, "crop": 0.5, "amp": False}
 
 

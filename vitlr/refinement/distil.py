@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.report import Snapshots
 from vitlr.refinement.rounded import Loosened
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
+from vitlr.runtime.kinds import ANY_NUMBER, NONE, tuple_of, whole
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import restore
@@ -28,6 +30,7 @@ from vitlr.training.state import State
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
+_CODES, _VECTORS = 200, 10  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
 
 
 def distil(
@@ -105,6 +108,12 @@ class Distilling(State):
 
     name, unit = "distil", "step"
     values = (*State.values, "total", "since_best", "curve")
+    kinds: Mapping[str, Any] = {
+        **State.kinds,
+        "total": whole(0) | NONE,
+        "since_best": whole(0),
+        "curve": [tuple_of(ANY_NUMBER, 2, 2)],
+    }
 
     def __init__(self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots) -> None:
         super().__init__(model, self.optimizer_of(model, recipe), snapshots, mean=True)
@@ -163,10 +172,9 @@ class Rounding(Distilling):
         super().__init__(model, judge, recipe, snapshots)
 
     def optimizer_of(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-        latents = {"params": self.loosened.latents, "peak": recipe.code_lr, "weight_decay": 0.0}
-        return torch.optim.AdamW(
-            [latents, {"params": self.loosened.vectors, "peak": recipe.lr}], weight_decay=recipe.weight_decay
-        )
+        latents = {"params": self.loosened.latents, "peak": _CODES * recipe.lr, "weight_decay": 0.0}
+        vectors = {"params": self.loosened.vectors, "peak": _VECTORS * recipe.lr}
+        return torch.optim.AdamW([latents, vectors], weight_decay=recipe.weight_decay)
 
     def schedule(self) -> None:
         super().schedule()

@@ -23,7 +23,6 @@ class Recipe(Options):
     )
     minutes: float | None = option(None, "Time for the rung distil, instead of steps.", above=0, metavar="T")
     lr: float = option(1e-4, "Its peak learning rate, of AdamW, then a cosine down to 0.", low=0, metavar="X")
-    code_lr: float = option(0.01, "The same of the codes of rounded weights, in steps of theirs.", low=0, flag="")
     seed: int = option(0, "Of order, augmentation and random starts.", low=0, high=2**32 - 1, metavar="N")
     batch_size: int = option(32, "Images in a step.", low=2, flag="")
     warmup: int = option(20, "Steps of rising rate.", low=0, flag="")
