@@ -11,7 +11,6 @@ from test_ladder import same
 import vitlr
 from vitlr import InputError
 from vitlr.measuring.cost import count_bytes
-from vitlr.nn import QuantizedLinear
 from vitlr.nn.latent_linear import nearest
 from vitlr.refinement import distil as distil_rung
 from vitlr.refinement.images import Proxy
@@ -91,6 +90,13 @@ def test_frozen_layers_keep_their_bits(rounded, distil):
     assert same(refined.blocks[0], small.blocks[0]) and not same(refined.blocks[1], small.blocks[1])
     small.blocks[1].mlp.fc2.requires_grad_(False)
     assert "blocks.1.mlp.fc1" not in free_rounded_layers(small)
+
+
+def test_where_all_codes_are_frozen_the_norms_are_trained(rounded, distil):
+    small = rounded[1].requires_grad_(False)
+    small.norm.requires_grad_(True)
+    refined = distil(steps=8)
+    assert not torch.equal(refined.norm.weight, small.norm.weight) and same(refined.blocks, small.blocks)
 
 
 class Cut(Exception):
@@ -186,8 +192,9 @@ def test_rungs_that_cannot_move_integers_are_refused_or_passed_over(rounded, pro
     assert [rung.name for rung in refined.vitlr_refinement.rungs] == ["distil"]
 
 
-def test_compress_refines_what_it_rounded(rounded, proxy_images):
-    small = vitlr.compress(rounded[0], proxy_images, "bytes:9.5%", method="bits", rungs="distil", **QUICK)
+@pytest.mark.parametrize("method", ["bits", "mix"])
+def test_compress_refines_what_it_rounded(rounded, proxy_images, method):
+    small = vitlr.compress(rounded[0], proxy_images, "bytes:9.5%", method=method, rungs="distil", **QUICK)
     (rung,) = small.vitlr_refinement.rungs
-    assert rung.kept and any(isinstance(module, QuantizedLinear) for module in small.modules())
+    assert rung.steps == 24 and rung.after.kl <= rung.before.kl and rounded_layers(small)
     assert count_bytes(small) <= small.vitlr_info["plan"]["bytes_kept"] * 1.001

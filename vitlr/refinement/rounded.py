@@ -13,7 +13,7 @@ from vitlr.runtime.coding import size
 from vitlr.runtime.modules import swap
 
 _SPARE = 5e-4  # of the bytes: before codes are packed, their size is known to about that and 2 bytes a layer
-_HALVINGS = 12  # of the interval in which the least pull towards zero that is enough is looked for
+_NEAR = 2.0**-12  # of a step: how well the least way towards zero that is enough is known
 _PULL = 5.0  # steps a bit and unit of rate for all of the limit once more
 
 
@@ -58,7 +58,7 @@ class Loosened:
 
         A code k of share p_k takes `b_k = -log2 p_k` bits; `u ← u - pull · lr · (b_⌊u⌋+1 - b_⌊u⌋)`.
         """
-        pull = _PULL * lr * (self.bytes() / self.limit - 1)
+        pull = _PULL * lr * (self.bytes() / max(self.limit, 1.0) - 1)
         for u in self.latents if pull > 0 else ():
             below = (u.floor().to(torch.int64) + LARGEST).clamp_(0, 2 * LARGEST - 1)
             u.sub_(pull * _bits(nearest(u)).diff()[below])
@@ -71,13 +71,12 @@ class Loosened:
         """
         for p in self.vectors:
             p.copy_(compact.rounded(p))
-        low, high = 0.0, 1.0
-        for _ in range(_HALVINGS):
+        low, high = 0.0, float(self.bytes() > self.settled)
+        while high - low > _NEAR:
             middle = (low + high) / 2
             low, high = (middle, high) if self.bytes(middle) > self.settled else (low, middle)
-        nearer = 0.0 if self.bytes() <= self.settled else high
         for u in self.latents:
-            u.copy_(nearest(u, nearer))
+            u.copy_(nearest(u, high))
 
     def fasten(self) -> None:
         """Put the integers back, and free what was held."""
