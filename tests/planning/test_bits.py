@@ -180,8 +180,8 @@ def test_what_does_not_go_together_is_refused(measured, batches):
     ):
         with pytest.raises(InputError, match=words):
             vitlr.plan(model, stats, budget, method="bits", **options)
-    with pytest.raises(InputError, match="does not go with method='bits'"):
-        vitlr.compress(model, batches, "bytes:20%", method="bits", rungs="distil")
+    with pytest.raises(InputError, match="moves weights that method='bits' makes integers; take rungs='distil'"):
+        vitlr.compress(model, batches, "bytes:20%", method="bits", rungs="refit")
     hooked = copy.deepcopy(model)
     hooked.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(InputError, match="has hooks"):
