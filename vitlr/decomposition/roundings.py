@@ -23,7 +23,7 @@ from vitlr.runtime.coding import size
 LADDER = 2  # eighths of a power of two from one level to the next: a quarter of a bit
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
 _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask of it comes on top
-_SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
+SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
 
 
 Ladder = dict[int, tuple[float, float]]  # bytes and nats of every level, the finest first
@@ -50,10 +50,6 @@ class Rounding:
         (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(M) for side, M in found)
         return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
 
-    def among(self, rows: Tensor | None, columns: Tensor | None, weight: Tensor) -> Rounding:
-        """The same layer with these outputs and inputs alone, and `weight` for what is left of it."""
-        return Rounding.of(self.name, self.sides.among(rows, columns), weight)
-
     @property
     def levels(self) -> list[int]:
         """Multiples of the ladder's step from which codes fit into 8 bits to where most of them vanish."""
@@ -73,7 +69,7 @@ class Rounding:
         """Bytes and nats of every level, the finest first."""
         return {level: self.costs(level) for level in self.levels}
 
-    def costs(self, level: int) -> tuple[float, float]:
+    def costs(self, level: int, sample: int = SAMPLE) -> tuple[float, float]:
         """Bytes of the file and predicted nats at a level: those of rounding plainly what rounding in turn will round.
 
         That is the weight and what the errors of later entries ask of it, of variance
@@ -81,7 +77,7 @@ class Rounding:
         """
         N, K = self.weight.shape
         rows, columns = self.exponents(level)
-        some = slice(None, None, -(-N * K // _SAMPLE))  # of the columns
+        some = slice(None, None, -(-N * K // sample))  # of the columns
         steps = step(rows, columns[some])
         asked = (torch.outer(self.spread[0], self.spread[1][some]) - 1).clamp_min(0).div(12).sqrt().float()
         noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))

@@ -52,27 +52,29 @@ class Forms:
         if name not in self.wanted:
             return [DENSE]
         ranks = self.ranks(*self.shape(narrowing, name, width)) if factored else []
-        levels = [*self.ladder(name, width)] if self.rounds else []
-        return [*(Form(rank) for rank in ranks), *(Form(None, level) for level in levels), DENSE]
+        levels = [*self.ladder(name, width, None)] if self.rounds else [None]
+        return [Form(rank, level) for rank in (*ranks, None) for level in levels] + [DENSE] * self.rounds
 
     def prices(self, narrowing: Narrowing | None, name: str, width: int | None, forms: Sequence[Form]) -> Prices:
         """What these forms cost and lose, without the loss of the width."""
         shape = self.shape(narrowing, name, width)
-        ladder = self.ladder(name, width) if any(form.level is not None for form in forms) else {}
         errors = self.errors(narrowing, name, width, forms)
+        ladders = {
+            rank: self.ladder(name, width, rank) for rank in {form.rank for form in forms if form.level is not None}
+        }
         cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
         for i, (rank, level) in enumerate(forms):
-            if level is not None:
-                size, loss[i] = ladder[level]
-                cost[i] = size + self.fewer_biases(name, shape[0])
-            else:
+            loss[i] = 0.0 if rank is None else errors[rank]
+            if level is None:
                 cost[i] = self.cost(narrowing, name, shape, rank)
-                loss[i] = 0.0 if rank is None else errors[rank]
+                continue
+            size, lost = ladders[rank][level]
+            cost[i], loss[i] = size + self.fewer_biases(name, shape[0]), loss[i] + lost
         return Prices(cost, loss)
 
-    def ladder(self, name: str, width: int | None) -> dict[int, tuple[float, float]]:
-        """Bytes and loss of every level of a linear where its MLP has this width."""
-        return self.spectra.levels[name].ladder(width)
+    def ladder(self, name: str, width: int | None, rank: int | None) -> dict[int, tuple[float, float]]:
+        """Bytes and loss of every level of a linear where its MLP has this width, and it this rank."""
+        return self.spectra.levels[name].ladder(width, rank)
 
     def cost(self, narrowing: Narrowing | None, name: str, shape: tuple[int, int], rank: int | None) -> float:
         """Of a linear's weights at the shape (N, K), and of its bias where that is not what it was."""

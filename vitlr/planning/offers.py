@@ -33,7 +33,7 @@ class Offers(Forms):
         """One linear, with the forms given or those that make it smaller, and as it is."""
         start = Item((), None, [Choice(None, ())], Prices(np.zeros(1), np.zeros(1)))
         if forms is None:
-            forms = self.of(None, name, None, factored=self.method not in ("widths", "bits", "mix"))
+            forms = self.of(None, name, None, factored=self.method not in ("widths", "bits"))
         return self._extended(start, name, forms)
 
     def outside(self, items: Collection[Item]) -> float:
@@ -57,7 +57,9 @@ class Offers(Forms):
         widths = narrowing.choices(self.options.width_step) if wanted else [narrowing.full_width]
         count = min(FACTORED, len(widths)) if narrowing.factored else 0
         ranked = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, count)} | {narrowing.full_width}
-        parts = [self._at_width(narrowing, width, self.method == "joint" and width in ranked) for width in widths]
+        if self.method != "joint":  # factors of narrower linears are not rounded
+            ranked = {narrowing.full_width} if self.method == "mix" else set()
+        parts = [self._at_width(narrowing, width, width in ranked) for width in widths]
         prices = Prices(*(np.concatenate([getattr(part.prices, key) for part in parts]) for key in ("cost", "loss")))
         whole = Item(linears, narrowing, [choice for part in parts for choice in part.choices], prices)
         return whole.only(worth_having(prices))

@@ -113,7 +113,9 @@ class Planning(Decomposition):
             other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
             raise InputError(f"give a budget such as 'params:40%'{other}")
         if self.method in ROUNDED and budget is not None and budget.quantity != "bytes":
-            raise InputError(f"method={self.method!r} changes bytes only: give a budget such as bytes:20%, not {budget}")
+            raise InputError(
+                f"method={self.method!r} changes bytes only: give a budget such as bytes:20%, not {budget}"
+            )
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""

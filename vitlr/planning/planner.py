@@ -77,7 +77,7 @@ def settle(options: Planning, parts: Parts, stats: Statistics, objective: Object
             method, why = "joint", f"the hidden neurons of {len(mlps)} MLPs were measured"
         except InputError as reason:
             method, why = "lowrank", stats.notes.get("no_hidden", str(reason))
-    rounding = ["rounding"] if method in ROUNDED else []
+    rounding = {"bits": ["rounding"], "mix": ["rounding", "factors"]}.get(method, [])
     if method not in NARROWING:
         return replace(options, method=method), rounding, why
     attention = None if options.attention == "none" else options.attention

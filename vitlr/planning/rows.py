@@ -108,7 +108,7 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
 
 def _why_level(offers: Offers, name: str, level: int | None) -> str:
     if level is not None:
-        ladder = [*offers.ladder(name, None)]
+        ladder = [*offers.ladder(name, None, None)]
         return "rounded: at the coarsest level" if level == ladder[-1] else "rounded: saves most for its error"
     if name not in offers.wanted:
         return "as it is: left out by include/exclude"
