@@ -27,7 +27,7 @@ from vitlr.nn import LowRankLinear, QuantizedLinear
 from vitlr.ops.linalg.threads import in_threads
 
 Array = NDArray[np.float64]
-SHARES = (0.15, 0.35, 0.6, 0.8)  # of the full width, and of the break-even rank, at which levels are estimated
+WIDTHS, RANKS = (0.15, 0.35, 0.6, 0.8), (0.3, 0.8)  # shares of the whole, and of break-even, that are estimated
 SAMPLE = 2**14  # codes that such an estimate looks at
 Estimates = dict[int, Array]  # bytes and nats of a weight, [levels, 2], by width or rank
 
@@ -51,12 +51,12 @@ class LinearLevels:
         if narrowing is not None:
             full = narrowing.full_width
             at_widths[full] = np.array([*whole.ladder.values()]) / (N * K)
-            for width in _shares(full):
+            for width in _shares(WIDTHS, full):
                 weight = narrowing.weights(width)[0] if whole.name == narrowing.second else None
                 narrower = _narrower(whole, narrowing, width, weight)
                 at_widths[width] = _costs(narrower, whole.ladder, narrower.weight.numel())
         if spectrum is not None:
-            for rank in _shares(N * K // (N + K)):
+            for rank in _shares(RANKS, N * K // (N + K)):
                 A, B, _ = spectrum.factors(whole.weight, rank)
                 factors = FactorRounding.of(whole.name, whole.sides, A, B)
                 at_ranks[rank] = _costs(factors, whole.ladder, rank * (N + K))
@@ -94,8 +94,8 @@ class LinearLevels:
         return rounding.rounded(level, linear.weight, linear.bias)
 
 
-def _shares(whole: int) -> list[int]:
-    return sorted({max(1, round(share * whole)) for share in SHARES})
+def _shares(shares: Iterable[float], whole: int) -> list[int]:
+    return sorted({max(1, round(share * whole)) for share in shares})
 
 
 def _costs(rounding: Rounding | FactorRounding, levels: Iterable[int], weights: int) -> Array:
@@ -105,6 +105,8 @@ def _costs(rounding: Rounding | FactorRounding, levels: Iterable[int], weights: 
 def _between(estimates: Estimates, size: int) -> Array:
     """Those of a width or rank, on a line between the two beside it."""
     known = sorted(estimates)
+    if len(known) == 1:
+        return estimates[known[0]]
     upper = min(max(int(np.searchsorted(known, size)), 1), len(known) - 1)
     low, high = known[upper - 1], known[upper]
     share = min(max((size - low) / (high - low), 0.0), 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,6 +37,16 @@ class Offers(Forms):
             forms = self.of(None, name, None, factored=self.method not in ("widths", "bits"))
         return self._extended(start, name, forms)
 
+    def rounded(self, item: Item) -> Item:
+        """An item that has one choice, with a level for every linear that may change: bits on top of another budget."""
+        ((width, forms),) = item.choices
+        pairs = zip(item.linears, forms, strict=True)
+        found = tuple(
+            form._replace(level=self.levels(item.narrowing, name, width, form.rank)[0]) if name in self.wanted else form
+            for name, form in pairs
+        )
+        return replace(item, choices=[Choice(width, found)])
+
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""
         if self.rounds:
@@ -57,8 +68,10 @@ class Offers(Forms):
         widths = narrowing.choices(self.options.width_step) if wanted else [narrowing.full_width]
         count = min(FACTORED, len(widths)) if narrowing.factored else 0
         ranked = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, count)} | {narrowing.full_width}
-        if self.method != "joint":  # factors of narrower linears are not rounded
-            ranked = {narrowing.full_width} if self.method == "mix" else set()
+        if self.method not in ("joint", "mix"):
+            ranked = set()
+        elif self.rounds:  # what it gains beyond is little, and takes a solve a width
+            ranked = {narrowing.full_width}
         parts = [self._at_width(narrowing, width, width in ranked) for width in widths]
         prices = Prices(*(np.concatenate([getattr(part.prices, key) for part in parts]) for key in ("cost", "loss")))
         whole = Item(linears, narrowing, [choice for part in parts for choice in part.choices], prices)
@@ -69,7 +82,10 @@ class Offers(Forms):
         cost, loss = narrowing.extra(width, self.quantity), self.width_loss(narrowing, width)
         item = Item((), narrowing, [Choice(width, ())], Prices(np.full(1, cost), np.full(1, loss)))
         for name in (*narrowing.first, narrowing.second):
-            item = self._extended(item, name, self.of(narrowing, name, width, ranked))
+            forms = self.of(narrowing, name, width, ranked)
+            if not forms:  # none of the bits asked for: the steps of so few weights take more
+                return item.only([])
+            item = self._extended(item, name, forms)
         return item
 
     def _extended(self, item: Item, name: str, forms: Sequence[Form]) -> Item:

@@ -160,7 +160,6 @@ def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
         ridge=plan.ridge or RIDGE,
     )
     kinds = ({row.kind for row in plan.widths} if plan.narrowed else set()) | ({"rounding"} if plan.levels else set())
-    kinds |= {"factors"} if plan.ranks and plan.levels else set()
     failed: list[NumericalError] = []  # the plan may have left these out
     spectra = solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options, skip=failed.append)
     if failed and not plan.narrowed.keys() <= spectra.widths.keys():
