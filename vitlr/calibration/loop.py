@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,14 +21,17 @@ from vitlr.calibration.probe import Probe, probe
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
-from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
+from vitlr.data.batches import call, count_images, image_dtype, image_shape, one_image, tensors, tensors_in, to_model
 from vitlr.errors import InputError
-from vitlr.measuring.losses import image_seeds, sampled_losses
+from vitlr.measuring.losses import image_seeds, sampled_losses, what_is
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
+from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
+
+_logger = logging.getLogger(__name__)
 
 
 @keywords(Calibration)
@@ -83,6 +87,7 @@ def calibrate(
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
+        stack.enter_context(no_graphs_left(model))
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
@@ -104,6 +109,7 @@ def calibrate(
                 fresh = _empty(targets, found, image_shape(inputs))
                 fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = wanted.samples, wanted.seed
+                fresh.dtype = image_dtype(inputs)
                 if why_not:
                     fresh.notes["no_hidden"] = why_not
                 if stats is not None:
@@ -135,6 +141,8 @@ def calibrate(
                         losses = [loss_fn(output, batch)]
                     else:
                         picked = output_fn(output) if output_fn is not None else output
+                        if not run.answer:
+                            _say(run, what_is(model, picked)[1], picked)
                         losses = sampled_losses(model, picked, seeds, wanted.samples)
                     _backward(losses, taps, sketches(seeds, wanted.samples, taps))
             run.images += images
@@ -154,13 +162,25 @@ def calibrate(
     return _to_cpu(run)
 
 
+def _say(run: Statistics, what: str, answer: Any) -> None:
+    """Note what the model's answer is taken for; a warning where it is one of several tensors."""
+    run.answer = what
+    count = sum(1 for t in tensors_in(answer) if t.ndim)
+    level = logging.WARNING if count > 1 and "so named" not in what else logging.INFO
+    more = f"; it is the first of {count} tensors, output_fn= picks another" if count > 1 else ""
+    _logger.log(level, "the model's answer is taken for %s%s", what, more)
+
+
 def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[Tensor | None]) -> None:
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
             tap.backward(sketched[index])
         if not loss.requires_grad:
-            raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
+            raise InputError(
+                "no gradient reaches the layers: the model's answer does not depend on them through autograd "
+                "(no_grad or detach?); output_fn= picks another part of the answer, objective='output' needs none"
+            )
         loss.backward(retain_graph=index + 1 < len(losses))
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -15,13 +14,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
+from vitlr.checkpoint import likeness
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.checkpoint.structure import restructure, structure
+from vitlr.data import preprocessing
 from vitlr.errors import InputError
 from vitlr.measuring.cost import is_rounded
 from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
+from vitlr.runtime.copies import duplicate
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
 from vitlr.surgery import fusion
 
@@ -50,6 +53,7 @@ def save(
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
+    model = uncompiled(model)
     tensors, tied = _state(model)
     info = getattr(model, "vitlr_info", None) or {}
     header = {
@@ -65,9 +69,12 @@ def save(
         "recipe": info.get("recipe") if recipe is None else recipe,
         "metrics": metrics.to_dict() if hasattr(metrics, "to_dict") else metrics,
         "versions": _versions(),
+        "answer": likeness.answer(model, likeness.image_of(model)),
     }
     if header["origin"] is not None:
         _verify(model, header)
+    else:
+        header["blueprint"] = likeness.blueprint(model)
     try:
         header = json.loads(json.dumps(header))
     except (TypeError, ValueError) as cause:
@@ -84,7 +91,8 @@ def load(
     """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
 
     `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
-    Shapes are compared before memory is taken, and a digest over header and tensors after reading.
+    Shapes are compared before memory is taken, a digest over header and tensors after reading; then what the modules
+    are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
     path = Path(path)
@@ -101,7 +109,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
     origin = header["origin"]
     if model is not None:
-        rebuilt = _reshape(copy.deepcopy(model), header)
+        rebuilt = _reshape(duplicate(model), header)
         _check_fit(rebuilt, shapes, header)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
@@ -114,12 +122,15 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     if _digest(tensors, {key: value for key, value in header.items() if key != "digest"}) != header["digest"]:
         raise InputError("its digest does not match what it holds: the file is damaged or was changed")
     _fill(rebuilt, tensors, header)
+    likeness.check_blueprint(rebuilt, header.get("blueprint"))
+    likeness.check_answer(rebuilt, header.get("answer"))
     if model is None:
         rebuilt.vitlr_origin = origin
         if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
             rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
     keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
-    rebuilt.vitlr_info = {key: header.get(key) for key in keys}  # type: ignore[assignment]
+    info = {key: header.get(key) for key in keys}
+    rebuilt.vitlr_info = {**info, "image": (header.get("answer") or {}).get("image")}  # type: ignore[assignment]
     return rebuilt.eval()
 
 
@@ -244,7 +255,10 @@ def _is_data(value: Any) -> bool:
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
     if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
-        return {}
+        try:
+            return preprocessing.data_config(model)
+        except InputError:  # nothing describes it
+            return {}
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)

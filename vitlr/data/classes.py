@@ -7,21 +7,39 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from vitlr.errors import InputError
-from vitlr.runtime.words import some
+from vitlr.data.batches import first_tensor
+from vitlr.errors import InputError, VitlrError
+from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.modules import like, unwrapped
+from vitlr.runtime.words import one_line, some
 
 _logger = logging.getLogger(__name__)
 
 
-def num_classes(model: nn.Module) -> int | None:
-    """How many classes `model` tells apart: timm's num_classes or transformers' config.num_labels; None if unsaid."""
-    for holder, name in ((model, "num_classes"), (getattr(model, "config", None), "num_labels")):
-        found = getattr(holder, name, None)
-        if isinstance(found, int):
-            return found
-    return None
+def num_classes(model: nn.Module, size: Sequence[int]) -> int | None:
+    """How many classes `model` tells apart, asked of its answer to one blank image `size`: 0 without a classifier.
+
+    What it says of itself goes stale when a head is put in its place. None where the answer is no row of numbers.
+    """
+    inner = unwrapped(model)
+    head = getattr(inner, "get_classifier", None)
+    if getattr(inner, "num_classes", None) == 0 and callable(head) and isinstance(head(), nn.Identity):
+        return 0
+    like_model = like(model)
+    image = torch.zeros(1, *size, dtype=like_model.dtype, device=like_model.device)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            answer = first_tensor(model(image))
+    except VitlrError:
+        return None
+    except Exception as cause:  # whatever a forward raises on an image that it cannot take
+        raise InputError(
+            f"{type(model).__qualname__} cannot take an image {list(image.shape)}: {one_line(cause, 120)}"
+        ) from cause
+    return answer.shape[1] if answer.ndim == 2 else None
 
 
 def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classes: int | None) -> dict[str, int]:

@@ -61,7 +61,7 @@ def plan(
     if failed:
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
         options = options if spectra.widths else replace(options, method="lowrank")
-    return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why)
+    return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why, image=stats.image)
 
 
 def settle(options: Planning, parts: Parts, stats: Statistics, objective: Objective) -> tuple[Planning, list[str], str]:

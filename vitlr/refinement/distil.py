@@ -51,8 +51,8 @@ def distil(
     def loss_of(images: Tensor) -> Tensor:
         with autocast(device, recipe.amp):
             with torch.no_grad():
-                expected = first_tensor(reference(to_model(reference, images)))
-            answers = first_tensor(model(to_model(model, images)))
+                expected = first_tensor(judge.pick(reference(to_model(reference, images))))
+            answers = first_tensor(judge.pick(model(to_model(model, images))))
         loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
         for name in names:
             loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])

@@ -71,7 +71,7 @@ def bench(
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
     from vitlr.cli.plain_torch import PlainTorch
-    from vitlr.data.loader import data_config
+    from vitlr.data.preprocessing import input_size
     from vitlr.measuring import cost, timing
     from vitlr.ops.backends import native
     from vitlr.runtime.progress import bar
@@ -85,7 +85,7 @@ def bench(
         networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
     elif any("rank" in entry for entry in structure(networks["model"]).values()):
         networks["vs"] = fusion.to_dense(networks["model"])
-    shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
+    shapes = {name: input_size(network) for name, network in networks.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
     costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
