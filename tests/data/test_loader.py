@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitlr.data.loader import _open_reader, open_data, spread
+from vitlr.data.loader import open_data, spread
 from vitlr.data.preprocessing import data_config
+from vitlr.data.readers import open_reader
 from vitlr.errors import InputError
 
 CLASSES = ("a", "b", "c", "d", "e")
@@ -88,7 +89,7 @@ def test_order_does_not_depend_on_how_the_system_lists_a_folder(tiny_vit, tmp_pa
     monkeypatch.setattr(os, "walk", lambda *args, **options: reversed(list(listed(*args, **options))))
     two = everything(open_data(tmp_path / "data", tiny_vit()))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
-    assert _open_reader(str(tmp_path / "data"), "validation")[2] == {"a01": 0, "a1": 1}  # not as a set is hashed
+    assert open_reader(str(tmp_path / "data"), "validation")[2] == {"a01": 0, "a1": 1}  # not as a set is hashed
 
 
 def test_large_tars_leave_no_pickle_beside_them(tiny_vit, image_tar, monkeypatch):

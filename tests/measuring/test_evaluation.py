@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitlr.errors import InputError, NumericalError
@@ -99,6 +100,18 @@ def test_progress_reaches_the_total_with_corrupt_files(tiny_vit, image_folder):
     loader = open_data(path, tiny_vit(), batch_size=4, need_labels=True)
     metrics = evaluate(tiny_vit(), loader, progress=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (10, 10) and (metrics.images, metrics.skipped) == (9, 1)
+
+
+def test_classes_in_another_order_than_the_models_are_refused():
+    """A model that is right but for a permutation of its classes, not one that guesses or always says the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20).repeat_interleave(3)
+    sure = 5 * F.one_hot(labels, 20) + torch.randn(60, 20, generator=generator)
+    assert evaluate(Table(), [(sure, labels)]).top1 > 90
+    with pytest.raises(InputError, match=r"numbered otherwise than the model's: .*class 0 is called 19"):
+        evaluate(Table(), [(sure.flip(1)[:30], labels[:30]), (sure.flip(1)[30:], labels[30:])])
+    for guess in (torch.randn(60, 20, generator=generator), torch.ones(60, 20), sure[torch.randperm(60)]):
+        assert evaluate(Table(), [(guess, labels)]).images == 60
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (5, 10), (1074, 1300)])

@@ -16,12 +16,22 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
-from vitlr.calibration.probe import Probe, probe
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
+from vitlr.calibration.probe import Probe, probe, strided_layers
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
-from vitlr.data.batches import call, count_images, image_dtype, image_shape, one_image, tensors, tensors_in, to_model
+from vitlr.data.batches import (
+    call,
+    count_images,
+    first_images,
+    image_dtype,
+    image_shape,
+    one_image,
+    tensors,
+    tensors_in,
+    to_model,
+)
 from vitlr.errors import InputError
 from vitlr.measuring.losses import image_seeds, sampled_losses, what_is
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
@@ -98,6 +108,7 @@ def calibrate(
         queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
         taps: list[Tap] = []
+        ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
         for batch in loader:
             inputs = to_model(model, batch)
@@ -130,6 +141,9 @@ def calibrate(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
                     "tokens depend on the size, so calibrate with one"
                 )
+            if images > 1 and not ordered:
+                ordered = True
+                _order(model, taps, inputs)
             run.whole = False
             for tap in taps:
                 tap.forward(images)
@@ -154,12 +168,29 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
+    if run.images < FEW:
+        _logger.warning(
+            "calibrated on %d images: plan and predicted error fit these few; some hundreds are needed",
+            run.images,
+        )
     if by_gradient and not any(layer.sum("gradient").any() for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
             "load trained weights, or calibrate with objective='output'"
         )
     return _to_cpu(run)
+
+
+def _order(model: nn.Module, taps: Sequence[Tap], inputs: Any) -> None:
+    """Tell the taps that split rows by image how these lie in a batch."""
+    by_image = {tap.stats.name: tap.linear for tap in taps if tap.of_images}
+    if not by_image:
+        return
+    for tap in taps:
+        tap.asleep = True
+    apart = strided_layers(model, by_image, first_images(inputs, 2), one_image(inputs))
+    for tap in taps:
+        tap.strided, tap.asleep = tap.stats.name in apart, False
 
 
 def _say(run: Statistics, what: str, answer: Any) -> None:

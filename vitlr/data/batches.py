@@ -55,9 +55,14 @@ def count_images(inputs: Any) -> int:
 
 
 def one_image(inputs: Any) -> Any:
+    return first_images(inputs, 1)
+
+
+def first_images(inputs: Any, count: int) -> Any:
+    """The first images of a batch."""
     if isinstance(inputs, dict):
-        return {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    return inputs[:1]
+        return {key: value[:count] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs[:count]
 
 
 def image_shape(inputs: Any) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,6 +69,13 @@ def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classe
     return found
 
 
+def natural(name: str) -> tuple[Any, str]:
+    """timm's order of names, numbers in them by value; ties (a1 and a01) by letters."""
+    from timm.utils.misc import natural_key
+
+    return natural_key(name), name
+
+
 def label_images(
     path: str,
     native: Sequence[int],
@@ -90,6 +98,14 @@ def label_images(
             raise InputError(
                 f"{path} has {len(names)} classes, the model has {classes}; give a class map (--class-map FILE): "
                 "one folder name a line, in the model's class order"
+            )
+        if need_labels and list(names) != sorted(names) and list(names) == sorted(names, key=natural):
+            first = next(a for a, b in zip(names, sorted(names), strict=True) if a != b)
+            _logger.warning(
+                "the classes of %s are numbered as timm does (2 before 10); by letters, as torchvision does, they "
+                "would be others from %r on: a class map says which order is the model's",
+                path,
+                first,
             )
         return list(native)
     to_model = {index: class_map.get(name) for name, index in names.items()}

@@ -8,7 +8,6 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitlr.data import preprocessing
 from vitlr.data.classes import label_images, num_classes, read_class_map
-from vitlr.data.decoding import check_archive, decode, size_of
+from vitlr.data.decoding import decode, size_of
 from vitlr.data.options import Preprocessing
+from vitlr.data.readers import open_reader
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import seeded
 from vitlr.runtime.fields import keywords
@@ -194,7 +194,7 @@ def open_data(
     config, made = preprocessing.described(model, data_config, **changes)
     classes = num_classes(model, config["input_size"]) if need_labels or class_map is not None else None
     names_to_class = None if class_map is None else read_class_map(class_map, classes)
-    reader, native, names = _open_reader(path, split)
+    reader, native, names = open_reader(path, split)
     labels = label_images(path, native, names, names_to_class, classes, need_labels)
 
     kept = [(i, label) for i in spread(len(labels)) if (label := labels[i]) is not None]
@@ -282,48 +282,3 @@ def _collate(items: Sequence[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, dic
     labels = [label for image, label, _ in items if image is not None]
     corrupt = {index: problem for image, index, problem in items if image is None}
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), corrupt
-
-
-def _open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
-    """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
-    from timm.data.readers import create_reader
-
-    prefix, _, rest = path.partition("/")
-    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
-    if not hub and not Path(path).exists():
-        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
-    if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
-        raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
-    if not hub and not Path(path).is_dir():
-        check_archive(path)
-    try:
-        if hub:
-            reader = create_reader(path, split=split)
-            return reader, list(reader.dataset[reader.label_key]), dict(reader.class_to_idx)
-        if Path(path).is_dir():
-            reader = create_reader("", root=path)
-            reader.samples.sort()  # timm's natural order leaves a1 and a01 as the file system lists them
-            return reader, *_numbered([target for _, target in reader.samples], reader.class_to_idx)
-        # timm's index cache is a pickle beside the data: neither trusted nor written.
-        reader = create_reader("", root=path, cache_tarinfo=False)
-        return reader, *_numbered(reader.targets.tolist(), reader.class_name_to_idx)
-    except MemoryError:
-        raise
-    except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
-        hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
-        raise InputError(f"cannot read images from {path}: {hint}") from cause
-
-
-def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
-    """Classes in timm's natural order, ties (a1 and a01) by name: timm leaves those as a set happens to give them."""
-    from timm.utils.misc import natural_key
-
-    ordered = sorted(names, key=lambda name: (natural_key(name), name))
-    place = {names[name]: index for index, name in enumerate(ordered)}
-    return [place[target] for target in targets], {name: index for index, name in enumerate(ordered)}
-
-
-def _empty_hint(path: str, cause: Exception) -> str:
-    if "unpack" in str(cause) or "Found 0 images" in str(cause):
-        return "there are none (.jpg, .jpeg, .png) in it"
-    return one_line(cause, 120)

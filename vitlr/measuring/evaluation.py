@@ -72,6 +72,7 @@ def evaluate(
     total, known = getattr(loader, "images", None), getattr(loader, "has_labels", True)
     if not known and reference is None:
         raise InputError("the labels of these images were not asked for: open_data(..., need_labels=True)")
+    told: list[tuple[Tensor, Tensor]] = []  # labels and first classes
     images = labelled = top1 = top5 = agree = 0
     distance = 0.0
     with evaluation_mode(model), evaluation_mode(reference or model), torch.no_grad():
@@ -80,7 +81,9 @@ def evaluate(
             logits = _logits(model, batch, "model", output_fn)
             images += len(logits)
             if labels is not None:
-                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == _checked(labels, logits).unsqueeze(1)
+                labels, best = _checked(labels, logits), logits.topk(min(5, logits.shape[1]), dim=1).indices
+                hits = best == labels.unsqueeze(1)
+                told.append((labels, best[:, 0]))
                 labelled += len(labels)
                 top1 += int(hits[:, 0].sum())
                 top5 += int(hits.sum())
@@ -98,6 +101,8 @@ def evaluate(
         raise InputError("the loader has no images; check the data")
     if labelled not in (0, images):
         raise InputError(f"the loader gives labels to {labelled} of {images} images; expected all or none")
+    if labelled and top1 < _CHANCE * images:
+        _check_order(*(torch.cat(side) for side in zip(*told, strict=True)))
     low, high = wilson(top1, images)
     return Metrics(
         top1=100 * top1 / images if labelled else None,
@@ -109,6 +114,33 @@ def evaluate(
         top1_low=100 * low if labelled else None,
         top1_high=100 * high if labelled else None,
     )
+
+
+def _check_order(labels: Tensor, told: Tensor) -> None:
+    """`InputError` where the model tells the classes apart, and gives them other numbers than the labels do.
+
+    Two images of one class are then mostly told to be the same, two of any classes hardly ever: neither holds of a
+    model that guesses, or that answers one class to all.
+    """
+    pairs = _pairs(torch.bincount(labels))
+    same = _pairs(torch.unique(torch.stack([labels, told]), dim=1, return_counts=True)[1])
+    any_two = _pairs(torch.bincount(told)) / max(len(told) * (len(told) - 1) // 2, 1)
+    if pairs >= _PAIRS and same / pairs > max(_ALIKE, 4 * any_two):
+        label = int(torch.bincount(labels).argmax())
+        answered = int(told[labels == label].mode().values)
+        raise InputError(
+            f"the classes are numbered otherwise than the model's: images of one class are told to be the same in "
+            f"{same / pairs:.0%} of pairs, and are mostly called wrong (class {label} is called {answered}); put the "
+            "class map in the model's order"
+        )
+
+
+_CHANCE, _PAIRS, _ALIKE = 0.05, 10, 0.4
+
+
+def _pairs(counts: Tensor) -> int:
+    """How many pairs there are within groups of these sizes."""
+    return int((counts * (counts - 1) // 2).sum())
 
 
 def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
