@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
@@ -115,7 +115,7 @@ def compressed(
 
     measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
     whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
-    reference = copy.deepcopy(model) if inplace and stages.rungs else model
+    reference = duplicate(model) if inplace and stages.rungs else model
     options = stages.planning
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
@@ -149,6 +149,7 @@ def compressed(
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
         with watch("refining", None, "steps") as advance:
             how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
+            how["output_fn"] = output_fn
             small = refine(small, reference, loader, inplace=True, progress=advance, **how)
         report = small.vitlr_refinement  # type: ignore[assignment]
     return Compressed(small, chosen, report, measured, images)

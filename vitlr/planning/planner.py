@@ -75,7 +75,8 @@ def plan(
     elif failed:
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
         options = options if spectra.widths or options.method == "mix" else replace(options, method="lowrank")
-    return replace(allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options), why=why)
+    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options)
+    return replace(chosen, why=why, image=stats.image)
 
 
 def settle(
