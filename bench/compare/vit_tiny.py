@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.data.loader import data_config, open_data
+from vitlr.data import data_config, open_data
 
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"

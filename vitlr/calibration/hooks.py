@@ -39,6 +39,8 @@ class Tap:
         leading: Collection[int],
         queries: tuple[int, int] | None = None,
     ) -> None:
+        self.strided = False  # rows of one image are `images` apart, not neighbours
+        self.asleep = False  # a run that is not counted
         self.stats, self.linear = stats, linear
         self.leading = leading  # first dimension of the input for one image
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
@@ -56,6 +58,11 @@ class Tap:
             stats.held[key] = new.to(linear.weight.device)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
+    @property
+    def of_images(self) -> bool:
+        """Whether rows are split by image."""
+        return self.by_image or bool(self.wanted & {"normalized", "row_gradient"})
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
@@ -70,7 +77,7 @@ class Tap:
         self.in_backward, self.sketch = True, sketch
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
+        if self.asleep or not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
             return None
         x = args[0]
         # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
@@ -81,6 +88,8 @@ class Tap:
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.asleep:
+            return
         x, made = args[0].detach(), output.detach()
         if output.requires_grad:
             if self.stats.side == "output":
@@ -144,13 +153,21 @@ class Tap:
                 f"{sorted(self.leading)} for one: they cannot be told apart by image; leave it out with exclude=, or "
                 "use objective='loss' or 'output' without row_gradient"
             )
-        return rows.reshape(self.images, -1, rows.shape[-1])
+        if not self.strided:
+            return rows.reshape(self.images, -1, rows.shape[-1])
+        views = leading // self.images
+        return (
+            rows.reshape(views, self.images, -1, rows.shape[-1])
+            .transpose(0, 1)
+            .reshape(self.images, -1, rows.shape[-1])
+        )
 
     def _image_weights(self, y: Tensor, leading: int) -> Tensor:
         """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
         norms = torch.linalg.vector_norm(self._per_image(y, leading), dim=(1, 2), dtype=torch.float64)
         weight = torch.where(norms > 0, norms.square().reciprocal(), 0.0)
-        return weight.repeat_interleave(y.shape[0] // self.images).to(torch.float32)
+        views = leading // self.images if self.strided else 1
+        return weight.repeat_interleave(y.shape[0] // self.images // views).repeat(views).to(torch.float32)
 
     def _add_gradient(self, g: Tensor) -> None:
         self.gradient_seen = True

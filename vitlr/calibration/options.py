@@ -15,6 +15,7 @@ HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which p
 VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
 ROUNDING = "rounding"  # both sides of every linear in full, which rounding its weight needs
 EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, ROUNDING)
+FEW = 100  # images below which a calibration warns
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 
 

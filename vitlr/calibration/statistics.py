@@ -62,12 +62,20 @@ class Statistics:
     input_shape: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
+    dtype: Any = None  # of an image, by name
+    answer: str = ""  # what the model's was taken for
+
+    @property
+    def image(self) -> tuple[Any, Any]:
+        """Shape and dtype of one image, of every tensor by name where the model takes several."""
+        return self.input_shape, self.dtype
 
     def __str__(self) -> str:
         tokens = sum(layer.tokens for layer in self.layers.values())
         return (
             f"Statistics of {len(self.layers)} layers over {self.images} images ({tokens} layer tokens), "
             f"objectives {', '.join(self.objectives)}, weights {self.fingerprint}"
+            + (f"; the answer is taken for {self.answer}" if self.answer else "")
         )
 
     @property
@@ -158,6 +166,8 @@ class Statistics:
             "macs": self.macs,
             "input_shape": self.input_shape,
             "notes": self.notes,
+            "dtype": self.dtype,
+            "answer": self.answer,
             "layers": [[s.name, s.in_features, s.out_features, s.owner, s.tokens] for s in self.layers.values()],
         }
         storage.save_tensors(path, tensors, header, kind="statistics", schema=SCHEMA)
@@ -184,6 +194,8 @@ class Statistics:
             header["macs"],
             _as_tuple(shape),
             dict(header["notes"]),
+            dtype=header.get("dtype"),
+            answer=header.get("answer", ""),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 from torch import nn
@@ -20,6 +19,7 @@ from vitlr.nn import (
     SelectedLinear,
 )
 from vitlr.nn._fused import Fused, StandIn
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.surgery import folding
 
@@ -55,7 +55,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Mo
     layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
     which stays so after `unfuse`.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if name and any(kind.why_not(module) is None for kind in FUSED):
             swap(model, name, fused(module))
@@ -66,7 +66,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Mo
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give every fused module and folded layer scale back its original module, with the weights it has now."""
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, StandIn):
             swap(model, name, module.back())
