@@ -57,7 +57,7 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
   };
   char* const expanded = memory;
   char* const x = memory + plan.panel_words * 4;
-  kernel.fill(at(rows.x, first * rows.row_stride), rows.row_stride, rows.column_stride, count, rows.K, x);
+  kernel.fill(at(rows.x, first * rows.row_stride), rows.row_stride, rows.column_stride, count, rows.K, layers[0].input, x);
   char* block = x;
   for (int i = 0; i < layer_count; ++i) {
     const Layer& layer = layers[i];
@@ -72,7 +72,7 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
       call.y = const_cast<char*>(at(rows.y, first * N)), call.y_stride = N;
       call.residual = at(rows.residual, first * rows.residual_stride), call.residual_stride = rows.residual_stride;
     } else {
-      call.next = next;
+      call.next = next, call.next_input = layers[i + 1].input;
     }
     const int64_t panels = (N + kernel.columns - 1) / kernel.columns;
     call.index = last ? panels * share.index / share.count : 0;
@@ -95,18 +95,16 @@ bool ends_widest(const Layer* layers, int count) {
 }  // namespace
 
 const ChainKernel& chain_kernel(Isa isa, bool bf16) {
-  switch (isa) {
 #ifdef VITLR_WITH_AVX512_BF16
-    case kAvx512Bf16: return bf16 ? chain_bf16_avx512_bf16() : chain_fp32_avx512_bf16();
+  if (isa >= kAvx512Bf16) return bf16 ? chain_bf16_avx512_bf16() : chain_fp32_avx512_bf16();
 #endif
 #ifdef VITLR_WITH_AVX512
-    case kAvx512: return bf16 ? chain_bf16_avx512() : chain_fp32_avx512();
+  if (isa >= kAvx512) return bf16 ? chain_bf16_avx512() : chain_fp32_avx512();
 #endif
 #ifdef VITLR_WITH_AVX2
-    case kAvx2: return bf16 ? chain_bf16_avx2() : chain_fp32_avx2();
+  if (isa >= kAvx2) return bf16 ? chain_bf16_avx2() : chain_fp32_avx2();
 #endif
-    default: return bf16 ? chain_bf16_portable() : chain_fp32_portable();
-  }
+  return bf16 ? chain_bf16_portable() : chain_fp32_portable();
 }
 
 void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int count, int threads) {

@@ -41,6 +41,12 @@ def codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> 
     return _kept(R, state) or _keep(R, state, _pack_codes(R, scale, K, group, form, isa))
 
 
+def int8(W: Tensor, isa: str) -> Packed:
+    """Codes W [N, K] of a chain of integers, packed for an instruction set."""
+    state = ("int8", isa, *_state(W))
+    return _kept(W, state) or _keep(W, state, _pack_int8(W, isa))
+
+
 def count() -> int:
     """How many packed copies are kept."""
     return len(_entries)
@@ -67,6 +73,11 @@ def _keep(owner: Tensor, state: tuple, packed: Packed) -> Packed:
 def _pack(W: Tensor, isa: str) -> Packed:
     panels = native.pack(W, isa)
     return Packed((panels.data_ptr(), 0, *W.shape, 1, 0), (panels,))
+
+
+def _pack_int8(W: Tensor, isa: str) -> Packed:
+    panels = native.int8_pack(W, isa)
+    return Packed((panels.data_ptr(), 0, *W.shape, W.shape[1], FORMS["int8"]), (panels,))
 
 
 def _pack_codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> Packed:
