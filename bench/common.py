@@ -63,7 +63,7 @@ def sources() -> str:
 
 def write_json(path: Path, body: Mapping[str, Any]) -> None:
     """Write JSON that differs only where the figures differ."""
-    from vitlr.runtime.storage import atomic_path
+    from vitlr.runtime.places import atomic_path
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

@@ -36,7 +36,7 @@ from vitlr.measuring.cost import count_params
 from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.planner import plan
 from vitlr.pruning import find_mlps, narrowed_mlps
-from vitlr.runtime.storage import atomic_path
+from vitlr.runtime.places import atomic_path
 from vitlr.surgery.application import apply
 
 RANK_STEP, WIDTH_STEP = 1, 16

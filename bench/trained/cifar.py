@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.common import BUILD, ROOT
 from vitlr import create_model, evaluate
-from vitlr.runtime.storage import atomic_path
+from vitlr.runtime.places import atomic_path
 from vitlr.training import TrainRecipe
 
 SHAPE = (3, 32, 32)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vitlr.errors import InputError, RunError
-from vitlr.runtime.storage import atomic_path, check_writable, load_header, load_tensors, save_tensors
+from vitlr.runtime.places import atomic_path, check_writable
+from vitlr.runtime.storage import load_header, load_tensors, save_tensors
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 

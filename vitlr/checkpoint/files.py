@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,6 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
+from vitlr.checkpoint import contents
+from vitlr.checkpoint.bounds import Held
+from vitlr.checkpoint.contents import casts
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.checkpoint.structure import restructure, structure
 from vitlr.errors import InputError
@@ -22,14 +24,13 @@ from vitlr.measuring.cost import is_rounded
 from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
-from vitlr.runtime.storage import check_writable, load_header, load_tensors, save_tensors
+from vitlr.runtime.places import check_writable
+from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
+from vitlr.runtime.words import one_line
 from vitlr.surgery import fusion
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
-_DATA = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
-_MAX_HIDDEN = 2**30  # bytes of tables that a rebuilt model may compute; the largest we know of takes 40 MiB
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
 def save(
@@ -58,7 +59,7 @@ def save(
         "fused": fusion.fused_names(model),
         "visible": [name for name, module in timm.switchable(model) if getattr(module, timm.SWITCH)],
         "tied": tied,
-        "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if _casts(buffer)},
+        "buffers": {name: _name(buffer.dtype) for name, _, _, buffer in hidden_buffers(model) if casts(buffer)},
         "dtype": str(next((t.dtype for t in tensors.values() if t.is_floating_point()), None)).removeprefix("torch."),
         "data": _data_config(model),
         "plan": plan.to_dict() if isinstance(plan, Plan) else plan if plan is not None else info.get("plan"),
@@ -66,16 +67,19 @@ def save(
         "metrics": metrics.to_dict() if hasattr(metrics, "to_dict") else metrics,
         "versions": _versions(),
     }
-    if header["origin"] is not None:
-        _verify(model, header)
-    try:
-        header = json.loads(json.dumps(header))
-    except (TypeError, ValueError) as cause:
-        raise InputError(f"plan, recipe and metrics must be plain JSON values: {cause}") from cause
+    contents.check_dtypes(model, tensors)
     schema = SCHEMA if is_rounded(model) else 1
     if schema > 1:
         tensors = {name + form: part for name, t in tensors.items() for form, part in compact.stored(t).items()}
-    save_tensors(path, tensors, {**header, "digest": _digest(tensors, header)}, kind="model", schema=schema)
+    if header["origin"] is not None:
+        _verify(model, header, _held(tensors))
+    try:
+        header = json.loads(json.dumps(header))
+    except (TypeError, ValueError, RecursionError) as cause:
+        raise InputError(f"plan, recipe and metrics must be plain JSON values: {cause}") from cause
+    signed = {**header, "digest": _digest(tensors, header)}
+    contents.check_header(signed, "what would be written")
+    save_tensors(path, tensors, signed, kind="model", schema=schema)
 
 
 def load(
@@ -96,23 +100,23 @@ def load(
 
 
 def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
-    _check_header(header)
+    contents.check_header(header, "its header is damaged")
     with safe_open(path, framework="pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    held = Held.of(shapes, path.stat().st_size)
     origin = header["origin"]
     if model is not None:
         rebuilt = _reshape(copy.deepcopy(model), header)
-        _check_fit(rebuilt, shapes, header)
+        _check_fit(rebuilt, shapes, header, held)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
     else:
         origin = check_origin(origin)
-        _check_depth(origin, len(shapes))
-        _check_fit(_reshape(build(origin, "meta"), header), shapes, header)
+        held.check_depth(origin["args"])
+        _check_fit(_reshape(build(origin, "meta", held), header), shapes, header, held)
         rebuilt = _reshape(build(origin, "cpu"), header)
     tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
-    if _digest(tensors, {key: value for key, value in header.items() if key != "digest"}) != header["digest"]:
-        raise InputError("its digest does not match what it holds: the file is damaged or was changed")
+    check_digest(path, header["digest"], _digest(tensors, {k: v for k, v in header.items() if k != "digest"}))
     _fill(rebuilt, tensors, header)
     if model is None:
         rebuilt.vitlr_origin = origin
@@ -149,16 +153,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _casts(buffer: Tensor) -> bool:
-    """Whether `.half()` and the like reach this table, so that its dtype has to be kept."""
-    return buffer.dtype in _DTYPES.values()
+def _held(tensors: Mapping[str, Tensor]) -> Held:
+    """What a file of these tensors holds."""
+    return Held.of({name: tuple(t.shape) for name, t in tensors.items()}, sum(t.nbytes for t in tensors.values()))
 
 
-def _verify(model: nn.Module, header: dict[str, Any]) -> None:
+def _verify(model: nn.Module, header: dict[str, Any], held: Held) -> None:
     """Rebuild as `load` will and refuse what differs."""
     try:
-        twin = _reshape(build(header["origin"], "cpu"), header)
+        held.check_depth(header["origin"]["args"])
+        twin = _reshape(build(header["origin"], "cpu", held), header)
         problem = differences(model, twin)
+        held.check_tables(sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(twin)))
     except InputError as cause:
         problem = str(cause)
     if problem is not None:
@@ -185,9 +191,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any
     if header["schema"] > 1:
         shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)}
         tensors = compact.restored(tensors, shapes)
+    contents.check_dtypes(model, tensors)
     state = {name: tensor.clone() for name, tensor in tensors.items()}
     aliases = {name: state[known] for name, known in header["tied"].items()}
-    model.load_state_dict(state | aliases, strict=True, assign=True)
+    try:
+        model.load_state_dict(state | aliases, strict=True, assign=True)
+    except RuntimeError as cause:  # a module refuses values, as a folded scale does
+        raise InputError(one_line(cause)) from cause
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedLinear):
             layer.check(f"layer {name}")
@@ -196,10 +206,10 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any
         setattr(model.get_submodule(target), t, getattr(model.get_submodule(source), s))
     for name, module, key, buffer in list(hidden_buffers(model)):
         if name in header["buffers"]:
-            module._buffers[key] = buffer.to(_DTYPES[header["buffers"][name]])
+            module._buffers[key] = buffer.to(contents.DTYPES[header["buffers"][name]])
 
 
-def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any]) -> None:
+def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, Any], held: Held) -> None:
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     tied = header["tied"]
     if header["schema"] > 1:
@@ -209,37 +219,9 @@ def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: 
         if expected.get(name) != found.get(name):
             a, b = expected.get(name, "no such tensor"), found.get(name, "none")
             raise InputError(f"tensor {name[:120]}: the model has {a}, the file has {b}")
-    taken = sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(model))
-    if taken > _MAX_HIDDEN:
-        raise InputError(f"its model computes tables of {taken} bytes, more than {_MAX_HIDDEN}; refused")
-
-
-def _check_depth(origin: Mapping[str, Any], tensors: int) -> None:
-    """Every block holds tensors, so a depth beyond their number is a lie that would take hours to build."""
-    for key in ("depth", "depths"):
-        value = origin["args"].get(key, 0)
-        values = value if isinstance(value, tuple) else (value,)
-        if not all(isinstance(v, int) for v in values) or sum(values) > tensors:
-            raise InputError(f"the model argument {key}={value!r} does not fit a file of {tensors} tensors")
-
-
-def _check_header(header: Mapping[str, Any]) -> None:
-    kinds = {"structure": dict, "fused": list, "visible": list, "tied": dict, "buffers": dict, "data": dict}
-    for key, kind in {**kinds, "digest": str}.items():
-        if not isinstance(header.get(key), kind):
-            raise InputError(f"its header is damaged: {key} is missing or not a {kind.__name__}")
-    names = [*header["fused"], *header["visible"], *header["tied"].values()]
-    if "origin" not in header or not all(isinstance(name, str) for name in names):
-        raise InputError("its header is damaged: a name is not text, or the origin is missing")
-    if not all(isinstance(d, str) and d in _DTYPES for d in header["buffers"].values()):
-        raise InputError(f"its header is damaged: buffers has a dtype other than {', '.join(_DTYPES)}")
-    if not set(header["data"]) <= set(_DATA) or not all(_is_data(v) for v in header["data"].values()):
-        raise InputError("its header is damaged: the data config holds something unknown")
-
-
-def _is_data(value: Any) -> bool:
-    plain = value is None or isinstance(value, (int, float, str))
-    return plain or (isinstance(value, list) and len(value) <= 4 and all(isinstance(v, (int, float)) for v in value))
+    contents.check_ties(model, shapes, tied)
+    contents.check_casts(model, header["buffers"])
+    held.check_tables(sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(model)))
 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
@@ -248,7 +230,7 @@ def _data_config(model: nn.Module) -> dict[str, Any]:
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
-    return {key: config[key] for key in _DATA if key in config}
+    return {key: config[key] for key in contents.DATA if key in config}
 
 
 def _tuples(value: Any) -> Any:
@@ -266,9 +248,4 @@ def _versions() -> dict[str, str]:
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """Return the SHA-256 over the header's JSON and every tensor's name, dtype, shape and bytes, in order of names."""
     body = {key: value for key, value in header.items() if key not in ("kind", "schema")}
-    sha = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    return f"sha256:{sha.hexdigest()}"
+    return digest(tensors, json.dumps(body, sort_keys=True, separators=(",", ":")))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line
@@ -94,15 +96,17 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
     return check_origin({"library": "timm", "name": name, "args": args})
 
 
-def build(origin: Origin, device: str) -> nn.Module:
+def build(origin: Origin, device: str, held: Held | None = None) -> nn.Module:
     """Build the model of a checked origin with its buffers computed and its parameters allocated, not filled.
 
-    On "meta" nothing is allocated at all. Raises `InputError` with timm's reason where the arguments do not fit.
+    On "meta" nothing is allocated at all. `held` is what a file holds, which bounds the work. Raises `InputError` with
+    timm's reason where the arguments do not fit.
     """
     import timm
 
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled():
+        bounded = nullcontext() if held is None else Bounded(held)
+        with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled(), bounded:
             return timm.create_model(origin["name"], pretrained=False, **origin["args"])
     except Exception as cause:  # an architecture may raise anything on arguments it was not made for
         raise InputError(f"timm cannot build {describe(origin)}: {one_line(cause)}") from cause

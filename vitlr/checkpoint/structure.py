@@ -16,11 +16,22 @@ from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
+from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
 Entry = Mapping[str, Any]
 Do = Callable[[], Any]  # what is left to do once all is checked
+
+_SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "width": {"width": whole(0)},
+    "heads": {"heads": whole(0)},
+    "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
+    "quantized": {"quantized": FLAG, **_SIZES},
+    "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
+}
+"""What an entry of each kind holds; whether that fits the model is for the change itself to say."""
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -70,6 +81,8 @@ def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     """
     dense = _Dense(model)
     kinds = {name: _kind(entry) for name, entry in layers.items()}
+    for name, kind in kinds.items():
+        check(layers[name], ENTRIES[kind], f"layer {name}")
     changes = [
         change(dense, name, layers[name]) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind
     ]

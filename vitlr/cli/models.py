@@ -114,7 +114,7 @@ def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, 
 
     Both by their flags; flags without a path are left out.
     """
-    from vitlr.runtime.storage import check_writable
+    from vitlr.runtime.places import check_writable
 
     named = {flag: path for flag, path in outputs.items() if path}
     others = {**{flag: Path(path) for flag, path in inputs.items() if path}, **named}

@@ -11,7 +11,7 @@ from typing import Any
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
 from vitlr.planning.options import METHODS, WORDS
-from vitlr.runtime.storage import atomic_path
+from vitlr.runtime.places import atomic_path
 
 SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
-from vitlr.runtime.storage import check_writable, load_tensors, save_tensors
+from vitlr.runtime.places import check_writable
+from vitlr.runtime.storage import load_tensors, save_tensors
 
 SCHEMA = 1
 

@@ -1,12 +1,12 @@
-"""Files that are whole or not there: atomic writing, and safetensors with one JSON header, read defensively."""
+"""Safetensors with one JSON header and a digest over both, written atomically, read defensively."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
+import logging
 import os
-import tempfile
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,66 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitlr.errors import InputError, RunError
+from vitlr.errors import InputError
+from vitlr.runtime.kinds import read_json, shown, whole
+from vitlr.runtime.places import atomic_path, is_file
 
 _METADATA_KEY = "vitlr"
 _MAX_HEADER = 16 * 2**20  # bytes of JSON; the largest plan we know of takes 40 KiB
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-
-
-def _failure(path: Path, cause: BaseException) -> Exception:
-    full = getattr(cause, "errno", None) in _FULL
-    if full or not isinstance(cause, OSError):
-        return RunError(f"could not write {path}: {cause}; nothing was left there, free some space and run again")
-    return InputError(f"cannot write {path}: {cause.strerror or cause}; choose a writable place")
-
-
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Refuse a destination that cannot be written, before any work is spent on it (`InputError`)."""
-    path = Path(path)
-    with atomic_path(path, commit=False):
-        return path
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str], *, commit: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any failure.
-
-    Raises `InputError` where the place is not writable and `RunError` where the disk is full.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; name a file in it")
-    if path.exists() and not path.stat().st_mode & 0o222:  # a rename would replace it all the same
-        raise InputError(f"cannot write {path}: the file is read-only; name another one")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-    except OSError as cause:
-        raise _failure(path, cause) from cause
-    temporary = Path(name)
-    try:
-        yield temporary
-        if commit:
-            _match_umask(temporary)
-            _sync(temporary)
-            os.replace(temporary, path)
-    except (OSError, SafetensorError) as cause:
-        raise _failure(path, cause) from cause
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _match_umask(path: Path) -> None:
-    """Give the file the mode that `open` would have given it; `mkstemp` makes it private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def _sync(path: Path) -> None:
-    with path.open("r+b") as file:  # Windows syncs only what may be written
-        os.fsync(file.fileno())
+_MAX_NAMES = 32 * 2**20  # bytes of that and of the names and shapes of all tensors
+_DIGEST_KEY = "digest"
+_logger = logging.getLogger("vitlr")
 
 
 def save_tensors(
@@ -89,11 +38,32 @@ def save_tensors(
 ) -> None:
     """Write tensors and a JSON header to one safetensors file, atomically.
 
-    `kind` says what the file holds ("model", "statistics", ...), `schema` the version of its layout.
+    `kind` says what the file holds ("model", "statistics", ...), `schema` the version of its layout. A header that has
+    no digest of its own is followed by one. Raises `InputError` for a header that could not be read back.
     """
     text = json.dumps({"kind": kind, "schema": schema, **header}, separators=(",", ":"), sort_keys=True)
+    try:
+        _read_header(text)
+    except ValueError as cause:
+        raise InputError(
+            f"cannot write {path}: its header would not be read back ({cause}); keep less in it"
+        ) from cause
+    stored = {name: t.detach().contiguous() for name, t in tensors.items()}
+    metadata = {_METADATA_KEY: text}
+    if "digest" not in header:
+        metadata[_DIGEST_KEY] = digest(stored, text)
     with atomic_path(path) as temporary:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, {_METADATA_KEY: text})
+        save_file(stored, temporary, metadata)
+
+
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """The SHA-256 over a text and every tensor's name, dtype, shape and bytes, in order of names."""
+    sha = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return f"sha256:{sha.hexdigest()}"
 
 
 def load_header(path: str | os.PathLike[str], *, kind: str, schema: int) -> dict[str, Any]:
@@ -108,19 +78,36 @@ def load_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read tensors and header of a file that `save_tensors` wrote.
 
-    Raises `InputError` where the file is missing, truncated, foreign, of another kind or of a newer schema.
+    Raises `InputError` where the file is missing, truncated, foreign, of another kind or of a newer schema, and where
+    its digest does not match. Files of earlier versions that have none are read with a note.
     """
     path = Path(path)
     with _open(path) as file:
-        header = _header(path, file.metadata(), kind, schema)
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
+        metadata = file.metadata()
+        header = _header(path, metadata, kind, schema)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if _DIGEST_KEY in metadata:
+        check_digest(path, metadata[_DIGEST_KEY], digest(tensors, metadata[_METADATA_KEY]))
+    elif "digest" not in header:  # a model's, which its reader checks
+        _logger.warning("%s is of an earlier vitlr and has no digest: flipped bits in it would not be seen", path)
+    return tensors, header
+
+
+def check_digest(path: object, told: str, found: str) -> None:
+    """Raise `InputError` where a file says another digest than its content has."""
+    if told != found:
+        raise InputError(f"{path}: its digest does not match what it holds: the file is damaged or was changed")
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file; check the path")
     try:
+        with path.open("rb") as raw:
+            start = raw.read(8)
+        if len(start) == 8 and (names := struct.unpack("<Q", start)[0]) > _MAX_NAMES:
+            raise InputError(f"{path} is not a whole safetensors file, or names {names} bytes of tensors; refused")
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as cause:
@@ -129,21 +116,31 @@ def _open(path: Path) -> Iterator[Any]:
         raise InputError(f"cannot read {path}: {cause.strerror or cause}") from cause
 
 
+def _read_header(text: str) -> dict[str, Any]:
+    """The header; `ValueError` for a text that is none."""
+    if len(text) > _MAX_HEADER:
+        raise ValueError(f"it has {len(text)} bytes, more than {_MAX_HEADER}: refused")
+    header = read_json(text)
+    if not isinstance(header, dict) or not isinstance(header.get("kind"), str):
+        raise ValueError("it is no table with a kind")
+    return header
+
+
 def _header(path: Path, metadata: dict[str, str] | None, kind: str, schema: int) -> dict[str, Any]:
     text = (metadata or {}).get(_METADATA_KEY)
     if text is None:
         raise InputError(f"{path} was not written by vitlr; expected a vitlr {kind} file")
-    if len(text) > _MAX_HEADER:
-        raise InputError(f"{path}: its header has {len(text)} bytes, expected at most {_MAX_HEADER}; refused")
     try:
-        header = json.loads(text)
-        found_kind, found_schema = header["kind"], int(header["schema"])
-    except (ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise InputError(f"{path}: its vitlr header is damaged; write the file again") from cause
-    if found_kind != kind:
-        raise InputError(f"{path} holds a vitlr {found_kind}, expected a {kind}")
-    if not 1 <= found_schema <= schema:
-        raise InputError(f"{path} has schema {found_schema}, this vitlr reads up to {schema}; upgrade vitlr")
+        header = _read_header(text)
+    except ValueError as cause:
+        raise InputError(f"{path}: its vitlr header is damaged ({cause}); write the file again") from cause
+    if header["kind"] != kind:
+        raise InputError(f"{path} holds a vitlr {header['kind']:.40}, expected a {kind}")
+    found = header.get("schema")
+    if not whole(1).holds(found):
+        raise InputError(f"{path}: its vitlr header is damaged: schema {shown(found)}; write the file again")
+    if found > schema:
+        raise InputError(f"{path} has schema {found}, this vitlr reads up to {schema}; upgrade vitlr")
     return header
 
 

@@ -51,11 +51,18 @@ def zeroed_by_numpy(layer):
     layer.down.weight.detach().numpy()[:] = 0
 
 
+def signs_of_every_other_column(layer):
+    layer.down.weight.data[:, 1::2].neg_()  # the top bit of every word of 64, which multiplying does not move
+
+
 CHANGES = {
     "in place": lambda layer: layer.down.weight.add_(1),
     "one entry": lambda layer: layer.down.weight[2:3, 3:4].add_(1),
     "through .data": lambda layer: layer.down.weight.data.mul_(2),
     "through NumPy": zeroed_by_numpy,
+    "one column through .data": lambda layer: layer.down.weight.data[:, 5].zero_(),
+    "one entry through .data": lambda layer: layer.down.weight.data[3, 7].add_(1),
+    "signs through .data": signs_of_every_other_column,
     "new memory": lambda layer: setattr(layer.down.weight, "data", torch.randn(R, K)),
     "a new parameter": lambda layer: setattr(layer.down, "weight", torch.nn.Parameter(torch.randn(R, K))),
     "load_state_dict": lambda layer: layer.load_state_dict(LowRankLinear(K, N, R).state_dict()),
@@ -74,6 +81,16 @@ def test_a_change_is_seen(packs, change):
         CHANGES[change](layer)
         check(layer)
     assert (R, K) in packs
+
+
+def test_a_column_written_through_data_is_seen_at_the_sizes_of_real_models(packs):
+    """Spread samples of these shapes would all lie in column 0."""
+    layer, x = LowRankLinear(768, 768, 128), torch.randn(5, 768)
+    with torch.no_grad():
+        layer(x)
+        layer.up.weight.data[:, 64:] = 0
+        expected = torch.nn.functional.linear(layer.down(x), layer.up.weight, layer.up.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_step_of_an_optimiser_is_seen(packs):

@@ -24,8 +24,8 @@ from vitlr.errors import InputError, RunError
 from vitlr.measuring import cost, timing
 from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.planner import plan
+from vitlr.runtime.places import check_writable
 from vitlr.runtime.progress import bar
-from vitlr.runtime.storage import check_writable
 from vitlr.surgery.application import apply
 
 SHAPE = (1, 8, 8)

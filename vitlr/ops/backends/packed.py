@@ -1,8 +1,8 @@
 """Weights in the order in which the CPU kernels read them, kept for as long as the tensors they were made from.
 
 A packed copy belongs to one tensor object and is freed with it. It is made again when that tensor is no longer what it
-was: other memory, shape, dtype or version, or a write that torch did not count (through `.data`, NumPy, or to an
-inference tensor, which has no version) and that changes one of 64 entries looked at; of an inference tensor all are.
+was: other memory, shape, dtype or content. The content is asked for by a hash over all of it, at the speed of memory,
+since torch counts no write through `.data` or NumPy, nor any to an inference tensor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from vitlr.ops.backends import native
 
-_SAMPLES = 64
 FORMS = {"int8": 1, "int4": 2}  # 0 is a weight as it is
 
 
@@ -53,9 +52,7 @@ def count() -> int:
 
 
 def _state(W: Tensor) -> tuple:
-    if W.is_inference():
-        return W.data_ptr(), None, W.shape, W.stride(), W.dtype, native.fingerprint(W, W.numel())
-    return W.data_ptr(), W._version, W.shape, W.stride(), W.dtype, native.fingerprint(W, _SAMPLES)
+    return W.data_ptr(), W.shape, W.stride(), W.dtype, native.fingerprint(W)
 
 
 def _kept(owner: Tensor, state: tuple) -> Packed | None:
