@@ -29,10 +29,12 @@ std::unique_ptr<float[]> floats(int64_t count, float low, float high) {
 }
 
 struct Linear {
-  Linear(const ChainKernel& kernel, int64_t N, int64_t K)
+  Linear(const ChainKernel& kernel, int64_t N, int64_t K, bool exact)
       : codes(new int8_t[N * K]), packed(new char[kernel.packed_bytes(N, K, kInt8)]), scale(floats(N, 0, 1e-3f)),
         bias(floats(N, -1, 1)), multiplier(floats(K, 30, 60)), shift(floats(K, 100, 150)) {
     for (int64_t i = 0; i < N * K; ++i) codes[i] = static_cast<int8_t>(generator());
+    // 32 x + 120 is the same in fp32 and fp64, down to which of its halves are rounded up.
+    for (int64_t k = 0; exact && k < K; ++k) multiplier[k] = 32, shift[k] = 120;
     kernel.pack(codes.get(), K, 1, N, K, packed.get());
     layer = {{packed.get(), scale.get(), N, K, 1, kInt8}, nullptr, bias.get(), kNone, {multiplier.get(), shift.get()}};
   }
@@ -53,7 +55,7 @@ float value_of(uint16_t half) {
 bool check(const ChainKernel& kernel, bool bf16, int threads) {
   const int64_t M = pick({0, 1, 2, 7, 13, 31, 33, 64, 197}), K = pick({1, 2, 15, 31, 64, 129, 258, 300, 700});
   const int64_t D = pick({1, 3, 16, 17, 33, 64, 530}), N = pick({1, 7, 16, 31, 32, 47, 65, 96});
-  const Linear first(kernel, D, K), second(kernel, N, D);
+  const Linear first(kernel, D, K, true), second(kernel, N, D, false);
   const std::unique_ptr<char[]> x(new char[M * K * kernel.bytes]), y(new char[M * N * kernel.bytes]);
   std::vector<float> numbers(M * K);
   for (int64_t i = 0; i < M * K; ++i) {
@@ -65,7 +67,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
   run_chain(kernel, {x.get(), M, K, K, 1, y.get(), nullptr, 0}, layers, 2, threads);
   for (int64_t m = 0; m < M; ++m) {
     std::vector<double> row(numbers.begin() + m * K, numbers.begin() + (m + 1) * K);
-    double loose = 0;  // what one more or less in every byte between the layers would do
+    double loose = 0;  // what bytes between the layers do whose rounding is a matter of the last bit
     for (const Linear* linear : {&first, &second}) {
       std::vector<double> next(linear->layer.weight.N);
       for (size_t n = 0; n < next.size(); ++n) {
@@ -75,7 +77,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
           const double q = std::nearbyint(std::fmin(std::fmax(exact, 0), 255)), off = std::fabs(exact - std::floor(exact) - 0.5);
           const int64_t code = linear->codes[n * row.size() + k];
           sum += static_cast<int64_t>(q) * code;
-          if (off < 1e-3) flips += std::labs(code);  // so near to the middle that either is right
+          if (linear == &second && off < 1e-3) flips += std::labs(code);
         }
         next[n] = static_cast<double>(sum) * linear->scale[n] + linear->bias[n];
         loose = std::fmax(loose, static_cast<double>(flips) * linear->scale[n]);
@@ -91,7 +93,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
       } else {
         std::memcpy(&got, y.get() + 4 * (m * N + n), 4);
       }
-      const double allowed = std::fabs(row[n]) * (bf16 ? 1e-2 : 1e-5) + 1e-4 + 3 * loose;
+      const double allowed = std::fabs(row[n]) * (bf16 ? 1e-2 : 1e-5) + 1e-4 + loose;
       if (!(std::fabs(got - row[n]) <= allowed)) {
         std::printf("%s %s M=%ld K=%ld D=%ld N=%ld: y[%ld, %ld] = %g, expected %g\n", kernel.name, bf16 ? "bf16" : "fp32",
                     long(M), long(K), long(D), long(N), long(m), long(n), got, row[n]);

@@ -41,8 +41,13 @@ def codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> 
 
 
 def int8(W: Tensor, isa: str) -> Packed:
-    """Codes W [N, K] of a chain of integers, packed for an instruction set."""
-    state = ("int8", isa, *_state(W))
+    """Codes W [N, K] of a chain of integers, packed for an instruction set.
+
+    Nothing trains codes, and a hash over them would be as long as the products of a few dozen rows: writes that torch
+    counts are seen, and all others only where it counts none, in an inference tensor.
+    """
+    changes = native.fingerprint(W) if W.is_inference() else W._version
+    state = ("int8", isa, changes, W.data_ptr(), W.shape, W.stride(), W.dtype)
     return _kept(W, state) or _keep(W, state, _pack_int8(W, isa))
 
 
