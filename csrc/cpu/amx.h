@@ -32,21 +32,29 @@ inline void shape_tiles(int64_t rows) {
   _tile_loadconfig(&config);
 }
 
+// sums [.][kColumns] of int32 (+)= block x panel over the words of one chunk.
 template <bool LOWER, bool RIGHT>
-void multiply_tiles(const Word* block, int64_t next_chunk, int64_t words, const Word* panel, float* sums) {
+void multiply_tiles(const Word* block, int64_t words, const Word* panel, int32_t* sums, bool add) {
   constexpr int64_t width = RIGHT ? 2 * kTile : kTile;
+  int32_t* const lower = sums + kTile * kColumns;
   written();
-  _tile_zero(0);
-  if (RIGHT) _tile_zero(1);
-  if (LOWER) _tile_zero(2);
-  if (LOWER && RIGHT) _tile_zero(3);
+  if (add) {
+    _tile_loadd(0, sums, kColumns * 4);
+    if (RIGHT) _tile_loadd(1, sums + kTile, kColumns * 4);
+    if (LOWER) _tile_loadd(2, lower, kColumns * 4);
+    if (LOWER && RIGHT) _tile_loadd(3, lower + kTile, kColumns * 4);
+  } else {
+    _tile_zero(0);
+    if (RIGHT) _tile_zero(1);
+    if (LOWER) _tile_zero(2);
+    if (LOWER && RIGHT) _tile_zero(3);
+  }
   for (int64_t k = 0; k < words; k += kTile, panel += kTile * width) {
-    const Word* rows = block + k / kChunk * next_chunk + k % kChunk;
     _tile_loadd(6, panel, width * 4);
-    _tile_loadd(4, rows, kChunk * 4);
+    _tile_loadd(4, block + k, kChunk * 4);
     _tile_dpbusd(0, 4, 6);
     if (LOWER) {
-      _tile_loadd(5, rows + kTile * kChunk, kChunk * 4);
+      _tile_loadd(5, block + kTile * kChunk + k, kChunk * 4);
       _tile_dpbusd(2, 5, 6);
     }
     if (RIGHT) {
@@ -57,17 +65,25 @@ void multiply_tiles(const Word* block, int64_t next_chunk, int64_t words, const 
   }
   _tile_stored(0, sums, kColumns * 4);
   if (RIGHT) _tile_stored(1, sums + kTile, kColumns * 4);
-  if (LOWER) _tile_stored(2, sums + kTile * kColumns, kColumns * 4);
-  if (LOWER && RIGHT) _tile_stored(3, sums + kTile * kColumns + kTile, kColumns * 4);
+  if (LOWER) _tile_stored(2, lower, kColumns * 4);
+  if (LOWER && RIGHT) _tile_stored(3, lower + kTile, kColumns * 4);
 }
 
-// sums [rows][kColumns] of int32 = block x panel, whose last words meet zeros; the tiles have the shapes of these rows.
-inline void multiply_tiles(const Word* block, int64_t next_chunk, int64_t words, const Word* panel, float* sums,
-                           int64_t rows, bool wide) {
-  if (rows > kTile)
-    (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)(block, next_chunk, words, panel, sums);
-  else
-    (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>)(block, next_chunk, words, panel, sums);
+// sums [rows][kColumns] of int32 = block x panel, whose last words meet zeros. Chunk by chunk: that of the panel, 16 KiB,
+// stays in L1 for all rows, since tiles eat 64 bytes a cycle, twice what L2 gives.
+inline void multiply_block(const Word* block, int64_t rows, int64_t words, const Word* panel, int32_t* sums, bool wide) {
+  int64_t shaped = 0;
+  for (int64_t k = 0; k < words; k += kChunk) {
+    const int64_t depth = smaller(kChunk, words - k);
+    for (int64_t m = 0; m < rows; m += 2 * kTile) {
+      const int64_t count = smaller(2 * kTile, rows - m);
+      if (count != shaped) shape_tiles(shaped = count);
+      const auto multiply = count > kTile ? (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)
+                                          : (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+      multiply(block + k * rows + m * kChunk, depth, panel + k * (wide ? kColumns : kLanes), sums + m * kColumns, k > 0);
+    }
+  }
+  _tile_release();  // or every switch of threads would save them
 }
 
 inline double peak_of_tiles(int64_t rounds) {

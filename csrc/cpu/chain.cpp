@@ -14,8 +14,7 @@ namespace vitlr {
 namespace {
 
 constexpr int64_t kBlockBytes = 640 << 10;  // of all blocks of a chain; the rest of a 1 MiB L2 is for panels of weights
-constexpr int64_t kMostRows = 96;     // more make weights no cheaper, and every level of cache fuller
-constexpr int64_t kMostDecoded = 192;  // but codes cheaper, which are decoded for every block
+constexpr int64_t kEnoughRows = 96;  // more make weights no cheaper, and every level of cache fuller
 
 int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
   const int64_t words = (width + kernel.elements - 1) / kernel.elements;
@@ -24,7 +23,7 @@ int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
 
 struct Plan {
   std::vector<int64_t> words;  // of a row of each block: x, and what every layer but the last puts out
-  int64_t row_words = 0, panel_words = 0, most_rows = kMostRows;
+  int64_t row_words = 0, panel_words = 0, most_rows = kEnoughRows;
 };
 
 Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int count) {
@@ -37,7 +36,7 @@ Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int coun
     int64_t panel = 0;
     for (const Weight* weight : {&layers[i].weight, layers[i].residual})
       if (weight) {
-        if (weight->form != kPlain || kernel.elements * kernel.bytes != 4) plan.most_rows = kMostDecoded;
+        if (weight->form != kPlain || kernel.elements * kernel.bytes != 4) plan.most_rows = kMostRows;
         panel += (weight->K + kernel.elements - 1) / kernel.elements * kernel.columns;
       }
     plan.panel_words = std::max(plan.panel_words, panel);

@@ -19,6 +19,9 @@ constexpr int64_t kChunk = 128;
 
 // A chain of integers is the same with blocks of u8 and weights of s8, whatever floats x and y are: exact sums in int32.
 //
+// Rows of a block at most: more make codes cheaper, which are decoded for every block, and weights that AMX multiplies.
+constexpr int64_t kMostRows = 192;
+
 // W [N, K] packed by `pack` or `pack_codes`: panels of columns of Wᵀ, each [K][columns of the panel].
 struct Weight {
   const void* panels;

@@ -25,8 +25,9 @@ struct Columns {
 
 // Columns n.. of `rows` rows: int32 sums to floats, activation, then bytes for the next layer, or residual and store.
 template <class T, int ACT>
-void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, const Columns& columns, int64_t n,
+void finish(const Panel& panel, int64_t first, int64_t rows, const void* int32_sums, const Columns& columns, int64_t n,
             int64_t width) {
+  const Word* sums = static_cast<const Word*>(int32_sums);
   for (int64_t c = 0; c < width; c += kLanes) {
     const Vector scale = load(columns.scale + c), bias = load(columns.bias + c);
     const Vector multiplier = load(columns.multiplier + c), shift = load(columns.shift + c);
@@ -42,7 +43,7 @@ void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, 
 }
 
 template <class T>
-void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, const Columns& columns, int64_t n,
+void finish(const Panel& panel, int64_t first, int64_t rows, const void* sums, const Columns& columns, int64_t n,
             int64_t width) {
   switch (panel.act) {
     case kNone: return finish<T, kNone>(panel, first, rows, sums, columns, n, width);
@@ -68,17 +69,12 @@ void panel(const Panel& call) {
     if (call.next)
       columns.multiplier[c] = call.next_input.multiplier[n + c], columns.shift[c] = call.next_input.shift[n + c];
   }
-  alignas(64) float sums[kTileRows * kColumns];  // of int32
 #if defined(__AMX_INT8__)
-  int64_t shaped = 0;
-  for (int64_t first = 0; first < call.rows; first += kTileRows) {
-    const int64_t rows = smaller(kTileRows, call.rows - first);
-    if (rows != shaped) shape_tiles(shaped = rows);
-    multiply_tiles(block + first * kChunk, call.rows * kChunk, words, panel, sums, rows, wide);
-    finish<T>(call, first, rows, sums, columns, n, width);
-  }
-  _tile_release();  // or every switch of threads would save them
+  alignas(64) int32_t sums[kMostRows * kColumns];
+  multiply_block(block, call.rows, words, panel, sums, wide);
+  finish<T>(call, 0, call.rows, sums, columns, n, width);
 #else
+  alignas(64) float sums[kTileRows * kColumns];  // of int32
   const int64_t tiles = (call.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - first;
