@@ -60,6 +60,21 @@ def test_more_bytes_mean_less_loss_predicted_and_measured(measured):
     assert all(measured < 2 * predicted for predicted, measured in found)
 
 
+def test_of_a_model_of_features_the_loss_is_one_minus_their_cosine(tiny_vit, tmp_path):
+    model = tiny_vit(embed_dim=48, num_heads=3, num_classes=0).eval()
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    stats, found = vitlr.calibrate(model, [images], objective="loss", extras=("rounding",), hidden=False), []
+    for share in (12, 15, 22):
+        plan = vitlr.plan(model, stats, f"bytes:{share}%", method="bits")
+        small = vitlr.apply(model, plan)
+        with torch.no_grad():
+            found.append((plan.error, 1 - float(torch.cosine_similarity(model(images), small(images)).mean())))
+    assert found == sorted(found, reverse=True)
+    assert all(0.1 * predicted < measured < 2.5 * predicted for predicted, measured in found), found
+    vitlr.save(small, tmp_path / "m")
+    assert torch.equal(vitlr.load(tmp_path / "m")(images), small(images))
+
+
 def test_all_the_bytes_change_nothing(measured):
     model, images, stats = measured
     plan = vitlr.plan(model, stats, "bytes:100%", method="bits")

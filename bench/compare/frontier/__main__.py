@@ -5,7 +5,7 @@
 
 All see the same 1000 calibration images and are judged by the same others, which nothing was chosen by. A row goes into
 frontier.json as soon as it is measured, and is not measured again unless `--again` is said; the table and the figure
-are made of whatever rows there are (`--only` without a name makes them alone).
+are made of whatever rows there are (`--only` without a name makes them alone), those of bits.json among them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.frontier.borrowed import borrowed, merged
 from bench.compare.frontier.figure import draw
 from bench.compare.frontier.ours import ours
 from bench.compare.frontier.page import markdown
@@ -32,10 +33,10 @@ TOOLS = ("nncf", "openvino", "torchao", "hqq")
 NAME = "frontier"
 
 
-def measure(subject: Subject, rows: dict[str, Make], folder: Path, args: argparse.Namespace) -> None:
+def measure(subject: Subject, makes: dict[str, Make], folder: Path, args: argparse.Namespace) -> None:
     """Measure what is asked for and not there, and write each row as soon as it is."""
     path = args.out / f"{NAME}.json"
-    for name, make in rows.items():
+    for name, make in makes.items():
         if name in [row["name"] for row in read(path).get(subject.name, {}).get("rows", [])] and not args.again:
             continue
         start = time.process_time()
@@ -44,9 +45,8 @@ def measure(subject: Subject, rows: dict[str, Make], folder: Path, args: argpars
         row = {"name": name, "bytes": size, **subject.measured(forward), **more, "cpu_seconds": round(seconds, 1)}
         row |= {"code": CODE, "machine": machine(), "tools": installed()}
         body = read(path)  # another run may have written meanwhile
-        of = {**facts(subject), "rows": [r for r in body.get(subject.name, {}).get("rows", []) if r["name"] != name]}
-        of["rows"].append(row)
-        write_json(path, {**body, subject.name: of})
+        rows = merged(body.get(subject.name, {}).get("rows", []), [row])
+        write_json(path, {**body, subject.name: {**facts(subject), "rows": rows}})
         key = subject.key
         print(f"{name:<40} {size:>10,}  {key} {row[key]:.4f}  {seconds:.0f} s", file=sys.stderr)
 
@@ -56,6 +56,7 @@ def facts(subject: Subject) -> dict[str, Any]:
     return {
         "title": subject.title,
         "key": subject.key,
+        "floor": subject.floor,
         "figures": {key: list(of) for key, of in subject.figures.items()},
         "calibration_images": subject.images.images,
         **subject.says,
@@ -96,7 +97,10 @@ def main(args: argparse.Namespace) -> None:
         measure(subject, rows, cache, args)
     if sources() != CODE:
         print("the code changed while this ran: rows bear the code that they began with", file=sys.stderr)
-    body = read(args.out / f"{NAME}.json")
+    body, bits = read(args.out / f"{NAME}.json"), read(args.out / "bits.json")
+    if bits and "vit_tiny" in body:
+        body["vit_tiny"]["rows"] = merged(body["vit_tiny"]["rows"], borrowed(bits))
+        write_json(args.out / f"{NAME}.json", body)
     (args.out / f"{NAME}.md").write_text(markdown(body))
     draw(body, args.out / f"{NAME}.svg")
 
@@ -110,9 +114,9 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--dinov2", type=Path, help="weights written by dinov2_small.py of the data folder")
     args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
     args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
-    args.add_argument("--limit", type=int, default=None, help="validation images (default: all; of DINOv2 300)")
-    args.add_argument("--bank", type=int, default=500, help="images among which nearest neighbours are looked for")
-    args.add_argument("--asked", type=int, default=300, help="images whose nearest neighbours are looked for")
+    args.add_argument("--limit", type=int, default=None, help="validation images (default: all; of DINOv2 200)")
+    args.add_argument("--bank", type=int, default=300, help="images among which nearest neighbours are looked for")
+    args.add_argument("--asked", type=int, default=200, help="images whose nearest neighbours are looked for")
     return args.parse_args()
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, calibration, validation
@@ -20,6 +21,7 @@ from vitlr.measuring.evaluation import wilson
 from vitlr.measuring.losses import agreeing, kl
 
 Forward = Callable[[Tensor], Tensor]
+DINOV2 = "vit_small_patch14_dinov2"
 NEIGHBOURS = 10
 SIZE = 112  # pixels of DINOv2's images: a multiple of 14 at which a row takes minutes
 
@@ -31,6 +33,8 @@ class Subject:
     title: str
     key: str
     """The figure that a frontier is drawn of; `KEY_low` and `KEY_high` are its interval."""
+    floor: float
+    """Of that figure: what lies below is no use to anyone, and not drawn."""
     figures: ClassVar[dict[str, tuple[str, str]]]
     """What a table shows of it: the column's heading and its format."""
 
@@ -46,6 +50,7 @@ class Classifier(Subject):
     """ViT-Ti on the validation images: top-1, and how far the answers are from the dense model's."""
 
     name, title, key = "vit_tiny", "ViT-Ti/16, ImageNet classes", "top1"
+    floor = 40.0
     figures: ClassVar = {"top1": ("top-1", ".2f"), "agreement": ("agreement", ".2f"), "kl": ("KL", ".4f")}
 
     def __init__(self, folder: Path, cache: Path, args: argparse.Namespace) -> None:
@@ -74,14 +79,20 @@ class Features(Subject):
     """DINOv2 ViT-S/14 without a head: cosine of its features to the dense ones, and nearest neighbours by them."""
 
     name, title, key = "dinov2", "DINOv2 ViT-S/14, features", "cosine"
+    floor = 0.8
     figures: ClassVar = {"cosine": ("cosine", ".4f"), "knn": ("kNN", ".1f")}
 
     def __init__(self, folder: Path, cache: Path, args: argparse.Namespace) -> None:
         if args.dinov2 is None:
             raise SystemExit("--model dinov2 needs --dinov2 FILE, the weights that dinov2_small.py of the data writes")
-        model = create_model("vit_small_patch14_dinov2", num_classes=0, img_size=SIZE, checkpoint=args.dinov2)
+        path = cache / "weights.safetensors"
+        if not path.is_file():  # positions resampled once, so that no file holds those of other sizes
+            large = create_model(DINOV2, num_classes=0, checkpoint=args.dinov2)
+            large.set_input_size(img_size=SIZE)  # type: ignore[operator]
+            save_file(large.state_dict(), path)
+        model = create_model(DINOV2, num_classes=0, img_size=SIZE, checkpoint=path)
         super().__init__(model, calibration(folder, model, cache / "calibration.pt"))
-        cosine = args.limit or 300
+        cosine = args.limit or 200
         self.validation = validation(folder, model, cache / f"validation-{cosine}.pt", limit=cosine)
         self.bank = pictures(folder, model, "train", args.bank // 10, cache / f"bank-{args.bank}.pt")
         self.asked = pictures(folder, model, "test", args.asked // 10, cache / f"asked-{args.asked}.pt")
