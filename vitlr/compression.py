@@ -22,7 +22,7 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
 from vitlr.planning.budgets import Budget, parse_budget
-from vitlr.planning.options import Planning
+from vitlr.planning.options import ROUNDED, Planning
 from vitlr.planning.planner import plan
 from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
@@ -199,9 +199,10 @@ def read_options(
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
-    if deciding.settled == "bits":
+    if deciding.settled in ROUNDED:
         if parse_rungs(rungs):
-            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with method='bits'")
+            method = f"method={deciding.settled!r}"
+            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with {method}")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:

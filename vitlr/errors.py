@@ -1,10 +1,20 @@
 """What can go wrong, told apart by what the user can do about it."""
 
+_MOST = 1200  # letters of a message
+
 
 class VitlrError(Exception):
     """Base of every error vitlr raises on purpose: one line that says what came, what was expected, what to do."""
 
     exit_status = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(_short(message))
+
+
+def _short(message: str) -> str:
+    """The message, without its middle where a name in it is long: whoever made a file may have made that up."""
+    return message if len(message) <= _MOST else f"{message[: _MOST - 300]} ... {message[-290:]}"
 
 
 class InputError(VitlrError, ValueError):

@@ -56,7 +56,7 @@ def kill(function, at: int, number: int, times: int = 1):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("where", "at", "done"),
-    [("_decode", 15, 8), ("backward", 2, 16), ("backward", 3, 20)],
+    [("decode", 15, 8), ("backward", 2, 16), ("backward", 3, 20)],
 )
 def test_interrupted_calibration_goes_on_and_gives_the_same_file(
     run, squeeze, tmp_path, monkeypatch, image_folder, where, at, done, number
@@ -73,7 +73,7 @@ def test_interrupted_calibration_goes_on_and_gives_the_same_file(
     whole = stats.read_bytes(), out.read_bytes()
     stats.unlink(), out.unlink()
 
-    owner = {"_decode": vitlr.data.loader._Images, "backward": torch.Tensor}[where]
+    owner = {"decode": vitlr.data.loader, "backward": torch.Tensor}[where]
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, kill(getattr(owner, where), at, number))
         answer = run(*again)

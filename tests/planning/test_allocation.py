@@ -11,7 +11,7 @@ from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import parse_budget
-from vitlr.planning.offers import Sizes
+from vitlr.planning.forms import Sizes
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
 

@@ -70,7 +70,7 @@ def test_of_a_model_of_features_the_loss_is_one_minus_their_cosine(tiny_vit, tmp
         with torch.no_grad():
             found.append((plan.error, 1 - float(torch.cosine_similarity(model(images), small(images)).mean())))
     assert found == sorted(found, reverse=True)
-    assert all(0.1 * predicted < measured < 2 * predicted for predicted, measured in found), found
+    assert all(0.1 * predicted < measured < 2.5 * predicted for predicted, measured in found), found
     vitlr.save(small, tmp_path / "m")
     assert torch.equal(vitlr.load(tmp_path / "m")(images), small(images))
 

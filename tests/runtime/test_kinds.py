@@ -34,7 +34,7 @@ def test_a_kind_takes_what_it_says_and_nothing_else(spec, fine, wrong):
 
 def test_messages_name_the_place_and_stay_short():
     with pytest.raises(
-        InputError, match=r"plan rows\[1\] rank is 'x.*, expected a whole number from 1 on or null"
+        InputError, match=r"plan rows\[1\] rank 'x.*, expected a whole number from 1 on or null"
     ) as told:
         check({"rows": [{"rank": 1}, {"rank": "x" * 10**6}]}, {"rows": [{"rank": whole(1) | NONE}]}, "plan")
     assert len(str(told.value)) < 250

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from vitlr.errors import InputError, Interrupted
 from vitlr.runtime.fields import names_of
 from vitlr.runtime.progress import Progress
 
+_logger = logging.getLogger("vitlr")
 _SHARE = 0.05  # of the time that may go into saving on the way
 _LEAST = 5.0  # seconds between two saves
 _DISK = 1e8  # bytes a second assumed before the first save
@@ -105,6 +107,17 @@ def _check_fits(found: Statistics, model: nn.Module, loader: Any, wanted: Calibr
                 f"these statistics are of {named[1]} images of {named[0]}, "
                 f"this run asks for {now[1]} images of {now[0]}"
             )
+        _check_listing(found, loader)
+
+
+def _check_listing(found: Statistics, loader: Any) -> None:
+    """Raise `InputError` where a data set has the same name and number of images, and other files."""
+    if not isinstance(loader, Loader) or found.notes.get("data") is None:
+        return
+    if "listing" not in found.notes:
+        _logger.warning("statistics of an earlier vitlr know their images by name and number only, not by their files")
+    elif found.notes["listing"] != loader.listing:
+        raise InputError(f"these statistics are of another {found.notes['data']}: its files have other names or sizes")
 
 
 def _name(loader: Any) -> str | None:
@@ -123,7 +136,8 @@ def _measured(
     """What the file does not hold, measured and saved."""
     total = images_of(loader)
     notes: dict[str, Any] = {"complete": False, "images_total": total, "files_done": 0, "skipped": 0}
-    notes |= {"data": _name(loader), **(found.notes if found is not None else {})}
+    own = {"listing": loader.listing} if isinstance(loader, Loader) else {}
+    notes |= {"data": _name(loader), **own, **(found.notes if found is not None else {})}
     done = notes["files_done"]
     if (
         type(done) is not int

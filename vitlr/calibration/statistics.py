@@ -10,14 +10,30 @@ from typing import Any
 
 from torch import Tensor
 
-from vitlr.calibration.options import DEFAULT
+from vitlr.calibration.options import DEFAULT, EXTRAS, OBJECTIVES
 from vitlr.calibration.sums import BY_IMAGE_HIDDEN, SCORES, SUMS, LayerStatistics, share_moments
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime import storage
+from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, text, tuple_of, whole
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
 SCHEMA = 1
+SHAPE = tuple_of(whole(0, 2**31), 1, 8)
+ROW = (NAME, whole(1, 2**31), whole(1, 2**31), NAME, whole(0))  # of a layer: name, K, N, owner, tokens
+HEADER: dict[str, Any] = {
+    "fingerprint": NAME,
+    "objectives": tuple_of(among(*OBJECTIVES), 1, len(OBJECTIVES)),
+    "extras": [among(*EXTRAS)],
+    "samples": whole(1),
+    "seed": whole(0, 2**64),
+    "images": whole(0),
+    "macs": whole(0),
+    "input_shape": PLAIN,
+    "notes": {"complete?": FLAG, "images_total?": whole(0) | NONE, "data?": text(4096) | NONE, "*": PLAIN},
+    "layers": [tuple_of(PLAIN, len(ROW), len(ROW))],
+    "*": PLAIN,
+}
 
 
 @dataclass(eq=False)  # tensors have no single truth
@@ -145,26 +161,45 @@ class Statistics:
         """Read what `save` wrote; raises `InputError` for files that are damaged, foreign or newer."""
         tensors, header = storage.load_tensors(path, kind="statistics", schema=SCHEMA)
         try:
-            layers = {}
-            for name, k, n, owner, tokens in header["layers"]:
-                sums = {key: tensors.get(f"{name}|{key}") for key in SUMS}
-                layers[name] = LayerStatistics(name, int(k), int(n), owner, int(tokens), **sums)
-                layers[name].check_shapes()
-            share_moments(layers)
-            return cls(
-                layers,
-                header["fingerprint"],
-                tuple(header["objectives"]),
-                tuple(header["extras"]),
-                int(header["samples"]),
-                int(header["seed"]),
-                int(header["images"]),
-                int(header["macs"]),
-                _as_tuple(header["input_shape"]),
-                dict(header["notes"]),
-            )
-        except (KeyError, TypeError, ValueError) as cause:
-            raise InputError(f"{path}: its statistics are damaged ({cause!r}); calibrate again") from cause
+            check(header, HEADER, "its header")
+            shape = header["input_shape"]
+            check(shape, {"*": SHAPE} if isinstance(shape, dict) else SHAPE | NONE, "its input_shape")
+            layers = _layers(tensors, header["layers"])
+        except InputError as cause:
+            raise InputError(f"{path}: its statistics are damaged ({cause}); calibrate again") from cause
+        return cls(
+            layers,
+            header["fingerprint"],
+            tuple(header["objectives"]),
+            tuple(header["extras"]),
+            header["samples"],
+            header["seed"],
+            header["images"],
+            header["macs"],
+            _as_tuple(shape),
+            dict(header["notes"]),
+        )
+
+
+def _layers(tensors: dict[str, Tensor], rows: list[Any]) -> dict[str, LayerStatistics]:
+    """The sums by layer; `InputError` for those that no calibration gives."""
+    layers: dict[str, LayerStatistics] = {}
+    for row in rows:
+        for value, kind, what in zip(row, ROW, ("name", "in_features", "out_features", "owner", "tokens"), strict=True):
+            check(value, kind, f"a layer's {what}")
+        name, K, N, owner, tokens = row
+        if name in layers:
+            raise InputError(f"layer {name} is there twice")
+        sums = {key: tensors.pop(f"{name}|{key}", None) for key in SUMS}
+        layers[name] = LayerStatistics(name, K, N, owner, tokens, **sums)
+        layers[name].check_shapes()
+        layers[name].check_values()
+    if tensors:
+        raise InputError(f"tensor {min(tensors):.120} is of no layer")
+    if strangers := [layer.owner for layer in layers.values() if layer.owner not in layers]:
+        raise InputError(f"{strangers[0]} owns a moment and is no layer")
+    share_moments(layers)
+    return layers
 
 
 def _as_tuple(shape: Any) -> Any:

@@ -21,6 +21,7 @@ class Sum:
     shape: str
     when: str
     meaning: str
+    squares: bool = False  # none of it is negative; moments are told from their shapes
 
     def asked(self, words: Collection[str]) -> bool:
         """Whether a layer of which the words say what is asked for and true collects it."""
@@ -41,11 +42,11 @@ SUMS: dict[str, Sum] = {
     "input_moment": Sum(
         "K K", "input_moment", "Σ x xᵀ on any side; of hidden neurons and of heads side by side, Σ h hᵀ"
     ),
-    "input_abs": Sum("K", "input_abs", "Σ |x|"),
-    "row_gradient": Sum("N", "row_gradient", "Σ_images Σ_k (∂L/∂W)²"),
+    "input_abs": Sum("K", "input_abs", "Σ |x|", squares=True),
+    "row_gradient": Sum("N", "row_gradient", "Σ_images Σ_k (∂L/∂W)²", squares=True),
     "image_input_moment": Sum("K K", "fisher hidden output", "Σ_images P Pᵀ for P = Σ_tokens h gᵀ"),
     "image_input_sum": Sum("K", "fisher hidden output", "Σ_images P ḡ, ḡ = Σ_tokens g: moves P to another mean of h"),
-    "image_output_gradient": Sum("1", "fisher hidden output", "Σ_images ‖ḡ‖²"),
+    "image_output_gradient": Sum("1", "fisher hidden output", "Σ_images ‖ḡ‖²", squares=True),
     "score_moment": Sum("heads d d", "loss queries", "Σ q qᵀ by head"),
     "score_gradient": Sum("heads d d", "loss queries", "Σ g gᵀ by head, g the gradient by q"),
     "image_score_moment": Sum("heads d d", "fisher queries", "Σ_images P Pᵀ by head for P = Σ_tokens q gᵀ"),
@@ -119,6 +120,16 @@ class LayerStatistics:
                 expected = "[heads, d, d] of its rows" if of_heads else str(list(self.shape(key)))
                 raise InputError(f"layer {self.name}: {key} is {list(found)}, expected {expected}")
 
+    def check_values(self) -> None:
+        """Raise `InputError` for numbers that are no sums of squares, of products, or of what is finite."""
+        for key, tensor in self.sums():
+            if tensor.dtype != torch.float64:
+                raise InputError(f"layer {self.name}: {key} is {tensor.dtype}, expected torch.float64")
+            fine = _is_moment(tensor) if tensor.ndim > 1 else bool(torch.isfinite(tensor).all())
+            if not fine or (SUMS[key].squares and bool((tensor < 0).any())):
+                expected = "a sum of outer products" if tensor.ndim > 1 else "finite numbers"
+                raise InputError(f"layer {self.name}: {key} is no {expected}, as calibration measures them")
+
     def sums(self) -> Iterator[tuple[str, Tensor]]:
         """The sums that this layer keeps itself, in the table's order; a moment that another owns is left out."""
         for key in SUMS:
@@ -155,6 +166,25 @@ def share_moments(layers: Mapping[str, LayerStatistics]) -> None:
     for layer in layers.values():
         if layer.owner != layer.name:
             layer.moment = layers[layer.owner].moment
+
+
+_LOOSE = 1e-4  # of the largest entry: what products in float32 may leave
+_ROWS = 256  # looked at together
+
+
+def _is_moment(S: Tensor) -> bool:
+    """Whether S [..., n, n] can be a sum of outer products: symmetric, with `S_ij² ≤ S_ii S_jj`, up to rounding."""
+    diagonal = S.diagonal(dim1=-2, dim2=-1)
+    if not bool(torch.isfinite(diagonal).all()) or bool((diagonal < 0).any()):
+        return False
+    root, slack = diagonal.sqrt(), _LOOSE * diagonal.amax(-1)[..., None, None]
+    for start in range(0, S.shape[-1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = S[..., rows, :]
+        bounded = part.abs() <= root[..., rows, None] * root[..., None, :] + slack  # NaN compares false
+        if not bool(bounded.all()) or not bool(((part - S[..., :, rows].mT).abs() <= slack).all()):
+            return False
+    return True
 
 
 _SEEN = 1e-3  # of the largest singular value of W: below, G holds more rounding than signal

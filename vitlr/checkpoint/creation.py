@@ -79,6 +79,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     from timm.models import clean_state_dict
 
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
+        raise InputError(f"cannot read checkpoint {path}: it is no regular file; check the path")
     try:
         with path.open("rb") as file:
             is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then JSON

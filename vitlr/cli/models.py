@@ -15,6 +15,7 @@ from vitlr.checkpoint.creation import create_model
 from vitlr.errors import InputError
 
 _WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
+_RESULTS = {"--out": "model", "--plan-out": "plan"}  # what an earlier run may have left there
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -110,9 +111,9 @@ def parse_precision(name: str) -> torch.dtype:
 
 
 def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, str | Path | None]) -> None:
-    """Refuse places that cannot be written, that are read or written twice, and an --out that holds something else.
+    """Refuse places that cannot be written, that are read or written twice, and results that would replace a stranger.
 
-    Both by their flags; flags without a path are left out.
+    All by their flags; flags without a path are left out.
     """
     from vitlr.runtime.places import check_writable
 
@@ -123,18 +124,23 @@ def check_destinations(outputs: Mapping[str, Path | None], inputs: Mapping[str, 
         twin = next((f for f, p in others.items() if f != flag and p.resolve() == path.resolve()), None)
         if twin is not None:
             raise InputError(f"{flag} and {twin} are both {path}; name two files")
-    if named.get("--out") is not None:
-        _check_replaceable(named["--out"])
+        if flag in _RESULTS:
+            _check_replaceable(flag, path)
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(flag: str, path: Path) -> None:
     """An earlier result may be replaced; a file that is none, such as somebody's only copy of weights, may not."""
     from vitlr.checkpoint import files
+    from vitlr.planning.plans import Plan
     from vitlr.runtime import storage
 
-    if not out.exists() or out.stat().st_size == 0:
+    if not path.exists() or path.stat().st_size == 0:
         return
     try:
-        storage.load_header(out, kind="model", schema=files.SCHEMA)
+        if flag == "--out":
+            storage.load_header(path, kind="model", schema=files.SCHEMA)
+        else:
+            Plan.load(path)
     except InputError as cause:
-        raise InputError(f"--out {out} is there and is no vitlr model; remove it or name another file") from cause
+        what = _RESULTS[flag]
+        raise InputError(f"{flag} {path} is there and is no vitlr {what}; remove it or name another file") from cause

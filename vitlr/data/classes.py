@@ -10,8 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.places import is_file
 from vitlr.runtime.words import some
 
+_MOST = 2**24  # bytes of a class map; that of ImageNet-21k has 200 KiB
 _logger = logging.getLogger(__name__)
 
 
@@ -31,6 +33,8 @@ def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classe
         lines = len(found)
     else:
         where = f"class map {os.fspath(class_map)}"
+        if not is_file(Path(class_map)) or Path(class_map).stat().st_size > _MOST:
+            raise InputError(f"cannot read {where}: expected a text file, one class (folder) name a line")
         try:
             names = [line.strip() for line in Path(class_map).read_text(encoding="utf-8").rstrip().splitlines()]
         except (OSError, UnicodeDecodeError) as cause:

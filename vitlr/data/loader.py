@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vitlr.data.classes import label_images, num_classes, read_class_map
+from vitlr.data.decoding import check_archive, decode, size_of
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import seeded
 from vitlr.runtime.machine import cores
@@ -22,7 +24,6 @@ from vitlr.runtime.modules import device_of
 from vitlr.runtime.words import one_line, some
 
 _logger = logging.getLogger(__name__)
-_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _WORKERS_PAY = 256  # images below which starting worker processes costs more than it saves
 
@@ -72,6 +73,20 @@ class Loader:
         """Of the number of images, and of the names and labels of a thousand of them."""
         some_of = [(self.dataset.reader.filename(i), label) for i, label in self.dataset.chosen[:1000]]
         return f"{zlib.crc32(repr((self.images, some_of)).encode()):08x}"
+
+    @property
+    def listing(self) -> str:
+        """A digest of the names and sizes of all images, which tells data sets of one name apart."""
+        reader, sha = self.dataset.reader, hashlib.sha256()
+        sha.update(str(getattr(getattr(reader, "dataset", None), "_fingerprint", "")).encode())  # of a Hub's data set
+        for index, _ in self.dataset.chosen:
+            try:
+                size = size_of(reader, index)
+            except (OSError, ValueError):
+                size = -1
+            name = index if size is None else reader.filename(index)
+            sha.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+        return sha.hexdigest()[:16]
 
     def subset(self, positions: Sequence[int]) -> Loader:
         """The images at these positions of the fixed order, transformed as here."""
@@ -216,23 +231,13 @@ class _Images(Dataset[tuple[Any, Any, Any]]):
     def read(self, item: int, transform: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
         index, label = self.chosen[item]
         try:
-            image = self._decode(index)
+            image = decode(self.reader, index, self.mode, self.side)
         except MemoryError:
             raise
         except Exception as cause:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
-            return None, index, f"{self.reader.filename(index) or f'image {index}'} ({one_line(cause, 120)})"
+            name = self.reader.filename(index) or f"image {index}"
+            return None, index, f"{name:.200} ({one_line(cause, 120)})"
         return transform(image), label, None
-
-    def _decode(self, index: int) -> Any:
-        from PIL import Image
-
-        with self.reader[index][0] as file, Image.open(file) as image:
-            width, height = image.size
-            long, short = max(width, height), max(min(width, height), 1)
-            # A one-pixel-high strip is small until its short side is scaled up to the model's.
-            if max(width * height, self.side**2 * long / short) > _MAX_PIXELS:
-                raise ValueError(f"{width} x {height} pixels are too many")
-            return image.convert(self.mode)
 
 
 class _Augmented(Dataset[tuple[Any, Any, Any]]):
@@ -275,6 +280,8 @@ def _open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, i
         raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
     if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
         raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
+    if not hub and not Path(path).is_dir():
+        check_archive(path)
     try:
         if hub:
             reader = create_reader(path, split=split)

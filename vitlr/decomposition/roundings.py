@@ -8,29 +8,25 @@ spread differs from weight to weight, are stored by their frequency (docs/method
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from vitlr.anatomy.reading import Parts
-from vitlr.calibration.statistics import LayerStatistics, Statistics
-from vitlr.decomposition.objectives import Objective
-from vitlr.errors import InputError, NumericalError
+from vitlr.decomposition.sides import PRICED, Sides
 from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear, step
-from vitlr.ops.linalg.rounding import Side, round_to_steps
-from vitlr.ops.linalg.threads import in_threads
+from vitlr.ops.linalg.rounding import round_to_steps
 from vitlr.runtime import compact
 from vitlr.runtime.coding import size
 
-DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 LADDER = 2  # eighths of a power of two from one level to the next: a quarter of a bit
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
 _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask of it comes on top
-_NOTHING = 1e-12  # of every direction where none was seen
 _SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
+
+
+Ladder = dict[int, tuple[float, float]]  # bytes and nats of every level, the finest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,22 +34,25 @@ class Rounding:
     """One linear `W [N, K]` at all levels; the sides of its loss are made from the sums when asked for."""
 
     name: str
-    layer: LayerStatistics = field(repr=False)
-    objective: Objective
+    sides: Sides = field(repr=False)
     weight: Tensor = field(repr=False)
-    has_bias: bool
     D: tuple[Tensor, Tensor] = field(repr=False)
     """D_O `[N]` and D_I `[K]`, as the layer has its rows and columns."""
     spread: tuple[Tensor, Tensor] = field(repr=False)
     """What making up for errors multiplies the variances of the rounding errors by, `[N]` and `[K]`."""
+    price: tuple[Tensor, Tensor] = field(repr=False)
+    """What such an error counts in nats, where D counts it in the metric that is rounded by, `[N]` and `[K]`."""
 
     @classmethod
-    def of(cls, name: str, parts: Parts, stats: Statistics, objective: Objective) -> Rounding:
-        """Of one of `measured`. Raises `NumericalError` naming the layer for moments that are none."""
-        layer, linear = stats.layers[name], parts.linears[name]
-        own = (name, layer, objective, linear.weight.detach().cpu(), linear.bias is not None)
-        (D_O, s_O), (D_I, s_I) = (side.by_entry() for side in _sides(layer, objective, own[-1]))
-        return cls(*own, (D_O, D_I), (s_O, s_I))
+    def of(cls, name: str, sides: Sides, weight: Tensor) -> Rounding:
+        """Of a linear with these sides. Raises `NumericalError` naming the layer for moments that are none."""
+        found = zip(sides.factored(), sides.moments(PRICED), strict=True)
+        (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(M) for side, M in found)
+        return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
+
+    def among(self, rows: Tensor | None, columns: Tensor | None, weight: Tensor) -> Rounding:
+        """The same layer with these outputs and inputs alone, and `weight` for what is left of it."""
+        return Rounding.of(self.name, self.sides.among(rows, columns), weight)
 
     @property
     def levels(self) -> list[int]:
@@ -70,7 +69,7 @@ class Rounding:
         return rows, columns + (8 * peak.clamp_min(1).log2()).ceil().to(torch.int16)
 
     @cached_property
-    def ladder(self) -> dict[int, tuple[float, float]]:
+    def ladder(self) -> Ladder:
         """Bytes and nats of every level, the finest first."""
         return {level: self.costs(level) for level in self.levels}
 
@@ -78,7 +77,7 @@ class Rounding:
         """Bytes of the file and predicted nats at a level: those of rounding plainly what rounding in turn will round.
 
         That is the weight and what the errors of later entries ask of it, of variance
-        `step² / 12 · (spread_i spread_j − 1)`, drawn here; the error of entry (i, j) then counts `D_O,i D_I,j`.
+        `step² / 12 · (spread_i spread_j − 1)`, drawn here; the error of entry (i, j) then counts `price_O,i price_I,j`.
         """
         N, K = self.weight.shape
         rows, columns = self.exponents(level)
@@ -89,8 +88,8 @@ class Rounding:
         wanted = self.weight[:, some].float() / steps + asked * noise
         codes = wanted.round().clamp(-LARGEST, LARGEST)
         error = (codes - wanted).square_().mul_(steps.square())
-        loss = float(self.D[0] @ error.double() @ self.D[1][some])
-        uniform = self.D[1] * torch.exp2(columns.double() / 4)  # what columns lose, up to one factor: few lose most
+        loss = float(self.price[0] @ error.double() @ self.price[1][some])
+        uniform = self.price[1] * torch.exp2(columns.double() / 4)  # what columns lose, up to one factor: few lose most
         loss *= float(uniform.sum() / uniform[some].sum())
         share = K / steps.shape[1]
         overhead = sum(part.nbytes for e in (rows, columns) for part in compact.stored(e).values())
@@ -99,57 +98,9 @@ class Rounding:
     def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer of integers at a level, its bias moved by what the inputs' mean makes of the error."""
         rows, columns = self.exponents(level)
-        outputs, inputs = _sides(self.layer, self.objective, self.has_bias)
         W, steps = weight.detach().cpu().double(), step(rows, columns).double()
-        codes, _ = round_to_steps(W, steps, outputs, inputs, LARGEST)
+        codes, _ = round_to_steps(W, steps, *self.sides.factored(), LARGEST)
         if bias is not None:
-            mean = self.layer.sum("input_sum").cpu().double() / max(self.layer.tokens, 1)
-            bias = (bias.detach().double().cpu() + (W - codes * steps) @ mean).to(bias.dtype)
+            bias = (bias.detach().double().cpu() + (W - codes * steps) @ self.sides.mean()).to(bias.dtype)
         low = QuantizedLinear.from_codes(codes.to(torch.int8), rows, columns, bias)
         return low.to(weight.device)
-
-
-def measured_linears(stats: Statistics, objective: Objective) -> list[str]:
-    """The linears that can be rounded; `InputError` where the statistics do not hold what that needs."""
-    if objective.name == "normalized":
-        raise InputError("objective='normalized' weighs whole images, rounding needs 'loss', 'fisher' or 'output'")
-    for layer in stats.layers.values():
-        needed = {"input": "moment", "output": "input_moment"}[layer.side]
-        gradient = {"input": "output_gradient", "output": "gradient"}[layer.side]
-        if needed not in layer.held or (objective.by_gradient and gradient not in layer.held):
-            raise InputError(
-                f"these statistics hold no moments to round by ({layer.name}); calibrate with extras=('rounding',)"
-            )
-    return list(stats.layers)
-
-
-def solve_roundings(names: list[str], parts: Parts, stats: Statistics, objective: Objective) -> Iterator[Rounding]:
-    """All levels of these linears, a thread a layer. Raises what `Rounding.of` raises."""
-
-    def solved(name: str) -> Rounding:
-        rounding = Rounding.of(name, parts, stats, objective)
-        assert rounding.ladder  # made here, where layers go side by side
-        return rounding
-
-    threads = torch.get_num_threads()
-    for start in range(0, len(names), threads):
-        yield from in_threads(solved, names[start : start + threads])
-
-
-def _sides(layer: LayerStatistics, objective: Objective, has_bias: bool) -> Iterator[Side]:
-    """Of the outputs, then of the inputs: about their mean where a bias carries it."""
-    S = torch.eye(layer.out_features, dtype=torch.float64)
-    if objective.by_gradient:
-        sums = layer.sum("gradient" if layer.side == "output" else "output_gradient")
-        S = objective.of_gradients(sums.double(), None, layer.tokens)
-    C = layer.sum("input_moment" if layer.side == "output" else "moment").double()
-    if has_bias:
-        total = layer.sum("input_sum").double()
-        C = C - torch.outer(total, total) / max(layer.tokens, 1)
-    for what, M in (("outputs' gradients", S), ("inputs", objective.of_activations(C))):
-        try:
-            yield Side.of(M if M.any() else _NOTHING * torch.eye(len(M)), DAMPING)
-        except NumericalError as cause:
-            raise NumericalError(
-                f"layer {layer.name}, moment of the {what}: {cause}; calibrate again in float32"
-            ) from cause

@@ -11,12 +11,12 @@ from torch import nn
 
 from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
-from vitlr.decomposition.mlp_widths import measured_mlps, solve_mlp
+from vitlr.decomposition.levels import measured_linears, solve_levels
+from vitlr.decomposition.mlp_widths import MlpSpectrum, measured_mlps, solve_mlp
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition
 from vitlr.decomposition.query_key_widths import measured_query_keys, solve_query_keys
 from vitlr.decomposition.ranks import solve_ranks
-from vitlr.decomposition.roundings import Rounding, measured_linears, solve_roundings
 from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError, NumericalError
@@ -74,26 +74,30 @@ def solve(
     options = options or Decomposition()
     layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
     widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
-    roundings = {} if known is None else dict(known.roundings)
-    unrounded = [] if roundings or "rounding" not in kinds else measured_linears(stats, objective)
+    levels = {} if known is None else dict(known.levels)
+    roundable = measured_linears(stats, objective) if "rounding" in kinds else []
     missing = [kind for kind in kinds if kind != "rounding" and all(width.kind != kind for width in widths.values())]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
-    rounded = solve_roundings(unrounded, parts, stats, objective)
-    solved: Iterator[LayerSpectrum | Narrowing | Rounding] = chain(ranks, _done(tasks, skip), rounded)
+    solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, _done(tasks, skip))
+    done, total = 0, len(names) + len(tasks) + len(roundable)
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
-        elif isinstance(spectrum, Rounding):
-            roundings[spectrum.name] = spectrum
         else:
             widths[spectrum.name] = spectrum
         if progress is not None:
-            progress(done, len(names) + len(tasks) + len(unrounded))
+            progress(done, total)
+    of = {name: mlp for mlp in widths.values() if isinstance(mlp, MlpSpectrum) for name in (*mlp.first, mlp.second)}
+    unknown = [name for name in roundable if name not in levels or levels[name].narrowing is not of.get(name)]
+    for also, found in enumerate(solve_levels(unknown, parts, stats, objective, of, levels), 1):
+        levels[found.name] = found
+        if progress is not None:
+            progress(done + also, total)
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
-    return Spectra(layers, *made, widths, roundings)
+    return Spectra(layers, *made, widths, levels)
 
 
 def _done(

@@ -123,19 +123,26 @@ class Levels(Protocol):
     """What a linear's weight can be rounded to: every level, from fine to coarse, and the layer that it gives."""
 
     @property
-    def ladder(self) -> dict[int, tuple[float, float]]:
-        """Bytes of the file and predicted loss of every level."""
+    def name(self) -> str:
+        """Of the linear."""
 
-    def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
-        """The layer of integers at a level."""
+    @property
+    def narrowing(self) -> Narrowing | None:
+        """Of the MLP at whose widths levels are known as well."""
+
+    def ladder(self, width: int | None = None) -> dict[int, tuple[float, float]]:
+        """Bytes of the file and predicted loss of every level where its MLP has this width."""
+
+    def rounded(self, level: int, weight: Tensor, bias: Tensor | None, width: int | None = None) -> QuantizedLinear:
+        """The layer of integers at a level, of `weight` as it is where its MLP has this width."""
 
 
 @dataclass(eq=False)
 class Spectra:
     """The spectra of all layers under one objective, how they were made, and of which weights they speak.
 
-    `widths` are those of what may get narrower, MLPs and attentions, `roundings` those of the linears' weights, where a
-    plan asked for them.
+    `widths` are those of what may get narrower, MLPs and attentions, `levels` are what the linears' weights may be
+    rounded to, where a plan asked for it.
     """
 
     layers: dict[str, LayerSpectrum]
@@ -144,7 +151,7 @@ class Spectra:
     centred: bool = False
     damping: float = 0.0
     widths: dict[str, Narrowing] = field(default_factory=dict)
-    roundings: dict[str, Levels] = field(default_factory=dict)
+    levels: dict[str, Levels] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"Spectra of {len(self.layers)} layers, objective {self.objective}, weights {self.fingerprint}"]

@@ -17,8 +17,9 @@ from vitlr.planning.buckets import bucketed
 from vitlr.planning.budgets import Budget
 from vitlr.planning.choices import Item, best
 from vitlr.planning.fixed_ranks import by_hand, uniform
+from vitlr.planning.forms import Sizes
 from vitlr.planning.knapsack import Prices, choose
-from vitlr.planning.offers import Offers, Sizes
+from vitlr.planning.offers import Offers
 from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan
 from vitlr.planning.rows import planned
@@ -67,8 +68,13 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     if chosen is not None:
         return chosen
     least = outside + sum(item.prices.cost.min() for item in items)
-    steps = {"lowrank": "a smaller rank step", "widths": "a smaller width step", "bits": "a smaller model"}
-    other = "" if offers.method in ("joint", "bits") else ", or use method='joint'"
+    steps = {
+        "lowrank": "a smaller rank step",
+        "widths": "a smaller width step",
+        "bits": "a smaller model",
+        "mix": "a smaller width step",
+    }
+    other = "" if offers.method in ("joint", "bits", "mix") else ", or use method='joint'"
     raise InputError(
         f"budget {budget} cannot be reached with method={offers.method!r}: the smallest plan keeps {least / whole:.2%} "
         f"({least:,.0f} of {whole:,.0f} {budget.quantity}; {outside / whole:.2%} lie outside the compressible layers); "

@@ -38,9 +38,9 @@ def bucketed(offers: Offers, items: Sequence[Item], room: float, buckets: int) -
 
 
 def _ranks(item: Item) -> list[int]:
-    return [rank for _, (rank,), _ in item.choices if rank is not None]
+    return [form.rank for _, (form,) in item.choices if form.rank is not None]
 
 
 def _within(item: Item, ranks: Collection[int]) -> Item:
     """A linear with these ranks, or dense."""
-    return item.only([i for i, (_, (rank,), _) in enumerate(item.choices) if rank is None or rank in ranks])
+    return item.only([i for i, (_, (form,)) in enumerate(item.choices) if form.rank is None or form.rank in ranks])

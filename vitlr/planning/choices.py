@@ -12,12 +12,21 @@ from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.knapsack import Array, Prices, choose
 
 
+class Form(NamedTuple):
+    """What may become of one linear's weight."""
+
+    rank: int | None = None  # None stays dense
+    level: int | None = None  # that it is rounded to; None leaves its numbers as they are
+
+
+DENSE = Form()
+
+
 class Choice(NamedTuple):
     """What may become of an item."""
 
     width: int | None  # of an MLP or attention; a linear alone has none
-    ranks: tuple[int | None, ...]  # of each of its linears; None stays dense
-    level: int | None = None  # that the weight of a linear alone is rounded to; None leaves it
+    forms: tuple[Form, ...]  # of each of its linears
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 
 from vitlr.errors import InputError
-from vitlr.planning.choices import Item
+from vitlr.planning.choices import Form, Item
 from vitlr.planning.offers import Offers
 
 
@@ -52,11 +52,11 @@ def by_hand(offers: Offers, ranks: Mapping[str, int]) -> list[Item]:
         whole = hasattr(rank, "__index__") and not isinstance(rank, bool)  # numpy's too
         if not whole or not 1 <= operator.index(rank) <= limit:
             raise InputError(f"layer {name}: rank {rank!r}, expected a whole number from 1 to {limit}")
-    return [offers.linear(name, [operator.index(ranks[name]) if name in ranks else None]) for name in layers]
+    return [offers.linear(name, [Form(operator.index(ranks[name]) if name in ranks else None)]) for name in layers]
 
 
 def _sizes(offers: Offers, item: Item) -> tuple[int, list[int]]:
     """How many weights a linear has, and what is kept of them at its ranks, ascending; dense comes after those."""
     (name,) = item.linears
     N, K = offers.shape(None, name, None)
-    return N * K, [rank * (N + K) for _, (rank,), _ in item.choices if rank is not None]
+    return N * K, [form.rank * (N + K) for _, (form,) in item.choices if form.rank is not None]

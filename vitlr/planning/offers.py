@@ -2,81 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from vitlr.decomposition.spectra import Narrowing, Spectra
-from vitlr.measuring.cost import Cost
-from vitlr.planning.choices import Choice, Item
-from vitlr.planning.knapsack import Array, Prices, worth_having
-from vitlr.planning.options import Planning
+from vitlr.decomposition.spectra import Narrowing
+from vitlr.planning.choices import Choice, Form, Item
+from vitlr.planning.forms import Forms
+from vitlr.planning.knapsack import Prices, worth_having
+from vitlr.planning.options import NARROWING
 
 FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each takes a solve of its second linear
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What allocation must know of the model beside the spectra: its totals, tokens per image, bytes per weight."""
-
-    total: Cost
-    tokens: Mapping[str, float]
-    itemsize: Mapping[str, int]
-    has_bias: Mapping[str, bool]
-    rest: int = 0  # bytes that all else takes where weights are rounded
-
-
-@dataclass(frozen=True)
-class Offers:
-    """Makes the items that a plan chooses from, of what `spectra` hold, for a budget of `quantity`.
-
-    `wanted` are the layers that may change.
-    """
-
-    spectra: Spectra
-    sizes: Sizes
-    quantity: str
-    options: Planning
-    wanted: Collection[str]
-
-    @property
-    def method(self) -> str:
-        """What is offered: ranks, widths, or both."""
-        return self.options.settled or "lowrank"
+class Offers(Forms):
+    """Makes the items that a plan chooses from."""
 
     def items(self) -> Iterator[Item]:
         """One for every MLP or attention that may get narrower, and for every other linear, in the layers' order."""
-        narrowings = () if self.method in ("lowrank", "bits") else self.spectra.widths.values()
+        narrowings = self.spectra.widths.values() if self.method in NARROWING else ()
         of = {name: narrowing for narrowing in narrowings for name in (*narrowing.first, narrowing.second)}
         for name in self.spectra.layers:
             narrowing = of.get(name)
             if narrowing is None:
-                yield self.rounded(name) if self.method == "bits" else self.linear(name)
+                yield self.linear(name)
             elif name == narrowing.second:
                 yield self._narrowed(narrowing)
 
-    def linear(self, name: str, ranks: Sequence[int | None] | None = None) -> Item:
-        """One linear, with the ranks given or those that make it smaller, and dense."""
+    def linear(self, name: str, forms: Sequence[Form] | None = None) -> Item:
+        """One linear, with the forms given or those that make it smaller, and as it is."""
         start = Item((), None, [Choice(None, ())], Prices(np.zeros(1), np.zeros(1)))
-        if ranks is None:
-            factored = self.method != "widths" and name in self.wanted
-            ranks = [*(self.ranks(*self.shape(None, name, None)) if factored else []), None]
-        return self._extended(start, name, ranks)
-
-    def rounded(self, name: str) -> Item:
-        """One linear at every level, and left as it is."""
-        ladder = self.spectra.roundings[name].ladder if name in self.wanted else {}
-        left = self.cost(None, name, self.shape(None, name, None), None)
-        cost, loss = np.array([*ladder.values(), (left, 0.0)]).T
-        item = Item((name,), None, [Choice(None, (None,), level) for level in (*ladder, None)], Prices(cost, loss))
-        return item.only(worth_having(item.prices))
+        if forms is None:
+            forms = self.of(None, name, None, factored=self.method not in ("widths", "bits", "mix"))
+        return self._extended(start, name, forms)
 
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""
-        if self.method == "bits":
+        if self.rounds:
             return self.sizes.rest
         return float(getattr(self.sizes.total, self.quantity)) - sum(self.dense(item) for item in items)
+
+    def dense(self, item: Item) -> float:
+        """Cost of an item with nothing changed."""
+        return sum(self.cost(item.narrowing, name, self.shape(None, name, None), None) for name in item.linears)
+
+    def width_loss(self, narrowing: Narrowing, width: int) -> float:
+        """Of a width alone."""
+        return self.options.width_scale * float(narrowing.errors[width])
 
     def _narrowed(self, narrowing: Narrowing) -> Item:
         """An MLP or attention: every width alone, and some of them, evenly spread, with ranks; what is worth having."""
@@ -91,71 +63,23 @@ class Offers:
         return whole.only(worth_having(prices))
 
     def _at_width(self, narrowing: Narrowing, width: int, ranked: bool) -> Item:
-        """The choices of ranks at one width."""
+        """The choices of forms at one width."""
         cost, loss = narrowing.extra(width, self.quantity), self.width_loss(narrowing, width)
         item = Item((), narrowing, [Choice(width, ())], Prices(np.full(1, cost), np.full(1, loss)))
         for name in (*narrowing.first, narrowing.second):
-            factored = self.ranks(*self.shape(narrowing, name, width)) if ranked and name in self.wanted else []
-            item = self._extended(item, name, [*factored, None])
+            item = self._extended(item, name, self.of(narrowing, name, width, ranked))
         return item
 
-    def _extended(self, item: Item, name: str, ranks: Sequence[int | None]) -> Item:
-        """An item with one more linear: each of its choices with each of these ranks, as far as it is worth having.
+    def _extended(self, item: Item, name: str, forms: Sequence[Form]) -> Item:
+        """An item with one more linear: each of its choices with each of these forms, as far as it is worth having.
 
-        A linear alone keeps all of them: some choosers want other ranks than the best.
+        A linear alone that is not rounded keeps all of them: some choosers want other ranks than the best.
         """
-        width = item.choices[0].width
-        shape, errors = self.shape(item.narrowing, name, width), self.errors(item.narrowing, name, width, ranks)
-        cost = np.array([self.cost(item.narrowing, name, shape, rank) for rank in ranks])
-        loss = np.array([0.0 if rank is None else errors[rank] for rank in ranks])
-        prices = Prices((item.prices.cost[:, None] + cost).ravel(), (item.prices.loss[:, None] + loss).ravel())
-        kept = np.arange(len(prices.cost)) if item.narrowing is None else worth_having(prices)
-        pairs = [divmod(int(index), len(ranks)) for index in kept]
-        choices = [Choice(width, (*item.choices[before].ranks, ranks[rank])) for before, rank in pairs]
+        width, own = item.choices[0].width, self.prices(item.narrowing, name, item.choices[0].width, forms)
+        sums = (getattr(item.prices, key)[:, None] + getattr(own, key) for key in ("cost", "loss"))
+        prices = Prices(*(both.ravel() for both in sums))
+        alone = item.narrowing is None and not self.rounds
+        kept = np.arange(len(prices.cost)) if alone else worth_having(prices)
+        pairs = [divmod(int(index), len(forms)) for index in kept]
+        choices = [Choice(width, (*item.choices[before].forms, forms[form])) for before, form in pairs]
         return Item((*item.linears, name), item.narrowing, choices, Prices(prices.cost[kept], prices.loss[kept]))
-
-    def dense(self, item: Item) -> float:
-        """Cost of an item with nothing changed."""
-        return sum(self.cost(item.narrowing, name, self.shape(None, name, None), None) for name in item.linears)
-
-    def cost(self, narrowing: Narrowing | None, name: str, shape: tuple[int, int], rank: int | None) -> float:
-        """Of a linear's weights at the shape (N, K), and of its bias where that is not what it was."""
-        N, K = shape
-        weights = N * K if rank is None else rank * (N + K)
-        return (weights + self.bias(narrowing, name, N, rank)) * self.unit(name)
-
-    def bias(self, narrowing: Narrowing | None, name: str, N: int, rank: int | None) -> int:
-        """Entries of a bias that shrinks with the width, or that a centred rank brings; 0 where it stays as it is."""
-        if self.quantity == "macs":
-            return 0
-        if self.sizes.has_bias[name]:
-            return N * (narrowing is not None and (name != narrowing.second or narrowing.trims_last))
-        return N * (self.spectra.centred and rank is not None)
-
-    def unit(self, name: str) -> float:
-        """Cost of one weight of a layer."""
-        sizes = self.sizes
-        return {"params": 1.0, "macs": sizes.tokens[name], "bytes": float(sizes.itemsize[name])}[self.quantity]
-
-    def shape(self, narrowing: Narrowing | None, name: str, width: int | None) -> tuple[int, int]:
-        """(N, K) of a layer where its MLP or attention has this width."""
-        spectrum = self.spectra.layers[name]
-        full = spectrum.out_features, spectrum.in_features
-        return full if narrowing is None or width is None else narrowing.shape(name, full, width)
-
-    def errors(self, narrowing: Narrowing | None, name: str, width: int | None, ranks: Sequence[int | None]) -> Array:
-        """Loss of every rank, where one is asked for. A narrower first linear keeps rows of the dense one's factors."""
-        if all(rank is None for rank in ranks):
-            return np.zeros(0)
-        own = None if narrowing is None or width is None else narrowing.rank_errors(name, width)
-        return (self.spectra.layers[name].errors() if own is None else own).cpu().numpy()
-
-    def width_loss(self, narrowing: Narrowing, width: int) -> float:
-        """Of a width alone."""
-        return self.options.width_scale * float(narrowing.errors[width])
-
-    def ranks(self, N: int, K: int) -> list[int]:
-        """Multiples of the step, from the least one, at which two factors are smaller than the matrix."""
-        step = self.options.rank_step
-        first = -(-self.options.min_rank // step) * step
-        return [r for r in range(first, min(N, K) + 1, step) if r * (N + K) < N * K]

@@ -12,7 +12,9 @@ from vitlr.errors import InputError
 from vitlr.planning.budgets import Budget
 from vitlr.runtime.fields import option
 
-METHODS = ("lowrank", "widths", "widths+ranks", "joint", "bits")
+METHODS = ("lowrank", "widths", "widths+ranks", "joint", "bits", "mix")
+NARROWING = ("widths", "widths+ranks", "joint", "mix")
+ROUNDED = ("bits", "mix")  # under a budget of bytes
 ATTENTION = ("query_keys", *GRAINS, "none")  # what attention may lose
 WORDS = {"prune": "widths", "hybrid": "widths+ranks", "scores": "query_keys"}  # old words: read and taken, not written
 WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
@@ -25,7 +27,7 @@ class Planning(Decomposition):
     method: str | None = option(
         None,
         "lowrank: ranks. widths: hidden widths of MLPs. widths+ranks: widths for MLPs, ranks for all else. "
-        "joint: both for all. bits: weights are rounded, under a budget of bytes. "
+        "joint: both for all. bits: weights are rounded, under a budget of bytes. mix: widths and bits in one plan. "
         "[default: joint where the model's MLPs are known and measured, else lowrank]",
         among=METHODS,
         words=WORDS,
@@ -74,7 +76,7 @@ class Planning(Decomposition):
     @property
     def extras(self) -> tuple[str, ...]:
         """What `calibrate(extras=)` has to measure for such a plan."""
-        return (ROUNDING,) if self.settled == "bits" else ()
+        return (ROUNDING,) if self.settled in ROUNDED else ()
 
     def check(self) -> None:
         """Raise `InputError` for options that do not go together, whatever the budget."""
@@ -90,9 +92,9 @@ class Planning(Decomposition):
             raise InputError(
                 f"attention={self.attention!r} goes with a budget and method='widths' or 'joint', not with {how}"
             )
-        if method in ("widths", "widths+ranks", "joint"):
+        if method in NARROWING:
             check_objective(self.objective, widths=True)
-        if method in ("widths", "widths+ranks", "joint", "bits"):
+        if method in (*NARROWING, "bits"):
             for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
         if self.ranks is not None and (self.uniform or self.rank_buckets):
@@ -110,8 +112,10 @@ class Planning(Decomposition):
         elif budget is None and self.ranks is None:
             other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
             raise InputError(f"give a budget such as 'params:40%'{other}")
-        if self.method == "bits" and budget is not None and budget.quantity != "bytes":
-            raise InputError(f"method='bits' changes bytes only: give a budget such as bytes:20%, not {budget}")
+        if self.method in ROUNDED and budget is not None and budget.quantity != "bytes":
+            raise InputError(
+                f"method={self.method!r} changes bytes only: give a budget such as bytes:20%, not {budget}"
+            )
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""

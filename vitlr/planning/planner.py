@@ -18,8 +18,8 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
-from vitlr.planning.offers import Sizes
-from vitlr.planning.options import Planning
+from vitlr.planning.forms import Sizes
+from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
@@ -77,13 +77,14 @@ def settle(options: Planning, parts: Parts, stats: Statistics, objective: Object
             method, why = "joint", f"the hidden neurons of {len(mlps)} MLPs were measured"
         except InputError as reason:
             method, why = "lowrank", stats.notes.get("no_hidden", str(reason))
-    if method in ("lowrank", "bits"):
-        return replace(options, method=method), ["rounding"] if method == "bits" else [], why
+    rounding = ["rounding"] if method in ROUNDED else []
+    if method not in NARROWING:
+        return replace(options, method=method), rounding, why
     attention = None if options.attention == "none" else options.attention
     if options.attention is None and method == "joint" and has_query_keys(stats, objective):
         attention = "query_keys"
     kinds = ["mlp"] if attention is None or parts.mlps_among(stats.layers) else []
-    return replace(options, method=method), [*kinds, *([attention] if attention else [])], why
+    return replace(options, method=method), [*kinds, *([attention] if attention else []), *rounding], why
 
 
 def sizes(model: nn.Module, stats: Statistics, method: str | None = None) -> Sizes:
@@ -94,5 +95,5 @@ def sizes(model: nn.Module, stats: Statistics, method: str | None = None) -> Siz
         tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
         itemsize={name: linear.weight.element_size() for name, linear in linears.items()},
         has_bias={name: linear.bias is not None for name, linear in linears.items()},
-        rest=count_rest(model, stats.layers) if method == "bits" else 0,
+        rest=count_rest(model, stats.layers) if method in ROUNDED else 0,
     )

@@ -10,12 +10,13 @@ from typing import Any
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
-from vitlr.planning.options import METHODS, WORDS
-from vitlr.runtime.places import atomic_path
+from vitlr.planning.options import METHODS, ROUNDED, WORDS
+from vitlr.planning.plan_kinds import BITS, PLAN
+from vitlr.runtime.kinds import check, read_json, shown, whole
+from vitlr.runtime.places import atomic_path, is_file
 
 SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
-_LEVELS = 1000
 _MAX_BYTES = 16 * 2**20
 _ROWS = ("layers", "widths")
 _OWN = ("why", "spectra")  # of a plan just made, in no file
@@ -113,7 +114,7 @@ class Plan:
     @property
     def rounds_rest(self) -> bool:
         """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
-        return self.method == "bits" and self.bytes_kept < self.bytes
+        return self.method in ROUNDED and self.bytes_kept < self.bytes
 
     @property
     def error(self) -> float:
@@ -146,7 +147,7 @@ class Plan:
         if self.attention is None:
             for row in widths:
                 del row["kind"]
-        schema = SCHEMA if self.method == "bits" else 2 if self.attention is None else 3
+        schema = SCHEMA if self.method in ROUNDED else 2 if self.attention is None else 3
         return {"schema": schema, **body, "layers": layers, "widths": widths}
 
     def to_json(self) -> str:
@@ -158,8 +159,9 @@ class Plan:
         """Read what `to_dict` gave; raises `InputError` where something is missing, of the wrong kind or newer."""
         try:
             schema = body["schema"]
-            if schema not in range(1, SCHEMA + 1):
+            if whole(1).holds(schema) and schema > SCHEMA:
                 raise InputError(f"this plan has schema {schema}, this vitlr reads up to {SCHEMA}; make the plan again")
+            check(body, PLAN, "this is not a vitlr plan: its JSON")
             layers = tuple(LayerPlan(**layer) for layer in body["layers"])
             names = {f.name for f in fields(cls)} - {*_ROWS, *_OWN} - (set(_NEW) if schema == 1 else set())
             widths = tuple(WidthPlan(**row) for row in body["widths"]) if schema > 1 else ()
@@ -174,23 +176,21 @@ class Plan:
         return plan
 
     def _check(self) -> None:
-        """Raise `InputError` for values that no plan has: they may come from anywhere."""
+        """Raise `InputError` for values that do not go together."""
         if self.method not in METHODS:
             raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
         for row in self.widths:
-            if any(type(w) is not int for w in (row.width, row.full_width)) or not 1 <= row.width <= row.full_width:
+            if row.width > row.full_width:
                 raise InputError(f"{row.name}: width {row.width!r:.80} does not fit {row.full_width!r:.80}")
             if row.kind not in KINDS:
                 raise InputError(f"{row.name}: a width of {row.kind!r:.80}, expected one of {', '.join(KINDS)}")
         for layer in self.layers:
-            if layer.level is not None and (type(layer.level) is not int or abs(layer.level) > _LEVELS):
-                raise InputError(f"layer {layer.name}: level {layer.level!r:.80}, expected -{_LEVELS} to {_LEVELS}")
-            if not isinstance(layer.bits, int | float | None):
-                raise InputError(f"layer {layer.name}: {layer.bits!r:.80} bits a weight, expected a number")
+            if not BITS.holds(layer.bits):
+                raise InputError(f"layer {layer.name}: {shown(layer.bits)} bits a weight, expected a number")
             for kept, full in ((layer.kept_in, layer.in_features), (layer.kept_out, layer.out_features)):
-                if kept is not None and (type(kept) is not int or not 1 <= kept <= full):
+                if kept is not None and kept > full:
                     raise InputError(f"layer {layer.name}: {kept!r:.80} of {full} features cannot be kept")
-            if layer.rank is not None and (type(layer.rank) is not int or not 1 <= layer.rank <= min(layer.shape)):
+            if layer.rank is not None and layer.rank > min(layer.shape):
                 N, K = layer.shape
                 raise InputError(f"layer {layer.name}: rank {layer.rank!r} does not fit {N}x{K}")
 
@@ -198,8 +198,8 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` gave."""
         try:
-            body = json.loads(text)
-        except (ValueError, RecursionError) as cause:
+            body = read_json(text)
+        except ValueError as cause:
             raise InputError(f"this plan is not JSON ({cause}); make it again") from cause
         return cls.from_dict(body)
 
@@ -212,6 +212,8 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that `save` wrote."""
         path = Path(path)
+        if not is_file(path):
+            raise InputError(f"cannot read the plan {path}: no such file; check the path")
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise InputError(f"{path} has more than {_MAX_BYTES} bytes; that is no plan")
@@ -221,7 +223,7 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
-        by_bits = self.method == "bits"
+        by_bits = self.method in ROUNDED
         own = f"{'bits':>5}  {'level':>5}" if by_bits else f"{'rank':>5}"
         lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
         for layer in self.layers:
@@ -254,9 +256,8 @@ class Plan:
         lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
         for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
             before, after = getattr(self, what), getattr(self, f"{what}_kept")
-            lines.append(
-                f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({after / before:.1%} kept)"
-            )
+            share = after / max(before, 1)
+            lines.append(f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({share:.1%} kept)")
         return "\n".join(lines)
 
 

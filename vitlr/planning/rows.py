@@ -8,6 +8,7 @@ from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
 from vitlr.planning.choices import Item
 from vitlr.planning.offers import Offers
+from vitlr.planning.options import NARROWING
 from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
 
 
@@ -20,9 +21,9 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
     totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
     saved = _saved(offers, layers)
-    if offers.method == "bits" and budget is not None and budget.limit(totals["bytes"]) < totals["bytes"]:
+    if offers.rounds and budget is not None and budget.limit(totals["bytes"]) < totals["bytes"]:
         saved["bytes"] = totals["bytes"] - round(offers.outside(chosen) + sum(item.prices.cost[0] for item in chosen))
-    narrows = offers.method not in ("lowrank", "bits")
+    narrows = offers.method in NARROWING
     without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
     return Plan(
         budget=str(budget) if budget else without,
@@ -43,31 +44,24 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
 
 def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
     """A row for each of its linears."""
-    ((width, ranks, level),) = item.choices
-    for name, rank in zip(item.linears, ranks, strict=True):
+    ((width, forms),) = item.choices
+    for name, form in zip(item.linears, forms, strict=True):
         spectrum = offers.spectra.layers[name]
         N, K = offers.shape(item.narrowing, name, width)
+        prices, rounded = offers.prices(item.narrowing, name, width, [form]), form.level is not None
         yield LayerPlan(
             name,
             spectrum.in_features,
             spectrum.out_features,
-            rank,
+            form.rank,
             offers.sizes.tokens[name],
-            _error(offers, item, name, rank),
-            _why_level(offers, name, level) if offers.method == "bits" else _why_rank(offers, item, name, rank),
+            float(prices.loss[0]),
+            _why_level(offers, name, form.level) if offers.rounds else _why_rank(offers, item, name, form.rank),
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
-            level=level,
-            bits=None if level is None else round(8 * float(item.prices.cost[0]) / (N * K), 3),
+            level=form.level,
+            bits=round(8 * float(prices.cost[0]) / (N * K), 3) if rounded else None,
         )
-
-
-def _error(offers: Offers, item: Item, name: str, rank: int | None) -> float:
-    """The predicted loss of one of its linears, without that of the width."""
-    width, ranks, level = item.choices[0]
-    if level is not None:
-        return float(item.prices.loss[0])
-    return 0.0 if rank is None else float(offers.errors(item.narrowing, name, width, ranks)[rank])
 
 
 def _widths(offers: Offers, item: Item) -> Iterator[WidthPlan]:
@@ -114,7 +108,7 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
 
 def _why_level(offers: Offers, name: str, level: int | None) -> str:
     if level is not None:
-        ladder = [*offers.spectra.roundings[name].ladder]
+        ladder = [*offers.ladder(name, None)]
         return "rounded: at the coarsest level" if level == ladder[-1] else "rounded: saves most for its error"
     if name not in offers.wanted:
         return "as it is: left out by include/exclude"

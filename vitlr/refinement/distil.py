@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.report import Snapshots
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
+from vitlr.runtime.kinds import ANY_NUMBER, NONE, tuple_of, whole
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import restore
@@ -85,6 +88,12 @@ class Distilling(State):
 
     name, unit = "distil", "step"
     values = (*State.values, "total", "since_best", "curve")
+    kinds: Mapping[str, Any] = {
+        **State.kinds,
+        "total": whole(0) | NONE,
+        "since_best": whole(0),
+        "curve": [tuple_of(ANY_NUMBER, 2, 2)],
+    }
 
     def __init__(self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]

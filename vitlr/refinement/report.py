@@ -12,7 +12,8 @@ from torch import nn
 from vitlr.refinement.judge import Distance
 from vitlr.refinement.recipe import RENAMED, WORDS
 from vitlr.runtime import snapshots
-from vitlr.runtime.snapshots import restore, stored
+from vitlr.runtime.kinds import FLAG, NAME, NONE, number, text, whole
+from vitlr.runtime.snapshots import check_like, restore, stored
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ def _distance(body: dict[str, Any]) -> Distance:
     return Distance(math.inf if body["kl"] is None else body["kl"], body["agreement"])
 
 
+DISTANCE = {"kl": number() | NONE, "agreement": number(0, 100) | NONE}
+RUNG = {
+    "name": NAME,
+    "kept": FLAG,
+    "before": DISTANCE,
+    "after": DISTANCE,
+    "images": whole(0),
+    "steps": whole(0),
+    "seconds": number(0),
+    "note?": text(2000),
+}
+
+
 class Snapshots(snapshots.Snapshots):
     """What a refinement has reached; see `runtime.snapshots`: finished rungs, and the state of the one that distils."""
 
@@ -89,9 +103,10 @@ class Snapshots(snapshots.Snapshots):
 
     def load_rung(self, name: str, model: nn.Module) -> Rung | None:
         """Put the model where a finished rung had left it; None where that rung has not finished."""
-        found = self.load(f"after_{name}")
+        found = self.load(f"after_{name}", RUNG)
         if found is None:
             return None
         tensors, state = found
+        check_like(tensors, model, f"{self.found(f'after_{name}')} is damaged, remove it")
         restore(model, tensors)
         return Rung.from_dict(state)

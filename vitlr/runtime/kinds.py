@@ -75,6 +75,7 @@ def text(most: int) -> Kind:
 
 
 NONE, FLAG, NAME = Kind("null", lambda value: value is None), among(True, False), text(_NAME)
+ANY_NUMBER = Kind("a number", lambda value: type(value) in (int, float))
 PLAIN = Kind(f"plain JSON at most {_DEPTH} deep", lambda value: _deep(value, _DEPTH))
 
 
@@ -82,10 +83,10 @@ def check(value: Any, spec: Spec, where: str) -> None:
     """Raise `InputError` naming the first part of `value` that is not of its kind."""
     if isinstance(spec, Kind):
         if not spec.holds(value):
-            raise InputError(f"{where} is {shown(value)}, expected {spec.said}")
+            raise InputError(f"{where} {shown(value)}, expected {spec.said}")
     elif isinstance(spec, list):
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} is {shown(value)}, expected a list")
+            raise InputError(f"{where} {shown(value)}, expected a list")
         for index, part in enumerate(value):
             check(part, spec[0], f"{where}[{index}]")
     else:
@@ -94,7 +95,7 @@ def check(value: Any, spec: Spec, where: str) -> None:
 
 def _check_table(value: Any, spec: dict[str, Any], where: str) -> None:
     if not isinstance(value, Mapping) or not all(map(NAME.holds, value)):
-        raise InputError(f"{where} is {shown(value)}, expected a table by names")
+        raise InputError(f"{where} {shown(value)}, expected a table by names")
     known = {key.rstrip("?"): kind for key, kind in spec.items()}
     for key in spec:
         if key != "*" and not key.endswith("?") and key not in value:

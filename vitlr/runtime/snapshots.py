@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.kinds import PLAIN, Spec, check
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import load_tensors, save_tensors
 
@@ -44,8 +45,11 @@ class Snapshots:
             header = {"run": self.run, "state": dict(state)}
             save_tensors(self._path(name), stored, header, kind=self.kind, schema=SCHEMA)
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was kept under `name`; None where nothing was. `InputError` where it is of another run."""
+    def load(self, name: str, spec: Spec = PLAIN) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What was kept under `name`, its plain values being of the kinds of `spec`; None where nothing was.
+
+        Raises `InputError` where it is of another run, or damaged.
+        """
         path = None if self.folder is None else self.found(name)
         if path is None:
             return None
@@ -57,6 +61,7 @@ class Snapshots:
                 f"{path} is of another run: its {what} was {was!r}, now it is {now!r}; "
                 "name another folder, or remove that file"
             )
+        check(header, {"state": spec, "*": PLAIN}, f"{path} is damaged: its header")
         return tensors, header["state"]
 
     def _path(self, name: str) -> Path:
@@ -97,6 +102,20 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 def copied(model: nn.Module) -> dict[str, Tensor]:
     """A copy of parameters and buffers, to come back to."""
     return {name: tensor.detach().clone() for name, tensor in stored(model).items()}
+
+
+def check_like(tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> None:
+    """Raise `InputError` unless the tensors are the model's by name, shape and dtype: `copy_` adapts."""
+    own = stored(model)
+    if tensors.keys() != own.keys():
+        raise InputError(f"{where}: {min(tensors.keys() ^ own.keys()):.120} is not both in it and in the model")
+    for name, tensor in own.items():
+        found = tensors[name]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise InputError(
+                f"{where}: {name:.120} is {found.dtype} {list(found.shape)}, the model has {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from vitlr.runtime.places import atomic_path, is_file
 _METADATA_KEY = "vitlr"
 _MAX_HEADER = 16 * 2**20  # bytes of JSON; the largest plan we know of takes 40 KiB
 _MAX_NAMES = 32 * 2**20  # bytes of that and of the names and shapes of all tensors
-_DIGEST_KEY = "digest"
+_DIGEST = "sha256"  # of the header without it, and of the tensors
 _logger = logging.getLogger("vitlr")
 
 
@@ -41,19 +41,23 @@ def save_tensors(
     `kind` says what the file holds ("model", "statistics", ...), `schema` the version of its layout. A header that has
     no digest of its own is followed by one. Raises `InputError` for a header that could not be read back.
     """
-    text = json.dumps({"kind": kind, "schema": schema, **header}, separators=(",", ":"), sort_keys=True)
+    stored = {name: t.detach().contiguous() for name, t in tensors.items()}
+    body = {"kind": kind, "schema": schema, **header}
+    if "digest" not in header:
+        body[_DIGEST] = digest(stored, _written(body))
+    text = _written(body)  # under one key of the metadata: of several, safetensors leaves the order to chance
     try:
         _read_header(text)
     except ValueError as cause:
         raise InputError(
             f"cannot write {path}: its header would not be read back ({cause}); keep less in it"
         ) from cause
-    stored = {name: t.detach().contiguous() for name, t in tensors.items()}
-    metadata = {_METADATA_KEY: text}
-    if "digest" not in header:
-        metadata[_DIGEST_KEY] = digest(stored, text)
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata)
+        save_file(stored, temporary, {_METADATA_KEY: text})
+
+
+def _written(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, separators=(",", ":"), sort_keys=True)
 
 
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
@@ -70,7 +74,9 @@ def load_header(path: str | os.PathLike[str], *, kind: str, schema: int) -> dict
     """Read and check the JSON header of a file that `save_tensors` wrote; no tensor is read."""
     path = Path(path)
     with _open(path) as file:
-        return _header(path, file.metadata(), kind, schema)
+        header = _header(path, file.metadata(), kind, schema)
+    header.pop(_DIGEST, None)
+    return header
 
 
 def load_tensors(
@@ -83,17 +89,16 @@ def load_tensors(
     """
     path = Path(path)
     with _open(path) as file:
-        metadata = file.metadata()
-        header = _header(path, metadata, kind, schema)
+        header = _header(path, file.metadata(), kind, schema)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    if _DIGEST_KEY in metadata:
-        check_digest(path, metadata[_DIGEST_KEY], digest(tensors, metadata[_METADATA_KEY]))
+    if _DIGEST in header:
+        check_digest(path, header.pop(_DIGEST), digest(tensors, _written(header)))
     elif "digest" not in header:  # a model's, which its reader checks
         _logger.warning("%s is of an earlier vitlr and has no digest: flipped bits in it would not be seen", path)
     return tensors, header
 
 
-def check_digest(path: object, told: str, found: str) -> None:
+def check_digest(path: object, told: Any, found: str) -> None:
     """Raise `InputError` where a file says another digest than its content has."""
     if told != found:
         raise InputError(f"{path}: its digest does not match what it holds: the file is damaged or was changed")
@@ -136,7 +141,7 @@ def _header(path: Path, metadata: dict[str, str] | None, kind: str, schema: int)
         raise InputError(f"{path}: its vitlr header is damaged ({cause}); write the file again") from cause
     if header["kind"] != kind:
         raise InputError(f"{path} holds a vitlr {header['kind']:.40}, expected a {kind}")
-    found = header.get("schema")
+    found: Any = header.get("schema")
     if not whole(1).holds(found):
         raise InputError(f"{path}: its vitlr header is damaged: schema {shown(found)}; write the file again")
     if found > schema:

@@ -159,7 +159,7 @@ def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
         compensate=plan.compensated,
         ridge=plan.ridge or RIDGE,
     )
-    kinds = {row.kind for row in plan.widths} if plan.narrowed else {"rounding"} if plan.levels else set()
+    kinds = ({row.kind for row in plan.widths} if plan.narrowed else set()) | ({"rounding"} if plan.levels else set())
     failed: list[NumericalError] = []  # the plan may have left these out
     spectra = solve(read(model), stats, Objective.of(stats, options), sorted(kinds), options, skip=failed.append)
     if failed and not plan.narrowed.keys() <= spectra.widths.keys():

@@ -22,7 +22,9 @@ def round_weights(model: nn.Module, plan: Plan, spectra: Spectra, progress: Prog
     def rounded(name: str) -> QuantizedLinear:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        low = spectra.roundings[name].rounded(plan.levels[name], linear.weight, linear.bias)
+        levels = spectra.levels[name]
+        width = plan.narrowed.get(levels.narrowing.name) if levels.narrowing is not None else None
+        low = levels.rounded(plan.levels[name], linear.weight, linear.bias, width)
         return low.train(linear.training).requires_grad_(linear.weight.requires_grad)
 
     names, threads = list(plan.levels), torch.get_num_threads()

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from vitlr.errors import InputError
+from vitlr.runtime.kinds import ANY_NUMBER, NONE, number, whole
 from vitlr.runtime.snapshots import Snapshots, restore
 from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import Epoch, TrainReport
 from vitlr.training.state import State
+
+EPOCH = {
+    "number": whole(1),
+    **dict.fromkeys(("loss", "task", "lr"), ANY_NUMBER),
+    **dict.fromkeys(("distillation", "penalty", "validation"), ANY_NUMBER | NONE),
+}
 
 
 class Epochs(State):
     """The state of one training, `per_epoch` updates an epoch; goes on from its snapshot where there is one."""
 
     values = (*State.values, "images", "seconds", "kept", "sums", "epochs")
+    kinds: Mapping[str, Any] = {
+        **State.kinds,
+        "images": whole(0),
+        "seconds": number(0),
+        "kept": whole(0),
+        "sums": {"*": number()},
+        "epochs": [EPOCH],
+    }
 
     def __init__(self, model: nn.Module, recipe: TrainRecipe, per_epoch: int, snapshots: Snapshots) -> None:
         super().__init__(model, _optimizer(model, recipe), snapshots, recipe.model_ema)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.measuring.losses import check_reached
-from vitlr.runtime.snapshots import Snapshots, copied, restore, stored
+from vitlr.runtime.kinds import NONE, PLAIN, check, number, text, whole
+from vitlr.runtime.snapshots import Snapshots, check_like, copied, restore, stored
+from vitlr.training.optimizers import check_optimizer, optimizer_state, restore_optimizer
 
 
 class State:
@@ -25,6 +26,7 @@ class State:
 
     name, unit = "state", "update"
     values: tuple[str, ...] = ("updates", "best_validation", "note")
+    kinds: Mapping[str, Any] = {"updates": whole(0), "best_validation": number() | NONE, "note": text(2000)}
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, snapshots: Snapshots, mean: bool) -> None:
         self.model, self.optimizer, self.snapshots = model, optimizer, snapshots
@@ -96,22 +98,28 @@ class State:
         tensors = {f"weight.{name}": t for name, t in stored(self.model).items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()}
         tensors |= {f"mean.{name}": t for name, t in (self.mean or {}).items()}
-        moments, plain = _optimizer_state(self.optimizer)
+        moments, plain = optimizer_state(self.optimizer)
         state = {key: getattr(self, key) for key in self.values}
         state["best_validation"] = None if self.best_validation == -math.inf else self.best_validation
         self.snapshots.save(self.name, tensors | moments, {**state, "optimizer": plain})
 
     def resume(self) -> bool:
         """Go on from the snapshot; False where there is none."""
-        found = self.snapshots.load(self.name)
+        found = self.snapshots.load(self.name, {"*": PLAIN})
         if found is None:
             return False
         tensors, state = found
+        path = self.snapshots.found(self.name)
         if not {*self.values, "optimizer"} <= set(state):
             raise InputError(
-                f"{self.snapshots.found(self.name)} was kept in the middle of a run by an earlier vitlr, and this one "
+                f"{path} was kept in the middle of a run by an earlier vitlr, and this one "
                 "cannot go on from there; remove that file, or name another folder"
             )
+        where = f"{path} is damaged, remove it"
+        check({key: state[key] for key in self.values}, {**self.kinds}, where)
+        for prefix in ("weight.", "best.", *(["mean."] if self.mean is not None else [])):
+            check_like(_under(prefix, tensors), self.model, f"{where}: {prefix.rstrip('.')}")
+        check_optimizer(self.optimizer, _under("optimizer.", tensors), state["optimizer"], where)
         for key in self.values:
             setattr(self, key, state[key])
         self.best_validation = -math.inf if self.best_validation is None else self.best_validation
@@ -120,7 +128,7 @@ class State:
         self.best = {name: tensor.to(device) for name, tensor in _under("best.", tensors).items()}
         if self.mean is not None:
             self.mean = {name: tensor.to(device) for name, tensor in _under("mean.", tensors).items()}
-        _restore_optimizer(self.optimizer, _under("optimizer.", tensors), state["optimizer"])
+        restore_optimizer(self.optimizer, _under("optimizer.", tensors), state["optimizer"])
         return True
 
 
@@ -135,35 +143,3 @@ def _follow(mean: dict[str, Tensor], weights: dict[str, Tensor], decay: float) -
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and everything else as JSON values, which keep floats to the bit."""
-    body = optimizer.state_dict()
-    items = [(index, key, value) for index, state in body["state"].items() for key, value in state.items()]
-    tensors = {f"optimizer.{index}.{key}": value for index, key, value in items if isinstance(value, Tensor)}
-    numbers = [[index, key, value] for index, key, value in items if not isinstance(value, Tensor)]
-    groups = [
-        {key: value for key, value in g.items() if key != "params" and _plain(value)} for g in body["param_groups"]
-    ]
-    return tensors, {"numbers": numbers, "groups": groups}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        p = parameters[int(index)]
-        optimizer.state[p][key] = tensor.to("cpu" if key == "step" else p.device)
-    for index, key, value in plain["numbers"]:
-        optimizer.state[parameters[index]][key] = value
-    for group, kept in zip(optimizer.param_groups, plain["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in kept.items()})
-
-
-def _plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True

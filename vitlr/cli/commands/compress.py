@@ -113,7 +113,7 @@ def compress(
     if out is None and not plan_only:
         raise InputError("--out is missing: name the file to write, or ask for --plan-only")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
-    check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, inputs)
+    check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     network = open_model(model, source, device=parse_device(device))
     if out is not None:

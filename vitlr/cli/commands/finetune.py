@@ -81,7 +81,9 @@ def finetune(
 
     recipe = TrainRecipe.of(**options)
     read = {"F_OR_MODEL": model, "--reference": reference, "--data": data, "--val-data": val_data}
-    check_destinations({"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map})
+    check_destinations(
+        {"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map, "--resume": resume}
+    )
     source = Source(checkpoint, args)
     network, dense = open_pair(model, source, reference, reference_checkpoint, device=parse_device(device))
     if not names_a_file(model):

@@ -140,7 +140,10 @@ def prune(
     later = recipe.epochs if finetune_epochs is None else finetune_epochs
     finetune = later > 0 and replace(recipe, epochs=later, lr=recipe.lr if finetune_lr is None else finetune_lr)
     read = {"F_OR_MODEL": model, "--data": data, "--val-data": val_data}
-    check_destinations({"--out": out, "--stats": stats}, {**read, "--checkpoint": checkpoint, "--class-map": class_map})
+    check_destinations(
+        {"--out": out, "--stats": stats},
+        {**read, "--checkpoint": checkpoint, "--class-map": class_map, "--resume": resume},
+    )
     network = open_model(model, Source(checkpoint, args), device=parse_device(device))
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold

@@ -42,13 +42,18 @@ class Side:
         root = R.diagonal()
         return cls(order, (R / root).tril(-1), root.square())
 
-    def by_entry(self) -> tuple[Tensor, Tensor]:
-        """D and `D · diag(M⁻¹)`, the variance that errors have once they are made up for, entry by entry unsorted."""
+    def by_entry(self, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Entry by entry unsorted: D, `D · diag(M⁻¹)`, by which errors vary once they are made up for, and the price.
+
+        An error of unit variance in A, uncorrelated with the others, costs D in the side's own metric and the price
+        `diag((1 + L)⁻¹ M (1 + L)⁻ᵀ)` in another, M.
+        """
         one = torch.eye(len(self.D), dtype=self.D.dtype, device=self.D.device)
         X = torch.linalg.solve_triangular(one + self.L, one, upper=False, unitriangular=True)
         spread = (X.square() / self.D[:, None]).sum(0) * self.D
+        price = ((X @ M.double()[self.order][:, self.order]) * X).sum(1)
         back = self.order.argsort()
-        return self.D[back], spread[back]
+        return self.D[back], spread[back], price[back]
 
 
 def round_to_steps(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int = LARGEST) -> tuple[Tensor, Tensor]:

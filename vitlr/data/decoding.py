@@ -1,0 +1,68 @@
+"""One file of a data set to an image: no program is run, no device is read, and no bomb is decoded."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+from typing import Any
+
+from vitlr.errors import InputError
+
+FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")  # Pillow runs Ghostscript for EPS, so that is none
+_MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
+_FEW_PIXELS = 2**24  # of any file; beyond, pixels are in proportion to its bytes
+_PIXELS_A_BYTE = 20  # photographs have 2 to 10
+_MAX_FILE = 2**29  # bytes
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
+
+
+def decode(reader: Any, index: int, mode: str, side: float) -> Any:
+    """Image `index` of timm's reader in this mode; raises what Pillow raises, and ValueError for one too large.
+
+    `side` is that of the model's crop, to which the image's short side will be scaled.
+    """
+    from PIL import Image
+
+    size = size_of(reader, index)
+    with reader[index][0] as file, Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        long, short = max(width, height), max(min(width, height), 1)
+        most = _MAX_PIXELS if size is None else min(max(_FEW_PIXELS, _PIXELS_A_BYTE * size), _MAX_PIXELS)
+        # A one-pixel-high strip is small until its short side is scaled up to the model's.
+        if max(width * height, side**2 * long / short) > most:
+            raise ValueError(f"{width} x {height} pixels are too many")
+        return image.convert(mode)
+
+
+def size_of(reader: Any, index: int) -> int | None:
+    """Bytes of a file or a member of an archive, None where the reader has neither; ValueError for what cannot be."""
+    samples = getattr(reader, "samples", None)
+    sample = None if samples is None else samples[index][0]
+    if isinstance(sample, str):
+        state = os.stat(sample)
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for a writer
+            raise ValueError("it is no regular file")
+        size = state.st_size
+    elif isinstance(sample, tarfile.TarInfo):
+        if sample.issparse():
+            raise ValueError("it is a sparse member, whose size is no more than a claim")
+        size = sample.size
+    else:
+        return None
+    if not 0 <= size <= _MAX_FILE:
+        raise ValueError(f"{size} bytes are too many")
+    return size
+
+
+def check_archive(path: str) -> None:
+    """Raise `InputError` for a .tar that is no regular file, or compressed: finding one image would unpack them all."""
+    if not os.path.isfile(path):
+        raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+    except OSError as cause:
+        raise InputError(f"cannot read {path}: {cause.strerror or cause}") from cause
+    if start.startswith(_COMPRESSED):
+        raise InputError(f"cannot read images from {path}: it is compressed; unpack it to a plain .tar, or a folder")

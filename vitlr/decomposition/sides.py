@@ -1,0 +1,75 @@
+"""The two sides of the loss of an error E in a linear's weight, `tr(S E C Eᵀ)`: in full, about the mean, damped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from vitlr.calibration.statistics import LayerStatistics
+from vitlr.decomposition.objectives import Objective
+from vitlr.errors import NumericalError
+from vitlr.ops.linalg.rounding import Side
+
+DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
+PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
+_NOTHING = 1e-12  # of every direction where none was seen
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """S `[N, N]` of a linear's output and C `[K, K]` of its inputs in float64, made from the sums when asked for.
+
+    `rows` and `columns` name the outputs and inputs that are left of the layer, None for all: a narrower layer sees the
+    same moments, fewer of them. C is about the mean of the inputs where a bias carries that.
+    """
+
+    layer: LayerStatistics = field(repr=False)
+    objective: Objective
+    has_bias: bool
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def among(self, rows: Tensor | None, columns: Tensor | None) -> Sides:
+        """Those of the same layer with these outputs and inputs alone."""
+        return replace(self, rows=rows, columns=columns)
+
+    def moments(self, damping: float) -> tuple[Tensor, Tensor]:
+        """S and C, nats an image, both with `damping` times their mean diagonal on it."""
+        layer, objective = self.layer, self.objective
+        S = torch.eye(layer.out_features, dtype=torch.float64)
+        if objective.by_gradient:
+            sums = layer.sum("gradient" if layer.side == "output" else "output_gradient")
+            S = objective.of_gradients(sums.double(), None, layer.tokens)
+        C = layer.sum("input_moment" if layer.side == "output" else "moment").double()
+        if self.has_bias:
+            total = layer.sum("input_sum").double()
+            C = C - torch.outer(total, total) / max(layer.tokens, 1)
+        return _damped(_left(S, self.rows), damping), _damped(_left(objective.of_activations(C), self.columns), damping)
+
+    def factored(self) -> tuple[Side, Side]:
+        """Both as rounding needs them. Raises `NumericalError` naming the layer for moments that are none."""
+        S, C = self.moments(DAMPING)
+        return self._side("outputs' gradients", S), self._side("inputs", C)
+
+    def mean(self) -> Tensor:
+        """Of the inputs, in float64."""
+        mean = self.layer.sum("input_sum").cpu().double() / max(self.layer.tokens, 1)
+        return mean if self.columns is None else mean[self.columns]
+
+    def _side(self, what: str, M: Tensor) -> Side:
+        try:
+            return Side.of(M if M.any() else _NOTHING * torch.eye(len(M)), 0.0)
+        except NumericalError as cause:
+            raise NumericalError(
+                f"layer {self.layer.name}, moment of the {what}: {cause}; calibrate again in float32"
+            ) from cause
+
+
+def _left(M: Tensor, entries: Tensor | None) -> Tensor:
+    return M if entries is None else M[entries][:, entries]
+
+
+def _damped(M: Tensor, damping: float) -> Tensor:
+    return M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype)

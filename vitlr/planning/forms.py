@@ -1,0 +1,119 @@
+"""The forms of a linear, dense or of low rank, rounded or not: what each costs in the budget's quantity and loses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitlr.decomposition.spectra import Narrowing, Spectra
+from vitlr.measuring.cost import Cost
+from vitlr.planning.choices import DENSE, Form
+from vitlr.planning.knapsack import Array, Prices
+from vitlr.planning.options import ROUNDED, Planning
+
+_BIAS = 2  # bytes of its entries where all else is rounded
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What allocation must know of the model beside the spectra: its totals, tokens per image, bytes per weight."""
+
+    total: Cost
+    tokens: Mapping[str, float]
+    itemsize: Mapping[str, int]
+    has_bias: Mapping[str, bool]
+    rest: int = 0  # bytes that all else takes where weights are rounded
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What may become of linears, by their `spectra`, under a budget of `quantity`; `wanted` may change."""
+
+    spectra: Spectra
+    sizes: Sizes
+    quantity: str
+    options: Planning
+    wanted: Collection[str]
+
+    @property
+    def method(self) -> str:
+        """What is offered: ranks, widths, bits, or some of them."""
+        return self.options.settled or "lowrank"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded, and bytes those of the file."""
+        return self.method in ROUNDED
+
+    def of(self, narrowing: Narrowing | None, name: str, width: int | None, factored: bool) -> list[Form]:
+        """Those that a linear has where its MLP or attention has this width, the one that changes nothing last."""
+        if name not in self.wanted:
+            return [DENSE]
+        ranks = self.ranks(*self.shape(narrowing, name, width)) if factored else []
+        levels = [*self.ladder(name, width)] if self.rounds else []
+        return [*(Form(rank) for rank in ranks), *(Form(None, level) for level in levels), DENSE]
+
+    def prices(self, narrowing: Narrowing | None, name: str, width: int | None, forms: Sequence[Form]) -> Prices:
+        """What these forms cost and lose, without the loss of the width."""
+        shape = self.shape(narrowing, name, width)
+        ladder = self.ladder(name, width) if any(form.level is not None for form in forms) else {}
+        errors = self.errors(narrowing, name, width, forms)
+        cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
+        for i, (rank, level) in enumerate(forms):
+            if level is not None:
+                size, loss[i] = ladder[level]
+                cost[i] = size + self.fewer_biases(name, shape[0])
+            else:
+                cost[i] = self.cost(narrowing, name, shape, rank)
+                loss[i] = 0.0 if rank is None else errors[rank]
+        return Prices(cost, loss)
+
+    def ladder(self, name: str, width: int | None) -> dict[int, tuple[float, float]]:
+        """Bytes and loss of every level of a linear where its MLP has this width."""
+        return self.spectra.levels[name].ladder(width)
+
+    def cost(self, narrowing: Narrowing | None, name: str, shape: tuple[int, int], rank: int | None) -> float:
+        """Of a linear's weights at the shape (N, K), and of its bias where that is not what it was."""
+        N, K = shape
+        weights = N * K if rank is None else rank * (N + K)
+        if self.rounds:
+            return weights * self.unit(name) + self.fewer_biases(name, N)
+        return (weights + self.bias(narrowing, name, N, rank)) * self.unit(name)
+
+    def bias(self, narrowing: Narrowing | None, name: str, N: int, rank: int | None) -> int:
+        """Entries of a bias that shrinks with the width, or that a centred rank brings; 0 where it stays as it is."""
+        if self.quantity == "macs":
+            return 0
+        if self.sizes.has_bias[name]:
+            return N * (narrowing is not None and (name != narrowing.second or narrowing.trims_last))
+        return N * (self.spectra.centred and rank is not None)
+
+    def fewer_biases(self, name: str, N: int) -> int:
+        """Bytes of a bias of N entries against the whole one, which counts among all else."""
+        return _BIAS * (N - self.spectra.layers[name].out_features) * self.sizes.has_bias[name]
+
+    def unit(self, name: str) -> float:
+        """Cost of one weight of a layer."""
+        sizes = self.sizes
+        return {"params": 1.0, "macs": sizes.tokens[name], "bytes": float(sizes.itemsize[name])}[self.quantity]
+
+    def shape(self, narrowing: Narrowing | None, name: str, width: int | None) -> tuple[int, int]:
+        """(N, K) of a layer where its MLP or attention has this width."""
+        spectrum = self.spectra.layers[name]
+        full = spectrum.out_features, spectrum.in_features
+        return full if narrowing is None or width is None else narrowing.shape(name, full, width)
+
+    def errors(self, narrowing: Narrowing | None, name: str, width: int | None, forms: Sequence[Form]) -> Array:
+        """Loss of every rank, where one is asked for. A narrower first linear keeps rows of the dense one's factors."""
+        if all(form.rank is None for form in forms):
+            return np.zeros(0)
+        own = None if narrowing is None or width is None else narrowing.rank_errors(name, width)
+        return (self.spectra.layers[name].errors() if own is None else own).cpu().numpy()
+
+    def ranks(self, N: int, K: int) -> list[int]:
+        """Multiples of the step, from the least one, at which two factors are smaller than the matrix."""
+        step = self.options.rank_step
+        first = -(-self.options.min_rank // step) * step
+        return [r for r in range(first, min(N, K) + 1, step) if r * (N + K) < N * K]
