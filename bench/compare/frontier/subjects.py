@@ -40,6 +40,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, images: Kept) -> None:
         self.model, self.images = model, images
+        self.spectra: dict[str, Any] = {}  # by method: the next size needs no solving
 
     def measured(self, forward: Forward) -> dict[str, Any]:
         """All figures of a model that answers as `forward` does."""
