@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,13 +22,16 @@ from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
 from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
-from vitlr.errors import InputError
-from vitlr.measuring.losses import image_seeds, sampled_losses
+from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_losses
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
+
+_DOUBT = 1e-4  # of a model's least certain answer, below which gradients say nothing of large changes
+_logger = logging.getLogger("vitlr")
 
 
 @keywords(Calibration)
@@ -86,12 +90,14 @@ def calibrate(
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        check_finite(model)
         targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
         queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
+        doubt = 0.0
         taps: list[Tap] = []
         stack.callback(_remove, taps)
         for batch in loader:
@@ -136,6 +142,7 @@ def calibrate(
                     else:
                         picked = output_fn(output) if output_fn is not None else output
                         losses = sampled_losses(model, picked, seeds, wanted.samples)
+                        doubt = max(doubt, largest_doubt(model, picked))
                     _backward(losses, taps, sketches(seeds, wanted.samples, taps))
             run.images += images
             run.whole = True
@@ -146,12 +153,22 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
+    if by_gradient and loss_fn is None and doubt < _DOUBT:
+        run.notes["certain"] = doubt
+        _logger.warning("%s", certain(doubt))
     if by_gradient and not any(layer.sum("gradient").any() for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
             "load trained weights, or calibrate with objective='output'"
         )
     return _to_cpu(run)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `NumericalError` naming the first parameter that holds NaN or Inf: every answer would."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise NumericalError(f"{name} holds NaN or Inf; check the weights, or load them again in float32")
 
 
 def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[Tensor | None]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tarfile
+from collections.abc import Sequence
 from typing import Any
 
 from vitlr.errors import InputError
@@ -33,6 +35,19 @@ def decode(reader: Any, index: int, mode: str, side: float) -> Any:
         if max(width * height, side**2 * long / short) > most:
             raise ValueError(f"{width} x {height} pixels are too many")
         return image.convert(mode)
+
+
+def listing(reader: Any, indices: Sequence[int]) -> str:
+    """Sixteen hex digits of the names and sizes of these images, or of what a Hub's data set says of itself."""
+    sha = hashlib.sha256(str(getattr(getattr(reader, "dataset", None), "_fingerprint", "")).encode())
+    for index in indices:
+        try:
+            size = size_of(reader, index)
+        except (OSError, ValueError):  # to be skipped when it is read
+            size = -1
+        name = index if size is None else reader.filename(index)
+        sha.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return sha.hexdigest()[:16]
 
 
 def size_of(reader: Any, index: int) -> int | None:
