@@ -150,7 +150,8 @@ def test_damaged_files_are_refused(rounded, tmp_path):
         ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild}, {}, "row_exponent reaches"),
         ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild.float()}, {}, "expected torch.int16"),
         ({f"{name}.codes|nonsense": torch.zeros(3)}, {}, "no form of it that is known|the file has none"),
-        ({}, {name: {**structure[name], "quantized": 3}}, "expected .*the file says"),
+        ({}, {name: {**structure[name], "quantized": 3}}, "quantized 3, expected"),
+        ({}, {name: {**structure[name], "twice": 10**6}}, "twice is 1000000"),
         ({}, {name: {**structure[name], "in_features": 7}}, "expected .*the file says"),
     )
     dense = vitlr.to_dense(small)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -14,23 +13,26 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
-from vitlr.checkpoint import contents
+from vitlr.checkpoint import contents, likeness
 from vitlr.checkpoint.bounds import Held
 from vitlr.checkpoint.contents import casts
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.checkpoint.structure import restructure, structure
+from vitlr.data import preprocessing
 from vitlr.errors import InputError
 from vitlr.measuring.cost import is_rounded
-from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
+from vitlr.runtime.copies import duplicate
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
 from vitlr.runtime.words import one_line
 from vitlr.surgery import fusion
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
-_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)
+_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)
 
 
 def save(
@@ -51,6 +53,7 @@ def save(
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
+    model = uncompiled(model)
     tensors, tied = _state(model)
     info = getattr(model, "vitlr_info", None) or {}
     header = {
@@ -66,7 +69,10 @@ def save(
         "recipe": info.get("recipe") if recipe is None else recipe,
         "metrics": metrics.to_dict() if hasattr(metrics, "to_dict") else metrics,
         "versions": _versions(),
+        "answer": likeness.answer(model, likeness.image_of(model)),
     }
+    if header["origin"] is None:
+        header["blueprint"] = likeness.blueprint(model)
     contents.check_dtypes(model, tensors)
     schema = SCHEMA if is_rounded(model) else 1
     if schema > 1:
@@ -88,7 +94,8 @@ def load(
     """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
 
     `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
-    Shapes are compared before memory is taken, and a digest over header and tensors after reading.
+    Shapes are compared before memory is taken, a digest over header and tensors after reading; then what the modules
+    are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
     path = Path(path)
@@ -106,7 +113,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     held = Held.of(shapes, path.stat().st_size)
     origin = header["origin"]
     if model is not None:
-        rebuilt = _reshape(copy.deepcopy(model), header)
+        rebuilt = _reshape(duplicate(model), header)
         _check_fit(rebuilt, shapes, header, held)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
@@ -118,12 +125,15 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
     check_digest(path, header["digest"], _digest(tensors, {k: v for k, v in header.items() if k != "digest"}))
     _fill(rebuilt, tensors, header)
+    likeness.check_blueprint(rebuilt, header.get("blueprint"))
+    likeness.check_answer(rebuilt, header.get("answer"))
     if model is None:
         rebuilt.vitlr_origin = origin
         if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
             rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
     keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
-    rebuilt.vitlr_info = {key: header.get(key) for key in keys}  # type: ignore[assignment]
+    info = {key: header.get(key) for key in keys}
+    rebuilt.vitlr_info = {**info, "image": (header.get("answer") or {}).get("image")}  # type: ignore[assignment]
     return rebuilt.eval()
 
 
@@ -226,7 +236,10 @@ def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
     if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
-        return {}
+        try:
+            return preprocessing.data_config(model)
+        except InputError:  # nothing describes it
+            return {}
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)

@@ -66,7 +66,7 @@ def _train(
     state: Distilling, reference: nn.Module, proxy: Proxy, layers: list[str], progress: Progress
 ) -> tuple[int, str]:
     """Leave the model at the best of the run; blocks are compared where they hold some of the layers."""
-    model, recipe, logits = state.model, state.recipe, state.distance.logits
+    model, recipe, judge = state.model, state.recipe, state.distance
     names = list(by_block(layers)) if recipe.features else []
     blocks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     device = device_of(model)
@@ -74,9 +74,9 @@ def _train(
     def loss_of(images: Tensor) -> Tensor:
         with autocast(device, recipe.amp):
             with torch.no_grad():
-                expected = first_tensor(reference(to_model(reference, images)))
-            answers = first_tensor(model(to_model(model, images)))
-        loss = divergence(expected.to(answers.device).float(), answers.float(), logits, recipe.temperature)
+                expected = first_tensor(judge.pick(reference(to_model(reference, images))))
+            answers = first_tensor(judge.pick(model(to_model(model, images))))
+        loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
         for name in names:
             loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])
         return loss
