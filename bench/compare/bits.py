@@ -40,11 +40,13 @@ NEAREST = (4, 3)  # bits
 GROUP = 64
 
 
-def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) -> tuple[nn.Module, dict[str, Any], Any]:
+def ours(
+    model: nn.Module, stats: Statistics, method: str, megabytes: float, spectra: Any
+) -> tuple[nn.Module, dict[str, Any], Any]:
     """Rounded to a file of so many megabytes, and read back from that file."""
     start = time.process_time()
     budget = f"bytes:{megabytes * 1e6 - HEADER:.0f}"
-    chosen = plan(model, stats, budget, method="bits", spectra=spectra)
+    chosen = plan(model, stats, budget, method=method, spectra=spectra)
     small = apply(model, chosen)
     seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +54,11 @@ def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) ->
         save(small, path, plan=chosen)
         size, small = path.stat().st_size, load(path)
     facts = {"bytes": size, "planned_bytes": chosen.bytes_kept, "predicted_error": chosen.error}
-    return small, {**facts, "levels": chosen.levels, "cpu_seconds": seconds}, chosen.spectra
+    return (
+        small,
+        {**facts, "levels": chosen.levels, "ranks": chosen.ranks, "widths": chosen.narrowed, "cpu_seconds": seconds},
+        chosen.spectra,
+    )
 
 
 @torch.no_grad()
@@ -157,8 +163,10 @@ def main(args: argparse.Namespace) -> None:
         rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
     spectra = None
     for size in args.sizes:
-        small, facts, spectra = ours(model, stats, size, spectra)
-        rows.append(_measured('**vitlr, `method="bits"`**', small, facts, loader, dense))
+        for method in ("mix", "bits"):
+            small, facts, known = ours(model, stats, method, size, spectra)
+            spectra = spectra or known
+            rows.append(_measured(f'**vitlr, `method="{method}"`**', small, facts, loader, dense))
     if sources() != CODE:
         sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
     body = {
