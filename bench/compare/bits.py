@@ -46,14 +46,16 @@ SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
 GROUP = 64
-OURS, REFINED = '**vitlr, `method="bits"`**', '**vitlr, `method="bits"`, refined**'
+OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
 
 
-def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) -> tuple[nn.Module, dict[str, Any], Any]:
+def ours(
+    model: nn.Module, stats: Statistics, method: str, megabytes: float, spectra: Any
+) -> tuple[nn.Module, dict[str, Any], Any]:
     """Rounded to a file of so many megabytes, and read back from that file."""
     start = time.process_time()
     budget = f"bytes:{megabytes * 1e6 - HEADER:.0f}"
-    chosen = plan(model, stats, budget, method="bits", spectra=spectra)
+    chosen = plan(model, stats, budget, method=method, spectra=spectra)
     small = apply(model, chosen)
     seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +63,11 @@ def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) ->
         save(small, path, plan=chosen)
         size, small = path.stat().st_size, load(path)
     facts = {"bytes": size, "planned_bytes": chosen.bytes_kept, "predicted_error": chosen.error}
-    return small, {**facts, "levels": chosen.levels, "cpu_seconds": seconds}, chosen.spectra
+    return (
+        small,
+        {**facts, "levels": chosen.levels, "ranks": chosen.ranks, "widths": chosen.narrowed, "cpu_seconds": seconds},
+        chosen.spectra,
+    )
 
 
 @torch.no_grad()
@@ -175,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
     if args.refined is not None:
-        start, facts, _ = ours(model, stats, args.refined, None)
+        start, facts, _ = ours(model, stats, "bits", args.refined, None)
         small, more = refined(start, model, folder, cache / f"refined-{args.refined:g}", dict(args.choice))
     loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
     dense = Recorded(model, loader)
@@ -218,8 +224,10 @@ def _plain_rows(
         rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
     spectra = None
     for size in sizes:
-        small, facts, spectra = ours(model, stats, size, spectra)
-        rows.append(_measured(OURS, small, facts, loader, dense))
+        for method in ("mix", "bits"):
+            small, facts, known = ours(model, stats, method, size, spectra)
+            spectra = spectra or known
+            rows.append(_measured(OURS.format(method), small, facts, loader, dense))
     return rows
 
 
