@@ -201,9 +201,9 @@ def read_options(
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
     if deciding.settled in ROUNDED:
-        if parse_rungs(rungs):
+        if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
             method = f"method={deciding.settled!r}"
-            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with {method}")
+            raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:

@@ -28,7 +28,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "width": {"width": whole(0)},
     "heads": {"heads": whole(0)},
     "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
-    "quantized": {"quantized": FLAG, **_SIZES},
+    "quantized": {"quantized": FLAG, "twice?": whole(1), **_SIZES},
     "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
 }
 """What an entry of each kind holds; whether that fits the model is for the change itself to say."""
@@ -63,6 +63,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             "in_features": module.in_features,
             "out_features": module.out_features,
             "bias": module.bias is not None,
+            **({} if module.twice is None else {"twice": len(module.twice)}),
         }
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
@@ -182,8 +183,10 @@ def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
     expected = {**dense.sizes(linear), "quantized": True}
     if {key: entry.get(key) for key in expected} != expected or type(entry.get("bias")) is not bool:
         raise InputError(f"layer {name}: expected {expected} and a bias or none, the file says {entry!r:.200}")
-    shape = entry["in_features"], entry["out_features"], entry["bias"]
-    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape))
+    shape, twice = (entry["in_features"], entry["out_features"], entry["bias"]), entry.get("twice", 0)
+    if twice > entry["in_features"]:
+        raise InputError(f"layer {name}: twice is {twice}, it has {entry['in_features']} columns")
+    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, twice=twice))
 
 
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
@@ -201,9 +204,9 @@ def _kind(entry: Any) -> str:
     return next((kind for kind in CHANGES if isinstance(entry, Mapping) and kind in entry), "rank")
 
 
-def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any, **more: Any) -> nn.Module:
     """A module of that kind where the linear is, of its dtype and mode."""
-    made = kind(*arguments, device=linear.weight.device, dtype=linear.weight.dtype)
+    made = kind(*arguments, **more, device=linear.weight.device, dtype=linear.weight.dtype)
     return made.train(linear.training)
 
 

@@ -14,6 +14,7 @@ from vitlr.ops.linalg.rounding import Side
 
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
+_OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
 _NOTHING = 1e-12  # of every direction where none was seen
 
 
@@ -72,4 +73,7 @@ def _left(M: Tensor, entries: Tensor | None) -> Tensor:
 
 
 def _damped(M: Tensor, damping: float) -> Tensor:
-    return M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype)
+    diagonal = M.diagonal()
+    median = diagonal.median()
+    level = diagonal.clamp(max=_OUTLIER * median).mean() if median > 0 else diagonal.mean()
+    return M + damping * level * torch.eye(len(M), dtype=M.dtype)

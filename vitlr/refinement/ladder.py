@@ -15,7 +15,8 @@ from vitlr.anatomy.attention import fewer_heads
 from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.data.batches import to_model
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, SelectedLinear
+from vitlr.measuring.cost import count_bytes, is_rounded
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, QuantizedLinear, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.distil import distil
 from vitlr.refinement.images import Proxy
@@ -30,6 +31,8 @@ from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.proof import prove
+
+_NEW = (LowRankLinear, QuantizedLinear, SelectedLinear)  # what compression put in
 
 
 @keywords(Recipe)
@@ -68,7 +71,7 @@ def refine(
     if not wanted:
         return model
     proxy = Proxy(loader)
-    changed = [name for name, module in model.named_modules() if isinstance(module, (LowRankLinear, SelectedLinear))]
+    changed = [name for name, module in model.named_modules() if isinstance(module, _NEW)]
     prove(model, changed, to_model(model, proxy.held[:1]))
     judge = Judge(reference, proxy.held, recipe.batch_size, output_fn)
     run = {
@@ -94,6 +97,7 @@ def _climb(
 ) -> Refinement:
     rungs: list[Rung] = []
     before = judge(model)
+    most = count_bytes(model) if is_rounded(model) else None
     behind = reached = 0  # units of work of the rungs that are done, and of the one that runs
 
     def advance(done: int, total: int | None) -> None:
@@ -120,6 +124,8 @@ def _climb(
                 note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
             kept = after.kl < before.kl
+            if most is not None and (taken := count_bytes(model)) > most:
+                kept, note = False, f"{note}; {taken} bytes, {most} before".removeprefix("; ")
             if not kept:
                 restore(model, saved)
             seconds = round(time.monotonic() - start, 3)
@@ -133,7 +139,11 @@ def _climb(
 
 
 def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has no residual."""
+    """The rungs that find something to do: narrower and low-rank nowhere has no residual, integers are distilled."""
+    if is_rounded(model):
+        if wanted and "distil" not in wanted:
+            raise InputError(f"{wanted[-1]} moves weights that this model holds as integers; take rungs='distil'")
+        return tuple(rung for rung in wanted if rung == "distil")
     if lowrank_layers(model):
         return wanted
     useful = tuple(rung for rung in wanted if rung != "regrow")
