@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._weightless import Weightless
 from vitlr.nn.lowrank_linear import LowRankLinear
 
 INDEX_BYTES = 8  # of one channel number that a checkpoint stores
 
 
-class SelectedLinear(nn.Module):
+class SelectedLinear(Weightless):
     """`y[o] = linear(x[i])`, zero elsewhere: x [..., K] -> y [..., N], i and o the channels that are left.
 
     `linear` (an `nn.Linear` or a `LowRankLinear`) has only the weights that are left. `inputs` [K'] and `outputs` [N']
