@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ class SelectedLinear(Weightless):
     Raises InputError for channels that are none, repeated or out of range.
     """
 
-    inputs: Tensor | None
-    outputs: Tensor | None
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        inputs: Tensor | None
+        outputs: Tensor | None
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class SelectedLinear(Weightless):
         y = self.linear(x)
         if self.outputs is None:
             return y
-        full = y.new_zeros((*y.shape[:-1], self.out_features))
+        full = y.new_zeros(list(y.shape[:-1]) + [self.out_features])  # noqa: RUF005 (TorchScript knows no stars)
         return full.index_copy_(-1, self.outputs, y)  # in place: the zeros are nobody else's
 
     @classmethod

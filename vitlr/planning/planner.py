@@ -55,11 +55,15 @@ def plan(
     parts = read(model)
     objective = Objective.of(stats, options, spectra)
     failed: list[NumericalError] = []
-    skip = failed.append if options.method is None else None  # who asks for widths hears what failed, not another plan
+    asked = options.method
+    skip = failed.append if asked in (None, "joint") else None  # who asks for widths alone hears what failed
     options, kinds, why = settle(options, parts, stats, objective)
     spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=skip, progress=progress)
     if failed:
-        why += f"; {len(failed)} left as wide as they are ({failed[0]})"
+        if asked is not None and not spectra.widths:
+            raise failed[0]
+        left = f"{len(failed)} left as wide as they are ({failed[0]})"
+        why = f"{why}; {left}" if why else left
         options = options if spectra.widths else replace(options, method="lowrank")
     return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why, image=stats.image)
 

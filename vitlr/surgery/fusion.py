@@ -22,6 +22,7 @@ from vitlr.nn._fused import Fused, StandIn
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.surgery import folding
+from vitlr.surgery.alien import unguard
 
 FUSED: tuple[type[Fused], ...] = (LowRankMLP, LowRankGLU, FusedAttention)
 
@@ -35,6 +36,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)):
             swap(model, name, module.to_linear().train(module.training))
+    unguard(model)
     return model
 
 
