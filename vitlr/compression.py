@@ -200,9 +200,9 @@ def read_options(
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
-    if deciding.settled in ROUNDED:
+    if deciding.settled in ROUNDED or deciding.stored:
         if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
-            method = f"method={deciding.settled!r}"
+            method = f"method={deciding.settled!r}" if deciding.settled in ROUNDED else "bits="
             raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
@@ -216,6 +216,8 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
     if type(rounds) is not int or not 1 <= rounds <= 8:
         raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
+    if rounds > 1 and options.stored:
+        raise InputError(f"rounds={rounds} counts weights that are not rounded; it does not go with bits=")
     if rounds > 1 and (options.settled not in NARROWING or budget is None):
         how = f"method={options.settled!r}" if options.settled not in NARROWING else "no budget"
         raise InputError(f"rounds={rounds} narrows MLPs on the way to a budget; it does not go with {how}")

@@ -32,8 +32,8 @@ from vitlr.data.batches import (
     tensors_in,
     to_model,
 )
-from vitlr.errors import InputError
-from vitlr.measuring.losses import image_seeds, sampled_losses, what_is
+from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_losses, what_is
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
@@ -41,6 +41,7 @@ from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
 
+_DOUBT = 1e-4  # of a model's least certain answer, below which gradients say nothing of large changes
 _logger = logging.getLogger(__name__)
 
 
@@ -102,12 +103,14 @@ def calibrate(
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        check_finite(model)
         targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
         lost = set() if stats is None else set(stats.notes.get("unreached", ()))  # layers that the answer passes by
         targets = {name: linear for name, linear in targets.items() if name not in lost}
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         run: Statistics | None = None
+        doubt = 0.0
         taps: list[Tap] = []
         ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
@@ -169,6 +172,7 @@ def calibrate(
                         if not run.answer:
                             _say(run, what_is(model, picked)[1], picked)
                         losses = sampled_losses(model, picked, seeds, wanted.samples)
+                        doubt = max(doubt, largest_doubt(model, picked))
                     _backward(losses, taps, sketches(seeds, wanted.samples, taps))
             run.images += images
             run.whole = True
@@ -179,6 +183,9 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
+    if by_gradient and loss_fn is None and doubt < _DOUBT:
+        run.notes["certain"] = doubt
+        _logger.warning("%s", certain(doubt))
     if run.images < FEW:
         _logger.warning(
             "calibrated on %d images: plan and predicted error fit these few; some hundreds are needed",
@@ -190,6 +197,13 @@ def calibrate(
             "load trained weights, or calibrate with objective='output'"
         )
     return _to_cpu(run)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise `NumericalError` naming the first parameter that holds NaN or Inf: every answer would."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise NumericalError(f"{name} holds NaN or Inf; check the weights, or load them again in float32")
 
 
 def _order(model: nn.Module, taps: Sequence[Tap], inputs: Any) -> None:

@@ -14,7 +14,7 @@ from vitlr.calibration.options import DEFAULT, EXTRAS, OBJECTIVES
 from vitlr.calibration.sums import BY_IMAGE_HIDDEN, SCORES, SUMS, LayerStatistics, share_moments
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime import storage
-from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, text, tuple_of, whole
+from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, number, text, tuple_of, whole
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
@@ -30,7 +30,13 @@ HEADER: dict[str, Any] = {
     "images": whole(0),
     "macs": whole(0),
     "input_shape": PLAIN,
-    "notes": {"complete?": FLAG, "images_total?": whole(0) | NONE, "data?": text(4096) | NONE, "*": PLAIN},
+    "notes": {
+        "complete?": FLAG,
+        "images_total?": whole(0) | NONE,
+        "data?": text(4096) | NONE,
+        "certain?": number(0, 1),
+        "*": PLAIN,
+    },
     "layers": [tuple_of(PLAIN, len(ROW), len(ROW))],
     "*": PLAIN,
 }
@@ -108,7 +114,7 @@ class Statistics:
         layers: dict[str, LayerStatistics] = {}
         for name, mine in self.layers.items():
             theirs = other.layers[name]
-            sums = {key: tensor + theirs.sum(key) for key, tensor in mine.sums()}
+            sums = {key: SUMS[key].join(tensor, theirs.sum(key)) for key, tensor in mine.sums()}
             layers[name] = LayerStatistics(
                 name, mine.in_features, mine.out_features, mine.owner, mine.tokens + theirs.tokens, **sums
             )

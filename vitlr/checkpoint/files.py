@@ -21,7 +21,7 @@ from vitlr.checkpoint.structure import restructure, structure
 from vitlr.data import preprocessing
 from vitlr.errors import InputError
 from vitlr.measuring.cost import is_rounded
-from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
 from vitlr.runtime.copies import duplicate
@@ -33,7 +33,7 @@ from vitlr.surgery import fusion
 from vitlr.surgery.alien import guard
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
-_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)
+_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)
 
 
 def save(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
 from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
@@ -29,7 +30,15 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "heads": {"heads": whole(0)},
     "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
     "quantized": {"quantized": FLAG, "twice?": whole(1), **_SIZES},
-    "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
+    "rank": {
+        "rank": whole(0),
+        "residual?": NAME,
+        "group_size?": whole(0),
+        "factors?": NAME,
+        "twice?": [whole(0)],
+        **_SIZES,
+    },
+    "int8": {"int8": FLAG, **_SIZES},
 }
 """What an entry of each kind holds; whether that fits the model is for the change itself to say."""
 
@@ -40,7 +49,8 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     `{mlp: {"width"}}` for narrowed MLPs, `{attention: {"heads"}}` for attentions that lost heads, `{linear: {"inputs",
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
-    its `"residual"` (the form) and `"group_size"` as well. Layers of integers have `"quantized"` in the rank's place.
+    its `"residual"` (the form) and `"group_size"` as well, those of integers `"factors": "quantized"`. Dense layers of
+    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`.
     """
     layers = {
         name: {
@@ -51,11 +61,16 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             **(
                 {"residual": module.residual, "group_size": module.group_size}
                 if isinstance(module, ResidualLowRankLinear)
+                else {"factors": "quantized", "twice": [_twice(module.down), _twice(module.up)]}
+                if _of_integers(module)
                 else {}
             ),
         }
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+    }
+    factors = {
+        id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
     }
     layers |= {
         name: {
@@ -63,10 +78,15 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             "in_features": module.in_features,
             "out_features": module.out_features,
             "bias": module.bias is not None,
-            **({} if module.twice is None else {"twice": len(module.twice)}),
+            **({"twice": _twice(module)} if _twice(module) else {}),
         }
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedLinear) and id(module) not in factors
+    }
+    layers |= {
+        name: {"int8": True, "in_features": module.in_features, "out_features": module.out_features, "bias": True}
+        for name, module in model.named_modules()
+        if isinstance(module, Int8Linear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
     widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
@@ -174,7 +194,30 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
     if "residual" in entry:
         form = entry["residual"], entry["group_size"]
         return lambda: swap(dense.model, name, _like(linear, ResidualLowRankLinear, *shape, *form, bias))
+    if entry.get("factors", "quantized") != "quantized":
+        raise InputError(f"layer {name}: factors {entry['factors']!r:.80}, expected quantized or none")
+    if "factors" in entry:
+        (K, N, r), twice = shape, entry.get("twice", [0, 0])
+        if len(twice) != 2 or twice[0] > K or twice[1] > r:
+            raise InputError(f"layer {name}: twice is {twice!r:.40}, its factors have {K} and {r} columns")
+        pair = (
+            partial(_like, linear, QuantizedLinear, K, r, False, twice=twice[0]),
+            partial(_like, linear, QuantizedLinear, r, N, bias, twice=twice[1]),
+        )
+        return lambda: swap(
+            dense.model, name, LowRankLinear.from_layers(*(make() for make in pair)).train(linear.training)
+        )
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
+
+
+def _of_integers(module: nn.Module) -> bool:
+    """Whether both factors of a low-rank layer are integers."""
+    return isinstance(module, LowRankLinear) and isinstance(module.up, QuantizedLinear)
+
+
+def _twice(module: nn.Module) -> int:
+    """Columns of a layer of integers whose codes take two bytes."""
+    return len(module.twice) if isinstance(module, QuantizedLinear) and module.twice is not None else 0
 
 
 def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
@@ -189,11 +232,21 @@ def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
     return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, twice=twice))
 
 
+def _multiply_bytes(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear that multiplies bytes."""
+    linear = dense.linear(name)
+    expected = {**dense.sizes(linear), "int8": True, "bias": True}
+    if {key: entry.get(key) for key in expected} != expected:
+        raise InputError(f"layer {name}: expected {expected}, the file says {entry!r:.200}")
+    return lambda: swap(dense.model, name, _like(linear, Int8Linear, entry["in_features"], entry["out_features"]))
+
+
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
     "width": _narrow,
     "heads": _fewer_heads,
     "inputs": _select,
     "quantized": _quantise,
+    "int8": _multiply_bytes,
     "rank": _factorise,
 }
 """By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import tarfile
+from collections.abc import Sequence
 from typing import Any
 
 from vitlr.errors import InputError
@@ -56,6 +58,19 @@ def eight_bits(image: Any) -> Any:
     if not (low >= 0 and white):  # NaN compares false
         raise ValueError(f"its pixels are from {low:g} to {high:g}, expected 0 to 1, 255 or 65535")
     return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
+
+
+def listing(reader: Any, indices: Sequence[int]) -> str:
+    """Sixteen hex digits of the names and sizes of these images, or of what a Hub's data set says of itself."""
+    sha = hashlib.sha256(str(getattr(getattr(reader, "dataset", None), "_fingerprint", "")).encode())
+    for index in indices:
+        try:
+            size = size_of(reader, index)
+        except (OSError, ValueError):  # to be skipped when it is read
+            size = -1
+        name = index if size is None else reader.filename(index)
+        sha.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return sha.hexdigest()[:16]
 
 
 def size_of(reader: Any, index: int) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitlr.data import preprocessing
 from vitlr.data.classes import label_images, num_classes, read_class_map
-from vitlr.data.decoding import decode, size_of
+from vitlr.data.decoding import decode, listing
 from vitlr.data.options import Preprocessing
 from vitlr.data.readers import open_reader
 from vitlr.errors import InputError
@@ -95,16 +94,7 @@ class Loader:
     @property
     def listing(self) -> str:
         """A digest of the names and sizes of all images, which tells data sets of one name apart."""
-        reader, sha = self.dataset.reader, hashlib.sha256()
-        sha.update(str(getattr(getattr(reader, "dataset", None), "_fingerprint", "")).encode())  # of a Hub's data set
-        for index, _ in self.dataset.chosen:
-            try:
-                size = size_of(reader, index)
-            except (OSError, ValueError):
-                size = -1
-            name = index if size is None else reader.filename(index)
-            sha.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-        return sha.hexdigest()[:16]
+        return listing(self.dataset.reader, [index for index, _ in self.dataset.chosen])
 
     def subset(self, positions: Sequence[int]) -> Loader:
         """The images at these positions of the fixed order, transformed as here."""

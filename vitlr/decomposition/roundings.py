@@ -26,7 +26,7 @@ _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask o
 _SIGMAS = 3  # of a row within the codes of one byte
 _COARSER = 16  # eighths of a power of two that a column's steps are widened by before its codes take two bytes:
 # 4^(16/8) times the loss of its entries is what 12 bits more of each are worth elsewhere
-_SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
+SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
 
 
 Ladder = dict[int, tuple[float, float]]  # bytes and nats of every level, the finest first
@@ -52,10 +52,6 @@ class Rounding:
         found = zip(sides.factored(), sides.moments(PRICED), strict=True)
         (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(M) for side, M in found)
         return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
-
-    def among(self, rows: Tensor | None, columns: Tensor | None, weight: Tensor) -> Rounding:
-        """The same layer with these outputs and inputs alone, and `weight` for what is left of it."""
-        return Rounding.of(self.name, self.sides.among(rows, columns), weight)
 
     @property
     def levels(self) -> list[int]:
@@ -92,7 +88,7 @@ class Rounding:
         """Bytes and nats of every level, the finest first."""
         return {level: self.costs(level) for level in self.levels}
 
-    def costs(self, level: int) -> tuple[float, float]:
+    def costs(self, level: int, sample: int = SAMPLE) -> tuple[float, float]:
         """Bytes of the file and predicted nats at a level: those of rounding plainly what rounding in turn will round.
 
         That is the weight and what the errors of later entries ask of it, of variance
@@ -100,7 +96,7 @@ class Rounding:
         """
         N, K = self.weight.shape
         rows, columns = self.exponents(level)
-        some = slice(None, None, -(-N * K // _SAMPLE))  # of the columns
+        some = slice(None, None, -(-N * K // sample))  # of the columns
         steps = step(rows, columns[some])
         asked = (torch.outer(self.spread[0], self.spread[1][some]) - 1).clamp_min(0).div(12).sqrt().float()
         noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))

@@ -113,6 +113,24 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     return [(features * direction).sum() for direction in noise]
 
 
+def largest_doubt(model: nn.Module, answer: Any) -> float:
+    """The largest `1 − max softmax` of a batch of logits: what the least certain answer leaves to all other classes.
+
+    Features, which have no classes, leave everything: 1.
+    """
+    if not is_logits(model, answer):
+        return 1.0
+    return float(1 - first_tensor(answer).detach().double().softmax(-1).amax(-1).amin())
+
+
+def certain(doubt: float) -> str:
+    """What is said of predictions for a model whose answers leave so little to other classes."""
+    return (
+        f"the model is certain of every answer (at most {doubt:.0e} is left to other classes), so gradients vanish: "
+        "predicted losses are far too small and not to be trusted; objective='output' needs no gradients"
+    )
+
+
 def check_reached(loss: Tensor) -> None:
     """`InputError` for a loss that depends on nothing trainable: `backward` would fail, or train nothing."""
     if not loss.requires_grad:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from vitlr.nn._formula import Formula, Untraceable
@@ -14,7 +16,13 @@ from vitlr.runtime.modules import class_of
 
 
 class FusedMlp(Fused):
-    """A fused MLP; the fused op runs where dispatch chooses a kernel and everything inside is plain."""
+    """A fused MLP; the fused op runs where dispatch chooses a kernel and everything inside is plain.
+
+    Its linears are of the kinds it `TAKES`, and one of them at least is of the kind it `NEEDS`.
+    """
+
+    TAKES: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, LowRankLinear)
+    NEEDS: ClassVar[type[nn.Module]] = LowRankLinear
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -23,7 +31,7 @@ class FusedMlp(Fused):
             return "it is one already"
         kept = cls.children_of(module)
         try:
-            return objection(module, kept) or cls.unlike(Formula(module, kept).read())
+            return objection(module, kept, cls.TAKES, cls.NEEDS) or cls.unlike(Formula(module, kept).read())
         except Untraceable as reason:
             return str(reason)
 
@@ -53,7 +61,9 @@ def activation_name(act: nn.Module) -> str | None:
     return _ACTIVATIONS.get(class_of(act))
 
 
-def objection(module: nn.Module, kept: tuple[str, ...]) -> str | None:
+def objection(
+    module: nn.Module, kept: tuple[str, ...], takes: tuple[type[nn.Module], ...], needs: type[nn.Module]
+) -> str | None:
     """Why the children of an MLP cannot be run by one operation; None if they can. Its forward is not looked at.
 
     `kept`: the names of its linears and of `act`.
@@ -63,12 +73,12 @@ def objection(module: nn.Module, kept: tuple[str, ...]) -> str | None:
         return f"it has no {', '.join(missing)}"
     linears = {name: module.get_submodule(name) for name in kept if name != "act"}
     for name, child in linears.items():
-        if type(child) not in (nn.Linear, LowRankLinear):
+        if type(child) not in takes:
             return f"{name} is a {type(child).__name__}, not a plain linear"
         if (foreign := foreign_weight(child)) is not None:
             return f"{name} holds a {foreign}, no plain weight"
-    if not any(isinstance(child, LowRankLinear) for child in linears.values()):
-        return f"none of {', '.join(linears)} is low-rank"
+    if not any(isinstance(child, needs) for child in linears.values()):
+        return f"none of {', '.join(linears)} is {'low-rank' if needs is LowRankLinear else f'an {needs.__name__}'}"
     act = module.get_submodule("act")
     if activation_name(act) is None:
         return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"

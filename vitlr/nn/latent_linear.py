@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear
-from vitlr.runtime.compact import power
+from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear, weight
 
 
 class LatentLinear(nn.Module):
@@ -18,25 +17,28 @@ class LatentLinear(nn.Module):
     u `[N, K]` are latent weights in float32, in steps of their own entry. The gradient of q is taken for theirs
     (straight through: Bengio, Léonard and Courville, arXiv 1308.3432), so u gathers what many batches ask for before
     a code changes. It starts at q: nearer to the dense weight, noise would undo what codes make up for in each other.
-    Exponents stay; the bias is the layer's own.
+    Exponents and lower bytes stay; the bias is the layer's own.
     """
 
     row_exponent: Tensor
     column_exponent: Tensor
+    fine: Tensor | None
+    twice: Tensor | None
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("row_exponent", layer.row_exponent)
         self.register_buffer("column_exponent", layer.column_exponent)
+        self.register_buffer("fine", layer.fine)
+        self.register_buffer("twice", layer.twice)
         self.latent = nn.Parameter(layer.codes.float())
         self.bias = layer.bias
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        columns, rows = power(self.column_exponent), power(self.row_exponent)[:, None]
-        W = _Round.apply(self.latent) * columns * rows  # in this order, as the layer of integers forms it, to the bit
+        W = weight(self, _Round.apply(self.latent))  # as the layer of integers forms it, to the bit
         return F.linear(x.to(dtype), W.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def codes(self) -> Tensor:
@@ -46,7 +48,7 @@ class LatentLinear(nn.Module):
     def quantized(self) -> QuantizedLinear:
         """The layer of integers that this one is, with the bias that it has."""
         layer = QuantizedLinear.from_codes(self.codes(), self.row_exponent, self.column_exponent, None)
-        layer.bias = self.bias
+        layer.bias, layer.fine, layer.twice = self.bias, self.fine, self.twice
         return layer.train(self.training)
 
 

@@ -106,6 +106,14 @@ class LowRankLinear(Weightless):
         return layer
 
     @classmethod
+    def from_layers(cls, down: nn.Module, up: nn.Module) -> LowRankLinear:
+        """The layer `up(down(x))` of two that fit, such as layers of integers; they become its children."""
+        K, r, N = (int(size) for size in (down.in_features, down.out_features, up.out_features))  # type: ignore[arg-type]
+        layer = cls(K, N, r, bias=up.bias is not None, device="meta")
+        layer.down, layer.up = down, up  # type: ignore[assignment]
+        return layer
+
+    @classmethod
     @torch.no_grad()
     def from_linear(cls, linear: nn.Linear, rank: int) -> LowRankLinear:
         """The best rank-r layer in the Frobenius norm: `W = U Σ Vᵀ`, A = U_r Σ_r^½, B = Σ_r^½ V_rᵀ, solved in fp64.

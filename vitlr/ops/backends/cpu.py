@@ -13,7 +13,7 @@ from vitlr.ops.layers import attention, lowrank_linear, lowrank_mlp, lowrank_res
 from vitlr.ops.linalg import gram
 
 _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
-_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLOW = "without AVX2 torch's own GEMM is faster"
 
@@ -33,7 +33,7 @@ class _Chain:
         W_packed = packed.weight(W, self.isa)
         bias = None if bias is None else bias.contiguous()
         pointer = 0 if bias is None else bias.data_ptr()
-        self.layers.append((W_packed.fields, residual and residual.fields, pointer, _ACTIVATIONS[act]))
+        self.layers.append((W_packed.fields, residual and residual.fields, pointer, ACTIVATIONS[act]))
         self.kept += [W_packed, bias, residual]
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
