@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import is_plain, is_transformed
+from vitlr.nn._weightless import Weightless
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import lowrank_linear as op
 from vitlr.ops.linalg.factors import balance
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Weightless):
     """`y = A (B x) + b`: A = `up.weight` [N, r], B = `down.weight` [r, K], b = `up.bias` [N]; x [..., K] -> y [..., N].
 
-    Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. There is no
-    `.weight`: a model that reads it past `forward` would silently use something else than the layer.
+    Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. Of
+    `weight` there is only dtype, device and shape: a model that computes with it past `forward` is told so.
     A kernel runs only where dispatch chooses one and both children are plain; otherwise the children are called.
     Raises InputError for a rank outside 1..min(K, N).
     """
