@@ -1,7 +1,7 @@
 """How much faster ViTs of bytes are: ours and OpenVINO's, against torch, interleaved in one process.
 
     pip install openvino nncf
-    python -m bench.micro.int8_models [--cases vit_base_patch16_224:8 vit_base_patch16_224:1 ...] [--threads N] [--json FILE]
+    python -m bench.micro.int8_models [--cases vit_base_patch16_224:8 ...] [--threads N] [--json FILE]
 
 Random weights and images: the time does not depend on them. OpenVINO's are the model in fp32 and bf16, and NNCF's
 post-training quantisation for transformers with bf16 for the rest where the CPU has it, in latency mode. Ours run on x

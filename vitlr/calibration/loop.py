@@ -15,7 +15,7 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
+from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
 from vitlr.calibration.probe import Probe, probe
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
@@ -86,7 +86,9 @@ def calibrate(
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
-        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
+        # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.
+        factors = RANGES in wanted.extras
+        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude, factors=factors)
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
