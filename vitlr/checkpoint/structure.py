@@ -207,6 +207,8 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
         return lambda: swap(
             dense.model, name, LowRankLinear.from_layers(*(make() for make in pair)).train(linear.training)
         )
+    dense.modules[f"{name}.down"] = _like(linear, nn.Linear, shape[0], rank, False)  # which may be of bytes
+    dense.modules[f"{name}.up"] = _like(linear, nn.Linear, rank, shape[1], bias)
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
 
 
@@ -246,8 +248,8 @@ CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
     "heads": _fewer_heads,
     "inputs": _select,
     "quantized": _quantise,
-    "int8": _multiply_bytes,
     "rank": _factorise,
+    "int8": _multiply_bytes,
 }
 """By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""
 
