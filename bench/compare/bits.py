@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.frontier.plain import rounded
+from bench.compare.frontier.rivals import GROUP
 from bench.compare.refinement import choice
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
 from vitlr.calibration.loop import calibrate
@@ -45,7 +47,6 @@ from vitlr.surgery.application import apply
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
-GROUP = 64
 OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
 
 
@@ -84,18 +85,10 @@ def nearest(model: nn.Module, stats: Statistics, bits: int) -> tuple[nn.Module, 
     return small, {"bytes": round(size + count_rest(small, stats.layers))}
 
 
-def grouped(weight: Tensor, bits: int, tries: int = 24) -> Tensor:
+def grouped(weight: Tensor, bits: int) -> Tensor:
     """W rounded in groups of a row, each in the range that loses least of its weights."""
-    top, groups = 2**bits - 1, weight.unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
-    best, loss = torch.zeros_like(groups), torch.full_like(low, torch.inf)
-    for share in torch.linspace(1, 0.3, tries):
-        step = ((high - low) * share / top).clamp(min=1e-12).half().float()
-        zero = (-low * share / step).round().clamp(0, top)
-        rounded = ((groups / step + zero).round().clamp(0, top) - zero) * step
-        lost = (rounded - groups).square().sum(-1, True)
-        best, loss = torch.where(lost < loss, rounded, best), torch.minimum(lost, loss)
-    return best.flatten(1)
+    codes, step, zero = rounded(weight, bits, GROUP)
+    return ((codes - zero) * step).flatten(1)
 
 
 def refined(
