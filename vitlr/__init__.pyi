@@ -19,6 +19,7 @@ from vitlr.errors import NumericalError as NumericalError
 from vitlr.errors import RunError as RunError
 from vitlr.errors import VitlrError as VitlrError
 from vitlr.measuring.evaluation import evaluate as evaluate
+from vitlr.nn import Int8Linear as Int8Linear
 from vitlr.nn import LowRankGLU as LowRankGLU
 from vitlr.nn import LowRankLinear as LowRankLinear
 from vitlr.nn import LowRankMLP as LowRankMLP
@@ -96,6 +97,7 @@ def compress(
     width_step: int = 16,
     width_scale: float = 1.0,
     attention: str | None = None,
+    bits: str | Sequence[int] | int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 1,
@@ -175,6 +177,7 @@ def plan(
     width_step: int = 16,
     width_scale: float = 1.0,
     attention: str | None = None,
+    bits: str | Sequence[int] | int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Plan: ...
@@ -210,6 +213,7 @@ def refine(
     rungs: str | Sequence[str] = "distil",
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
+    output_fn: Callable[[Any], Tensor] | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
     steps: int | None = None,

@@ -21,6 +21,10 @@ def calibration_tar(folder: Path) -> Path:
     return folder / "imagenet_calibration_1000.tar"
 
 
+def validation_tar(folder: Path) -> Path:
+    return folder / "imagenet_validation_1300.tar"
+
+
 def calibration(folder: Path, model: nn.Module, cache: Path, batch_size: int = 50) -> Kept:
     """The 1000 calibration images with labels, as the model sees them in use, decoded once and kept in `cache`."""
     choices: dict[str, Any] = {"class_map": folder / "imagenet_synsets.txt", "batch_size": batch_size}
@@ -29,9 +33,9 @@ def calibration(folder: Path, model: nn.Module, cache: Path, batch_size: int = 5
 
 def validation(folder: Path, model: nn.Module, cache: Path, batch_size: int = 50, limit: int | None = None) -> Kept:
     """The 1300 validation images with labels, decoded once and kept in `cache`."""
-    tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
-    choices: dict[str, Any] = {"class_map": synsets, "batch_size": batch_size, "limit": limit, "need_labels": True}
-    return Kept.load(cache, lambda: open_data(tar, model, **choices), model)
+    choices: dict[str, Any] = {"class_map": folder / "imagenet_synsets.txt", "need_labels": True}
+    choices |= {"batch_size": batch_size, "limit": limit}
+    return Kept.load(cache, lambda: open_data(validation_tar(folder), model, **choices), model)
 
 
 class Kept:

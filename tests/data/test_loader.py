@@ -231,6 +231,8 @@ def test_labels_must_be_the_models_where_they_are_needed(tiny_vit, image_folder)
     with pytest.raises(InputError, match="no classifier"):
         open_data(path, tiny_vit(num_classes=0), need_labels=True)
     assert open_data(path, tiny_vit()).images == 6  # calibration needs no labels
+    found = open_data(path, tiny_vit(num_classes=0), class_map={"a": 0, "c": 1})  # to name them, without a head
+    assert sorted(everything(found)[1].tolist()) == [0, 0, 1, 1]
 
 
 def test_images_without_folders_serve_calibration(tiny_vit, tmp_path, jpeg):

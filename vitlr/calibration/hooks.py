@@ -54,7 +54,7 @@ class Tap:
         self.by_image = "image_moment" in self.wanted
         for key in self.wanted:
             old, shape = stats.held.get(key), stats.shape(key, *(queries or ()))
-            new = torch.zeros(shape, dtype=torch.float64) if old is None else old
+            new = torch.full(shape, SUMS[key].start, dtype=torch.float64) if old is None else old
             stats.held[key] = new.to(linear.weight.device)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
@@ -98,6 +98,8 @@ class Tap:
                 output.register_hook(lambda g: self._add_hidden(x, g))
             if "output_gradient" in self.wanted:
                 output.register_hook(self._add_output_gradient)
+            if "output_square" in self.wanted:
+                output.register_hook(lambda g: self._add_squares("output_square", g))
             if "score_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_scores(made, g))
             if "row_gradient" in self.wanted:
@@ -127,6 +129,11 @@ class Tap:
             gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
         if "input_moment" in wanted:
             self._add_gram("input_moment", rows)
+        for key, extreme in (("input_low", rows.amin), ("input_high", rows.amax)):
+            if key in wanted and len(rows):
+                s.sum(key).copy_(SUMS[key].join(s.sum(key), extreme(0).double()))
+        if "input_square" in wanted:
+            self._add_squares("input_square", rows)
         if "input_abs" in wanted:
             s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
 
@@ -140,6 +147,10 @@ class Tap:
         part = torch.zeros_like(C)
         gram_update_(part, X)
         C.add_(part, alpha=(own * size) ** 2)
+
+    def _add_squares(self, key: str, t: Tensor) -> None:
+        rows = t.detach().reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
+        self.stats.sum(key).add_(torch.linalg.vector_norm(rows, dim=0).square())
 
     def _without_bias(self, output: Tensor) -> Tensor:
         y = output if self.linear.bias is None else output - self.linear.bias

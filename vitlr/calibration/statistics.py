@@ -114,7 +114,7 @@ class Statistics:
         layers: dict[str, LayerStatistics] = {}
         for name, mine in self.layers.items():
             theirs = other.layers[name]
-            sums = {key: tensor + theirs.sum(key) for key, tensor in mine.sums()}
+            sums = {key: SUMS[key].join(tensor, theirs.sum(key)) for key, tensor in mine.sums()}
             layers[name] = LayerStatistics(
                 name, mine.in_features, mine.out_features, mine.owner, mine.tokens + theirs.tokens, **sums
             )

@@ -14,7 +14,7 @@ from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
 from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
@@ -38,6 +38,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "twice?": [whole(0)],
         **_SIZES,
     },
+    "int8": {"int8": FLAG, **_SIZES},
 }
 """What an entry of each kind holds; what is left of a model, and whether it fits, is for the change itself to say."""
 
@@ -49,7 +50,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
     its `"residual"` (the form) and `"group_size"` as well, those of integers `"factors": "quantized"`. Dense layers of
-    integers have `"quantized"` in the rank's place.
+    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`.
     """
     layers = {
         name: {
@@ -81,6 +82,11 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear) and id(module) not in factors
+    }
+    layers |= {
+        name: {"int8": True, "in_features": module.in_features, "out_features": module.out_features, "bias": True}
+        for name, module in model.named_modules()
+        if isinstance(module, Int8Linear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
     widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
@@ -201,6 +207,8 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
         return lambda: swap(
             dense.model, name, LowRankLinear.from_layers(*(make() for make in pair)).train(linear.training)
         )
+    dense.modules[f"{name}.down"] = _like(linear, nn.Linear, shape[0], rank, False)  # which may be of bytes
+    dense.modules[f"{name}.up"] = _like(linear, nn.Linear, rank, shape[1], bias)
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
 
 
@@ -226,12 +234,22 @@ def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
     return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, twice=twice))
 
 
+def _multiply_bytes(dense: _Dense, name: str, entry: Entry) -> Do:
+    """A linear that multiplies bytes."""
+    linear = dense.linear(name)
+    expected = {**dense.sizes(linear), "int8": True, "bias": True}
+    if {key: entry.get(key) for key in expected} != expected:
+        raise InputError(f"layer {name}: expected {expected}, the file says {entry!r:.200}")
+    return lambda: swap(dense.model, name, _like(linear, Int8Linear, entry["in_features"], entry["out_features"]))
+
+
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
     "width": _narrow,
     "heads": _fewer_heads,
     "inputs": _select,
     "quantized": _quantise,
     "rank": _factorise,
+    "int8": _multiply_bytes,
 }
 """By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""
 

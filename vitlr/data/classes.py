@@ -46,7 +46,7 @@ def num_classes(model: nn.Module, size: Sequence[int]) -> int | None:
 
 
 def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classes: int | None) -> dict[str, int]:
-    """Folder names to indices, from a file with one name a line; `InputError` unless there are `classes` of them."""
+    """Folder names to indices, from a file with one name a line; `InputError` unless there are `classes`, if any."""
     if isinstance(class_map, Mapping):
         where, found = "the class map", dict(class_map)
         lines = len(found)
@@ -62,7 +62,7 @@ def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classe
         if len(found) != lines:
             twice = next(name for index, name in enumerate(names) if found[name] != index)
             raise InputError(f"{where} names {twice!r} twice; expected one line for each class")
-    if classes is not None and lines != classes:
+    if classes and lines != classes:  # a model without a head has no classes of its own
         raise InputError(f"{where} has {lines} classes, the model {classes}; expected one line for each, in its order")
     if any(not isinstance(index, int) or not 0 <= index < lines for index in found.values()):
         raise InputError(f"{where} maps to indices outside 0..{lines - 1}")
