@@ -16,8 +16,8 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
-from vitlr.calibration.probe import Probe, probe, strided_layers
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
+from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
@@ -93,6 +93,7 @@ def calibrate(
         return resumed(again, model, loader, resume, wanted, tuple(changes), progress, on_batch)
     if loader is None:
         raise InputError("loader= is missing: calibration needs images")
+    check_model(model)
     objectives = wanted.objectives
     by_gradient = set(objectives) & set(GRADIENT_OBJECTIVES)
 
@@ -103,11 +104,13 @@ def calibrate(
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         check_finite(model)
-        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
+        # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.
+        factors = RANGES in wanted.extras
+        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude, factors=factors)
+        lost = set() if stats is None else set(stats.notes.get("unreached", ()))  # layers that the answer passes by
+        targets = {name: linear for name, linear in targets.items() if name not in lost}
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
-        heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
-        queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
         doubt = 0.0
         taps: list[Tap] = []
@@ -120,15 +123,25 @@ def calibrate(
                 continue
             if run is None:
                 found = probe(model, targets, one_image(inputs))
+                if needs_gradient and loss_fn is None:
+                    lost |= unreached(model, targets, one_image(inputs), output_fn)
+                if lost:
+                    targets = {name: linear for name, linear in targets.items() if name not in lost}
+                    found = probe(model, targets, one_image(inputs))
+                    extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
                 fresh = _empty(targets, found, image_shape(inputs))
                 fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = wanted.samples, wanted.seed
                 fresh.dtype = image_dtype(inputs)
+                if lost:
+                    fresh.notes["unreached"] = sorted(lost)
                 if why_not:
                     fresh.notes["no_hidden"] = why_not
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
+                heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
+                queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
                 own = set(extras) - {HIDDEN, VALUES}
                 pruned = {"input_moment", HIDDEN}
                 collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
@@ -155,7 +168,7 @@ def calibrate(
                 if needs_gradient:
                     seeds = image_seeds(tensors(inputs), wanted.seed)
                     if loss_fn is not None:
-                        losses = [loss_fn(output, batch)]
+                        losses = [scalar(loss_fn(output, batch))]
                     else:
                         picked = output_fn(output) if output_fn is not None else output
                         if not run.answer:
@@ -231,8 +244,8 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
     if cut_off:
         raise InputError(
             f"no gradient arrives at {len(cut_off)} layers ({some(cut_off)}): "
-            "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
-            "calibrate with objective='output'"
+            "they serve another output, or are cut off by no_grad or detach; leave them out with exclude=, pick what "
+            "counts with output_fn=, or calibrate with objective='output'"
         )
 
 

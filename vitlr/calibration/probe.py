@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.data.batches import call, tensors
+from vitlr.data.batches import call, first_tensor, tensors
 from vitlr.errors import InputError, VitlrError
 from vitlr.measuring import cost
+from vitlr.measuring.reach import reached
 from vitlr.runtime.words import some
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,46 @@ def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any
             if apart < near and near > _ALIKE * float(single.norm()):
                 found.add(name)
     return found
+
+
+def unreached(
+    model: nn.Module, targets: Mapping[str, nn.Linear], image: Any, output_fn: Callable[[Any], Tensor] | None
+) -> set[str]:
+    """The layers that the answer does not depend on, unless that is all of them; a warning names them."""
+
+    def pick(answer: Any) -> Tensor:
+        return first_tensor(answer if output_fn is None else output_fn(answer))
+
+    found = reached(model, targets, image, pick)
+    lost = [name for name in targets if not found.get(name, False)]
+    if not lost or len(lost) == len(targets):
+        return set()
+    _logger.warning(
+        "%d layers stay dense (%s): no gradient of the answer arrives at them, they serve another output or stand "
+        "behind no_grad; output_fn= picks what counts, objective='output' needs no gradient",
+        len(lost),
+        some(lost),
+    )
+    return set(lost)
+
+
+def scalar(loss: Any) -> Tensor:
+    """The loss of a `loss_fn`, if it is one."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise InputError(f"loss_fn= returned {what}, expected one number as a tensor, summed over the images")
+    return loss
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `InputError` for weights that are nowhere, or that autograd cannot follow."""
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise InputError(f"{name} is on the meta device: the model has no weights; load some first")
+        if p.is_inference():
+            raise InputError(
+                f"{name} was made under torch.inference_mode(), autograd cannot follow it; make the model outside"
+            )
 
 
 _ALIKE = 0.05  # relative; batches of one and of two are rounded otherwise, in half precision by as much

@@ -100,7 +100,7 @@ def _check_fits(found: Statistics, model: nn.Module, loader: Any, wanted: Calibr
     if wanted.hidden == "attention" and VALUES not in found.extras:
         raise InputError("these statistics hold no moments of value channels, which attention= asks for")
     layers = linears.targets(model, wanted.include, wanted.exclude)
-    missing = [name for name in layers if name not in found.layers]
+    missing = [name for name in layers if name not in found.layers and name not in found.notes.get("unreached", ())]
     unfinished = not found.notes.get("complete", True) and len(layers) < len(found.layers)
     if missing or unfinished:
         extra = missing or [name for name in found.layers if name not in layers]

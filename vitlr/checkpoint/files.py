@@ -30,6 +30,7 @@ from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
 from vitlr.runtime.words import one_line
 from vitlr.surgery import fusion
+from vitlr.surgery.alien import guard
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)
@@ -98,12 +99,22 @@ def load(
     are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
-    path = Path(path)
+    path, device = Path(path), _there(device)
     header = load_header(path, kind="model", schema=SCHEMA)
     try:
         return _load(path, header, model).to(device)
     except InputError as cause:
         raise cause if str(cause).startswith(str(path)) else InputError(f"{path}: {cause}") from cause
+
+
+def _there(device: torch.device | str) -> torch.device:
+    """The device, if there is one by that name; `InputError` otherwise."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as cause:  # torch says it by RuntimeError, AssertionError, AcceleratorError, ...
+        raise InputError(f"device {device!s:.40} is not there: {one_line(cause, 120)}") from cause
+    return found
 
 
 def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
@@ -125,6 +136,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
     check_digest(path, header["digest"], _digest(tensors, {k: v for k, v in header.items() if k != "digest"}))
     _fill(rebuilt, tensors, header)
+    guard(rebuilt)
     likeness.check_blueprint(rebuilt, header.get("blueprint"))
     likeness.check_answer(rebuilt, header.get("answer"))
     if model is None:
@@ -147,6 +159,11 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise InputError(f"{name} is {'on the meta device' if isinstance(value, Tensor) else 'not a tensor'}")
+        if type(value) not in (Tensor, nn.Parameter):
+            raise InputError(
+                f"{name} is a {type(value).__name__}, no plain tensor: save the model before it is quantised or "
+                "sharded, and do that again after loading"
+            )
         known = first.setdefault(id(owners.get(name, value)), name)
         if known != name:
             tied[name] = known

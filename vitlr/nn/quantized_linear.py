@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._weightless import Weightless
 from vitlr.runtime.compact import power
 
 LARGEST = 127  # of a code
@@ -18,7 +19,7 @@ BYTE = 64  # eighths of a power of two: what a byte further up counts
 LARGEST_TWICE = 2**8 * LARGEST + 127  # of a code of two bytes
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Weightless):
     """`y = W x + b` with `W_ij = q_ij · 2^((r_i + c_j) / 8)`: int8 codes q [N, K], a step for every row and column.
 
     `codes` [N, K] int8, `row_exponent` [N] and `column_exponent` [K] int16, `bias` [N] as in `nn.Linear`: integers,

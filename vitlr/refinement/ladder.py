@@ -16,7 +16,7 @@ from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.data.batches import to_model
 from vitlr.errors import InputError
 from vitlr.measuring.cost import count_bytes, is_rounded
-from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, SelectedLinear
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, QuantizedLinear, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.distil import distil
 from vitlr.refinement.images import Proxy
@@ -31,6 +31,8 @@ from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore, stored
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.proof import prove
+
+_NEW = (LowRankLinear, QuantizedLinear, SelectedLinear)  # what compression put in
 
 
 @keywords(Recipe)
@@ -69,7 +71,7 @@ def refine(
     if not wanted:
         return model
     proxy = Proxy(loader)
-    changed = [name for name, module in model.named_modules() if isinstance(module, (LowRankLinear, SelectedLinear))]
+    changed = [name for name, module in model.named_modules() if isinstance(module, _NEW)]
     prove(model, changed, to_model(model, proxy.held[:1]))
     judge = Judge(reference, proxy.held, recipe.batch_size, output_fn)
     run = {

@@ -55,7 +55,8 @@ class Loosened:
 
     @torch.no_grad()
     def press(self, lr: float) -> None:
-        """Pull every latent weight towards codes that take fewer bits, the more bytes they take beyond 0.998 of the limit.
+        """Pull every latent weight towards codes that take fewer bits, the more bytes they take beyond
+        0.998 of the limit.
 
         A code k of share p_k takes `b_k = -log2 p_k` bits; `u ← u - pull · lr · (b_⌊u⌋+1 - b_⌊u⌋)`.
         """

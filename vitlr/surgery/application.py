@@ -25,6 +25,7 @@ from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
+from vitlr.surgery.alien import guard
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 from vitlr.surgery.mlps import narrow_mlp
 from vitlr.surgery.proof import prove
@@ -73,7 +74,10 @@ def replace_layers(
         assert isinstance(linear, nn.Linear)
         A, B, bias = factors.get(name) or spectra.layers[name].factors(linear.weight, rank, linear.bias)
         low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
-        swap(model, place, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
+        low.train(linear.training).requires_grad_(linear.weight.requires_grad)
+        if low.up.bias is not None and linear.bias is not None:
+            low.up.bias.requires_grad_(linear.bias.requires_grad)
+        swap(model, place, low)
         if progress is not None:
             progress(done, len(plan.ranks))
     round_weights(model, plan, spectra, progress)
@@ -155,6 +159,8 @@ def apply(
         changed = [row.name for row in plan.layers if row.rank or row.kept_in or row.kept_out or row.level is not None]
         prove(small, changed, noise_image(small, image), original=None if inplace else model)
         small.vitlr_info = {**(getattr(small, "vitlr_info", None) or {}), "image": image}  # type: ignore[assignment]
+    if plan.changes:
+        guard(small)
     return small
 
 

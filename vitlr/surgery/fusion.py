@@ -25,9 +25,10 @@ from vitlr.nn._fused import Fused, StandIn
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.surgery import folding
+from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
 
-FUSED: tuple[type[Fused], ...] = (LowRankMLP, Int8MLP, LowRankGLU, FusedAttention)
+FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -39,6 +40,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
             swap(model, name, module.to_linear().train(module.training))
+    unguard(model)
     return model
 
 
