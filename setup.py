@@ -24,15 +24,23 @@ import nvcc
 
 CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
-SOURCES = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "chain", "attention"))]
+SOURCES = [
+    "csrc/bindings.cpp",
+    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "chain", "int8_chain", "attention")),
+]
 # The same source, compiled once for each instruction set and chosen at run time.
-GRAM, CHAIN, ATTENTION = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention"))
+GRAM, CHAIN, ATTENTION, INT8 = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention", "int8_chain"))
+AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]  # whatever multiplies bf16 multiplies bytes as well
 ISAS = {
-    "portable": ([], [GRAM, CHAIN, ATTENTION]),
-    "avx2": (["-mavx2", "-mfma"], [GRAM, CHAIN, ATTENTION]),
-    "avx512": (AVX512, [GRAM, CHAIN, ATTENTION]),
-    "avx512_bf16": ([*AVX512, "-mavx512bf16"], [CHAIN, ATTENTION]),
+    "portable": ([], [GRAM, CHAIN, ATTENTION, INT8]),
+    "avx2": (AVX2, [GRAM, CHAIN, ATTENTION, INT8]),
+    "avx_vnni": ([*AVX2, "-mavxvnni"], [INT8]),
+    "avx512": (AVX512, [GRAM, CHAIN, ATTENTION, INT8]),
+    "avx512_vnni": ([*AVX512, "-mavx512vnni"], [INT8]),
+    "avx512_bf16": (BF16, [CHAIN, ATTENTION, INT8]),
+    "amx_int8": ([*BF16, "-mamx-tile", "-mamx-int8"], [INT8]),
 }
 
 
@@ -117,7 +125,7 @@ def extensions() -> list[Extension]:
     """The CPU extension and the CUDA one."""
     if _is_set("VITLR_SKIP_NATIVE_BUILD"):
         return []
-    depends = [GRAM, CHAIN, ATTENTION, *map(str, Path("csrc").glob("cpu/*.h"))]
+    depends = [GRAM, CHAIN, ATTENTION, INT8, *map(str, Path("csrc").glob("cpu/*.h"))]
     # optional: an editable install, which copies what was built, does not miss what was not.
     cpu = Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)
     newer = [*map(str, Path("csrc").glob("cuda/*")), "csrc/nvcc.py"]

@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "cpu/chain.h"
 #include "cpu/gram.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 
@@ -24,6 +25,10 @@ T* pointer(uintptr_t address) {
 
 const ChainKernel& chain_kernel(const std::string& isa, bool bf16) {
   return vitlr::chain_kernel(vitlr::select_isa(isa.c_str()), bf16);
+}
+
+const ChainKernel& int8_chain_kernel(const std::string& isa, bool bf16) {
+  return vitlr::int8_chain_kernel(vitlr::select_isa(isa.c_str()), bf16);
 }
 
 void gram(uintptr_t C, uintptr_t X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride, uintptr_t weight,
@@ -62,6 +67,27 @@ void chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
 }
 
+// layers: [(packed, scales, N, K, bias, act, multiplier, shift)], the last four of every layer in fp32
+void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int64_t column_stride, uintptr_t y,
+                uintptr_t residual, int64_t residual_stride, const py::list& layers, int threads,
+                const std::string& isa) {
+  std::vector<vitlr::Layer> chained;
+  for (const auto& item : layers) {
+    const auto fields = item.cast<py::tuple>();
+    const auto floats = [&](size_t i) { return pointer<const float>(fields[i].cast<uintptr_t>()); };
+    chained.push_back({{pointer(fields[0].cast<uintptr_t>()), floats(1), fields[2].cast<int64_t>(),
+                        fields[3].cast<int64_t>(), 1, vitlr::kInt8},
+                       nullptr,
+                       floats(4),
+                       static_cast<vitlr::Activation>(fields[5].cast<int>()),
+                       {floats(6), floats(7)}});
+  }
+  const ChainKernel& kernel = int8_chain_kernel(isa, bf16);
+  py::gil_scoped_release release;
+  const vitlr::Rows rows{pointer(x), M, K, row_stride, column_stride, pointer(y), pointer(residual), residual_stride};
+  vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
+}
+
 // q, k, v: (address, strides of image, head and row); y [images, queries, heads, width]
 void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr_t y, int64_t images,
                int64_t heads, int64_t queries, int64_t keys, int64_t width, float scale, int threads,
@@ -94,9 +120,15 @@ void pack_codes(bool bf16, uintptr_t codes, uintptr_t scales, int64_t N, int64_t
                     pointer<float>(packed_scales));
 }
 
+void int8_pack(uintptr_t W, int64_t row_stride, int64_t column_stride, int64_t N, int64_t K, uintptr_t packed,
+               const std::string& isa) {
+  const ChainKernel& kernel = int8_chain_kernel(isa, false);
+  py::gil_scoped_release release;
+  kernel.pack(pointer(W), row_stride, column_stride, N, K, pointer(packed));
+}
+
 // FLOP/s of multiply-adds between registers: the best of `repeats` runs of about a millisecond.
-double peak(bool bf16, int repeats, const std::string& isa) {
-  const ChainKernel& kernel = chain_kernel(isa, bf16);
+double peak(const ChainKernel& kernel, int repeats) {
   py::gil_scoped_release release;
   double best = 0;
   for (int i = 0; i < repeats; ++i) {
@@ -116,11 +148,20 @@ py::dict build_info() {
 #ifdef VITLR_WITH_AVX2
   isas.append("avx2");
 #endif
+#ifdef VITLR_WITH_AVX_VNNI
+  isas.append("avx_vnni");
+#endif
 #ifdef VITLR_WITH_AVX512
   isas.append("avx512");
 #endif
+#ifdef VITLR_WITH_AVX512_VNNI
+  isas.append("avx512_vnni");
+#endif
 #ifdef VITLR_WITH_AVX512_BF16
   isas.append("avx512_bf16");
+#endif
+#ifdef VITLR_WITH_AMX_INT8
+  isas.append("amx_int8");
 #endif
   py::dict info;
 #if defined(__clang__)
@@ -140,6 +181,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  vitlr::watch_forks();
   m.doc() = "Native kernels of vitlr; use them through vitlr.ops.";
   m.def("gram", &gram, py::arg("C"), py::arg("X"), py::arg("T"), py::arg("n"), py::arg("row_stride"),
         py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
@@ -154,7 +196,13 @@ PYBIND11_MODULE(_C, m) {
                           int64_t samples) {
     return vitlr::fingerprint(pointer(W), bytes, N, K, row_stride, column_stride, samples);
   });
-  m.def("peak", &peak);
+  m.def("int8_chain", &int8_chain);
+  m.def("int8_pack", &int8_pack);
+  m.def("int8_packed_bytes", [](int64_t N, int64_t K, const std::string& isa) {
+    return int8_chain_kernel(isa, false).packed_bytes(N, K, vitlr::kInt8);
+  });
+  m.def("peak", [](bool bf16, int repeats, const std::string& isa) { return peak(chain_kernel(isa, bf16), repeats); });
+  m.def("int8_peak", [](int repeats, const std::string& isa) { return peak(int8_chain_kernel(isa, false), repeats); });
   m.def("select_isa", [](const std::string& isa) { return vitlr::name_of(vitlr::select_isa(isa.c_str())); },
         py::arg("isa"));
   m.def("build_info", &build_info);

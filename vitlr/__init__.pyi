@@ -19,6 +19,7 @@ from vitlr.errors import NumericalError as NumericalError
 from vitlr.errors import RunError as RunError
 from vitlr.errors import VitlrError as VitlrError
 from vitlr.measuring.evaluation import evaluate as evaluate
+from vitlr.nn import Int8Linear as Int8Linear
 from vitlr.nn import LowRankGLU as LowRankGLU
 from vitlr.nn import LowRankLinear as LowRankLinear
 from vitlr.nn import LowRankMLP as LowRankMLP

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
@@ -115,7 +115,7 @@ def compressed(
 
     measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
     whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
-    reference = copy.deepcopy(model) if inplace and stages.rungs else model
+    reference = duplicate(model) if inplace and stages.rungs else model
     options = stages.planning
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
@@ -149,6 +149,7 @@ def compressed(
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
         with watch("refining", None, "steps") as advance:
             how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
+            how["output_fn"] = output_fn
             small = refine(small, reference, loader, inplace=True, progress=advance, **how)
         report = small.vitlr_refinement  # type: ignore[assignment]
     return Compressed(small, chosen, report, measured, images)
@@ -200,9 +201,9 @@ def read_options(
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
     if deciding.settled in ROUNDED or deciding.stored:
-        if parse_rungs(rungs):
+        if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
             method = f"method={deciding.settled!r}" if deciding.settled in ROUNDED else "bits="
-            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with {method}")
+            raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:

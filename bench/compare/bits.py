@@ -1,6 +1,10 @@
 """Bits on the real ViT-Ti, without any training: top-1 against bytes of the file, one table, Markdown and JSON.
 
     python -m bench.compare.bits [--data FOLDER] [--stats FILE] [--out docs/results]
+    python -m bench.compare.bits --refined 1.8 [--choice steps=1000 ...]
+
+The second refines the model of that size without labels, going on where it was interrupted, and adds the row to the
+figures that are there; what is kept is decided on held-out calibration images.
 
 One calibration serves every row. The rival is plain rounding: every group of 64 weights of a row gets the step and the
 zero that lose least of the weight itself, nothing is made up for, and everything else is stored as ours is.
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.refinement import choice
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
@@ -31,13 +36,17 @@ from vitlr.data.loader import open_data
 from vitlr.measuring.cost import count_bytes, count_rest, rest
 from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.planner import plan
+from vitlr.refinement.ladder import refine
+from vitlr.refinement.report import Refinement
 from vitlr.runtime import compact
+from vitlr.runtime.progress import bar
 from vitlr.surgery.application import apply
 
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
 GROUP = 64
+OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
 
 
 def ours(
@@ -89,6 +98,22 @@ def grouped(weight: Tensor, bits: int, tries: int = 24) -> Tensor:
     return best.flatten(1)
 
 
+def refined(
+    small: nn.Module, model: nn.Module, folder: Path, path: Path, choices: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Distilled from the dense model without labels, to integers again, and read back from its file."""
+    start = time.process_time()
+    images = open_data(calibration_tar(folder), model, batch_size=50, workers=0)
+    with bar("refining", unit="steps") as progress:
+        small = refine(small, model, images, rungs="distil", resume=path, progress=progress, **choices)
+    report = small.vitlr_refinement
+    assert isinstance(report, Refinement)
+    seconds = time.process_time() - start
+    save(small, path / "small.safetensors")
+    facts = {"choices": choices, "refinement": report.to_dict(), "refining_cpu_seconds": seconds}
+    return load(path / "small.safetensors"), {**facts, "bytes": (path / "small.safetensors").stat().st_size}
+
+
 def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
     """Of both sides of every linear, of an earlier run where there was one."""
     path = args.stats or cache / f"statistics-{args.images}.safetensors"
@@ -138,6 +163,8 @@ def _arguments() -> argparse.Namespace:
     args = parser(__doc__ or "")
     args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
     args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
+    args.add_argument("--refined", type=float, metavar="MB", help="refine the model of this size, and add its row")
+    args.add_argument("--choice", nargs="*", default=[], type=choice, metavar="KEY=JSON", help="of its recipe")
     args.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), metavar="MB")
     args.add_argument("--stats", type=Path, help="statistics of an earlier run")
     args.add_argument("--images", type=int, default=1000, help="calibration images")
@@ -153,36 +180,55 @@ def main(args: argparse.Namespace) -> None:
     cache = BUILD / "compare_bits" / CODE
     cache.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
+    if args.refined is not None:
+        start, facts, _ = ours(model, stats, "bits", args.refined, None)
+        small, more = refined(start, model, folder, cache / f"refined-{args.refined:g}", dict(args.choice))
     loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
     dense = Recorded(model, loader)
     reference = evaluate(dense, loader)
     print(f"dense: {reference}", file=sys.stderr)
+    if args.refined is None:
+        rows = _plain_rows(model, stats, args.sizes, loader, dense)
+        body = {
+            "model": MODEL,
+            "weights": CHECKPOINT,
+            "calibration_images": stats.images,
+            "validation_images": reference.images,
+            "code": CODE,
+            "machine": machine(),
+            "dense": {**reference.to_dict(), "bytes": count_bytes(model)},
+            "rest": count_rest(model, stats.layers),
+            "weights_rounded": sum(layer.in_features * layer.out_features for layer in stats.layers.values()),
+            "rows": rows,
+        }
+    else:
+        body = json.loads((args.out / "bits.json").read_text())
+        dense.next = 0
+        facts["before"] = evaluate(start, loader, dense).to_dict()
+        row = _measured(REFINED, small, {**facts, **more, "code": CODE, "machine": machine()}, loader, dense)
+        others = [was for was in body["rows"] if was["method"] != REFINED or was["size"] != args.refined]
+        body["rows"] = [*others, {**row, "size": args.refined}]
+    if sources() != CODE:
+        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
+    write_json(args.out / "bits.json", body)
+    (args.out / "bits.md").write_text(markdown(json.loads(json.dumps(body))))
+
+
+def _plain_rows(
+    model: nn.Module, stats: Statistics, sizes: list[float], loader: Kept, dense: Recorded
+) -> list[dict[str, Any]]:
+    """The rivals, then ours at all sizes."""
     rows = []
     for bits in NEAREST:
         small, facts = nearest(model, stats, bits)
         rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
     spectra = None
-    for size in args.sizes:
+    for size in sizes:
         for method in ("mix", "bits"):
             small, facts, known = ours(model, stats, method, size, spectra)
             spectra = spectra or known
-            rows.append(_measured(f'**vitlr, `method="{method}"`**', small, facts, loader, dense))
-    if sources() != CODE:
-        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
-    body = {
-        "model": MODEL,
-        "weights": CHECKPOINT,
-        "calibration_images": stats.images,
-        "validation_images": reference.images,
-        "code": CODE,
-        "machine": machine(),
-        "dense": {**reference.to_dict(), "bytes": count_bytes(model)},
-        "rest": count_rest(model, stats.layers),
-        "weights_rounded": sum(layer.in_features * layer.out_features for layer in stats.layers.values()),
-        "rows": rows,
-    }
-    write_json(args.out / "bits.json", body)
-    (args.out / "bits.md").write_text(markdown(json.loads(json.dumps(body))))
+            rows.append(_measured(OURS.format(method), small, facts, loader, dense))
+    return rows
 
 
 def _measured(method: str, small: nn.Module, facts: dict[str, Any], loader: Kept, dense: Recorded) -> dict[str, Any]:

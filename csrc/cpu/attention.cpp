@@ -11,18 +11,16 @@
 namespace vitlr {
 
 const AttentionKernel& attention_kernel(Isa isa, bool bf16) {
-  switch (isa) {
 #ifdef VITLR_WITH_AVX512_BF16
-    case kAvx512Bf16: return bf16 ? attention_bf16_avx512_bf16() : attention_fp32_avx512_bf16();
+  if (isa >= kAvx512Bf16) return bf16 ? attention_bf16_avx512_bf16() : attention_fp32_avx512_bf16();
 #endif
 #ifdef VITLR_WITH_AVX512
-    case kAvx512: return bf16 ? attention_bf16_avx512() : attention_fp32_avx512();
+  if (isa >= kAvx512) return bf16 ? attention_bf16_avx512() : attention_fp32_avx512();
 #endif
 #ifdef VITLR_WITH_AVX2
-    case kAvx2: return bf16 ? attention_bf16_avx2() : attention_fp32_avx2();
+  if (isa >= kAvx2) return bf16 ? attention_bf16_avx2() : attention_fp32_avx2();
 #endif
-    default: return bf16 ? attention_bf16_portable() : attention_fp32_portable();
-  }
+  return bf16 ? attention_bf16_portable() : attention_fp32_portable();
 }
 
 void run_attention(const AttentionKernel& kernel, const Attention& call, int threads) {

@@ -14,8 +14,7 @@ namespace vitlr {
 namespace {
 
 constexpr int64_t kBlockBytes = 640 << 10;  // of all blocks of a chain; the rest of a 1 MiB L2 is for panels of weights
-constexpr int64_t kMostRows = 96;     // more make weights no cheaper, and every level of cache fuller
-constexpr int64_t kMostDecoded = 192;  // but codes cheaper, which are decoded for every block
+constexpr int64_t kEnoughRows = 96;  // more make weights no cheaper, and every level of cache fuller
 
 int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
   const int64_t words = (width + kernel.elements - 1) / kernel.elements;
@@ -24,7 +23,7 @@ int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
 
 struct Plan {
   std::vector<int64_t> words;  // of a row of each block: x, and what every layer but the last puts out
-  int64_t row_words = 0, panel_words = 0, most_rows = kMostRows;
+  int64_t row_words = 0, panel_words = 0, most_rows = kEnoughRows;
 };
 
 Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int count) {
@@ -37,7 +36,7 @@ Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int coun
     int64_t panel = 0;
     for (const Weight* weight : {&layers[i].weight, layers[i].residual})
       if (weight) {
-        if (weight->form != kPlain || kernel.elements * kernel.bytes != 4) plan.most_rows = kMostDecoded;
+        if (weight->form != kPlain || kernel.elements * kernel.bytes != 4) plan.most_rows = kMostRows;
         panel += (weight->K + kernel.elements - 1) / kernel.elements * kernel.columns;
       }
     plan.panel_words = std::max(plan.panel_words, panel);
@@ -57,7 +56,7 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
   };
   char* const expanded = memory;
   char* const x = memory + plan.panel_words * 4;
-  kernel.fill(at(rows.x, first * rows.row_stride), rows.row_stride, rows.column_stride, count, rows.K, x);
+  kernel.fill(at(rows.x, first * rows.row_stride), rows.row_stride, rows.column_stride, count, rows.K, layers[0].input, x);
   char* block = x;
   for (int i = 0; i < layer_count; ++i) {
     const Layer& layer = layers[i];
@@ -72,7 +71,7 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
       call.y = const_cast<char*>(at(rows.y, first * N)), call.y_stride = N;
       call.residual = at(rows.residual, first * rows.residual_stride), call.residual_stride = rows.residual_stride;
     } else {
-      call.next = next;
+      call.next = next, call.next_input = layers[i + 1].input;
     }
     const int64_t panels = (N + kernel.columns - 1) / kernel.columns;
     call.index = last ? panels * share.index / share.count : 0;
@@ -95,18 +94,16 @@ bool ends_widest(const Layer* layers, int count) {
 }  // namespace
 
 const ChainKernel& chain_kernel(Isa isa, bool bf16) {
-  switch (isa) {
 #ifdef VITLR_WITH_AVX512_BF16
-    case kAvx512Bf16: return bf16 ? chain_bf16_avx512_bf16() : chain_fp32_avx512_bf16();
+  if (isa >= kAvx512Bf16) return bf16 ? chain_bf16_avx512_bf16() : chain_fp32_avx512_bf16();
 #endif
 #ifdef VITLR_WITH_AVX512
-    case kAvx512: return bf16 ? chain_bf16_avx512() : chain_fp32_avx512();
+  if (isa >= kAvx512) return bf16 ? chain_bf16_avx512() : chain_fp32_avx512();
 #endif
 #ifdef VITLR_WITH_AVX2
-    case kAvx2: return bf16 ? chain_bf16_avx2() : chain_fp32_avx2();
+  if (isa >= kAvx2) return bf16 ? chain_bf16_avx2() : chain_fp32_avx2();
 #endif
-    default: return bf16 ? chain_bf16_portable() : chain_fp32_portable();
-  }
+  return bf16 ? chain_bf16_portable() : chain_fp32_portable();
 }
 
 void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int count, int threads) {

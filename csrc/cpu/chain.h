@@ -17,6 +17,11 @@ enum Form { kPlain, kInt8, kInt4 };  // how a packed weight is stored: in the dt
 // register for their address, and twelve rows fill 6 KiB of L1 evenly, whatever K is.
 constexpr int64_t kChunk = 128;
 
+// A chain of integers is the same with blocks of u8 and weights of s8, whatever floats x and y are: exact sums in int32.
+//
+// Rows of a block at most: more make codes cheaper, which are decoded for every block, and weights that AMX multiplies.
+constexpr int64_t kMostRows = 192;
+
 // W [N, K] packed by `pack` or `pack_codes`: panels of columns of Wᵀ, each [K][columns of the panel].
 struct Weight {
   const void* panels;
@@ -25,11 +30,18 @@ struct Weight {
   Form form;
 };
 
+// How the input of a layer of integers becomes bytes: round(x multiplier + shift) in every column, from 0 to 255.
+struct Bytes {
+  const float *multiplier, *shift;  // [K]
+};
+
+// Of a layer of integers the scales are [N], one for each row of W, and the bias is in fp32 and never null.
 struct Layer {
   Weight weight;
   const Weight* residual;  // y = x weightᵀ + (first input of the chain) residualᵀ; null if there is none
   const void* bias;        // [N] in the dtype of x, or null
   Activation act;
+  Bytes input;  // of a layer of integers only
 };
 
 // One panel of columns of one layer on one block of rows: `out = act(a1 W1ᵀ + a2 W2ᵀ + bias) + residual`.
@@ -40,6 +52,7 @@ struct Panel {
   const void* bias;
   Activation act;
   void* next;            // the block of the next layer, or null at the end of the chain
+  Bytes next_input;      // what that layer makes of its input
   void* y;               // else y [rows, N], of row stride `y_stride`
   const void* residual;  // [rows, N] in the dtype of x, or null
   int64_t y_stride, residual_stride;
@@ -53,7 +66,7 @@ struct ChainKernel {
   const char* name;
   int64_t columns;   // of a panel; the last one may be half as wide
   int64_t rows;      // of a tile
-  int64_t elements;  // of K in one word of 32 bits: two where bf16 is multiplied in pairs, else one in fp32
+  int64_t elements;  // of K in one word of 32 bits: one in fp32, two where bf16 or int16 are multiplied in pairs, or four
   int64_t bytes;     // of an element of x
 
   int64_t (*packed_bytes)(int64_t N, int64_t K, Form form);
@@ -62,8 +75,8 @@ struct ChainKernel {
   // packed_bytes(N, 1, kInt8) floats a group.
   void (*pack_codes)(const void* codes, const void* scales, int64_t N, int64_t K, int64_t group, Form form,
                      void* packed, float* packed_scales);
-  // block = x [rows, K]; what fills the last word is 0.
-  void (*fill)(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, void* block);
+  // block = x [rows, K]; what fills the last word is 0, or anything where the rows of W there are 0.
+  void (*fill)(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes bytes, void* block);
   void (*panel)(const Panel& panel);
   // Runs `rounds` rounds of independent multiply-adds in registers; returns the FLOPs done.
   double (*peak)(int64_t rounds);
@@ -79,6 +92,24 @@ const ChainKernel& chain_fp32_avx512_bf16();
 const ChainKernel& chain_bf16_avx512_bf16();
 
 const ChainKernel& chain_kernel(Isa isa, bool bf16);
+
+const ChainKernel& int8_chain_fp32_portable();
+const ChainKernel& int8_chain_bf16_portable();
+const ChainKernel& int8_chain_fp32_avx2();
+const ChainKernel& int8_chain_bf16_avx2();
+const ChainKernel& int8_chain_fp32_avx_vnni();
+const ChainKernel& int8_chain_bf16_avx_vnni();
+const ChainKernel& int8_chain_fp32_avx512();
+const ChainKernel& int8_chain_bf16_avx512();
+const ChainKernel& int8_chain_fp32_avx512_vnni();
+const ChainKernel& int8_chain_bf16_avx512_vnni();
+const ChainKernel& int8_chain_fp32_avx512_bf16();
+const ChainKernel& int8_chain_bf16_avx512_bf16();
+const ChainKernel& int8_chain_fp32_amx_int8();
+const ChainKernel& int8_chain_bf16_amx_int8();
+
+// The chain of integers, x and y in fp32 or bf16; its `pack` takes int8 [N, K].
+const ChainKernel& int8_chain_kernel(Isa isa, bool bf16);
 
 struct Rows {
   const void* x;  // [M, K], strides in elements

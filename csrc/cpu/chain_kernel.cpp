@@ -17,25 +17,16 @@ void finish(const Panel& panel, int64_t first, int64_t rows, const float* sums, 
     const int64_t m = first + i;
     for (int64_t c = 0; c < width; c += kLanes) {
       Vector v = activate<ACT, T::bf16>(load(sums + i * kColumns + c) + load(bias + c));
-      const bool whole = c + kLanes <= width;
       if (panel.next) {
-        if (!whole) {  // what does not exist must be 0 there: Inf * 0 would be NaN
+        if (c + kLanes > width) {  // what does not exist must be 0 there: Inf * 0 would be NaN
           float values[kLanes];
           store(values, v);
           for (int64_t l = width - c; l < kLanes; ++l) values[l] = 0.0f;
           v = load(values);
         }
         put_words<T>(block_row<T>(panel.next, panel.rows, m, n + c), v);
-      } else if (whole) {
-        if (panel.residual) v += elements<T>(panel.residual, m * panel.residual_stride + n + c);
-        put<T>(panel.y, m * panel.y_stride + n + c, v);
       } else {
-        float values[kLanes];
-        store(values, v);
-        for (int64_t l = 0; c + l < width; ++l) {
-          const float other = panel.residual ? element<T>(panel.residual, m * panel.residual_stride + n + c + l) : 0.0f;
-          put<T>(panel.y, m * panel.y_stride + n + c + l, panel.residual ? values[l] + other : values[l]);
-        }
+        put_output<T>(panel, m, n + c, width - c, v);
       }
     }
   }
@@ -97,23 +88,8 @@ void panel(const Panel& call) {
 }
 
 template <class T>
-double peak(int64_t rounds) {
-  constexpr int chains = kRows * 2;  // as many as a tile has, enough to hide the latency
-  Vector sum[chains];
-#pragma GCC unroll 32
-  for (int c = 0; c < chains; ++c) sum[c] = splat(static_cast<float>(c));  // equal ones would be computed once
-  const Word word = 0x3f803f80;                                           // 1, as fp32 or twice as bf16
-  Vector w = {};
-  for (int64_t i = 0; i < rounds; ++i) {
-    __asm__ volatile("" : "+m"(w));  // or nothing of this loop would be left
-#pragma GCC unroll 32
-    for (int c = 0; c < chains; ++c) sum[c] = multiply_add<T>(sum[c], &word, w);
-  }
-  Vector total = {};  // of values and not of the array, which must not get an address, or it would live in memory
-#pragma GCC unroll 32
-  for (int c = 0; c < chains; ++c) total += sum[c];
-  __asm__ volatile("" : "+m"(total));
-  return 2.0 * chains * kLanes * T::elements * static_cast<double>(rounds);
+void fill_block(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes, void* block) {
+  fill<T>(x, row_stride, column_stride, rows, K, block);
 }
 
 #define VITLR_JOIN3(a, b, c) a##b##c
@@ -123,8 +99,8 @@ double peak(int64_t rounds) {
 
 template <class T>
 constexpr ChainKernel kernel() {
-  return {VITLR_TEXT(VITLR_ISA), kColumns,      kRows,   T::elements, T::bytes, packed_bytes<T>,
-          pack<T>,               pack_codes<T>, fill<T>, panel<T>,    peak<T>};
+  return {VITLR_TEXT(VITLR_ISA), kColumns,      kRows,         T::elements, T::bytes, packed_bytes<T>,
+          pack<T>,               pack_codes<T>, fill_block<T>, panel<T>,    peak_of<T>};
 }
 
 }  // namespace

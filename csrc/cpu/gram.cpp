@@ -103,16 +103,13 @@ void mirror(double* C, int64_t n, Task task, int64_t side) {  // the other trian
 }  // namespace
 
 const GramKernel& gram_kernel(Isa isa) {
-  switch (isa) {
 #ifdef VITLR_WITH_AVX512
-    case kAvx512Bf16:
-    case kAvx512: return kernel_avx512();
+  if (isa >= kAvx512) return kernel_avx512();
 #endif
 #ifdef VITLR_WITH_AVX2
-    case kAvx2: return kernel_avx2();
+  if (isa >= kAvx2) return kernel_avx2();
 #endif
-    default: return kernel_portable();
-  }
+  return kernel_portable();
 }
 
 void gram_update(double* C, const float* X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride,

@@ -3,7 +3,9 @@
 
 namespace vitlr {
 
-enum Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16 };  // each runs wherever the next one does
+// From the plainest to the best. Each runs wherever the next one does, but AVX-VNNI, which not every CPU with AVX-512 has.
+// Where an operation has nothing of its own for one, the next plainer one serves.
+enum Isa { kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmxInt8 };
 
 // The instruction set by name, or the best that was built and that this CPU runs if `name` is empty; throws
 // std::invalid_argument for any other.

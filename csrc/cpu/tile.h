@@ -35,6 +35,11 @@ inline Vector multiply_add(Vector sum, const void* word, Vector w) {
   return sum + *static_cast<const Float*>(word) * w;
 }
 
+template <class T>
+inline Vector added(Vector a, Vector b) {
+  return a + b;
+}
+
 // sums [ROWS][kColumns] (+)= block x panel, over `words` words. Registers add up one chunk of K, not all of it: a sum of
 // 3072 products in one fp32 chain would be several times less exact than a vendor's GEMM.
 template <class T, int ROWS, int VECTORS>
@@ -56,7 +61,7 @@ void tile(const Word* block, int64_t next_chunk, int64_t words, const Word* pane
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         float* at = sums + m * kColumns + v * kLanes;
-        store(at, add ? load(at) + sum[m][v] : sum[m][v]);
+        store(at, add ? added<T>(load(at), sum[m][v]) : sum[m][v]);
       }
   }
 }
@@ -96,6 +101,20 @@ inline void put_words(Word* p, Vector v) {
     store(p, v);
 }
 
+// Columns n.. of row m of the output of a chain, v and the residual; `width` of them exist, at most a vector of them.
+template <class T>
+inline void put_output(const Panel& panel, int64_t m, int64_t n, int64_t width, Vector v) {
+  const int64_t at = m * panel.y_stride + n, beside = m * panel.residual_stride + n;
+  if (width >= kLanes) {
+    if (panel.residual) v += elements<T>(panel.residual, beside);
+    return put<T>(panel.y, at, v);
+  }
+  float values[kLanes];
+  store(values, v);
+  for (int64_t l = 0; l < width; ++l)
+    put<T>(panel.y, at + l, panel.residual ? values[l] + element<T>(panel.residual, beside + l) : values[l]);
+}
+
 // block = x [rows, K]; what fills the last word is 0.
 template <class T>
 inline void fill(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, void* block) {
@@ -119,6 +138,27 @@ inline void fill(const void* x, int64_t row_stride, int64_t column_stride, int64
       put_words<T>(block_row<T>(block, rows, m, k), load(values));
     }
   }
+}
+
+// Runs independent multiply-adds in registers; returns how many multiplications and additions that were.
+template <class T>
+double peak_of(int64_t rounds) {
+  constexpr int chains = kRows * 2;  // as many as a tile has, enough to hide the latency
+  Vector sum[chains];
+#pragma GCC unroll 32
+  for (int c = 0; c < chains; ++c) sum[c] = splat(static_cast<float>(c));  // equal ones would be computed once
+  const Word word = 0x3f803f80;                                           // 1 as fp32, twice as bf16, or any integers
+  Vector w = {};
+  for (int64_t i = 0; i < rounds; ++i) {
+    __asm__ volatile("" : "+m"(w));  // or nothing of this loop would be left
+#pragma GCC unroll 32
+    for (int c = 0; c < chains; ++c) sum[c] = multiply_add<T>(sum[c], &word, w);
+  }
+  Vector total = {};  // of values and not of the array, which must not get an address, or it would live in memory
+#pragma GCC unroll 32
+  for (int c = 0; c < chains; ++c) total = added<T>(total, sum[c]);
+  __asm__ volatile("" : "+m"(total));
+  return 2.0 * chains * kLanes * T::elements * static_cast<double>(rounds);
 }
 
 }  // namespace

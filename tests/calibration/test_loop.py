@@ -16,7 +16,7 @@ from vitlr.measuring.losses import draws, image_seeds, is_logits, sampled_losses
 
 ALL = {
     "objective": ("loss", "output", "normalized", "fisher"),
-    "extras": ("input_moment", "input_abs", "row_gradient", "rounding"),
+    "extras": ("input_moment", "input_abs", "row_gradient", "rounding", "ranges"),
 }
 
 
@@ -96,6 +96,9 @@ def test_every_sum_matches_its_definition(tiny_vit, images, width):
         close(layer.input_sum, X.sum(0))
         close(layer.input_moment, X.T @ X)
         close(layer.input_abs, X.abs().sum(0))
+        close(layer.input_square, X.square().sum(0))
+        close(layer.output_square, D.square().sum(0))
+        assert torch.equal(layer.input_low, X.amin(0).double()) and torch.equal(layer.input_high, X.amax(0).double())
         per_image = torch.einsum(
             "itn,itk->ink", g.reshape(len(images), -1, len(W)), x.reshape(len(images), -1, W.shape[1])
         )
@@ -327,3 +330,43 @@ def test_embeddings_are_features_and_every_tensor_seeds_its_image():
     assert not is_logits(Encoder(), torch.randn(2, 6))
     a, b = torch.ones(3, 2), torch.arange(6.0).reshape(3, 2)
     assert len(set(image_seeds([a], 0))) == 1 and len(set(image_seeds([a, b], 0))) == 3
+
+
+class Stacked(nn.Module):
+    """Two views of every image, stacked behind each other or beside each other in the batch."""
+
+    def __init__(self, net, beside):
+        super().__init__()
+        self.net, self.beside = net, beside
+
+    def forward(self, x):
+        views = x, x.flip(-1) * 0.5
+        both = torch.stack(views, 1).flatten(0, 1) if self.beside else torch.cat(views)
+        answer = self.net(both)
+        return answer.view(-1, 2, answer.shape[-1]).mean(1) if self.beside else sum(answer.chunk(2)) / 2
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_sums_of_images_do_not_depend_on_how_their_rows_lie_in_the_batch(tiny_vit, beside):
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    model = Stacked(tiny_vit(), beside)
+    how = {"objective": ("fisher", "loss", "normalized"), "extras": ("row_gradient",)}
+    at_once, one_by_one = calibrate(model, [x[:2], x[2:]], **how), calibrate(model, x.split(1), **how)
+    for name, layer in at_once.layers.items():
+        for key, value in layer.sums():
+            close(value, one_by_one.layers[name].sum(key), rtol=1e-3)
+
+
+def test_images_that_change_each_other_are_refused_where_single_ones_count(tiny_vit):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_vit()
+
+        def forward(self, x):
+            return self.net(x + x.mean(0))
+
+    x = torch.randn(4, 3, 32, 32)
+    with pytest.raises(InputError, match="sees an image otherwise when another one is in the batch"):
+        calibrate(Mixed(), [x])
+    assert calibrate(Mixed(), [x], objective="loss").images == 4

@@ -21,7 +21,17 @@ FLAGS = [
     "-fno-sanitize-recover=all",
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-ISAS = {"portable": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+VNNI = [*AVX512, "-mavx512vnni"]
+ISAS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512_vnni": VNNI,
+    "avx512_bf16": [*VNNI, "-mavx512bf16"],
+    "amx_int8": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
+}
+OF_FLOATS = ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def run(command: list[str], **env: str) -> str:
@@ -31,8 +41,16 @@ def run(command: list[str], **env: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "rounds"), [("chain", 8), ("attention", 15)])
-def test_kernels_stay_within_their_buffers(tmp_path, kernel, rounds):
+@pytest.mark.parametrize(
+    ("name", "rounds", "kernels"),
+    [
+        ("chain", 8, {"chain": OF_FLOATS}),
+        ("attention", 15, {"attention": OF_FLOATS}),
+        ("int8_chain", 15, {"chain": OF_FLOATS, "int8_chain": tuple(ISAS)}),
+    ],
+    ids=str,
+)
+def test_kernels_stay_within_their_buffers(tmp_path, name, rounds, kernels):
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     if compiler is None or not (ROOT / "csrc").is_dir():
         pytest.skip("no C++ compiler, or not run from a source tree")
@@ -41,15 +59,15 @@ def test_kernels_stay_within_their_buffers(tmp_path, kernel, rounds):
     if subprocess.run(probe, cwd=ROOT, capture_output=True).returncode:
         pytest.skip(f"{compiler} has no sanitizers")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = [isa for isa, flags in ISAS.items() if x86 or not flags]
     objects, running = [], []
-    for isa in isas:
-        objects.append(str(tmp_path / f"{isa}.o"))
-        flags = [*FLAGS, *ISAS[isa], f"-DVITLR_ISA={isa}", "-c", f"csrc/cpu/{kernel}_kernel.cpp", "-o", objects[-1]]
-        running.append(subprocess.Popen([compiler, *flags], cwd=ROOT))
+    for kernel, isas in kernels.items():
+        for isa in isas if x86 else isas[:1]:
+            objects.append(str(tmp_path / f"{kernel}_{isa}.o"))
+            flags = [*FLAGS, *ISAS[isa], f"-DVITLR_ISA={isa}", "-c", f"csrc/cpu/{kernel}_kernel.cpp", "-o", objects[-1]]
+            running.append(subprocess.Popen([compiler, *flags], cwd=ROOT))
     assert all(process.wait() == 0 for process in running)
     program = str(tmp_path / "check")
-    sources = [f"tests/csrc/check_{kernel}.cpp", f"csrc/cpu/{kernel}.cpp", "csrc/cpu/isa.cpp"]
-    built = [f"-DVITLR_WITH_{isa.upper()}" for isa in isas]
+    sources = [f"tests/csrc/check_{name}.cpp", "csrc/cpu/isa.cpp", *(f"csrc/cpu/{kernel}.cpp" for kernel in kernels)]
+    built = [f"-DVITLR_WITH_{isa.upper()}" for isa in list(kernels.values())[-1] if x86 or isa == "portable"]
     run([compiler, *FLAGS, *built, "-fopenmp", *sources, *objects, "-o", program])
     assert "checked up to" in run([program, str(rounds)])

@@ -138,3 +138,22 @@ def test_a_layer_that_nothing_depends_on_is_rounded_all_the_same(tiny_vit):
     stats = vitlr.calibrate(model, [torch.randn(8, 3, 32, 32)], objective="loss", extras=("rounding",), hidden=False)
     small = vitlr.apply(model, vitlr.plan(model, stats, "bytes:20%", method="bits"))
     assert torch.isfinite(small(torch.randn(2, 3, 32, 32))).all()
+
+
+def test_an_input_that_is_now_and_then_huge_costs_its_own_column_and_no_other(tiny_vit, tmp_path):
+    model = tiny_vit(embed_dim=48, num_heads=3)
+    with torch.no_grad():  # neuron 5: a thousand times what the others are, and its weights are none the smaller
+        model.blocks[1].mlp.fc1.weight[5] *= 1000
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    stats = vitlr.calibrate(model, [images], objective="loss", extras=("rounding",), hidden=False)
+    plan = vitlr.plan(model, stats, "bytes:24%", method="bits")
+    small = vitlr.apply(model, plan)
+    layer = small.blocks[1].mlp.fc2
+    assert layer.twice.tolist() == [5]
+    error = (layer.dense_weight() - model.blocks[1].mlp.fc2.weight).norm(dim=0)
+    assert error[5] < 0.05 * error.median()
+    own = next(found for found in plan.layers if found.name == "blocks.1.mlp.fc2")
+    assert own.error < 0.2 * plan.error
+    vitlr.save(small, tmp_path / "m")
+    assert torch.equal(vitlr.load(tmp_path / "m")(images), small(images))
+    assert (tmp_path / "m").stat().st_size <= plan.bytes_kept + 2**16

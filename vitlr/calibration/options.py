@@ -14,7 +14,9 @@ GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
 ROUNDING = "rounding"  # both sides of every linear in full, which rounding its weight needs
-EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, ROUNDING)
+RANGES = "ranges"  # the least and the largest input of every channel, which multiplying bytes needs
+EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, ROUNDING, RANGES)
+FEW = 100  # images below which a calibration warns
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 
 
@@ -33,7 +35,7 @@ class Calibration(Options):
     exclude: str | Sequence[str] | None = option(
         None, "No layers whose name matches; may be repeated.", metavar="REGEX"
     )
-    extras: Sequence[str] = option((), "What else is added up, for the baselines and for rounding.", flag="")
+    extras: Sequence[str] = option((), "What else is added up, for the baselines, for rounding and for int8.", flag="")
     hidden: bool | str | None = option(
         None,
         "Moments of hidden neurons: True, False, 'attention' for its heads too, None where they can be had.",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,25 @@ from vitlr.ops.linalg.residuals import Metric
 
 @dataclass(frozen=True)
 class Sum:
-    """A row of the table: the shape in letters of the layer, what must all be asked for or true, and what it is."""
+    """A row of the table: the shape in letters of the layer, what must all be asked for or true, and what it is.
+
+    `extreme` says of which two runs together hold the least or the largest; of all others they hold the sum.
+    """
 
     shape: str
     when: str
     meaning: str
     squares: bool = False  # none of it is negative; moments are told from their shapes
+    extreme: Literal["", "least", "largest"] = ""
+
+    @property
+    def start(self) -> float:
+        """What no image at all gives."""
+        return {"least": math.inf, "largest": -math.inf}.get(self.extreme, 0.0)
+
+    def join(self, one: Tensor, other: Tensor) -> Tensor:
+        """What two runs give together."""
+        return {"least": torch.minimum, "largest": torch.maximum}.get(self.extreme, torch.add)(one, other)
 
     def asked(self, words: Collection[str]) -> bool:
         """Whether a layer of which the words say what is asked for and true collects it."""
@@ -43,6 +57,10 @@ SUMS: dict[str, Sum] = {
         "K K", "input_moment", "Σ x xᵀ on any side; of hidden neurons and of heads side by side, Σ h hᵀ"
     ),
     "input_abs": Sum("K", "input_abs", "Σ |x|", squares=True),
+    "input_low": Sum("K", "ranges", "the least x", extreme="least"),
+    "input_high": Sum("K", "ranges", "the largest x", extreme="largest"),
+    "input_square": Sum("K", "ranges", "Σ x²", squares=True),
+    "output_square": Sum("N", "ranges loss", "Σ g² of every output, g the gradient of the loss", squares=True),
     "row_gradient": Sum("N", "row_gradient", "Σ_images Σ_k (∂L/∂W)²", squares=True),
     "image_input_moment": Sum("K K", "fisher hidden output", "Σ_images P Pᵀ for P = Σ_tokens h gᵀ"),
     "image_input_sum": Sum("K", "fisher hidden output", "Σ_images P ḡ, ḡ = Σ_tokens g: moves P to another mean of h"),

@@ -14,6 +14,7 @@ from vitlr.ops.linalg.rounding import Side
 
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
+_OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
 _NOTHING = 1e-12  # of every direction where none was seen
 
 
@@ -54,7 +55,7 @@ class Sides:
             total = layer.sum("input_sum").double()
             C = C - torch.outer(total, total) / max(layer.tokens, 1)
         S, C = _left(S, self.rows), _left(objective.of_activations(C), self.columns)
-        S, C = (M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype) for M in (S, C))
+        S, C = _damped(S, damping), _damped(C, damping)
         return S if self.A is None else self.A.mT @ S @ self.A, C if self.B is None else self.B @ C @ self.B.mT
 
     def factored(self) -> tuple[Side, Side]:
@@ -78,3 +79,10 @@ class Sides:
 
 def _left(M: Tensor, entries: Tensor | None) -> Tensor:
     return M if entries is None else M[entries][:, entries]
+
+
+def _damped(M: Tensor, damping: float) -> Tensor:
+    diagonal = M.diagonal()
+    median = diagonal.median()
+    level = diagonal.clamp(max=_OUTLIER * median).mean() if median > 0 else diagonal.mean()
+    return M + damping * level * torch.eye(len(M), dtype=M.dtype)

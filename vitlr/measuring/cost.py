@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.data.batches import call
-from vitlr.nn import QuantizedLinear, ResidualLowRankLinear
+from vitlr.nn import Int8Linear, QuantizedLinear, ResidualLowRankLinear
 from vitlr.runtime import compact
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.modules import like
 
-_WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent")
+_WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent", "fine", "twice")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ def count_params(model: nn.Module) -> int:
     """Number of parameters, tied ones once; quantised weights count, however they are stored."""
     total = sum(p.numel() for p in model.parameters())
     for m in model.modules():
+        if isinstance(m, Int8Linear):
+            total += m.in_features * m.out_features + m.out_features
         if isinstance(m, QuantizedLinear) or (isinstance(m, ResidualLowRankLinear) and m.scale is not None):
             total += m.in_features * m.out_features
     return total

@@ -2,6 +2,8 @@
 
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
+from vitlr.nn.int8_linear import Int8Linear
+from vitlr.nn.int8_mlp import Int8MLP
 from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
@@ -12,6 +14,8 @@ from vitlr.nn.selected_linear import SelectedLinear
 __all__ = [
     "FoldedScale",
     "FusedAttention",
+    "Int8Linear",
+    "Int8MLP",
     "LowRankGLU",
     "LowRankLinear",
     "LowRankMLP",

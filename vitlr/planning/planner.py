@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
+from vitlr.measuring.losses import certain
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.forms import Sizes
@@ -24,6 +26,8 @@ from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
+
+_logger = logging.getLogger("vitlr")
 
 
 @keywords(Planning)
@@ -58,14 +62,21 @@ def plan(
     options.check_budget(wanted)
     parts = read(model)
     objective = Objective.of(stats, options, spectra)
+    if objective.by_gradient and (doubt := stats.notes.get("certain")) is not None:
+        _logger.warning("%s", certain(float(doubt)))
     failed: list[NumericalError] = []
-    skip = failed.append if options.method is None else None  # who asks for widths hears what failed, not another plan
+    asked = options.method is not None
     options, kinds, why = settle(options, wanted, parts, stats, objective)
-    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=skip, progress=progress)
-    if failed:
+    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=failed.append, progress=progress)
+    if failed and asked and not spectra.widths:  # who asks for widths hears what failed, not another plan
+        raise failed[0]
+    if failed and asked:
+        _logger.warning("%d left as wide as they are (%s)", len(failed), failed[0])
+    elif failed:
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
         options = options if spectra.widths or options.method == "mix" else replace(options, method="lowrank")
-    return replace(allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options), why=why)
+    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options)
+    return replace(chosen, why=why, image=stats.image)
 
 
 def settle(

@@ -19,7 +19,7 @@ SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
 _MAX_BYTES = 16 * 2**20
 _ROWS = ("layers", "widths")
-_OWN = ("why", "spectra")  # of a plan just made, in no file
+_OWN = ("why", "spectra", "image")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
 
@@ -79,7 +79,7 @@ class WidthPlan:
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
-    `spectra` and `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
+    `spectra`, `image`, `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
     """
 
     budget: str
@@ -100,6 +100,7 @@ class Plan:
     ridge: float = 0.0
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
+    image: Any = field(default=None, compare=False, repr=False)  # shape and dtype of one
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 from torch import nn
 
 from vitlr.anatomy import linears
+from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.nn import (
     FoldedScale,
     FusedAttention,
+    Int8Linear,
+    Int8MLP,
     LowRankGLU,
     LowRankLinear,
     LowRankMLP,
@@ -20,10 +22,13 @@ from vitlr.nn import (
     SelectedLinear,
 )
 from vitlr.nn._fused import Fused, StandIn
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.surgery import folding
+from vitlr.surgery.alien import unguard
+from vitlr.surgery.bytes import multiply_bytes
 
-FUSED: tuple[type[Fused], ...] = (LowRankMLP, LowRankGLU, FusedAttention)
+FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -33,8 +38,9 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)):
+        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
             swap(model, name, module.to_linear().train(module.training))
+    unguard(model)
     return model
 
 
@@ -47,15 +53,32 @@ def fused(module: nn.Module) -> Fused:
     raise InputError("; ".join(f"no {kind.__name__}: {reason}" for kind, reason in reasons.items()))
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Module:
+def fuse(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    fold: bool = True,
+    bits: int | None = None,
+    stats: Statistics | None = None,
+) -> nn.Module:
     """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
 
     Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
     `FusedAttention`. With `fold`, norms and layer scales beside low-rank
     layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
     which stays so after `unfuse`.
+    `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
+    `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
+    Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
-    model = model if inplace else copy.deepcopy(model)
+    if bits not in (None, 8):
+        raise InputError(f"bits={bits!r}: expected 8, or None for layers as they are")
+    if (bits is None) != (stats is None):
+        raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
+    model = model if inplace else duplicate(model)
+    if stats is not None:
+        unfuse(model, inplace=True)
+        multiply_bytes(model, stats)
     for name, module in list(model.named_modules()):
         if name and any(kind.why_not(module) is None for kind in FUSED):
             swap(model, name, fused(module))
@@ -66,7 +89,7 @@ def fuse(model: nn.Module, *, inplace: bool = False, fold: bool = True) -> nn.Mo
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give every fused module and folded layer scale back its original module, with the weights it has now."""
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, StandIn):
             swap(model, name, module.back())

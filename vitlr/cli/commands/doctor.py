@@ -149,6 +149,7 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
         "lowrank_glu": {**layer, "D": _HIDDEN * 2 // 3, "N": _WIDTH, "rg": _RANK, "rv": _RANK, "r2": _RANK},
+        "int8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
     }
 
 

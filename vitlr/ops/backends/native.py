@@ -98,6 +98,29 @@ def chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor |
     return y
 
 
+def int8_pack(W: torch.Tensor, isa: str) -> torch.Tensor:
+    """W [N, K] int8, any strides, in the order in which `int8_chain` of an instruction set reads it."""
+    assert _C is not None, why_not()
+    out = torch.empty(_C.int8_packed_bytes(*W.shape, isa), dtype=torch.uint8)
+    _C.int8_pack(W.data_ptr(), *W.stride(), *W.shape, out.data_ptr(), isa)
+    return out
+
+
+def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor | None, isa: str) -> torch.Tensor:
+    """x [M, K] through layers of integers, the last N wide, + residual [M, N] -> [M, N].
+
+    A layer is (pointer of packed codes, of scales, N, K, of a bias, index of an activation, pointers of multipliers and
+    shifts). x in any strides, residual with rows in one piece.
+    """
+    assert _C is not None, why_not()
+    M, K = x.shape
+    y = x.new_empty((M, N))
+    more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+    return y
+
+
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, isa: str) -> torch.Tensor:
     """softmax(q kᵀ / √d) v: q [B, H, L, d], k and v [B, H, S, d], rows contiguous, fp32 or bf16 -> [B, L, H, d]."""
     assert _C is not None, why_not()
@@ -117,8 +140,13 @@ def fingerprint(W: torch.Tensor) -> int:
 
 
 def peak(dtype: torch.dtype, repeats: int = 30) -> float:
-    """FLOP/s of one core with nothing but multiply-adds between registers: the best of `repeats` runs of some ms."""
+    """FLOP/s of one core with nothing but multiply-adds between registers: the best of `repeats` runs of some ms.
+
+    torch.int8: of u8 times s8 with sums in int32, in OP/s.
+    """
     assert _C is not None, why_not()
+    if dtype == torch.int8:
+        return _C.int8_peak(repeats, isa_used())
     return _C.peak(dtype == torch.bfloat16, repeats, isa_used())
 
 

@@ -40,6 +40,17 @@ def codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> 
     return _kept(R, state) or _keep(R, state, _pack_codes(R, scale, K, group, form, isa))
 
 
+def int8(W: Tensor, isa: str) -> Packed:
+    """Codes W [N, K] of a chain of integers, packed for an instruction set.
+
+    Nothing trains codes, and a hash over them would be as long as the products of a few dozen rows: writes that torch
+    counts are seen, and all others only where it counts none, in an inference tensor.
+    """
+    changes = native.fingerprint(W) if W.is_inference() else W._version
+    state = ("int8", isa, changes, W.data_ptr(), W.shape, W.stride(), W.dtype)
+    return _kept(W, state) or _keep(W, state, _pack_int8(W, isa))
+
+
 def count() -> int:
     """How many packed copies are kept."""
     return len(_entries)
@@ -64,6 +75,11 @@ def _keep(owner: Tensor, state: tuple, packed: Packed) -> Packed:
 def _pack(W: Tensor, isa: str) -> Packed:
     panels = native.pack(W, isa)
     return Packed((panels.data_ptr(), 0, *W.shape, 1, 0), (panels,))
+
+
+def _pack_int8(W: Tensor, isa: str) -> Packed:
+    panels = native.int8_pack(W, isa)
+    return Packed((panels.data_ptr(), 0, *W.shape, W.shape[1], FORMS["int8"]), (panels,))
 
 
 def _pack_codes(R: Tensor, scale: Tensor, K: int, group: int, form: str, isa: str) -> Packed:

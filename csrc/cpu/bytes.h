@@ -1,0 +1,130 @@
+// Blocks of bytes and their products with panels of int8; included only by files that are compiled once for each
+// instruction set.
+//
+// A word is four bytes of x and four of W where there is an instruction that multiplies u8 by s8 and adds four products
+// to an int32 (VNNI, AMX). Elsewhere it is two int16: VPMADDUBSW would add pairs of such products in int16, which cannot
+// hold them, so that either a bit of x would go or the sums would saturate without a word.
+#pragma once
+#include "cpu/tile.h"
+
+namespace vitlr {
+namespace {
+
+struct Int8 {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  static constexpr int64_t elements = 4;
+#else
+  static constexpr int64_t elements = 2;
+#endif
+};
+
+template <>
+inline Vector added<Int8>(Vector a, Vector b) {
+  return (Vector)((Integers)a + (Integers)b);
+}
+
+template <>
+inline Vector multiply_add<Int8>(Vector sum, const void* word, Vector w) {
+  const int32_t a = static_cast<int32_t>(*static_cast<const Word*>(word));
+#if defined(__AVX512VNNI__)
+  return (Vector)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)w);
+#elif defined(__AVXVNNI__)
+  return (Vector)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(a), (__m256i)w);
+#elif defined(__AVX512BW__)
+  return (Vector)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)w));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)w));
+#elif defined(__SSE2__)
+  return (Vector)_mm_add_epi32((__m128i)sum, _mm_madd_epi16(_mm_set1_epi32(a), (__m128i)w));
+#else
+  const Integers pair = (Integers)w;
+  return (Vector)((Integers)sum + (pair << 16 >> 16) * (a & 0xffff) + (pair >> 16) * (a >> 16));
+#endif
+}
+
+// The nearest integers from 0 to 255, in the low bytes of each lane; those of a NaN are 0.
+inline Integers nearest_bytes(Vector v) {
+  v = v > splat(0.0f) ? v : splat(0.0f);
+  v = v < splat(255.0f) ? v : splat(255.0f);
+  return (Integers)(v + splat(12582912.0f)) & 0xff;  // 1.5 * 2^23: the last bit is 1
+}
+
+// kLanes elements of a block.
+inline void put_bytes(Word* p, Integers bytes) {
+#if defined(__AVX512F__)
+  if (Int8::elements == 4)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)bytes));
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bytes));
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)bytes;
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  if (Int8::elements == 4)
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+  else
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+#else
+  typedef int16_t Shorts __attribute__((vector_size(VITLR_BYTES / 2)));
+  const Shorts halves = __builtin_convertvector(bytes, Shorts);
+  __builtin_memcpy(p, &halves, sizeof halves);
+#endif
+}
+
+// kLanes floats from p, of which `count` exist.
+inline Vector load_some(const float* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float values[kLanes] = {};
+  for (int64_t l = 0; l < count; ++l) values[l] = p[l];
+  return load(values);
+}
+
+// Words of a row of W; a tile of AMX holds sixteen.
+inline int64_t stored_words(int64_t K) {
+  const int64_t words = (K + Int8::elements - 1) / Int8::elements;
+#if defined(__AMX_INT8__)
+  return (words + 15) / 16 * 16;
+#else
+  return words;
+#endif
+}
+
+// W [N, K] in panels; 0 where no row or no element exists, so that whatever meets it in a block adds nothing.
+inline void pack_bytes(const void* W, int64_t row_stride, int64_t column_stride, int64_t N, int64_t K, void* packed) {
+  constexpr int64_t size = 4 / Int8::elements;
+  const int8_t* source = static_cast<const int8_t*>(W);
+  char* out = static_cast<char*>(packed);
+  const int64_t depth = stored_words(K);
+  for (int64_t p = 0; p < panels_of(N); ++p) {
+    const int64_t width = width_of(N, p);
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t k = 0, n = p * kColumns + c; k < depth * Int8::elements; ++k) {
+        const int16_t value = n < N && k < K ? source[n * row_stride + k * column_stride] : 0;
+        const int64_t word = k / Int8::elements * width + c;
+        __builtin_memcpy(out + 4 * word + size * (k % Int8::elements), &value, size);  // the low byte comes first
+      }
+    out += depth * width * 4;
+  }
+}
+
+// block = the bytes of x [rows, K] in fp32 or bf16.
+template <class T>
+void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes bytes,
+                void* block) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < K; k += kLanes) {
+      Vector v;
+      if (column_stride == 1 && k + kLanes <= K) {
+        v = elements<T>(x, m * row_stride + k);
+      } else {
+        float values[kLanes] = {};
+        for (int64_t l = 0; l < kLanes && k + l < K; ++l)
+          values[l] = element<T>(x, m * row_stride + (k + l) * column_stride);
+        v = load(values);
+      }
+      v = v * load_some(bytes.multiplier + k, K - k) + load_some(bytes.shift + k, K - k);
+      put_bytes(block_row<Int8>(block, rows, m, k), nearest_bytes(v));
+    }
+}
+
+}  // namespace
+}  // namespace vitlr

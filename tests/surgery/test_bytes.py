@@ -1,0 +1,116 @@
+"""A model whose linears multiply bytes: by measured ranges, saved and loaded, and refused where it cannot be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import vitlr
+from vitlr.calibration.statistics import Statistics
+from vitlr.errors import InputError
+from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
+from vitlr.surgery.fusion import fuse, to_dense, unfuse
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    torch.nn.init.normal_(vit.head.weight, std=0.2)
+    return vit.eval()
+
+
+@pytest.fixture(scope="module")
+def stats(model, images):
+    return vitlr.calibrate(model, images.split(8), extras=("ranges",))
+
+
+@torch.no_grad()
+def test_every_measured_linear_multiplies_bytes_and_the_answer_stays(model, images, stats):
+    small = fuse(model, bits=8, stats=stats)
+    assert {n for n, m in small.named_modules() if isinstance(m, Int8Linear)} == set(stats.layers)
+    assert isinstance(small.blocks[0].mlp, Int8MLP) and isinstance(small.blocks[0].attn, FusedAttention)
+    y = model(images)
+    assert (small(images) - y).norm() < 0.06 * (y - y.mean(0)).norm()
+    assert not any(isinstance(m, Int8Linear) for m in model.modules())  # a copy was taken
+
+
+@torch.no_grad()
+def test_unfused_it_multiplies_bytes_and_dense_it_does_not(model, images, stats):
+    small = fuse(model, bits=8, stats=stats)
+    apart = unfuse(small)
+    assert not any(isinstance(m, (Int8MLP, FusedAttention)) for m in apart.modules())
+    torch.testing.assert_close(apart(images), small(images), rtol=1e-2, atol=1e-2)
+    plain = to_dense(small)
+    assert all(type(plain.get_submodule(name)) is torch.nn.Linear for name in stats.layers)
+    assert (plain(images) - model(images)).norm() < 0.02 * model(images).norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fused", [True, False])
+def test_saved_and_loaded_it_is_the_same(tmp_path, model, images, stats, fused):
+    small = fuse(model, bits=8, stats=stats)
+    small = small if fused else unfuse(small)
+    vitlr.save(small, tmp_path / "small.safetensors", model_args=False)
+    again = vitlr.load(tmp_path / "small.safetensors", model=model)
+    assert torch.equal(again(images), small(images))
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.5 * 4 * sum(p.numel() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_layers_of_low_rank_multiply_bytes_by_statistics_of_their_own(tmp_path, model, images):
+    small = vitlr.compress(model, images.split(8), "params:60%", objective="output", uniform=True)
+    low = {name for name, module in small.named_modules() if isinstance(module, LowRankLinear)}
+    stats = vitlr.calibrate(small, images.split(8), objective="output", hidden=False, extras=("ranges",))
+    assert {f"{name}.{part}" for name in low for part in ("down", "up")} <= set(stats.layers)
+    fast = fuse(small, bits=8, stats=stats)
+    assert isinstance(fast.blocks[0].mlp, Int8MLP) and isinstance(fast.blocks[0].attn.qkv, LowRankLinear)
+    y = small(images)
+    assert (fast(images) - y).norm() < 0.06 * (y - y.mean(0)).norm()
+    torch.testing.assert_close(to_dense(fast)(images), to_dense(small)(images), rtol=0.05, atol=0.05)
+    vitlr.save(fast, tmp_path / "fast.safetensors", model_args=False)
+    assert torch.equal(vitlr.load(tmp_path / "fast.safetensors", model=model)(images), fast(images))
+
+
+def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats):
+    seen = []
+    handle = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    halves = [vitlr.calibrate(model, half.split(4), extras=("ranges",)) for half in images.split(12)]
+    for found in (stats, halves[0].merge(halves[1]), halves[1].merge(halves[0])):
+        layer = found.layers["blocks.1.mlp.fc2"]
+        torch.testing.assert_close(layer.input_low.float(), seen[0].flatten(0, -2).amin(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer.input_high.float(), seen[0].flatten(0, -2).amax(0), rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_come_back_from_a_file(tmp_path, stats):
+    stats.save(tmp_path / "stats.safetensors")
+    again = Statistics.load(tmp_path / "stats.safetensors")
+    for name, layer in stats.layers.items():
+        assert torch.equal(again.layers[name].input_low, layer.input_low)
+
+
+def test_what_cannot_be_is_told(model, images, stats):
+    with pytest.raises(InputError, match="bits=4: expected 8"):
+        fuse(model, bits=4, stats=stats)
+    with pytest.raises(InputError, match="bits=8 and stats= go together"):
+        fuse(model, bits=8)
+    with pytest.raises(InputError, match="bits=8 and stats= go together"):
+        fuse(model, stats=stats)
+    with pytest.raises(InputError, match="no ranges of inputs: calibrate"):
+        fuse(model, bits=8, stats=vitlr.calibrate(model, images.split(8)))
+    small = fuse(model, bits=8, stats=stats)
+    with pytest.raises(InputError, match="of another model"):
+        fuse(small, bits=8, stats=stats)
+    torch.manual_seed(1)
+    other = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10)
+    with pytest.raises(InputError, match="of other weights"):
+        fuse(other, bits=8, stats=stats)

@@ -1,0 +1,144 @@
+"""Linears of integers in a row, each `y = act(scale ⊙ (W q) + b)` with `q = round(multiplier ⊙ x + shift)` in u8.
+
+    W [N, K]             codes in int8, exact sums in int32
+    scale, b [N]         fp32: the step of row n of W q, and a bias that holds what the shifts add
+    multiplier, shift [K]    fp32: column k of x is (q - shift) / multiplier, for q from 0 to 255
+
+So each column has a step and a zero point of its own, which cost nothing: they are applied where the input is read, or
+where the layer before writes it. A linear is one step, a linear of low rank two, an MLP two to four.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitlr.errors import InputError
+from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.registration import define
+from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
+from vitlr.ops.layers.factors import Maybe, check_added
+
+OP = "int8_chain"
+LARGEST = 255  # of q
+LIMIT = 65536  # of K: 255 * 127 * K is below 2^31
+
+
+class Step(NamedTuple):
+    """One linear of integers."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+    multiplier: Tensor
+    shift: Tensor
+
+
+def reference(
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], residual: Maybe, acts: Sequence[str],
+) -> Tensor:  # fmt: skip
+    """The specification, in plain torch: fp32, or fp64 where x is."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(dtype)
+    for step, act in zip(
+        map(Step._make, zip(codes, scales, biases, multipliers, shifts, strict=True)), acts, strict=True
+    ):
+        q = (y * step.multiplier.to(dtype) + step.shift.to(dtype)).round().clamp(0, LARGEST)
+        y = ACTIVATIONS[act][0](F.linear(q, step.codes.to(dtype)) * step.scale.to(dtype) + step.bias.to(dtype))
+    return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
+
+
+def int8_chain(x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None) -> Tensor:
+    """x [..., K] through linears of integers, `act(scale ⊙ (W q) + b)` each, + residual [..., N] -> y [..., N].
+
+    y has x's dtype. `acts`: one for each step, of none, gelu, gelu_tanh, silu, sigmoid, relu. A NaN in x counts as
+    q = 0. There is no gradient: asking for one raises InputError, as do an unknown act and shapes, dtypes or devices
+    that do not fit.
+    """
+    columns = [list(column) for column in zip(*steps, strict=True)]
+    return torch.ops.vitlr.int8_chain.default(x, *columns, residual, list(acts))
+
+
+class Key(NamedTuple):
+    """What dispatch knows of a call: `widths` are K, what each step puts out, and N last; M is None while unknown."""
+
+    M: int | None
+    widths: tuple[int, ...]
+    acts: tuple[str, ...]
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def weights(self) -> int:
+        """Elements of all W."""
+        return sum(a * b for a, b in pairwise(self.widths))
+
+
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
+    """`2 M` operations a weight over the bytes of x, y, residual and a byte a weight."""
+    M, K, N = key.M or 0, key.widths[0], key.widths[-1]
+    size = key.dtype.itemsize * M * (K + N + key.residual * N) + key.weights
+    return registry.Roofline.of(2 * M * key.weights, size, torch.int8, ceilings)
+
+
+def _describe(
+    M: int | None, x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], residual: Maybe, acts: Sequence[str],
+) -> Key:  # fmt: skip
+    if x.dim() == 0 or not x.is_floating_point():
+        raise InputError(f"{OP}: x is {x.dtype} {list(x.shape)}, expected floating point [..., K]")
+    if not len(codes) == len(scales) == len(biases) == len(multipliers) == len(shifts) == len(acts) > 0:
+        raise InputError(f"{OP}: {len(codes)} codes and {len(acts)} acts, expected as many of each, and one at least")
+    widths = [x.shape[-1]]
+    for i, W in enumerate(codes):
+        check_activation(OP, acts[i])
+        if W.dtype != torch.int8 or W.dim() != 2 or W.shape[1] != widths[-1] or not 0 < W.shape[1] <= LIMIT:
+            K = widths[-1]
+            raise InputError(f"{OP}: codes {i} are {W.dtype} {list(W.shape)}, expected int8 [N, {K}], K up to {LIMIT}")
+        N, K = W.shape
+        named = {"scale": (scales, N), "bias": (biases, N), "multiplier": (multipliers, K), "shift": (shifts, K)}
+        for name, (tensors, size) in named.items():
+            t = tensors[i]
+            if t.dtype != torch.float32 or t.shape != (size,):
+                raise InputError(f"{OP}: {name} {i} is {t.dtype} {list(t.shape)}, expected torch.float32 [{size}]")
+        if any(t.device != x.device for t in (W, scales[i], biases[i], multipliers[i], shifts[i])):
+            raise InputError(f"{OP}: step {i} is on {W.device}, x on {x.device}")
+        widths.append(N)
+    check_added(OP, x, widths[-1], residual)
+    return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device)
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _describe(None, x, *rest).widths[-1]))
+
+
+def _run(x: Tensor, *rest: Any) -> Tensor:
+    key = _describe(math.prod(x.shape[:-1]), x, *rest)
+    return registry.select(OP, key).run(x, *rest).contiguous()
+
+
+def _flops(x: Tensor, *rest: Any) -> int:
+    return roofline(_describe(math.prod(x.shape[:-1]), x, *rest)).flops
+
+
+def _refuse(ctx: Any, g: Tensor) -> None:
+    raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
+
+
+define(
+    "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
+    "Tensor? residual, str[] acts) -> Tensor",
+    fake=_fake,
+    run=_run,
+    flops=_flops,
+)
+torch.library.register_autograd(f"vitlr::{OP}", _refuse)
+registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

@@ -1,0 +1,84 @@
+"""Linears that multiply bytes: an `Int8Linear` where a plain linear was, by what calibration saw of its inputs.
+
+Every channel of an input has a step of its own, 1/255 of its range: what a fold into the norm before, or into the
+layer before, would do for some layers is done for all of them where the input becomes bytes. A wider step costs the
+input more and the weight less, since the weight's columns are multiplied by it before their rows are rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitlr.anatomy import linears
+from vitlr.calibration.options import RANGES
+from vitlr.calibration.statistics import LayerStatistics, Statistics
+from vitlr.errors import InputError
+from vitlr.nn import Int8Linear
+from vitlr.ops.layers.int8_chain import LARGEST
+from vitlr.runtime.modules import swap
+
+_TINY = 1e-30  # where all is zero
+
+
+@torch.no_grad()
+def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
+    """Put an `Int8Linear` in place of every linear that `stats` measured, in place; their names.
+
+    `stats` must be of the weights that the model has now, with the extra "ranges". Raises `InputError` otherwise.
+    """
+    if RANGES not in stats.extras:
+        raise InputError('these statistics hold no ranges of inputs: calibrate(..., extras=("ranges",))')
+    linears.make_visible(model)
+    found = dict(model.named_modules())
+    stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
+    for name, layer in stats.layers.items():
+        linear = found[name]
+        assert isinstance(linear, nn.Linear)
+        swap(model, name, int8_linear(linear, layer).train(linear.training))
+    return list(stats.layers)
+
+
+def int8_linear(linear: nn.Linear, stats: LayerStatistics) -> Int8Linear:
+    """The layer of bytes for inputs as they were measured, in the steps that cost least."""
+    device = linear.weight.device
+    low, high = (stats.sum(key).to(device) for key in ("input_low", "input_high"))
+    mean = stats.sum("input_sum").to(device) / max(stats.tokens, 1)
+    W, width = linear.weight.double(), high - low
+    least = width.clamp_min(1e-6 * width.mean()).clamp_min(_TINY) / LARGEST  # a channel may never have changed
+    middle, half = (low + high) / 2, steps(W, least, *_costs(W, mean, stats)) * LARGEST / 2
+    return Int8Linear.from_weight(W, linear.bias, middle - half, middle + half, mean)
+
+
+def steps(W: Tensor, least: Tensor, V: Tensor, H: Tensor, S: Tensor) -> Tensor:
+    """The steps s [K] of inputs, none below `least`, that lose least: `Σ_j H_j s_j² / 12 + Σ_ij S_i V_j E_ij²`.
+
+    V [K]: variances of the inputs; H [K]: what a unit of noise on an input costs, diag(Wᵀ S W); S [N]: on an output.
+    E is the error of W [N, K] where the rows of `W ⊙ s` are rounded to eight bits. Both terms are even at
+    `s_j ∝ (V_j / H_j)^¼`; how wide that is is tried out, from all as they are to all alike in this sense.
+    """
+    ratio = (V / H).pow(0.25)
+    best, lost = least, torch.inf
+    for share in torch.linspace(0, 1, 11).tolist():
+        s = torch.maximum(least, torch.quantile(least / ratio, share) * ratio)
+        scale = (W * s).abs().amax(1, keepdim=True) / 127
+        E = (W * s / scale.clamp_min(_TINY)).round() * scale / s - W
+        loss = float((H * s.square()).sum() / 12 + S @ E.square() @ V)
+        if loss < lost:
+            best, lost = s, loss
+    return best
+
+
+def _costs(W: Tensor, mean: Tensor, stats: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """V, H and S of a layer; without gradients every output counts alike."""
+    tokens = max(stats.tokens, 1)
+    V = stats.sum("input_square").to(W) / tokens - mean.square()
+    S = torch.ones(len(W)).to(W) if stats.output_square is None else stats.output_square.to(W) / tokens
+    if stats.gradient is None:
+        H = S @ W.square()
+    elif stats.side == "input":
+        H = stats.gradient.diagonal().to(W) / tokens
+    else:
+        H = (W * (stats.gradient.to(W) / tokens @ W)).sum(0)
+    V, H = (t.clamp_min(1e-6 * t.mean()).clamp_min(_TINY) for t in (V, H))
+    return V, H, S
