@@ -10,6 +10,7 @@
 #include "cpu/attention.h"
 #include "cpu/chain.h"
 #include "cpu/gram.h"
+#include "cpu/team.h"
 
 namespace py = pybind11;
 
@@ -180,6 +181,7 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  vitlr::watch_forks();
   m.doc() = "Native kernels of vitlr; use them through vitlr.ops.";
   m.def("gram", &gram, py::arg("C"), py::arg("X"), py::arg("T"), py::arg("n"), py::arg("row_stride"),
         py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));

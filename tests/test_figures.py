@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,26 @@ def test_bits():
         (MEASURED, lambda row: f"{row['bytes'] / 1e6:.3f} | {row['top1']:.2f} ({row['top1_low']:.1f} to "),
     ):
         assert all(figures(row) in document.read_text() for row in found)
+
+
+def test_frontier():
+    sys.path.insert(0, str(ROOT))
+    page = pytest.importorskip("bench.compare.frontier.page", reason="bench/ is not beside the documents")
+    folder, body = ROOT / "docs" / "results", results("docs/results/frontier.json")
+    assert (folder / "frontier.md").read_text() == page.markdown(body)
+    svg, said = (folder / "frontier.svg").read_text(), README.read_text()
+    assert len(svg) < 100_000 and all(f">{of['title']}</text>" in svg for of in body.values())
+    first = said.split("\n## ")[0]
+    assert "](docs/results/frontier.svg)" in first
+    for model, limit, form, ours in (
+        ("vit_tiny", 3.1e6, ".1f", ("vitlr bits, 2.8 MB", "vitlr bits, 2.3 MB")),
+        ("dinov2", 9.6e6, ".3f", ("vitlr bits, 9.4 MB",)),
+    ):
+        rows, key = body[model]["rows"], body[model]["key"]
+        others = [row for row in rows if "vitlr" not in row["name"] and row["bytes"] < limit]
+        for name in (*ours, max(others, key=lambda row: row[key])["name"]):
+            row = next(row for row in rows if row["name"] == name)
+            assert f" {format(row[key], form)} in {row['bytes'] / 1e6:.2f} MB" in first, name
 
 
 def test_residuals():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
@@ -115,7 +115,7 @@ def compressed(
 
     measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
     whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
-    reference = copy.deepcopy(model) if inplace and stages.rungs else model
+    reference = duplicate(model) if inplace and stages.rungs else model
     options = stages.planning
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
@@ -149,6 +149,7 @@ def compressed(
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
         with watch("refining", None, "steps") as advance:
             how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
+            how["output_fn"] = output_fn
             small = refine(small, reference, loader, inplace=True, progress=advance, **how)
         report = small.vitlr_refinement  # type: ignore[assignment]
     return Compressed(small, chosen, report, measured, images)
@@ -199,10 +200,10 @@ def read_options(
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
-    if deciding.settled in ROUNDED:
-        if parse_rungs(rungs):
-            method = f"method={deciding.settled!r}"
-            raise InputError(f"rungs={rungs!r} repairs what ranks and widths lose; it does not go with {method}")
+    if deciding.settled in ROUNDED or deciding.stored:
+        if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
+            method = f"method={deciding.settled!r}" if deciding.settled in ROUNDED else "bits="
+            raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
         if calibration is None and "objective" not in asked and deciding.objective is None:
             measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
@@ -215,6 +216,8 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
     if type(rounds) is not int or not 1 <= rounds <= 8:
         raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
+    if rounds > 1 and options.stored:
+        raise InputError(f"rounds={rounds} counts weights that are not rounded; it does not go with bits=")
     if rounds > 1 and (options.settled not in NARROWING or budget is None):
         how = f"method={options.settled!r}" if options.settled not in NARROWING else "no budget"
         raise InputError(f"rounds={rounds} narrows MLPs on the way to a budget; it does not go with {how}")

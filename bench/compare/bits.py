@@ -1,6 +1,10 @@
 """Bits on the real ViT-Ti, without any training: top-1 against bytes of the file, one table, Markdown and JSON.
 
     python -m bench.compare.bits [--data FOLDER] [--stats FILE] [--out docs/results]
+    python -m bench.compare.bits --refined 1.8 [--choice steps=1000 ...]
+
+The second refines the model of that size without labels, going on where it was interrupted, and adds the row to the
+figures that are there; what is kept is decided on held-out calibration images.
 
 One calibration serves every row. The rival is plain rounding: every group of 64 weights of a row gets the step and the
 zero that lose least of the weight itself, nothing is made up for, and everything else is stored as ours is.
@@ -22,6 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.frontier.plain import rounded
+from bench.compare.frontier.rivals import GROUP
+from bench.compare.refinement import choice
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
@@ -31,20 +38,25 @@ from vitlr.data.loader import open_data
 from vitlr.measuring.cost import count_bytes, count_rest, rest
 from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.planner import plan
+from vitlr.refinement.ladder import refine
+from vitlr.refinement.report import Refinement
 from vitlr.runtime import compact
+from vitlr.runtime.progress import bar
 from vitlr.surgery.application import apply
 
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
-GROUP = 64
+OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
 
 
-def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) -> tuple[nn.Module, dict[str, Any], Any]:
+def ours(
+    model: nn.Module, stats: Statistics, method: str, megabytes: float, spectra: Any
+) -> tuple[nn.Module, dict[str, Any], Any]:
     """Rounded to a file of so many megabytes, and read back from that file."""
     start = time.process_time()
     budget = f"bytes:{megabytes * 1e6 - HEADER:.0f}"
-    chosen = plan(model, stats, budget, method="bits", spectra=spectra)
+    chosen = plan(model, stats, budget, method=method, spectra=spectra)
     small = apply(model, chosen)
     seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +64,11 @@ def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) ->
         save(small, path, plan=chosen)
         size, small = path.stat().st_size, load(path)
     facts = {"bytes": size, "planned_bytes": chosen.bytes_kept, "predicted_error": chosen.error}
-    return small, {**facts, "levels": chosen.levels, "cpu_seconds": seconds}, chosen.spectra
+    return (
+        small,
+        {**facts, "levels": chosen.levels, "ranks": chosen.ranks, "widths": chosen.narrowed, "cpu_seconds": seconds},
+        chosen.spectra,
+    )
 
 
 @torch.no_grad()
@@ -69,18 +85,26 @@ def nearest(model: nn.Module, stats: Statistics, bits: int) -> tuple[nn.Module, 
     return small, {"bytes": round(size + count_rest(small, stats.layers))}
 
 
-def grouped(weight: Tensor, bits: int, tries: int = 24) -> Tensor:
+def grouped(weight: Tensor, bits: int) -> Tensor:
     """W rounded in groups of a row, each in the range that loses least of its weights."""
-    top, groups = 2**bits - 1, weight.unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
-    best, loss = torch.zeros_like(groups), torch.full_like(low, torch.inf)
-    for share in torch.linspace(1, 0.3, tries):
-        step = ((high - low) * share / top).clamp(min=1e-12).half().float()
-        zero = (-low * share / step).round().clamp(0, top)
-        rounded = ((groups / step + zero).round().clamp(0, top) - zero) * step
-        lost = (rounded - groups).square().sum(-1, True)
-        best, loss = torch.where(lost < loss, rounded, best), torch.minimum(lost, loss)
-    return best.flatten(1)
+    codes, step, zero = rounded(weight, bits, GROUP)
+    return ((codes - zero) * step).flatten(1)
+
+
+def refined(
+    small: nn.Module, model: nn.Module, folder: Path, path: Path, choices: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Distilled from the dense model without labels, to integers again, and read back from its file."""
+    start = time.process_time()
+    images = open_data(calibration_tar(folder), model, batch_size=50, workers=0)
+    with bar("refining", unit="steps") as progress:
+        small = refine(small, model, images, rungs="distil", resume=path, progress=progress, **choices)
+    report = small.vitlr_refinement
+    assert isinstance(report, Refinement)
+    seconds = time.process_time() - start
+    save(small, path / "small.safetensors")
+    facts = {"choices": choices, "refinement": report.to_dict(), "refining_cpu_seconds": seconds}
+    return load(path / "small.safetensors"), {**facts, "bytes": (path / "small.safetensors").stat().st_size}
 
 
 def statistics(model: nn.Module, folder: Path, cache: Path, args: argparse.Namespace) -> Statistics:
@@ -132,6 +156,8 @@ def _arguments() -> argparse.Namespace:
     args = parser(__doc__ or "")
     args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
     args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")
+    args.add_argument("--refined", type=float, metavar="MB", help="refine the model of this size, and add its row")
+    args.add_argument("--choice", nargs="*", default=[], type=choice, metavar="KEY=JSON", help="of its recipe")
     args.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), metavar="MB")
     args.add_argument("--stats", type=Path, help="statistics of an earlier run")
     args.add_argument("--images", type=int, default=1000, help="calibration images")
@@ -147,34 +173,55 @@ def main(args: argparse.Namespace) -> None:
     cache = BUILD / "compare_bits" / CODE
     cache.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
+    if args.refined is not None:
+        start, facts, _ = ours(model, stats, "bits", args.refined, None)
+        small, more = refined(start, model, folder, cache / f"refined-{args.refined:g}", dict(args.choice))
     loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
     dense = Recorded(model, loader)
     reference = evaluate(dense, loader)
     print(f"dense: {reference}", file=sys.stderr)
+    if args.refined is None:
+        rows = _plain_rows(model, stats, args.sizes, loader, dense)
+        body = {
+            "model": MODEL,
+            "weights": CHECKPOINT,
+            "calibration_images": stats.images,
+            "validation_images": reference.images,
+            "code": CODE,
+            "machine": machine(),
+            "dense": {**reference.to_dict(), "bytes": count_bytes(model)},
+            "rest": count_rest(model, stats.layers),
+            "weights_rounded": sum(layer.in_features * layer.out_features for layer in stats.layers.values()),
+            "rows": rows,
+        }
+    else:
+        body = json.loads((args.out / "bits.json").read_text())
+        dense.next = 0
+        facts["before"] = evaluate(start, loader, dense).to_dict()
+        row = _measured(REFINED, small, {**facts, **more, "code": CODE, "machine": machine()}, loader, dense)
+        others = [was for was in body["rows"] if was["method"] != REFINED or was["size"] != args.refined]
+        body["rows"] = [*others, {**row, "size": args.refined}]
+    if sources() != CODE:
+        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
+    write_json(args.out / "bits.json", body)
+    (args.out / "bits.md").write_text(markdown(json.loads(json.dumps(body))))
+
+
+def _plain_rows(
+    model: nn.Module, stats: Statistics, sizes: list[float], loader: Kept, dense: Recorded
+) -> list[dict[str, Any]]:
+    """The rivals, then ours at all sizes."""
     rows = []
     for bits in NEAREST:
         small, facts = nearest(model, stats, bits)
         rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
     spectra = None
-    for size in args.sizes:
-        small, facts, spectra = ours(model, stats, size, spectra)
-        rows.append(_measured('**vitlr, `method="bits"`**', small, facts, loader, dense))
-    if sources() != CODE:
-        sys.exit("the code changed while this ran: its figures may mix two versions, so no table is written; run again")
-    body = {
-        "model": MODEL,
-        "weights": CHECKPOINT,
-        "calibration_images": stats.images,
-        "validation_images": reference.images,
-        "code": CODE,
-        "machine": machine(),
-        "dense": {**reference.to_dict(), "bytes": count_bytes(model)},
-        "rest": count_rest(model, stats.layers),
-        "weights_rounded": sum(layer.in_features * layer.out_features for layer in stats.layers.values()),
-        "rows": rows,
-    }
-    write_json(args.out / "bits.json", body)
-    (args.out / "bits.md").write_text(markdown(json.loads(json.dumps(body))))
+    for size in sizes:
+        for method in ("mix", "bits"):
+            small, facts, known = ours(model, stats, method, size, spectra)
+            spectra = spectra or known
+            rows.append(_measured(OURS.format(method), small, facts, loader, dense))
+    return rows
 
 
 def _measured(method: str, small: nn.Module, facts: dict[str, Any], loader: Kept, dense: Recorded) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def main(args: argparse.Namespace) -> None:
     finish("refine", {"rows": rows}, args.json)
 
 
-def _choice(text: str) -> tuple[str, Any]:
+def choice(text: str) -> tuple[str, Any]:
+    """One option of the recipe, `KEY=JSON`."""
     key, _, value = text.partition("=")
     try:
         return key, json.loads(value)
@@ -106,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--lr", type=float)
     args.add_argument("--seed", type=int, default=0)
     args.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    args.add_argument("--choice", nargs="*", default=[], type=_choice, metavar="KEY=JSON", help="more of the recipe")
+    args.add_argument("--choice", nargs="*", default=[], type=choice, metavar="KEY=JSON", help="more of the recipe")
     return args.parse_args()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.data.loader import data_config, open_data
+from vitlr.data import data_config, open_data
 
 MODEL = "vit_tiny_patch16_224"
 CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
@@ -19,6 +19,10 @@ CHECKPOINT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
 
 def calibration_tar(folder: Path) -> Path:
     return folder / "imagenet_calibration_1000.tar"
+
+
+def validation_tar(folder: Path) -> Path:
+    return folder / "imagenet_validation_1300.tar"
 
 
 def calibration(folder: Path, model: nn.Module, cache: Path, batch_size: int = 50) -> Kept:
@@ -29,9 +33,9 @@ def calibration(folder: Path, model: nn.Module, cache: Path, batch_size: int = 5
 
 def validation(folder: Path, model: nn.Module, cache: Path, batch_size: int = 50, limit: int | None = None) -> Kept:
     """The 1300 validation images with labels, decoded once and kept in `cache`."""
-    tar, synsets = folder / "imagenet_validation_1300.tar", folder / "imagenet_synsets.txt"
-    choices: dict[str, Any] = {"class_map": synsets, "batch_size": batch_size, "limit": limit, "need_labels": True}
-    return Kept.load(cache, lambda: open_data(tar, model, **choices), model)
+    choices: dict[str, Any] = {"class_map": folder / "imagenet_synsets.txt", "need_labels": True}
+    choices |= {"batch_size": batch_size, "limit": limit}
+    return Kept.load(cache, lambda: open_data(validation_tar(folder), model, **choices), model)
 
 
 class Kept:

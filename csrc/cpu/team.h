@@ -18,9 +18,14 @@ inline bool& forked() {
 
 // How many threads to ask for: no more than there are tasks, and one in a forked process. There libgomp still counts
 // on threads that only its parent has: a region of several would wait for them for ever.
-inline int team_of(int threads, int64_t tasks) {
+// `watch_forks` says so from the extension's import on: a parent may never call what its child calls first.
+inline bool watch_forks() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { forked() = true; });
-  if (registered != 0 || forked()) return 1;
+  return registered == 0;
+}
+
+inline int team_of(int threads, int64_t tasks) {
+  if (!watch_forks() || forked()) return 1;
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, tasks)));
 }
 

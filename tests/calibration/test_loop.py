@@ -329,3 +329,43 @@ def test_embeddings_are_features_and_every_tensor_seeds_its_image():
     assert not is_logits(Encoder(), torch.randn(2, 6))
     a, b = torch.ones(3, 2), torch.arange(6.0).reshape(3, 2)
     assert len(set(image_seeds([a], 0))) == 1 and len(set(image_seeds([a, b], 0))) == 3
+
+
+class Stacked(nn.Module):
+    """Two views of every image, stacked behind each other or beside each other in the batch."""
+
+    def __init__(self, net, beside):
+        super().__init__()
+        self.net, self.beside = net, beside
+
+    def forward(self, x):
+        views = x, x.flip(-1) * 0.5
+        both = torch.stack(views, 1).flatten(0, 1) if self.beside else torch.cat(views)
+        answer = self.net(both)
+        return answer.view(-1, 2, answer.shape[-1]).mean(1) if self.beside else sum(answer.chunk(2)) / 2
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_sums_of_images_do_not_depend_on_how_their_rows_lie_in_the_batch(tiny_vit, beside):
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    model = Stacked(tiny_vit(), beside)
+    how = {"objective": ("fisher", "loss", "normalized"), "extras": ("row_gradient",)}
+    at_once, one_by_one = calibrate(model, [x[:2], x[2:]], **how), calibrate(model, x.split(1), **how)
+    for name, layer in at_once.layers.items():
+        for key, value in layer.sums():
+            close(value, one_by_one.layers[name].sum(key), rtol=1e-3)
+
+
+def test_images_that_change_each_other_are_refused_where_single_ones_count(tiny_vit):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_vit()
+
+        def forward(self, x):
+            return self.net(x + x.mean(0))
+
+    x = torch.randn(4, 3, 32, 32)
+    with pytest.raises(InputError, match="sees an image otherwise when another one is in the batch"):
+        calibrate(Mixed(), [x])
+    assert calibrate(Mixed(), [x], objective="loss").images == 4

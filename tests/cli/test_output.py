@@ -78,24 +78,27 @@ def test_compress_writes_a_file_that_the_other_commands_read(run, squeeze, tmp_p
     }
 
 
-def test_bench_compares_with_the_dense_model_and_with_another(run, squeeze, tmp_path):
-    run(*squeeze())
+@pytest.mark.parametrize("method", ["lowrank", "joint", "widths"])
+def test_bench_compares_with_the_model_it_came_from_and_with_another(run, squeeze, tmp_path, method):
+    run(*squeeze(method=method))
     out = tmp_path / "small.safetensors"
     values = run("bench", out, "-b", "1,2", "--repeats", "2", "--json").json
-    assert values["vs"] == "dense" and values["params"] < values["params_vs"] and values["macs"] < values["macs_vs"]
+    assert values["vs"] == NAME and values["params"] < values["params_vs"] and values["macs"] < values["macs_vs"]
     assert [row["batch_size"] for row in values["results"]] == [1, 2]
     for row in values["results"]:
         assert row["speedup"] == pytest.approx(row["batch_ms_vs"] / row["batch_ms"])
         assert row["images_per_second"] == pytest.approx(1e3 * row["batch_size"] / row["batch_ms"])
         assert row["kernel_speedup"] == pytest.approx(row["batch_ms_plain"] / row["batch_ms_fused"])
+    original = run("bench", NAME, "-b", "1", "--repeats", "1", *TINY, "--json").json
+    assert all(values[f"{key}_vs"] == original[key] for key in ("params", "macs", "bytes"))
     text = run("bench", out, "-b", "1", "--repeats", "1").out
+    assert f"of {NAME}'s" in text
     assert "kernels for " in text and "plain torch ms" in text
     text = run("bench", out, "-b", "1", "--repeats", "1", "--no-kernels").out
     assert "kernels" not in text
     text = run("bench", out, "-b", "2", "--repeats", "1", "--vs", NAME, "--precision", "bfloat16", *TINY).out
     assert "bfloat16" in text and f"{NAME} images/s" in text
-    alone = run("bench", NAME, "-b", "1", "--repeats", "1", *TINY, "--json").json
-    assert alone["vs"] is None and not alone["results"][0].keys() & {"speedup", "kernel_speedup"}
+    assert original["vs"] is None and not original["results"][0].keys() & {"speedup", "kernel_speedup"}
 
 
 def test_plan_only_writes_nothing_but_the_plan_asked_for(run, squeeze, tmp_path):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vitlr.errors import InputError, NumericalError
@@ -101,6 +102,18 @@ def test_progress_reaches_the_total_with_corrupt_files(tiny_vit, image_folder):
     assert seen[-1] == (10, 10) and (metrics.images, metrics.skipped) == (9, 1)
 
 
+def test_classes_in_another_order_than_the_models_are_refused():
+    """A model that is right but for a permutation of its classes, not one that guesses or always says the same."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20).repeat_interleave(3)
+    sure = 5 * F.one_hot(labels, 20) + torch.randn(60, 20, generator=generator)
+    assert evaluate(Table(), [(sure, labels)]).top1 > 90
+    with pytest.raises(InputError, match=r"numbered otherwise than the model's: .*class 0 is called 19"):
+        evaluate(Table(), [(sure.flip(1)[:30], labels[:30]), (sure.flip(1)[30:], labels[30:])])
+    for guess in (torch.randn(60, 20, generator=generator), torch.ones(60, 20), sure[torch.randperm(60)]):
+        assert evaluate(Table(), [(guess, labels)]).images == 60
+
+
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (5, 10), (1074, 1300)])
 def test_wilson_solves_its_equation(successes, trials):
     z, p = 1.959963984540054, successes / trials
@@ -129,6 +142,54 @@ def test_wilson_of_the_published_subset():
 def test_batches_that_cannot_be_judged(batch, said):
     with pytest.raises(InputError, match=said):
         evaluate(Table(), [batch])
+
+
+def test_images_without_labels_are_compared_with_a_reference(tiny_vit, batches):
+    """Agreement and KL need none; labels of a data set whose classes nobody compared with the model's do not count."""
+    model, other = tiny_vit(), tiny_vit(seed=1)
+    metrics = evaluate(model, [x for x, _ in batches], other)
+    whole = evaluate(model, batches, other)
+    assert (metrics.top1, metrics.top5, metrics.top1_low) == (None, None, None)
+    assert (metrics.agreement, metrics.kl, metrics.images) == (whole.agreement, whole.kl, 11)
+    assert str(metrics) == f"agreement {whole.agreement:.2f} %, KL {whole.kl:.4f} nats, 11 images"
+    with pytest.raises(InputError, match="labels to 4 of 8 images"):
+        evaluate(model, [batches[0], batches[1][0]], other)
+
+
+def test_a_loader_whose_labels_are_not_the_models_classes_measures_no_accuracy(tiny_vit, image_folder):
+    from vitlr.data.loader import open_data
+
+    loader = open_data(image_folder(classes=("x", "y")), tiny_vit())
+    assert evaluate(tiny_vit(), loader, tiny_vit(seed=1)).top1 is None
+    with pytest.raises(InputError, match="need_labels=True"):
+        evaluate(tiny_vit(), loader)
+
+
+def test_dicts_are_judged_like_tuples(batches):
+    """As every loader of transformers gives them."""
+
+    class Named(nn.Module):
+        def forward(self, pixel_values):
+            return {"loss": pixel_values.mean(), "logits": pixel_values}
+
+    x, y = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    for key in ("labels", "label"):
+        found = evaluate(Named(), [{"pixel_values": x, key: y}])
+        assert found == evaluate(Table(), [(x, y)])
+
+
+@pytest.mark.parametrize(
+    ("loader", "reference", "said"),
+    [
+        (nn.Identity(), None, "the loader is a Identity, expected batches"),
+        (None, None, "the loader is a NoneType"),
+        ([(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]))], None, r"the model cannot take .*\[2, 3, 16, 16\]"),
+        ([(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))], [1], "reference= is a list, expected a model"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(tiny_vit, loader, reference, said):
+    with pytest.raises(InputError, match=said):
+        evaluate(tiny_vit(), loader, reference)
 
 
 def test_no_images_features_and_other_classes(tiny_vit, batches):

@@ -153,3 +153,27 @@ def test_of_a_model_saved_loaded_and_taken_back(tiny_vit, images, tmp_path):
     back = vitlr.unfuse(loaded)
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(back(images), model(images))
+
+
+class Foreign(torch.nn.Parameter):
+    """A parameter as quantisers make them: of a class of its own."""
+
+
+def test_weights_of_a_quantiser_are_left_alone_at_fusing_and_at_calling(tiny_vit, batches):
+    import vitlr
+    from vitlr.surgery.fusion import fused_names
+
+    small = vitlr.compress(tiny_vit(), batches, "params:70%", rank_step=4, method="lowrank")
+    fused = vitlr.fuse(small)
+    assert fused_names(fused)
+    for model in (small, fused):
+        for module in [m for m in model.modules() if type(m) is torch.nn.Linear]:
+            module.weight = Foreign(module.weight.detach().clone())
+    again = vitlr.fuse(small)
+    assert not fused_names(again) and torch.equal(again(batches[0][0]), small(batches[0][0]))
+    attention = fused.blocks[0].attn
+    assert isinstance(attention, FusedAttention) and "Foreign" in str(FusedAttention.why_not(small.blocks[0].attn))
+    called = []
+    attention._plain = lambda *args, plain=attention._plain: called.append(1) or plain(*args)
+    fused(batches[0][0])
+    assert called

@@ -107,4 +107,11 @@ def test_what_does_not_fit_is_named():
 
 
 def test_there_is_no_dense_weight():
-    assert not hasattr(layer(), "weight")
+    weight = layer().weight  # parents ask it for its dtype; whoever computes with it reads past the layer
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), (N, K))
+    assert weight.size(0) == N and weight.dim() == 2 and weight.numel() == N * K and weight.is_floating_point()
+    with pytest.raises(TypeError, match="must be Tensor, not Shadow"):
+        torch.nn.functional.linear(torch.randn(1, K), weight)
+    for used in (lambda: weight.T, lambda: weight.data, lambda: weight.copy_(0)):
+        with pytest.raises(AttributeError, match=r"stores no weight.*call the layer"):
+            used()

@@ -150,7 +150,8 @@ def test_damaged_files_are_refused(rounded, tmp_path):
         ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild}, {}, "row_exponent reaches"),
         ({f"{name}.row_exponent|near": None, f"{name}.row_exponent": wild.float()}, {}, "expected torch.int16"),
         ({f"{name}.codes|nonsense": torch.zeros(3)}, {}, "no form of it that is known|the file has none"),
-        ({}, {name: {**structure[name], "quantized": 3}}, "expected .*the file says"),
+        ({}, {name: {**structure[name], "quantized": 3}}, "quantized 3, expected"),
+        ({}, {name: {**structure[name], "twice": 10**6}}, "twice is 1000000"),
         ({}, {name: {**structure[name], "in_features": 7}}, "expected .*the file says"),
     )
     dense = vitlr.to_dense(small)
@@ -179,8 +180,8 @@ def test_what_does_not_go_together_is_refused(measured, batches):
     ):
         with pytest.raises(InputError, match=words):
             vitlr.plan(model, stats, budget, method="bits", **options)
-    with pytest.raises(InputError, match="does not go with method='bits'"):
-        vitlr.compress(model, batches, "bytes:20%", method="bits", rungs="distil")
+    with pytest.raises(InputError, match="moves weights that method='bits' makes integers; take rungs='distil'"):
+        vitlr.compress(model, batches, "bytes:20%", method="bits", rungs="refit")
     hooked = copy.deepcopy(model)
     hooked.blocks[0].mlp.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(InputError, match="has hooks"):

@@ -39,6 +39,12 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    layer = nn.Linear(*weight.shape[::-1], bias is not None)
+    layer.weight.data, layer.bias = weight, bias if bias is None else nn.Parameter(bias)
+    return layer
+
+
 @torch.no_grad()
 def kl(model: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
     p, q = model(images).log_softmax(-1), other(images).log_softmax(-1)
@@ -85,7 +91,7 @@ def test_levels_between_the_widths_that_were_tried_cost_what_rounding_there_cost
             weight = V if name == narrowing.second else levels.whole.weight[keep]
             for level in [*levels.ladder()][6:20:6]:
                 size, loss = levels.ladder(width)[level]
-                layer = levels.rounded(level, weight.float(), None, width)
+                layer = levels.rounded(level, linear(weight.float(), None), width)
                 sides = levels.whole.sides
                 sides = sides.among(None, keep) if name == narrowing.second else sides.among(keep, None)
                 S, C = sides.moments(PRICED)
@@ -100,7 +106,7 @@ def test_the_bias_carries_the_mean_of_the_neurons_that_stay(measured):
     narrowing = spectra.widths["blocks.0.mlp"]
     V, bias = narrowing.weights(96)
     levels = spectra.levels[narrowing.second]
-    layer = levels.rounded([*levels.ladder()][-6], V.float(), bias.float(), 96)
+    layer = levels.rounded([*levels.ladder()][-6], linear(V.float(), bias.float()), 96)
     mean = narrowing.moments.mean[narrowing.keep(96)]
     expected = V @ mean + bias
     torch.testing.assert_close(layer(mean.float()).double(), expected, rtol=1e-4, atol=1e-4)

@@ -10,8 +10,10 @@ from torch import nn
 
 from vitlr.runtime.modules import join
 
-_HEADS = re.compile(r"(head|heads|head_dist|fc|logits|score|lm_head|\w*classifier|(visual|text)_projection)")
-_EMBEDDING = re.compile(r"(^|\.)(patch_embed\w*|pixel_embed|embeddings?|embeds|stem)(\.|$)")
+_HEADS = re.compile(r"((\w+_)?heads?(_\w+|\d+)?|fc|logits|score|\w*classifier|(visual|text)_projection)")
+_EMBEDDING = re.compile(
+    r"(^|\.)(\w*patch_(to_)?(embed|proj|token)\w*|pixel_embed|embeddings?|embeds?|stem|patchify|tokenizer)(\.|$)"
+)
 _TABLE = re.compile(
     r"(^|\.)(cpb_mlp|meta_mlp|continuous_position_bias_mlp|rel(ative)?_pos\w*|pos_(embed|proj|bias)\w*|rope\w*)(\.|$)"
 )
@@ -43,7 +45,28 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
         linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
         if _HEADS.fullmatch(name) and linears:
             found.append(linears[-1])
-    return found
+    return found or _behind_blocks(model)
+
+
+def _behind_blocks(model: nn.Module) -> list[nn.Module]:
+    """The last linear of all, where it stands behind a stack of blocks: a head by whatever name.
+
+    Not of transformers' models, which end in poolers and whose heads have known names.
+    """
+    if hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    linears: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    inside: set[int] = set()
+    for stack in model.modules():
+        blocks = [m for m in stack.children() if not isinstance(m, nn.Linear) and _has_linears(m)]
+        if isinstance(stack, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
+            kinds = {type(m) for m in blocks}
+            inside |= {id(m) for b in blocks if len(kinds) == 1 for m in b.modules()}
+    return linears[-1:] if inside and id(linears[-1]) not in inside else []
+
+
+def _has_linears(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear) for m in module.modules())
 
 
 def role(name: str) -> str | None:

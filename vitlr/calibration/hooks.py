@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_
 
 COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
+
+
+_SMALL, _LARGE = 2.0**-50, 2.0**50  # beyond, products of two entries near float32's own ends
 
 
 class Tap:
@@ -35,6 +39,8 @@ class Tap:
         leading: Collection[int],
         queries: tuple[int, int] | None = None,
     ) -> None:
+        self.strided = False  # rows of one image are `images` apart, not neighbours
+        self.asleep = False  # a run that is not counted
         self.stats, self.linear = stats, linear
         self.leading = leading  # first dimension of the input for one image
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
@@ -52,6 +58,11 @@ class Tap:
             stats.held[key] = new.to(linear.weight.device)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
+    @property
+    def of_images(self) -> bool:
+        """Whether rows are split by image."""
+        return self.by_image or bool(self.wanted & {"normalized", "row_gradient"})
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
@@ -66,7 +77,7 @@ class Tap:
         self.in_backward, self.sketch = True, sketch
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
+        if self.asleep or not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
             return None
         x = args[0]
         # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
@@ -77,6 +88,8 @@ class Tap:
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self.asleep:
+            return
         x, made = args[0].detach(), output.detach()
         if output.requires_grad:
             if self.stats.side == "output":
@@ -111,11 +124,11 @@ class Tap:
         y = self._without_bias(output) if needs_output else output
         small = y if s.side == "output" else rows
         if "moment" in wanted:
-            gram_update_(s.sum("moment"), small)
+            self._add_gram("moment", small)
         if "normalized" in wanted:
             gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
         if "input_moment" in wanted:
-            gram_update_(s.sum("input_moment"), rows)
+            self._add_gram("input_moment", rows)
         for key, extreme in (("input_low", rows.amin), ("input_high", rows.amax)):
             if key in wanted and len(rows):
                 s.sum(key).copy_(SUMS[key].join(s.sum(key), extreme(0).double()))
@@ -123,6 +136,17 @@ class Tap:
             self._add_squares("input_square", rows)
         if "input_abs" in wanted:
             s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
+
+    def _add_gram(self, key: str, X: Tensor, size: float = 1.0) -> None:
+        """`C += size² Xᵀ X`, also where the squares are none that float32 has."""
+        C = self.stats.sum(key)
+        X, own = unit(X)
+        if own * size == 1.0:
+            gram_update_(C, X)
+            return
+        part = torch.zeros_like(C)
+        gram_update_(part, X)
+        C.add_(part, alpha=(own * size) ** 2)
 
     def _add_squares(self, key: str, t: Tensor) -> None:
         rows = t.detach().reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
@@ -140,40 +164,48 @@ class Tap:
                 f"{sorted(self.leading)} for one: they cannot be told apart by image; leave it out with exclude=, or "
                 "use objective='loss' or 'output' without row_gradient"
             )
-        return rows.reshape(self.images, -1, rows.shape[-1])
+        if not self.strided:
+            return rows.reshape(self.images, -1, rows.shape[-1])
+        views = leading // self.images
+        return (
+            rows.reshape(views, self.images, -1, rows.shape[-1])
+            .transpose(0, 1)
+            .reshape(self.images, -1, rows.shape[-1])
+        )
 
     def _image_weights(self, y: Tensor, leading: int) -> Tensor:
         """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
         norms = torch.linalg.vector_norm(self._per_image(y, leading), dim=(1, 2), dtype=torch.float64)
         weight = torch.where(norms > 0, norms.square().reciprocal(), 0.0)
-        return weight.repeat_interleave(y.shape[0] // self.images).to(torch.float32)
+        views = leading // self.images if self.strided else 1
+        return weight.repeat_interleave(y.shape[0] // self.images // views).repeat(views).to(torch.float32)
 
     def _add_gradient(self, g: Tensor) -> None:
         self.gradient_seen = True
-        gram_update_(self.stats.sum("gradient"), g.detach().reshape(-1, self.stats.size))
+        self._add_gram("gradient", g.detach().reshape(-1, self.stats.size))
 
     def _add_output_gradient(self, g: Tensor) -> None:
-        gram_update_(self.stats.sum("output_gradient"), g.detach().reshape(-1, self.stats.out_features))
+        self._add_gram("output_gradient", g.detach().reshape(-1, self.stats.out_features))
 
     def _add_products(self, y: Tensor, g: Tensor) -> None:
         """`P Pᵀ` and `Pᵀ P` of every image's `P = Yᵀ G`."""
         self.gradient_seen = True
-        y, g = self._by_image(y), self._by_image(g)
+        (y, size_y), (g, size_g) = unit(self._by_image(y)), unit(self._by_image(g))
         with exact_products(y.device):
             of_y, of_g = self._roots(g) @ y, self._roots(y) @ g
-        gram_update_(self.stats.sum("image_moment"), of_y.flatten(0, 1))
-        gram_update_(self.stats.sum("image_gradient"), of_g.flatten(0, 1))
+        self._add_gram("image_moment", of_y.flatten(0, 1), size_y * size_g)
+        self._add_gram("image_gradient", of_g.flatten(0, 1), size_y * size_g)
 
     def _add_hidden(self, h: Tensor, g: Tensor) -> None:
         """`P Pᵀ` of every image's `P = Hᵀ G`, `P ḡ` and `‖ḡ‖²`, all by the same R: they must fit together."""
         s = self.stats
-        h, g = self._by_image(h), self._by_image(g)
+        (h, size_h), (g, size_g) = unit(self._by_image(h)), unit(self._by_image(g))
         with exact_products(h.device):
             R = self._roots(g)
             rows, total = R @ h, R.sum(2)
-            s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)))
-        s.sum("image_output_gradient").add_(total.double().square().sum())
-        gram_update_(s.sum("image_input_moment"), rows.flatten(0, 1))
+            s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)), alpha=size_h * size_g**2)
+        s.sum("image_output_gradient").add_(total.double().square().sum(), alpha=size_g**2)
+        self._add_gram("image_input_moment", rows.flatten(0, 1), size_h * size_g)
 
     def _add_scores(self, y: Tensor, g: Tensor) -> None:
         """Moments of q and of its gradient by head, and of every image's `P = Σ_tokens q gᵀ`."""
@@ -187,13 +219,14 @@ class Tap:
         y, g = (
             t.unflatten(-1, self.queries).transpose(1, 2).contiguous() for t in (y, g)
         )  # [images, heads, tokens, d]
+        (y, size_y), (g, size_g) = unit(y), unit(g)
         with exact_products(y.device):
-            s.sum("score_moment").add_((y.mT @ y).sum(0))
-            s.sum("score_gradient").add_((g.mT @ g).sum(0))
+            s.sum("score_moment").add_((y.mT @ y).sum(0), alpha=size_y**2)
+            s.sum("score_gradient").add_((g.mT @ g).sum(0), alpha=size_g**2)
             if self.by_image:
-                P = y.mT @ g
-                s.sum("image_score_moment").add_((P @ P.mT).sum(0))
-                s.sum("image_score_gradient").add_((P.mT @ P).sum(0))
+                P, size = y.mT @ g, (size_y * size_g) ** 2
+                s.sum("image_score_moment").add_((P @ P.mT).sum(0), alpha=size)
+                s.sum("image_score_gradient").add_((P.mT @ P).sum(0), alpha=size)
 
     def _by_image(self, t: Tensor) -> Tensor:
         t = self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t))
@@ -217,9 +250,22 @@ class Tap:
         self.gradient_seen = True
         tokens = x.numel() // x.shape[-1] // max(self.images, 1)
         g, x = (self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t)).float() for t in (g, x))
+        (g, size_g), (x, size_x) = unit(g), unit(x)
         wide = tokens * sum(self.linear.weight.shape) > self.linear.weight.numel()
         squares = (g.mT @ x).square().sum((0, 2)) if wide else ((x @ x.mT) @ g).mul_(g).sum((0, 1))
-        self.stats.sum("row_gradient").add_(squares)
+        self.stats.sum("row_gradient").add_(squares, alpha=(size_g * size_x) ** 2)
+
+
+def unit(t: Tensor) -> tuple[Tensor, float]:
+    """A tensor and 1; where products of its entries would leave float32, `t / s` with entries up to 1, and s.
+
+    s is a power of two, so nothing is rounded.
+    """
+    largest = float(torch.linalg.vector_norm(t, math.inf)) if t.numel() and t.dtype != torch.float64 else 0.0
+    if largest == 0.0 or _SMALL < largest < _LARGE or not math.isfinite(largest):
+        return t, 1.0
+    power = max(math.frexp(largest)[1], -126)
+    return t.float() * 2.0**-power, 2.0**power
 
 
 def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequence[Tensor | None]:

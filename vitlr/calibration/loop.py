@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,19 +16,33 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
-from vitlr.calibration.probe import Probe, probe
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
+from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
-from vitlr.data.batches import call, count_images, image_shape, one_image, tensors, to_model
-from vitlr.errors import InputError
-from vitlr.measuring.losses import image_seeds, sampled_losses
+from vitlr.data.batches import (
+    call,
+    count_images,
+    first_images,
+    image_dtype,
+    image_shape,
+    one_image,
+    tensors,
+    tensors_in,
+    to_model,
+)
+from vitlr.errors import InputError, NumericalError
+from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_losses, what_is
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
+from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
+
+_DOUBT = 1e-4  # of a model's least certain answer, below which gradients say nothing of large changes
+_logger = logging.getLogger(__name__)
 
 
 @keywords(Calibration)
@@ -78,23 +93,28 @@ def calibrate(
         return resumed(again, model, loader, resume, wanted, tuple(changes), progress, on_batch)
     if loader is None:
         raise InputError("loader= is missing: calibration needs images")
+    check_model(model)
     objectives = wanted.objectives
     by_gradient = set(objectives) & set(GRADIENT_OBJECTIVES)
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
+        stack.enter_context(no_graphs_left(model))
         stack.enter_context(frozen_parameters(model))
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        check_finite(model)
         # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.
         factors = RANGES in wanted.extras
         targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude, factors=factors)
+        lost = set() if stats is None else set(stats.notes.get("unreached", ()))  # layers that the answer passes by
+        targets = {name: linear for name, linear in targets.items() if name not in lost}
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
-        heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
-        queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
         run: Statistics | None = None
+        doubt = 0.0
         taps: list[Tap] = []
+        ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
         for batch in loader:
             inputs = to_model(model, batch)
@@ -103,14 +123,25 @@ def calibrate(
                 continue
             if run is None:
                 found = probe(model, targets, one_image(inputs))
+                if needs_gradient and loss_fn is None:
+                    lost |= unreached(model, targets, one_image(inputs), output_fn)
+                if lost:
+                    targets = {name: linear for name, linear in targets.items() if name not in lost}
+                    found = probe(model, targets, one_image(inputs))
+                    extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
                 fresh = _empty(targets, found, image_shape(inputs))
                 fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = wanted.samples, wanted.seed
+                fresh.dtype = image_dtype(inputs)
+                if lost:
+                    fresh.notes["unreached"] = sorted(lost)
                 if why_not:
                     fresh.notes["no_hidden"] = why_not
                 if stats is not None:
                     stats.check_addable(fresh)
                 run = stats or fresh
+                heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
+                queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
                 own = set(extras) - {HIDDEN, VALUES}
                 pruned = {"input_moment", HIDDEN}
                 collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
@@ -126,6 +157,9 @@ def calibrate(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
                     "tokens depend on the size, so calibrate with one"
                 )
+            if images > 1 and not ordered:
+                ordered = True
+                _order(model, taps, inputs)
             run.whole = False
             for tap in taps:
                 tap.forward(images)
@@ -134,10 +168,13 @@ def calibrate(
                 if needs_gradient:
                     seeds = image_seeds(tensors(inputs), wanted.seed)
                     if loss_fn is not None:
-                        losses = [loss_fn(output, batch)]
+                        losses = [scalar(loss_fn(output, batch))]
                     else:
                         picked = output_fn(output) if output_fn is not None else output
+                        if not run.answer:
+                            _say(run, what_is(model, picked)[1], picked)
                         losses = sampled_losses(model, picked, seeds, wanted.samples)
+                        doubt = max(doubt, largest_doubt(model, picked))
                     _backward(losses, taps, sketches(seeds, wanted.samples, taps))
             run.images += images
             run.whole = True
@@ -148,6 +185,14 @@ def calibrate(
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     run.check_finite()
+    if by_gradient and loss_fn is None and doubt < _DOUBT:
+        run.notes["certain"] = doubt
+        _logger.warning("%s", certain(doubt))
+    if run.images < FEW:
+        _logger.warning(
+            "calibrated on %d images: plan and predicted error fit these few; some hundreds are needed",
+            run.images,
+        )
     if by_gradient and not any(layer.sum("gradient").any() for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
@@ -156,20 +201,51 @@ def calibrate(
     return _to_cpu(run)
 
 
+def check_finite(model: nn.Module) -> None:
+    """Raise `NumericalError` naming the first parameter that holds NaN or Inf: every answer would."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise NumericalError(f"{name} holds NaN or Inf; check the weights, or load them again in float32")
+
+
+def _order(model: nn.Module, taps: Sequence[Tap], inputs: Any) -> None:
+    """Tell the taps that split rows by image how these lie in a batch."""
+    by_image = {tap.stats.name: tap.linear for tap in taps if tap.of_images}
+    if not by_image:
+        return
+    for tap in taps:
+        tap.asleep = True
+    apart = strided_layers(model, by_image, first_images(inputs, 2), one_image(inputs))
+    for tap in taps:
+        tap.strided, tap.asleep = tap.stats.name in apart, False
+
+
+def _say(run: Statistics, what: str, answer: Any) -> None:
+    """Note what the model's answer is taken for; a warning where it is one of several tensors."""
+    run.answer = what
+    count = sum(1 for t in tensors_in(answer) if t.ndim)
+    level = logging.WARNING if count > 1 and "so named" not in what else logging.INFO
+    more = f"; it is the first of {count} tensors, output_fn= picks another" if count > 1 else ""
+    _logger.log(level, "the model's answer is taken for %s%s", what, more)
+
+
 def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[Tensor | None]) -> None:
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
             tap.backward(sketched[index])
         if not loss.requires_grad:
-            raise InputError("the model's answer does not depend on its layers through autograd (no_grad or detach?)")
+            raise InputError(
+                "no gradient reaches the layers: the model's answer does not depend on them through autograd "
+                "(no_grad or detach?); output_fn= picks another part of the answer, objective='output' needs none"
+            )
         loss.backward(retain_graph=index + 1 < len(losses))
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:
         raise InputError(
             f"no gradient arrives at {len(cut_off)} layers ({some(cut_off)}): "
-            "they are cut off by no_grad or detach, so nothing could be said of them; leave them out with exclude=, or "
-            "calibrate with objective='output'"
+            "they serve another output, or are cut off by no_grad or detach; leave them out with exclude=, pick what "
+            "counts with output_fn=, or calibrate with objective='output'"
         )
 
 

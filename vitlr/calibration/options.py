@@ -16,6 +16,7 @@ VALUES = "values"  # the input moments of the attentions' projections, for pruni
 ROUNDING = "rounding"  # both sides of every linear in full, which rounding its weight needs
 RANGES = "ranges"  # the least and the largest input of every channel, which multiplying bytes needs
 EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, ROUNDING, RANGES)
+FEW = 100  # images below which a calibration warns
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 
 

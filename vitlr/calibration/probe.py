@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from vitlr.data.batches import tensors
+from vitlr.data.batches import call, first_tensor, tensors
 from vitlr.errors import InputError, VitlrError
 from vitlr.measuring import cost
+from vitlr.measuring.reach import reached
 from vitlr.runtime.words import some
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,90 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
         # The input's moment is kept where it is the smaller one; equal inputs then share it.
         owners[name] = first.setdefault(read, name) if linear.out_features > linear.in_features else name
     return Probe(macs, owners, {name: frozenset(x.shape[0] for x, _ in read) for name, read in sources.items()})
+
+
+def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any, alone: Any) -> set[str]:
+    """The layers that see the rows of one image `images` apart: views or frames stacked before the images of a batch.
+
+    Found by what they see of an image `alone` and in a `pair` that it is the first of. Raises `InputError` where an
+    image is seen otherwise in company: then nothing can be said of one image.
+    """
+    with_another, by_itself = (_inputs(model, targets, inputs) for inputs in (pair, alone))
+    found = set()
+    for name in targets:
+        for together, single in zip(with_another[name], by_itself[name], strict=False):
+            rows = len(single)
+            if len(together) != 2 * rows:
+                continue  # no multiple of the images: refused by who splits them
+            near, apart = (float((t - single).norm()) for t in (together[:rows], together[::2]))
+            if min(near, apart) > _ALIKE * float(single.norm()):
+                raise InputError(
+                    f"layer {name} sees an image otherwise when another one is in the batch: sums over single images "
+                    "mean nothing there; calibrate with objective='loss' or 'output'"
+                )
+            if apart < near and near > _ALIKE * float(single.norm()):
+                found.add(name)
+    return found
+
+
+def unreached(
+    model: nn.Module, targets: Mapping[str, nn.Linear], image: Any, output_fn: Callable[[Any], Tensor] | None
+) -> set[str]:
+    """The layers that the answer does not depend on, unless that is all of them; a warning names them."""
+
+    def pick(answer: Any) -> Tensor:
+        return first_tensor(answer if output_fn is None else output_fn(answer))
+
+    found = reached(model, targets, image, pick)
+    lost = [name for name in targets if not found.get(name, False)]
+    if not lost or len(lost) == len(targets):
+        return set()
+    _logger.warning(
+        "%d layers stay dense (%s): no gradient of the answer arrives at them, they serve another output or stand "
+        "behind no_grad; output_fn= picks what counts, objective='output' needs no gradient",
+        len(lost),
+        some(lost),
+    )
+    return set(lost)
+
+
+def scalar(loss: Any) -> Tensor:
+    """The loss of a `loss_fn`, if it is one."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise InputError(f"loss_fn= returned {what}, expected one number as a tensor, summed over the images")
+    return loss
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise `InputError` for weights that are nowhere, or that autograd cannot follow."""
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise InputError(f"{name} is on the meta device: the model has no weights; load some first")
+        if p.is_inference():
+            raise InputError(
+                f"{name} was made under torch.inference_mode(), autograd cannot follow it; make the model outside"
+            )
+
+
+_ALIKE = 0.05  # relative; batches of one and of two are rounded otherwise, in half precision by as much
+
+
+def _inputs(model: nn.Module, targets: Mapping[str, nn.Linear], inputs: Any) -> dict[str, list[Tensor]]:
+    """What every layer is called with, in float32."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in targets}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: seen[name].append(args[0].detach().float())
+
+    handles = [linear.register_forward_pre_hook(hook(name)) for name, linear in targets.items()]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _remember(seen: list[tuple[Tensor, int]], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -20,7 +20,8 @@ from vitlr.anatomy import linears
 from vitlr.calibration.options import HIDDEN, VALUES, Calibration
 from vitlr.calibration.statistics import Statistics
 from vitlr.data.batches import count_images
-from vitlr.data.loader import Loader, data_config
+from vitlr.data.loader import Loader
+from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError, Interrupted
 from vitlr.runtime.fields import names_of
 from vitlr.runtime.progress import Progress
@@ -74,7 +75,11 @@ def images_of(loader: Any) -> int | None:
 def _check_fits(found: Statistics, model: nn.Module, loader: Any, wanted: Calibration, asked: tuple[str, ...]) -> None:
     modules, own = dict(model.named_modules()), isinstance(loader, Loader)
     found.check_fits({name: m.weight for name in found.layers if isinstance(m := modules.get(name), nn.Linear)})
-    size = tuple(data_config(model)["input_size"]) if own or hasattr(model, "default_cfg") else found.input_shape
+    size = found.input_shape
+    if own:
+        size = tuple(loader.config["input_size"])
+    elif hasattr(model, "default_cfg"):
+        size = input_size(model)
     if found.input_shape != size:
         raise InputError(f"these statistics are of images {found.input_shape}, the model takes {size}")
     chosen = {key for key in names_of(Calibration) if getattr(wanted, key) != getattr(Calibration, key)} | set(asked)
@@ -95,7 +100,7 @@ def _check_fits(found: Statistics, model: nn.Module, loader: Any, wanted: Calibr
     if wanted.hidden == "attention" and VALUES not in found.extras:
         raise InputError("these statistics hold no moments of value channels, which attention= asks for")
     layers = linears.targets(model, wanted.include, wanted.exclude)
-    missing = [name for name in layers if name not in found.layers]
+    missing = [name for name in layers if name not in found.layers and name not in found.notes.get("unreached", ())]
     unfinished = not found.notes.get("complete", True) and len(layers) < len(found.layers)
     if missing or unfinished:
         extra = missing or [name for name in found.layers if name not in layers]

@@ -14,7 +14,7 @@ from vitlr.calibration.options import DEFAULT, EXTRAS, OBJECTIVES
 from vitlr.calibration.sums import BY_IMAGE_HIDDEN, SCORES, SUMS, LayerStatistics, share_moments
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime import storage
-from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, text, tuple_of, whole
+from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, number, text, tuple_of, whole
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
@@ -30,7 +30,13 @@ HEADER: dict[str, Any] = {
     "images": whole(0),
     "macs": whole(0),
     "input_shape": PLAIN,
-    "notes": {"complete?": FLAG, "images_total?": whole(0) | NONE, "data?": text(4096) | NONE, "*": PLAIN},
+    "notes": {
+        "complete?": FLAG,
+        "images_total?": whole(0) | NONE,
+        "data?": text(4096) | NONE,
+        "certain?": number(0, 1),
+        "*": PLAIN,
+    },
     "layers": [tuple_of(PLAIN, len(ROW), len(ROW))],
     "*": PLAIN,
 }
@@ -56,12 +62,20 @@ class Statistics:
     input_shape: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
     whole: bool = True
+    dtype: Any = None  # of an image, by name
+    answer: str = ""  # what the model's was taken for
+
+    @property
+    def image(self) -> tuple[Any, Any]:
+        """Shape and dtype of one image, of every tensor by name where the model takes several."""
+        return self.input_shape, self.dtype
 
     def __str__(self) -> str:
         tokens = sum(layer.tokens for layer in self.layers.values())
         return (
             f"Statistics of {len(self.layers)} layers over {self.images} images ({tokens} layer tokens), "
             f"objectives {', '.join(self.objectives)}, weights {self.fingerprint}"
+            + (f"; the answer is taken for {self.answer}" if self.answer else "")
         )
 
     @property
@@ -152,6 +166,8 @@ class Statistics:
             "macs": self.macs,
             "input_shape": self.input_shape,
             "notes": self.notes,
+            "dtype": self.dtype,
+            "answer": self.answer,
             "layers": [[s.name, s.in_features, s.out_features, s.owner, s.tokens] for s in self.layers.values()],
         }
         storage.save_tensors(path, tensors, header, kind="statistics", schema=SCHEMA)
@@ -178,6 +194,8 @@ class Statistics:
             header["macs"],
             _as_tuple(shape),
             dict(header["notes"]),
+            dtype=header.get("dtype"),
+            answer=header.get("answer", ""),
         )
 
 

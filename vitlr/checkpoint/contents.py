@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,15 @@ DATA: dict[str, Any] = {
     "crop_pct": number(0.01, 10) | NONE,
     "crop_mode": text(32) | NONE,
 }
+_SHAPE = tuple_of(whole(1, 2**15), 1, 4)
+ANSWER: dict[str, Any] = {
+    "image": tuple_of(PLAIN, 2, 2),  # its shape and dtype, by name where there are several
+    "numbers": [number()],
+    "norm": number(0),
+    "of": whole(1),
+}
+BLUEPRINT: dict[str, Any] = {"kinds": [tuple_of(PLAIN, 2, 2)], "modules": {"*": whole(0)}}
+_PIXELS = 2**23  # of the image that a file's answer is of
 HEADER: dict[str, Any] = {
     "origin": PLAIN,  # `check_origin` knows more
     "structure": {"*": PLAIN},  # and so does `restructure`
@@ -33,6 +43,8 @@ HEADER: dict[str, Any] = {
     "data": {"*": PLAIN},
     "versions?": {"*": NAME},
     "digest": text(80),
+    "answer?": PLAIN,
+    "blueprint?": PLAIN,
     "*": PLAIN,
 }
 
@@ -41,6 +53,28 @@ def check_header(header: Mapping[str, Any], where: str) -> None:
     """Raise `InputError` for the first entry that is not of its kind."""
     check(header, HEADER, where)
     check(header["data"], {f"{key}?": kind for key, kind in DATA.items()}, f"{where}: the data config")
+    for key, kind in (("answer", ANSWER), ("blueprint", BLUEPRINT)):
+        if header.get(key) is not None:
+            check(header[key], kind, f"{where}: the {key}")
+    if header.get("answer") is not None:
+        shape, dtype = header["answer"]["image"]
+        _check_image(shape, dtype, f"{where}: the image of the answer")
+    for kind in (header.get("blueprint") or {"kinds": []})["kinds"]:
+        check(kind[0], NAME, f"{where}: a class")
+        check(kind[1], {"*": PLAIN}, f"{where}: what a class holds")
+
+
+def _check_image(shape: Any, dtype: Any, where: str) -> None:
+    """Raise `InputError` for an image that is none, or takes more memory than any model's."""
+    if isinstance(shape, Mapping):
+        check(dtype, {"*": NAME} if dtype is not None else NONE, where)
+        for key, value in shape.items():
+            _check_image(value, (dtype or {}).get(key), where)
+        return
+    check(shape, _SHAPE, where)
+    check(dtype, among(*DTYPES, "int64", "int32", "bool") | NONE, where)
+    if math.prod(shape) > _PIXELS:
+        raise InputError(f"{where}: {shape} are more than {_PIXELS} numbers")
 
 
 def casts(buffer: Tensor) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
+_ELSEWHERE = ("hf-hub:", "local-dir:")  # timm's words for a repository and a folder with a config beside the weights
 _NOT_ARCHITECTURE = {"cache_dir", "device", "dtype"}  # where and in what, not which model
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys training scripts store weights under
+_WRAPPERS = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model")  # of training scripts
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "base_model.", "student.")
 
 
 def create_model(
@@ -26,27 +29,34 @@ def create_model(
 ) -> nn.Module:
     """Make the timm model `name` in eval mode, with weights from `checkpoint` where one is given.
 
-    `args` go to `timm.create_model` (num_classes, img_size, depth, ...); name and args are kept in
+    `name` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, which bring their weights. `args` go to
+    `timm.create_model` (num_classes, img_size, depth, ...); name and args are kept in
     `model.vitlr_origin`. A checkpoint is a safetensors file or one that `torch.load(weights_only=True)` reads: no
     pickled code ever runs. Raises `InputError` for an unknown name (with close matches), arguments the model does not
     take, and a file that does not fit (naming what is missing, unexpected or of another shape).
     """
     import timm
 
-    _check_name(name)
+    elsewhere = name.startswith(_ELSEWHERE)
+    if not elsewhere:
+        _check_name(name)
     if "checkpoint_path" in args:
         raise InputError("checkpoint_path= is timm's name for it; pass checkpoint= instead")
     args = {key: value for key, value in args.items() if value is not None}
     try:
-        model = timm.create_model(name, pretrained=pretrained, **args)
+        model = timm.create_model(name, pretrained=pretrained or (elsewhere and checkpoint is None), **args)
     except Exception as cause:  # timm's constructors and downloads raise whatever they like
-        what = "download the weights of" if pretrained else "make"
+        what = "download the weights of" if pretrained or elsewhere else "make"
         hint = "; use checkpoint= to read weights from a file" if pretrained else ""
         given = f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else ""
         raise InputError(f"could not {what} {name}{given}: {one_line(cause)}{hint}") from cause
     if checkpoint is not None:
         load_weights(model, checkpoint, name=name)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
+    if elsewhere:  # a file names timm's architecture, with what its config says on top
+        cfg: Any = model.pretrained_cfg
+        name = cfg["architecture"]
+        kept = {"num_classes": model.num_classes, **(cfg.get("model_args") or {}), **kept}
     model.vitlr_origin = {"library": "timm", "name": name, "args": kept}  # type: ignore[assignment]
     return model.eval()
 
@@ -60,11 +70,13 @@ def origin(model: nn.Module) -> dict[str, Any] | None:
 def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit."""
     path = Path(checkpoint)
-    weights = read_weights(path)
+    weights: Mapping[str, Tensor] = read_weights(path)
     problem = _mismatch(model, weights)
     if problem:
-        renamed = _original_names(model, weights)
-        if renamed is None or _mismatch(model, renamed):
+        renamed = next(
+            (found for form in (weights, _inner(model, weights)) if (found := _fitting(model, form)) is not None), None
+        )
+        if renamed is None:
             what = name or type(model).__name__
             raise InputError(
                 f"checkpoint {path} does not fit {what}: {problem}; name the model that the file was made for, "
@@ -83,16 +95,25 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InputError(f"cannot read checkpoint {path}: it is no regular file; check the path")
     try:
         with path.open("rb") as file:
-            is_safetensors = file.read(9)[8:] == b"{"  # 8 bytes of length, then JSON
+            start = file.read(9)
     except OSError as cause:
         raise InputError(f"cannot read checkpoint {path}: {cause.strerror or cause}; check the path") from cause
-    found = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    if start.startswith(b"PK") and path.suffix == ".npz":
+        raise InputError(
+            f"checkpoint {path} holds arrays under the names of JAX; write it as safetensors first: "
+            "timm's model.load_pretrained(path) reads it, safetensors.torch.save_file(model.state_dict(), F) writes it"
+        )
+    found = _read_safetensors(path) if start[8:] == b"{" else _read_torch(path)  # 8 bytes of length, then JSON
     for key in _WRAPPERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
             break
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
-        raise InputError(f"checkpoint {path} holds no weights: expected names and tensors (a state_dict)")
+        keys = f", got {some([str(key) for key in found])}" if isinstance(found, Mapping) and found else ""
+        raise InputError(
+            f"checkpoint {path} holds no weights: expected names and tensors (a state_dict), alone or as one of "
+            f"{', '.join(_WRAPPERS)}{keys}"
+        )
     return clean_state_dict(dict(found))
 
 
@@ -121,13 +142,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training scripts store their arguments
+        with torch.serialization.safe_globals(_PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as cause:  # a damaged or foreign file makes the unpickler raise almost anything
         raise InputError(
             f"checkpoint {path} is neither safetensors nor a torch file of plain tensors "
             f"(pickled objects are refused): {one_line(cause)}"
         ) from cause
+
+
+def _number(dtype: np.dtype[Any], content: bytes) -> Any:
+    """A scalar of NumPy, as pickles hold it; of numbers only, since other kinds hold objects."""
+    if dtype.kind not in "biufc":
+        raise TypeError(f"a scalar of {dtype} is no number")
+    return np.frombuffer(content, dtype)[0]
+
+
+# timm's training scripts store their arguments, others the best accuracy as a number of NumPy.
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIqQefd")]
+_PLAIN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 def _mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
@@ -144,6 +177,25 @@ def _mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
         "of another shape": shapes,
     }
     return "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in kinds.items() if names)
+
+
+def _fitting(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """`weights`, or those under the names of timm, if they fit."""
+    for form in (weights, _original_names(model, weights)):
+        if form is not None and not _mismatch(model, form):
+            return form
+    return None
+
+
+def _inner(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What of `weights` stands under prefixes of training scripts; losses and metrics beside the model are left out."""
+    expected = model.state_dict().keys()
+    while not any(name in expected for name in weights):
+        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in weights)), None)
+        if prefix is None:
+            break
+        weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
+    return weights
 
 
 def _original_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

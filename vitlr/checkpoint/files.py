@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -14,20 +13,24 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
-from vitlr.checkpoint import contents
+from vitlr.checkpoint import contents, likeness
 from vitlr.checkpoint.bounds import Held
 from vitlr.checkpoint.contents import casts
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
 from vitlr.checkpoint.structure import restructure, structure
+from vitlr.data import preprocessing
 from vitlr.errors import InputError
 from vitlr.measuring.cost import is_rounded
 from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
+from vitlr.runtime.copies import duplicate
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
 from vitlr.runtime.words import one_line
 from vitlr.surgery import fusion
+from vitlr.surgery.alien import guard
 
 SCHEMA = 2  # 2 stores rounded models by what they were rounded to; all others are written as 1
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)
@@ -51,6 +54,7 @@ def save(
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
+    model = uncompiled(model)
     tensors, tied = _state(model)
     info = getattr(model, "vitlr_info", None) or {}
     header = {
@@ -66,7 +70,10 @@ def save(
         "recipe": info.get("recipe") if recipe is None else recipe,
         "metrics": metrics.to_dict() if hasattr(metrics, "to_dict") else metrics,
         "versions": _versions(),
+        "answer": likeness.answer(model, likeness.image_of(model)),
     }
+    if header["origin"] is None:
+        header["blueprint"] = likeness.blueprint(model)
     contents.check_dtypes(model, tensors)
     schema = SCHEMA if is_rounded(model) else 1
     if schema > 1:
@@ -88,15 +95,26 @@ def load(
     """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
 
     `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
-    Shapes are compared before memory is taken, and a digest over header and tensors after reading.
+    Shapes are compared before memory is taken, a digest over header and tensors after reading; then what the modules
+    are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
-    path = Path(path)
+    path, device = Path(path), _there(device)
     header = load_header(path, kind="model", schema=SCHEMA)
     try:
         return _load(path, header, model).to(device)
     except InputError as cause:
         raise cause if str(cause).startswith(str(path)) else InputError(f"{path}: {cause}") from cause
+
+
+def _there(device: torch.device | str) -> torch.device:
+    """The device, if there is one by that name; `InputError` otherwise."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except Exception as cause:  # torch says it by RuntimeError, AssertionError, AcceleratorError, ...
+        raise InputError(f"device {device!s:.40} is not there: {one_line(cause, 120)}") from cause
+    return found
 
 
 def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
@@ -106,7 +124,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     held = Held.of(shapes, path.stat().st_size)
     origin = header["origin"]
     if model is not None:
-        rebuilt = _reshape(copy.deepcopy(model), header)
+        rebuilt = _reshape(duplicate(model), header)
         _check_fit(rebuilt, shapes, header, held)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")
@@ -118,12 +136,16 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     tensors, _ = load_tensors(path, kind="model", schema=SCHEMA)
     check_digest(path, header["digest"], _digest(tensors, {k: v for k, v in header.items() if k != "digest"}))
     _fill(rebuilt, tensors, header)
+    guard(rebuilt)
+    likeness.check_blueprint(rebuilt, header.get("blueprint"))
+    likeness.check_answer(rebuilt, header.get("answer"))
     if model is None:
         rebuilt.vitlr_origin = origin
         if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
             rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
     keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
-    rebuilt.vitlr_info = {key: header.get(key) for key in keys}  # type: ignore[assignment]
+    info = {key: header.get(key) for key in keys}
+    rebuilt.vitlr_info = {**info, "image": (header.get("answer") or {}).get("image")}  # type: ignore[assignment]
     return rebuilt.eval()
 
 
@@ -137,6 +159,11 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise InputError(f"{name} is {'on the meta device' if isinstance(value, Tensor) else 'not a tensor'}")
+        if type(value) not in (Tensor, nn.Parameter):
+            raise InputError(
+                f"{name} is a {type(value).__name__}, no plain tensor: save the model before it is quantised or "
+                "sharded, and do that again after loading"
+            )
         known = first.setdefault(id(owners.get(name, value)), name)
         if known != name:
             tied[name] = known
@@ -226,7 +253,10 @@ def _check_fit(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], header: 
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
     if not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
-        return {}
+        try:
+            return preprocessing.data_config(model)
+        except InputError:  # nothing describes it
+            return {}
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)

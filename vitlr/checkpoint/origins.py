@@ -137,7 +137,7 @@ def differences(model: nn.Module, twin: nn.Module) -> str | None:
         a, b = class_of(module), class_of(theirs[name])
         if a != b:
             return f"{label} is a {a}, rebuilt it is a {b}"
-        mine, other = dict(_scalars(module)), dict(_scalars(theirs[name]))
+        mine, other = dict(scalars(module)), dict(scalars(theirs[name]))
         for key in [*mine, *(k for k in other if k not in mine)]:
             x, y = mine.get(key, "absent"), other.get(key, "absent")
             if x != y and not (x != x and y != y):  # NaN is equal to NaN here
@@ -179,7 +179,7 @@ def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
 
 
-def _scalars(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def scalars(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         if key.startswith(("_", "vitlr_")) or key in _NO_MATTER:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vitlr.errors import InputError
 from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
-from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
+from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
@@ -25,14 +26,21 @@ Do = Callable[[], Any]  # what is left to do once all is checked
 
 _SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
 ENTRIES: dict[str, dict[str, Any]] = {
-    "width": {"width": whole(0)},
-    "heads": {"heads": whole(0)},
-    "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
-    "quantized": {"quantized": FLAG, **_SIZES},
+    "width": {"width": PLAIN},
+    "heads": {"heads": PLAIN},
+    "inputs": {"inputs": PLAIN, "outputs": PLAIN, **_SIZES},
+    "quantized": {"quantized": FLAG, "twice?": whole(1), **_SIZES},
+    "rank": {
+        "rank": PLAIN,
+        "residual?": NAME,
+        "group_size?": whole(0),
+        "factors?": NAME,
+        "twice?": [whole(0)],
+        **_SIZES,
+    },
     "int8": {"int8": FLAG, **_SIZES},
-    "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
 }
-"""What an entry of each kind holds; whether that fits the model is for the change itself to say."""
+"""What an entry of each kind holds; what is left of a model, and whether it fits, is for the change itself to say."""
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -41,8 +49,8 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     `{mlp: {"width"}}` for narrowed MLPs, `{attention: {"heads"}}` for attentions that lost heads, `{linear: {"inputs",
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
-    its `"residual"` (the form) and `"group_size"` as well. Layers of integers have `"quantized"` in the rank's place,
-    those that multiply bytes `"int8"`.
+    its `"residual"` (the form) and `"group_size"` as well, those of integers `"factors": "quantized"`. Dense layers of
+    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`.
     """
     layers = {
         name: {
@@ -53,11 +61,16 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             **(
                 {"residual": module.residual, "group_size": module.group_size}
                 if isinstance(module, ResidualLowRankLinear)
+                else {"factors": "quantized", "twice": [_twice(module.down), _twice(module.up)]}
+                if _of_integers(module)
                 else {}
             ),
         }
         for name, module in model.named_modules()
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear))
+    }
+    factors = {
+        id(child) for module in model.modules() if isinstance(module, LowRankLinear) for child in module.children()
     }
     layers |= {
         name: {
@@ -65,9 +78,10 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             "in_features": module.in_features,
             "out_features": module.out_features,
             "bias": module.bias is not None,
+            **({"twice": _twice(module)} if _twice(module) else {}),
         }
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, QuantizedLinear) and id(module) not in factors
     }
     layers |= {
         name: {"int8": True, "in_features": module.in_features, "out_features": module.out_features, "bias": True}
@@ -180,9 +194,32 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
     if "residual" in entry:
         form = entry["residual"], entry["group_size"]
         return lambda: swap(dense.model, name, _like(linear, ResidualLowRankLinear, *shape, *form, bias))
+    if entry.get("factors", "quantized") != "quantized":
+        raise InputError(f"layer {name}: factors {entry['factors']!r:.80}, expected quantized or none")
+    if "factors" in entry:
+        (K, N, r), twice = shape, entry.get("twice", [0, 0])
+        if len(twice) != 2 or twice[0] > K or twice[1] > r:
+            raise InputError(f"layer {name}: twice is {twice!r:.40}, its factors have {K} and {r} columns")
+        pair = (
+            partial(_like, linear, QuantizedLinear, K, r, False, twice=twice[0]),
+            partial(_like, linear, QuantizedLinear, r, N, bias, twice=twice[1]),
+        )
+        return lambda: swap(
+            dense.model, name, LowRankLinear.from_layers(*(make() for make in pair)).train(linear.training)
+        )
     dense.modules[f"{name}.down"] = _like(linear, nn.Linear, shape[0], rank, False)  # which may be of bytes
     dense.modules[f"{name}.up"] = _like(linear, nn.Linear, rank, shape[1], bias)
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
+
+
+def _of_integers(module: nn.Module) -> bool:
+    """Whether both factors of a low-rank layer are integers."""
+    return isinstance(module, LowRankLinear) and isinstance(module.up, QuantizedLinear)
+
+
+def _twice(module: nn.Module) -> int:
+    """Columns of a layer of integers whose codes take two bytes."""
+    return len(module.twice) if isinstance(module, QuantizedLinear) and module.twice is not None else 0
 
 
 def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
@@ -191,8 +228,10 @@ def _quantise(dense: _Dense, name: str, entry: Entry) -> Do:
     expected = {**dense.sizes(linear), "quantized": True}
     if {key: entry.get(key) for key in expected} != expected or type(entry.get("bias")) is not bool:
         raise InputError(f"layer {name}: expected {expected} and a bias or none, the file says {entry!r:.200}")
-    shape = entry["in_features"], entry["out_features"], entry["bias"]
-    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape))
+    shape, twice = (entry["in_features"], entry["out_features"], entry["bias"]), entry.get("twice", 0)
+    if twice > entry["in_features"]:
+        raise InputError(f"layer {name}: twice is {twice}, it has {entry['in_features']} columns")
+    return lambda: swap(dense.model, name, _like(linear, QuantizedLinear, *shape, twice=twice))
 
 
 def _multiply_bytes(dense: _Dense, name: str, entry: Entry) -> Do:
@@ -220,9 +259,9 @@ def _kind(entry: Any) -> str:
     return next((kind for kind in CHANGES if isinstance(entry, Mapping) and kind in entry), "rank")
 
 
-def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+def _like(linear: nn.Linear, kind: Callable[..., nn.Module], *arguments: Any, **more: Any) -> nn.Module:
     """A module of that kind where the linear is, of its dtype and mode."""
-    made = kind(*arguments, device=linear.weight.device, dtype=linear.weight.dtype)
+    made = kind(*arguments, **more, device=linear.weight.device, dtype=linear.weight.dtype)
     return made.train(linear.training)
 
 

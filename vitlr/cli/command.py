@@ -73,7 +73,7 @@ def _own_first(cls: type[Options]) -> list[tuple[str, Option, Any]]:
 def _parameter(title: str, cls: type[Options], name: str, said: Option, default: Any) -> inspect.Parameter:
     """One flag, left out unless it is given."""
     kinds = types_of(cls, name)
-    kind: Any = next((kind for kind in (bool, int, float, str) if kind in kinds), str)
+    kind: Any = next((kind for kind in (bool, str, int, float) if kind in kinds), str)
     if any(get_args(kind) == (str,) and issubclass(kind.__origin__, Sequence) for kind in kinds):
         kind = list[str]
     help = said.help

@@ -77,7 +77,7 @@ def open_pair(
 
 def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None:
     """Both models see the same tensors, so those must be made the same way."""
-    from vitlr.data.loader import data_config
+    from vitlr.data.preprocessing import data_config
 
     ours, theirs = data_config(model), data_config(reference)
     for key in ("input_size", "mean", "std"):

@@ -20,7 +20,7 @@ def judge_on(data: str | None, model: nn.Module, options: dict[str, Any]) -> Cal
     from vitlr.measuring.evaluation import evaluate
 
     images = open_data(data, model, **options)
-    return lambda judged: evaluate(judged, images).top1
+    return lambda judged: evaluate(judged, images).top1 or 0.0
 
 
 def check_files(data: str | None, out: Path | None, resume: Path | None) -> tuple[str, Path]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
@@ -15,7 +16,7 @@ def to_model(model: nn.Module, batch: Any) -> Any:
     """What the model is called with: the batch without labels, on the model's device, in its dtype."""
     wanted = like(model)
     if isinstance(batch, Mapping):
-        return {key: _like(value, wanted) for key, value in batch.items() if key not in ("labels", "label")}
+        return {key: _like(value, wanted) for key, value in batch.items() if key not in LABELS}
     first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(first, Tensor):
         raise InputError(f"the loader gave {type(first).__name__}, expected tensors, tuples or dicts of tensors")
@@ -26,6 +27,19 @@ def _like(value: Any, wanted: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(wanted.device, wanted.dtype if value.is_floating_point() else value.dtype)
+
+
+LABELS = ("labels", "label")  # what dicts call them
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels that a batch comes with, None where it has none: the second item of a tuple, an entry of a dict."""
+    found = None
+    if isinstance(batch, Mapping):
+        found = next((batch[key] for key in LABELS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    return found if isinstance(found, Tensor) else None
 
 
 def tensors(inputs: Any) -> list[Tensor]:
@@ -41,9 +55,14 @@ def count_images(inputs: Any) -> int:
 
 
 def one_image(inputs: Any) -> Any:
+    return first_images(inputs, 1)
+
+
+def first_images(inputs: Any, count: int) -> Any:
+    """The first images of a batch."""
     if isinstance(inputs, dict):
-        return {key: value[:1] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-    return inputs[:1]
+        return {key: value[:count] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs[:count]
 
 
 def image_shape(inputs: Any) -> Any:
@@ -52,6 +71,56 @@ def image_shape(inputs: Any) -> Any:
     return tuple(inputs.shape[1:])
 
 
+def image_dtype(inputs: Any) -> Any:
+    """The name of the dtype of what `to_model` gave, of every tensor by name for a dict."""
+    if isinstance(inputs, dict):
+        return {key: image_dtype(value) for key, value in inputs.items() if isinstance(value, Tensor)}
+    return str(inputs.dtype).removeprefix("torch.")
+
+
+def noise_image(model: nn.Module, image: Any) -> Any:
+    """One image of noise, always the same, for `image` = its shape and dtype; integers are below 3."""
+    shape, dtype = image
+    if isinstance(shape, Mapping):
+        return {key: noise_image(model, (shape[key], (dtype or {}).get(key))) for key in shape}
+    wanted, generator = like(model), torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype or "float32")
+    if not kind.is_floating_point:
+        return torch.randint(0, 2 if kind == torch.bool else 3, (1, *shape), generator=generator).to(
+            wanted.device, kind
+        )
+    return torch.randn(1, *shape, generator=generator).to(wanted.device, wanted.dtype)
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """The model's answer to what `to_model` gave."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an answer, through tuples, dicts and objects that hold some."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        for item in vars(value).values():
+            yield from tensors_in(item) if isinstance(item, (Tensor, tuple, list)) else ()
+
+
+def first_tensor(answer: Any) -> Tensor:
+    """What a model answers: its `logits` by name, else the first tensor of a tuple or dict that has one row an image.
+
+    A loss in front (a tensor without dimensions) is passed over.
+    """
+    if isinstance(answer, Tensor):
+        return answer
+    named = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    values = list(answer.values()) if hasattr(answer, "values") else answer
+    for value in values if isinstance(values, (list, tuple)) else ():
+        if not isinstance(value, Tensor) or value.ndim:
+            return first_tensor(value)
+    raise InputError(f"the model returned {type(answer).__name__}, expected a tensor; pass output_fn= to pick one")

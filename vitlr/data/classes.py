@@ -6,28 +6,47 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
-from vitlr.errors import InputError
+from vitlr.data.batches import first_tensor
+from vitlr.errors import InputError, VitlrError
+from vitlr.runtime.contexts import evaluation_mode
+from vitlr.runtime.modules import like, unwrapped
 from vitlr.runtime.places import is_file
-from vitlr.runtime.words import some
+from vitlr.runtime.words import one_line, some
 
 _MOST = 2**24  # bytes of a class map; that of ImageNet-21k has 200 KiB
 _logger = logging.getLogger(__name__)
 
 
-def num_classes(model: nn.Module) -> int | None:
-    """How many classes `model` tells apart: timm's num_classes or transformers' config.num_labels; None if unsaid."""
-    for holder, name in ((model, "num_classes"), (getattr(model, "config", None), "num_labels")):
-        found = getattr(holder, name, None)
-        if isinstance(found, int):
-            return found
-    return None
+def num_classes(model: nn.Module, size: Sequence[int]) -> int | None:
+    """How many classes `model` tells apart, asked of its answer to one blank image `size`: 0 without a classifier.
+
+    What it says of itself goes stale when a head is put in its place. None where the answer is no row of numbers.
+    """
+    inner = unwrapped(model)
+    head = getattr(inner, "get_classifier", None)
+    if getattr(inner, "num_classes", None) == 0 and callable(head) and isinstance(head(), nn.Identity):
+        return 0
+    like_model = like(model)
+    image = torch.zeros(1, *size, dtype=like_model.dtype, device=like_model.device)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            answer = first_tensor(model(image))
+    except VitlrError:
+        return None
+    except Exception as cause:  # whatever a forward raises on an image that it cannot take
+        raise InputError(
+            f"{type(model).__qualname__} cannot take an image {list(image.shape)}: {one_line(cause, 120)}"
+        ) from cause
+    return answer.shape[1] if answer.ndim == 2 else None
 
 
 def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classes: int | None) -> dict[str, int]:
-    """Folder names to indices, from a file with one name a line; `InputError` unless there are `classes` of them."""
+    """Folder names to indices, from a file with one name a line; `InputError` unless there are `classes`, if any."""
     if isinstance(class_map, Mapping):
         where, found = "the class map", dict(class_map)
         lines = len(found)
@@ -43,11 +62,18 @@ def read_class_map(class_map: str | os.PathLike[str] | Mapping[str, int], classe
         if len(found) != lines:
             twice = next(name for index, name in enumerate(names) if found[name] != index)
             raise InputError(f"{where} names {twice!r} twice; expected one line for each class")
-    if classes is not None and lines != classes:
+    if classes and lines != classes:  # a model without a head has no classes of its own
         raise InputError(f"{where} has {lines} classes, the model {classes}; expected one line for each, in its order")
     if any(not isinstance(index, int) or not 0 <= index < lines for index in found.values()):
         raise InputError(f"{where} maps to indices outside 0..{lines - 1}")
     return found
+
+
+def natural(name: str) -> tuple[Any, str]:
+    """timm's order of names, numbers in them by value; ties (a1 and a01) by letters."""
+    from timm.utils.misc import natural_key
+
+    return natural_key(name), name
 
 
 def label_images(
@@ -72,6 +98,14 @@ def label_images(
             raise InputError(
                 f"{path} has {len(names)} classes, the model has {classes}; give a class map (--class-map FILE): "
                 "one folder name a line, in the model's class order"
+            )
+        if need_labels and list(names) != sorted(names) and list(names) == sorted(names, key=natural):
+            first = next(a for a, b in zip(names, sorted(names), strict=True) if a != b)
+            _logger.warning(
+                "the classes of %s are numbered as timm does (2 before 10); by letters, as torchvision does, they "
+                "would be others from %r on: a class map says which order is the model's",
+                path,
+                first,
             )
         return list(native)
     to_model = {index: class_map.get(name) for name, index in names.items()}

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vitlr.data import preprocessing
 from vitlr.data.classes import label_images, num_classes, read_class_map
-from vitlr.data.decoding import check_archive, decode, size_of
+from vitlr.data.decoding import decode, listing
+from vitlr.data.options import Preprocessing
+from vitlr.data.readers import open_reader
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import seeded
+from vitlr.runtime.fields import keywords
 from vitlr.runtime.machine import cores
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.words import one_line, some
@@ -33,12 +35,24 @@ class Loader:
 
     `images` counts the files, `skipped` the corrupt ones met so far: they are left out, never replaced, and named in
     one warning at the end of the pass. A pass in which no file could be read raises `InputError`. The order is fixed
-    and any stretch of it is spread evenly over the sorted files (and so over the classes): see `spread`.
+    and any stretch of it is spread evenly over the sorted files (and so over the classes): see `spread`. `config` is
+    the preprocessing in timm's words, `made` says it in one line. Labels are the model's classes where it
+    `has_labels`, else the data set's own.
     """
 
-    def __init__(self, dataset: _Images, path: str, batch_size: int, workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self,
+        dataset: _Images,
+        path: str,
+        batch_size: int,
+        workers: int,
+        pin_memory: bool,
+        made: str,
+        has_labels: bool,
+    ) -> None:
+        self.has_labels = has_labels
         self.dataset, self.path, self.batch_size, self.workers = dataset, path, batch_size, workers
-        self.images = len(dataset)
+        self.images, self.config, self.made = len(dataset), dataset.config, made
         self._corrupt: dict[int, str] = {}
         self._batches = DataLoader(
             dataset,
@@ -51,6 +65,9 @@ class Loader:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def __repr__(self) -> str:
+        return f"{self.images} images of {self.path}: {self.made}"
 
     @property
     def skipped(self) -> int:
@@ -77,21 +94,18 @@ class Loader:
     @property
     def listing(self) -> str:
         """A digest of the names and sizes of all images, which tells data sets of one name apart."""
-        reader, sha = self.dataset.reader, hashlib.sha256()
-        sha.update(str(getattr(getattr(reader, "dataset", None), "_fingerprint", "")).encode())  # of a Hub's data set
-        for index, _ in self.dataset.chosen:
-            try:
-                size = size_of(reader, index)
-            except (OSError, ValueError):
-                size = -1
-            name = index if size is None else reader.filename(index)
-            sha.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
-        return sha.hexdigest()[:16]
+        return listing(self.dataset.reader, [index for index, _ in self.dataset.chosen])
 
     def subset(self, positions: Sequence[int]) -> Loader:
         """The images at these positions of the fixed order, transformed as here."""
         return Loader(
-            self.dataset.subset(positions), self.path, self.batch_size, self.workers, self._batches.pin_memory
+            self.dataset.subset(positions),
+            self.path,
+            self.batch_size,
+            self.workers,
+            self._batches.pin_memory,
+            self.made,
+            self.has_labels,
         )
 
     def augmented(self, batches: Iterable[Sequence[tuple[int, int]]], **transform: Any) -> Iterator[Tensor]:
@@ -132,6 +146,7 @@ class Loader:
         return some(list(self._corrupt.values()))
 
 
+@keywords(Preprocessing)
 def open_data(
     path: str | os.PathLike[str],
     model: nn.Module,
@@ -143,15 +158,22 @@ def open_data(
     skip: int = 0,
     split: str = "validation",
     need_labels: bool = False,
+    data_config: Any = None,
+    **changes: Any,
 ) -> Loader:
     """Open a folder, a .tar or `hfds/NAME` as timm does, with the evaluation transform of `model`.
+
+    That is what `vitlr.data.data_config` finds, with `data_config` (a mapping in timm's words, a transformers image
+    processor, a torchvision preset) and `mean`, `std`, `img_size`, `crop_pct`, `interpolation` before it; the loader
+    says what was taken when it is printed, and to the log.
 
     `class_map` is a text file with one folder name a line in the model's class order (or {name: index}); images of
     other folders are left out and reported. `skip` and `limit` choose `order[skip : skip + limit]` of the fixed order.
     `split` names the split of an `hfds/` data set. With `need_labels` the classes must be the model's. `workers` is
     the number of worker processes, 0 for none.
 
-    Raises `InputError` for data that is missing, empty or unreadable and for classes that do not fit.
+    Raises `InputError` for data that is missing, empty or unreadable, for classes that do not fit, and where nothing
+    says how the model's images are made.
     """
     if batch_size < 1 or skip < 0 or (limit is not None and limit < 1) or (workers is not None and workers < 0):
         raise InputError(
@@ -159,19 +181,22 @@ def open_data(
             "expected batch_size and limit >= 1, skip and workers >= 0"
         )
     path = os.fspath(path)
-    classes = num_classes(model)
+    config, made = preprocessing.described(model, data_config, **changes)
+    classes = num_classes(model, config["input_size"]) if need_labels or class_map is not None else None
     names_to_class = None if class_map is None else read_class_map(class_map, classes)
-    reader, native, names = _open_reader(path, split)
+    reader, native, names = open_reader(path, split)
     labels = label_images(path, native, names, names_to_class, classes, need_labels)
 
     kept = [(i, label) for i in spread(len(labels)) if (label := labels[i]) is not None]
     chosen = kept[skip : None if limit is None else skip + limit]
     if not chosen:
         raise InputError(f"skip={skip} leaves none of the {len(kept)} images in {path}")
-    dataset = _Images(reader, chosen, data_config(model))
+    dataset = _Images(reader, chosen, config)
     if workers is None:
         workers = 0 if len(chosen) < _WORKERS_PAY else min(4, cores())
-    return Loader(dataset, path, batch_size, workers, device_of(model).type == "cuda")
+    loader = Loader(dataset, path, batch_size, workers, device_of(model).type == "cuda", made, need_labels)
+    _logger.info("%r", loader)
+    return loader
 
 
 def spread(count: int) -> list[int]:
@@ -181,27 +206,6 @@ def spread(count: int) -> list[int]:
     fair sample, and two stretches that do not overlap share no image.
     """
     return sorted(range(count), key=lambda j: j * _GOLDEN % 1.0)
-
-
-def data_config(model: nn.Module) -> dict[str, Any]:
-    """timm's preprocessing for `model` (input_size, mean, std, crop, interpolation), at the size the model really has.
-
-    timm describes the pretrained weights; a model made with another img_size or in_chans is asked itself.
-    """
-    from timm.data import resolve_model_data_config
-
-    config: dict[str, Any] = dict(resolve_model_data_config(model))
-    args = (getattr(model, "vitlr_origin", None) or {}).get("args", {})
-    patches = getattr(model, "patch_embed", None)
-    size = getattr(patches, "img_size", None) or args.get("img_size") or config["input_size"][-2:]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    projection = getattr(patches, "proj", None)
-    channels = args.get("in_chans") or getattr(projection, "in_channels", None) or config["input_size"][0]
-    config["input_size"] = (int(channels), int(height), int(width))
-    for key in ("mean", "std"):
-        values = tuple(float(v) for v in config[key])
-        config[key] = values if len(values) == channels else (sum(values) / len(values),) * int(channels)
-    return config
 
 
 class _Images(Dataset[tuple[Any, Any, Any]]):
@@ -268,48 +272,3 @@ def _collate(items: Sequence[tuple[Any, Any, Any]]) -> tuple[Tensor, Tensor, dic
     labels = [label for image, label, _ in items if image is not None]
     corrupt = {index: problem for image, index, problem in items if image is None}
     return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), corrupt
-
-
-def _open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
-    """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
-    from timm.data.readers import create_reader
-
-    prefix, _, rest = path.partition("/")
-    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
-    if not hub and not Path(path).exists():
-        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
-    if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
-        raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
-    if not hub and not Path(path).is_dir():
-        check_archive(path)
-    try:
-        if hub:
-            reader = create_reader(path, split=split)
-            return reader, list(reader.dataset[reader.label_key]), dict(reader.class_to_idx)
-        if Path(path).is_dir():
-            reader = create_reader("", root=path)
-            reader.samples.sort()  # timm's natural order leaves a1 and a01 as the file system lists them
-            return reader, *_numbered([target for _, target in reader.samples], reader.class_to_idx)
-        # timm's index cache is a pickle beside the data: neither trusted nor written.
-        reader = create_reader("", root=path, cache_tarinfo=False)
-        return reader, *_numbered(reader.targets.tolist(), reader.class_name_to_idx)
-    except MemoryError:
-        raise
-    except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
-        hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
-        raise InputError(f"cannot read images from {path}: {hint}") from cause
-
-
-def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
-    """Classes in timm's natural order, ties (a1 and a01) by name: timm leaves those as a set happens to give them."""
-    from timm.utils.misc import natural_key
-
-    ordered = sorted(names, key=lambda name: (natural_key(name), name))
-    place = {names[name]: index for index, name in enumerate(ordered)}
-    return [place[target] for target in targets], {name: index for index, name in enumerate(ordered)}
-
-
-def _empty_hint(path: str, cause: Exception) -> str:
-    if "unpack" in str(cause) or "Found 0 images" in str(cause):
-        return "there are none (.jpg, .jpeg, .png) in it"
-    return one_line(cause, 120)

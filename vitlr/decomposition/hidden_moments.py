@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from vitlr.calibration.statistics import LayerStatistics
+from vitlr.errors import NumericalError
 
+_STILL = 1e-6  # of the moment about zero
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -34,10 +36,18 @@ class HiddenMoments:
 
     def covariance(self) -> Tensor:
         """Σ `[D, D]`: M about the mean where a bias can carry it, with its ridge."""
+        self._check_varies()
         covariance = self.M(centred=self.with_bias)
         level = covariance.diagonal().mean().clamp_min(_TINY)
         covariance.diagonal().add_(self.ridge * level)
         return covariance
+
+    def _check_varies(self) -> None:
+        """Raise `NumericalError` where nothing is left about the mean but what its sums in float32 have rounded."""
+        squares = self._sum("input_moment").diagonal()
+        about = squares - self.mean.square() * self.layer.tokens if self.with_bias else squares
+        if float(about.sum()) <= _STILL * float(squares.sum()):
+            raise NumericalError("what it reads is the same for all images, dead or constant")
 
     def M(self, centred: bool = False) -> Tensor:
         """M `[D, D]` of one image: `Σ_tokens h hᵀ`, or with `by_image` half that and half `P Pᵀ`, `P = Σ_tokens h gᵀ`.

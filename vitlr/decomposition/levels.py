@@ -1,84 +1,130 @@
-"""What one linear may be rounded to: as it is and at every width of its MLP, each at every level.
+"""What one linear may be rounded to, each at every level: as it is, at every width of its MLP, and as two factors.
 
-Bytes and nats are estimated at a few widths, and in between by what one weight costs at a level: that hardly depends on
-how many others there are.
+Bytes and nats are estimated at a few widths and ranks, and in between by what one weight costs at a level: that hardly
+depends on how many others there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from vitlr.anatomy.reading import Parts
 from vitlr.calibration.statistics import Statistics
+from vitlr.decomposition.factor_roundings import FactorRounding
 from vitlr.decomposition.mlp_widths import MlpSpectrum
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.roundings import Ladder, Rounding
 from vitlr.decomposition.sides import Sides
-from vitlr.decomposition.spectra import Levels
+from vitlr.decomposition.spectra import LayerSpectrum, Levels
 from vitlr.errors import InputError
-from vitlr.nn.quantized_linear import QuantizedLinear
+from vitlr.nn import LowRankLinear, QuantizedLinear
 from vitlr.ops.linalg.threads import in_threads
 
-SHARES = (0.15, 0.35, 0.6, 0.8, 1.0)  # of the full width at which levels are estimated
+Array = NDArray[np.float64]
+WIDTHS, RANKS = (0.15, 0.35, 0.6, 0.8), (0.3, 0.8)  # shares of the whole, and of break-even, that are estimated
+SAMPLE = 2**14  # codes that such an estimate looks at
+Estimates = dict[int, Array]  # bytes and nats of a weight, [levels, 2], by width or rank
 
 
 @dataclass(frozen=True, eq=False)
 class LinearLevels:
-    """One linear at all levels, and at those of every width where its MLP may get narrower."""
+    """One linear at all levels, at those of every width where its MLP may get narrower, and of its ranks."""
 
     whole: Rounding
     narrowing: MlpSpectrum | None = None
-    at_widths: Mapping[int, Ladder] = field(default_factory=dict, repr=False)
+    spectrum: LayerSpectrum | None = None
+    at_widths: Estimates = field(default_factory=dict, repr=False)
+    at_ranks: Estimates = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, whole: Rounding, narrowing: MlpSpectrum | None) -> LinearLevels:
-        """Estimated at some of its widths. Raises `NumericalError` naming the layer."""
-        if narrowing is None:
-            return cls(whole)
-        at, full = {narrowing.full_width: whole.ladder}, narrowing.full_width
-        for width in sorted({max(1, round(share * full)) for share in SHARES} - {full}):
-            weight = narrowing.weights(width)[0] if whole.name == narrowing.second else None
-            narrower = _narrower(whole, narrowing, width, weight)
-            at[width] = {level: narrower.costs(level) for level in whole.levels}
-        return cls(whole, narrowing, at)
+    def of(cls, whole: Rounding, narrowing: MlpSpectrum | None, spectrum: LayerSpectrum | None) -> LinearLevels:
+        """With estimates at some widths and some ranks, where there are any. Raises `NumericalError` naming it."""
+        N, K = whole.weight.shape
+        at_widths: Estimates = {}
+        at_ranks: Estimates = {}
+        if narrowing is not None:
+            full = narrowing.full_width
+            at_widths[full] = np.array([*whole.ladder.values()]) / (N * K)
+            for width in _shares(WIDTHS, full):
+                weight = narrowing.weights(width)[0] if whole.name == narrowing.second else None
+                narrower = _narrower(whole, narrowing, width, weight)
+                at_widths[width] = _costs(narrower, whole.ladder, narrower.weight.numel())
+        if spectrum is not None:
+            for rank in _shares(RANKS, N * K // (N + K)):
+                A, B, _ = spectrum.factors(whole.weight, rank)
+                factors = FactorRounding.of(whole.name, whole.sides, A, B)
+                at_ranks[rank] = _costs(factors, whole.ladder, rank * (N + K))
+        return cls(whole, narrowing, spectrum, at_widths, at_ranks)
 
     @property
     def name(self) -> str:
         """Of the linear."""
         return self.whole.name
 
-    def ladder(self, width: int | None = None) -> Ladder:
-        """Bytes and nats of every level where its MLP has this width, the finest first."""
-        if width is None or width in self.at_widths or not self.at_widths:
-            return self.whole.ladder if width is None or not self.at_widths else self.at_widths[width]
-        widths = sorted(self.at_widths)
-        costs = np.array([[*self.at_widths[w].values()] for w in widths]) / np.array(widths)[:, None, None]
-        upper = min(max(int(np.searchsorted(widths, width)), 1), len(widths) - 1)
-        low, high = widths[upper - 1], widths[upper]
-        share = min(max((width - low) / (high - low), 0.0), 1.0)
-        found = width * ((1 - share) * costs[upper - 1] + share * costs[upper])
-        return {level: (float(size), float(loss)) for level, (size, loss) in zip(self.whole.levels, found, strict=True)}
+    def ladder(self, width: int | None = None, rank: int | None = None) -> Ladder:
+        """Bytes and nats of every level where its MLP has this width, and of both factors where it has this rank."""
+        narrow = width is not None and self.narrowing is not None and width < self.narrowing.full_width
+        if not narrow and rank is None:
+            return self.whole.ladder
+        N, K = self.whole.weight.shape
+        if narrow:
+            N, K = self.narrowing.shape(self.name, (N, K), width)  # type: ignore[union-attr,arg-type]
+        if rank is None:
+            costs = N * K * _between(self.at_widths, width)  # type: ignore[arg-type]
+        else:
+            costs = rank * (N + K) * _between(self.at_ranks, rank)
+        return {level: (float(size), float(loss)) for level, (size, loss) in zip(self.whole.ladder, costs, strict=True)}
 
-    def rounded(self, level: int, weight: Tensor, bias: Tensor | None, width: int | None = None) -> QuantizedLinear:
-        """The layer of integers at a level, of `weight` as it is where its MLP has this width."""
-        if width is None or self.narrowing is None or width == self.narrowing.full_width:
-            return self.whole.rounded(level, weight, bias)
-        return _narrower(self.whole, self.narrowing, width, weight).rounded(level, weight, bias)
+    def rounded(
+        self, level: int, linear: nn.Linear | LowRankLinear, width: int | None
+    ) -> QuantizedLinear | LowRankLinear:
+        """The layer of integers at a level, of a linear or its factors as they are where its MLP has this width."""
+        narrow = width is not None and self.narrowing is not None and width < self.narrowing.full_width
+        sides = _sides(self.whole, self.narrowing, width) if narrow else self.whole.sides  # type: ignore[arg-type]
+        if isinstance(linear, LowRankLinear):
+            A, B, bias = linear.up.weight, linear.down.weight, linear.up.bias
+            return FactorRounding.of(self.name, sides, A, B).rounded(level, bias).to(A.device)
+        rounding = Rounding.of(self.name, sides, linear.weight) if narrow else self.whole
+        return rounding.rounded(level, linear.weight, linear.bias)
+
+
+def _shares(shares: Iterable[float], whole: int) -> list[int]:
+    return sorted({max(1, round(share * whole)) for share in shares})
+
+
+def _costs(rounding: Rounding | FactorRounding, levels: Iterable[int], weights: int) -> Array:
+    return np.array([rounding.costs(level, SAMPLE) for level in levels]) / weights
+
+
+def _between(estimates: Estimates, size: int) -> Array:
+    """Those of a width or rank, on a line between the two beside it."""
+    known = sorted(estimates)
+    if len(known) == 1:
+        return estimates[known[0]]
+    upper = min(max(int(np.searchsorted(known, size)), 1), len(known) - 1)
+    low, high = known[upper - 1], known[upper]
+    share = min(max((size - low) / (high - low), 0.0), 1.0)
+    return (1 - share) * estimates[low] + share * estimates[high]
+
+
+def _sides(whole: Rounding, narrowing: MlpSpectrum, width: int) -> Sides:
+    """Those of a linear of the MLP at a width: fewer rows of a first one, fewer columns of the second."""
+    keep = narrowing.keep(width)
+    if whole.name == narrowing.second:
+        return whole.sides.among(None, keep)
+    return whole.sides.among(narrowing.rows(keep)[whole.name], None)
 
 
 def _narrower(whole: Rounding, narrowing: MlpSpectrum, width: int, weight: Tensor | None) -> Rounding:
-    """A linear of the MLP at a width: fewer rows of a first one, whose `weight` is then known, fewer columns of V."""
-    keep = narrowing.keep(width)
-    if whole.name == narrowing.second:
-        assert weight is not None
-        return whole.among(None, keep, weight)
-    rows = narrowing.rows(keep)[whole.name]
-    return whole.among(rows, None, whole.weight[rows])
+    """A linear of the MLP at a width; `weight` is that of the second, made up for what is gone."""
+    sides = _sides(whole, narrowing, width)
+    return Rounding.of(whole.name, sides, whole.weight[sides.rows] if weight is None else weight)
 
 
 def measured_linears(stats: Statistics, objective: Objective) -> list[str]:
@@ -101,9 +147,13 @@ def solve_levels(
     stats: Statistics,
     objective: Objective,
     narrowings: Mapping[str, MlpSpectrum],
+    spectra: Mapping[str, LayerSpectrum],
     known: Mapping[str, Levels],
 ) -> Iterator[LinearLevels]:
-    """All levels of these linears, a thread a layer, with what is `known` of them. Raises what `Rounding.of` raises."""
+    """All levels of these linears, and of their ranks where there are `spectra`, with what is `known`; a thread each.
+
+    Raises what `Rounding.of` raises.
+    """
 
     def solved(name: str) -> LinearLevels:
         before = known.get(name)
@@ -113,7 +163,7 @@ def solve_levels(
             linear = parts.linears[name]
             whole = Rounding.of(name, Sides(stats.layers[name], objective, linear.bias is not None), linear.weight)
         assert whole.ladder  # made here, where layers go side by side
-        return LinearLevels.of(whole, narrowings.get(name))
+        return LinearLevels.of(whole, narrowings.get(name), spectra.get(name))
 
     threads = torch.get_num_threads()
     for start in range(0, len(names), threads):

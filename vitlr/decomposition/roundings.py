@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vitlr.decomposition.sides import PRICED, Sides
-from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear, step
+from vitlr.nn.quantized_linear import BYTE, LARGEST, LARGEST_TWICE, QuantizedLinear, step
 from vitlr.ops.linalg.rounding import round_to_steps
 from vitlr.runtime import compact
 from vitlr.runtime.coding import size
@@ -23,7 +23,10 @@ from vitlr.runtime.coding import size
 LADDER = 2  # eighths of a power of two from one level to the next: a quarter of a bit
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
 _PEAK = 0.9  # of the largest code that a weight may be: what later errors ask of it comes on top
-_SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
+_SIGMAS = 3  # of a row within the codes of one byte
+_COARSER = 16  # eighths of a power of two that a column's steps are widened by before its codes take two bytes:
+# 4^(16/8) times the loss of its entries is what 12 bits more of each are worth elsewhere
+SAMPLE = 2**16  # codes of a layer that its bytes are estimated from
 
 
 Ladder = dict[int, tuple[float, float]]  # bytes and nats of every level, the finest first
@@ -50,30 +53,42 @@ class Rounding:
         (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(M) for side, M in found)
         return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
 
-    def among(self, rows: Tensor | None, columns: Tensor | None, weight: Tensor) -> Rounding:
-        """The same layer with these outputs and inputs alone, and `weight` for what is left of it."""
-        return Rounding.of(self.name, self.sides.among(rows, columns), weight)
-
     @property
     def levels(self) -> list[int]:
-        """Multiples of the ladder's step from which codes fit into 8 bits to where most of them vanish."""
-        rms = (self.weight.double().square() * self.D[0][:, None] * self.D[1]).mean().sqrt().clamp_min(1e-30)
-        fine, coarse = (8 * torch.log2(rms / spread).item() for spread in reversed(_SPREADS))
+        """Multiples of the ladder's step from which most columns' codes fit into 8 bits to where most vanish."""
+        squares = self.D[0] @ self.weight.double().square() * self.D[1] / len(self.weight)  # of codes, a column
+        mean = squares.mean().clamp_min(1e-60)
+        typical = squares.median() if squares.median() > 0 else mean  # else one column could keep all others from it
+        ends = zip((typical, mean), reversed(_SPREADS), strict=True)
+        fine, coarse = (8 * torch.log2(square.sqrt() / spread).item() for square, spread in ends)
         return list(range(LADDER * round(fine / LADDER), LADDER * round(coarse / LADDER) + 1, LADDER))
 
     def exponents(self, level: int) -> tuple[Tensor, Tensor]:
-        """Those of the rows and columns, in eighths of a power of two; coarser where a column's codes would not fit."""
+        """Those of the rows and columns, in eighths of a power of two; coarser where codes would not fit into a byte.
+
+        Where a column's would have to be coarser by much, they stay: its codes take two bytes.
+        """
         rows, columns = (-4 * D.log2() for D in self.D)
         rows, columns = (rows + level).round().to(torch.int16), columns.round().to(torch.int16)
-        peak = (self.weight.double().abs() / step(rows, columns)).amax(0) / (_PEAK * LARGEST)
-        return rows, columns + (8 * peak.clamp_min(1).log2()).ceil().to(torch.int16)
+        spread = (self.weight.double() / step(rows, columns)).square().mean(1).sqrt() / (LARGEST / _SIGMAS)
+        rows = rows + (8 * spread.clamp_min(1).log2()).ceil().to(torch.int16)
+        over = (8 * self._peaks(rows, columns).clamp_min(1).log2()).ceil().to(torch.int16)
+        return rows, columns + torch.where(over > _COARSER, (over - BYTE).clamp_min(0), over)
+
+    def _peaks(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Of every column, the largest code in what a code of one byte may be."""
+        return (self.weight.double().abs() / step(rows, columns)).amax(0) / (_PEAK * LARGEST)
+
+    def _largest(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """What codes of every column may be: of one byte, or of two where a weight needs it."""
+        return torch.where(self._peaks(rows, columns) > 1 + 1e-9, LARGEST_TWICE, LARGEST)
 
     @cached_property
     def ladder(self) -> Ladder:
         """Bytes and nats of every level, the finest first."""
         return {level: self.costs(level) for level in self.levels}
 
-    def costs(self, level: int) -> tuple[float, float]:
+    def costs(self, level: int, sample: int = SAMPLE) -> tuple[float, float]:
         """Bytes of the file and predicted nats at a level: those of rounding plainly what rounding in turn will round.
 
         That is the weight and what the errors of later entries ask of it, of variance
@@ -81,26 +96,31 @@ class Rounding:
         """
         N, K = self.weight.shape
         rows, columns = self.exponents(level)
-        some = slice(None, None, -(-N * K // _SAMPLE))  # of the columns
+        some = slice(None, None, -(-N * K // sample))  # of the columns
         steps = step(rows, columns[some])
         asked = (torch.outer(self.spread[0], self.spread[1][some]) - 1).clamp_min(0).div(12).sqrt().float()
         noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))
         wanted = self.weight[:, some].float() / steps + asked * noise
-        codes = wanted.round().clamp(-LARGEST, LARGEST)
+        largest = self._largest(rows, columns)
+        codes = wanted.round().clamp(-largest[some], largest[some])
         error = (codes - wanted).square_().mul_(steps.square())
         loss = float(self.price[0] @ error.double() @ self.price[1][some])
         uniform = self.price[1] * torch.exp2(columns.double() / 4)  # what columns lose, up to one factor: few lose most
         loss *= float(uniform.sum() / uniform[some].sum())
         share = K / steps.shape[1]
+        twice = largest > LARGEST
+        lower = int(twice.sum()) * (N + 4) + 600 * bool(twice.any())  # bytes; those of all values come alike often
+        codes = torch.where(twice[some], (codes / 2**8).round(), codes)
+        columns = torch.where(twice, columns + BYTE, columns)
         overhead = sum(part.nbytes for e in (rows, columns) for part in compact.stored(e).values())
-        return share * size(codes.to(torch.int8)) + overhead, loss
+        return share * size(codes.to(torch.int8)) + lower + overhead, loss
 
     def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer of integers at a level, its bias moved by what the inputs' mean makes of the error."""
         rows, columns = self.exponents(level)
         W, steps = weight.detach().cpu().double(), step(rows, columns).double()
-        codes, _ = round_to_steps(W, steps, *self.sides.factored(), LARGEST)
+        codes, _ = round_to_steps(W, steps, *self.sides.factored(), self._largest(rows, columns))
         if bias is not None:
             bias = (bias.detach().double().cpu() + (W - codes * steps) @ self.sides.mean()).to(bias.dtype)
-        low = QuantizedLinear.from_codes(codes.to(torch.int8), rows, columns, bias)
+        low = QuantizedLinear.from_codes(codes, rows, columns, bias)
         return low.to(weight.device)

@@ -14,6 +14,7 @@ from vitlr.ops.linalg.rounding import Side
 
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
+_OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
 _NOTHING = 1e-12  # of every direction where none was seen
 
 
@@ -22,7 +23,8 @@ class Sides:
     """S `[N, N]` of a linear's output and C `[K, K]` of its inputs in float64, made from the sums when asked for.
 
     `rows` and `columns` name the outputs and inputs that are left of the layer, None for all: a narrower layer sees the
-    same moments, fewer of them. C is about the mean of the inputs where a bias carries that.
+    same moments, fewer of them. C is about the mean of the inputs where a bias carries that. A factor B is seen through
+    A `[N, r]`, `S ← Aᵀ S A`, and A sees its inputs through B `[r, K]`, `C ← B C Bᵀ`.
     """
 
     layer: LayerStatistics = field(repr=False)
@@ -30,10 +32,16 @@ class Sides:
     has_bias: bool
     rows: Tensor | None = None
     columns: Tensor | None = None
+    A: Tensor | None = field(default=None, repr=False)
+    B: Tensor | None = field(default=None, repr=False)
 
     def among(self, rows: Tensor | None, columns: Tensor | None) -> Sides:
         """Those of the same layer with these outputs and inputs alone."""
         return replace(self, rows=rows, columns=columns)
+
+    def through(self, *, A: Tensor | None = None, B: Tensor | None = None) -> Sides:
+        """Those of the factor B of `A B`, seen through A, or of the factor A, which reads what B makes."""
+        return replace(self, A=A, B=B)
 
     def moments(self, damping: float) -> tuple[Tensor, Tensor]:
         """S and C, nats an image, both with `damping` times their mean diagonal on it."""
@@ -46,7 +54,9 @@ class Sides:
         if self.has_bias:
             total = layer.sum("input_sum").double()
             C = C - torch.outer(total, total) / max(layer.tokens, 1)
-        return _damped(_left(S, self.rows), damping), _damped(_left(objective.of_activations(C), self.columns), damping)
+        S, C = _left(S, self.rows), _left(objective.of_activations(C), self.columns)
+        S, C = _damped(S, damping), _damped(C, damping)
+        return S if self.A is None else self.A.mT @ S @ self.A, C if self.B is None else self.B @ C @ self.B.mT
 
     def factored(self) -> tuple[Side, Side]:
         """Both as rounding needs them. Raises `NumericalError` naming the layer for moments that are none."""
@@ -72,4 +82,7 @@ def _left(M: Tensor, entries: Tensor | None) -> Tensor:
 
 
 def _damped(M: Tensor, damping: float) -> Tensor:
-    return M + damping * M.diagonal().mean() * torch.eye(len(M), dtype=M.dtype)
+    diagonal = M.diagonal()
+    median = diagonal.median()
+    level = diagonal.clamp(max=_OUTLIER * median).mean() if median > 0 else diagonal.mean()
+    return M + damping * level * torch.eye(len(M), dtype=M.dtype)

@@ -17,7 +17,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition
 from vitlr.decomposition.query_key_widths import measured_query_keys, solve_query_keys
 from vitlr.decomposition.ranks import solve_ranks
-from vitlr.decomposition.spectra import LayerSpectrum, Narrowing, Spectra
+from vitlr.decomposition.spectra import LayerSpectrum, Levels, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
@@ -62,7 +62,7 @@ def solve(
 ) -> Spectra:
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
-    Of the kind "rounding" are the levels that weights may be rounded to.
+    Of the kind "rounding" are the levels that weights may be rounded to, and with "factors" those of ranks as well.
 
     `known` ones are kept. What cannot be solved is refused before anything is; an MLP or attention whose numbers fail
     is left out where `skip` is there to be told. Raises `InputError` for statistics of another model and those that
@@ -76,7 +76,11 @@ def solve(
     widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
     levels = {} if known is None else dict(known.levels)
     roundable = measured_linears(stats, objective) if "rounding" in kinds else []
-    missing = [kind for kind in kinds if kind != "rounding" and all(width.kind != kind for width in widths.values())]
+    missing = [
+        kind
+        for kind in kinds
+        if kind not in ("rounding", "factors") and all(width.kind != kind for width in widths.values())
+    ]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
@@ -90,14 +94,19 @@ def solve(
         if progress is not None:
             progress(done, total)
     of = {name: mlp for mlp in widths.values() if isinstance(mlp, MlpSpectrum) for name in (*mlp.first, mlp.second)}
-    unknown = [name for name in roundable if name not in levels or levels[name].narrowing is not of.get(name)]
-    for also, found in enumerate(solve_levels(unknown, parts, stats, objective, of, levels), 1):
+    factored = layers if "factors" in kinds else {}
+    unknown = [name for name in roundable if not _known(levels.get(name), of.get(name), factored.get(name))]
+    for also, found in enumerate(solve_levels(unknown, parts, stats, objective, of, factored, levels), 1):
         levels[found.name] = found
         if progress is not None:
             progress(done + also, total)
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
     return Spectra(layers, *made, widths, levels)
+
+
+def _known(levels: Levels | None, narrowing: Narrowing | None, spectrum: LayerSpectrum | None) -> bool:
+    return levels is not None and levels.narrowing is narrowing and levels.spectrum is spectrum
 
 
 def _done(

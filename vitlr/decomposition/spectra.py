@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitlr.decomposition.options import Decomposition
 from vitlr.errors import InputError
-from vitlr.nn.quantized_linear import QuantizedLinear
+from vitlr.nn import LowRankLinear
 from vitlr.ops.linalg.factors import balance
 
 
@@ -130,11 +130,15 @@ class Levels(Protocol):
     def narrowing(self) -> Narrowing | None:
         """Of the MLP at whose widths levels are known as well."""
 
-    def ladder(self, width: int | None = None) -> dict[int, tuple[float, float]]:
-        """Bytes of the file and predicted loss of every level where its MLP has this width."""
+    @property
+    def spectrum(self) -> LayerSpectrum | None:
+        """Of its ranks, where the levels of factors are known as well."""
 
-    def rounded(self, level: int, weight: Tensor, bias: Tensor | None, width: int | None = None) -> QuantizedLinear:
-        """The layer of integers at a level, of `weight` as it is where its MLP has this width."""
+    def ladder(self, width: int | None = None, rank: int | None = None) -> dict[int, tuple[float, float]]:
+        """Bytes of the file and predicted loss of every level where its MLP has this width, or it this rank."""
+
+    def rounded(self, level: int, linear: nn.Linear | LowRankLinear, width: int | None) -> nn.Module:
+        """The layer of integers at a level, of a linear or its factors as they are where its MLP has this width."""
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from vitlr.runtime import compact
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.modules import like
 
-_WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent")
+_WEIGHTS = ("weight", "codes", "row_exponent", "column_exponent", "fine", "twice")
 
 
 @dataclass(frozen=True)

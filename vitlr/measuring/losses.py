@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears
+from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError, NumericalError
+from vitlr.runtime.modules import unwrapped
+
+__all__ = [
+    "agreeing",
+    "check_reached",
+    "classes_said",
+    "divergence",
+    "draws",
+    "first_tensor",
+    "image_seeds",
+    "is_logits",
+    "kl",
+    "sampled_losses",
+    "what_is",
+]
 
 
 def image_seeds(inputs: Sequence[Tensor], seed: int) -> list[int]:
@@ -29,27 +46,49 @@ def draws(seeds: Sequence[int], samples: int, shape: Sequence[int], kind: Callab
     return torch.stack(rows, dim=1)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The logits of a Hugging Face output, the first tensor of a tuple or dict, or the tensor itself."""
-    if isinstance(output, Tensor):
-        return output
-    if getattr(output, "logits", None) is not None:
-        return output.logits
-    values = list(output.values()) if hasattr(output, "values") else output
-    if isinstance(values, (list, tuple)) and values:
-        return first_tensor(values[0])
-    raise InputError(f"the model returned {type(output).__name__}, expected a tensor; pass output_fn= to pick one")
-
-
 def is_logits(model: nn.Module, answer: Any) -> bool:
     """Whether the answer is a classifier's `[images, classes]` rather than features."""
+    return what_is(model, answer)[0]
+
+
+def what_is(model: nn.Module, answer: Any) -> tuple[bool, str]:
+    """Whether an answer is a classifier's logits, and in one line what it is taken for.
+
+    It is what the answer calls by that name, or `[images, classes]` as wide as the model's last linear, its classifier;
+    what the model says of itself counts only where that is no linear: it goes stale when a head is put in its place.
+    """
     output = first_tensor(answer)
-    if output.ndim != 2 or output.shape[1] < 2:
-        return False
-    classes = getattr(model, "num_classes", None)
-    if classes is not None:
-        return bool(classes == output.shape[1])
-    return getattr(answer, "logits", None) is not None or bool(linears.classifier_names(model))
+    shape = f"[images{''.join(f', {n}' for n in output.shape[1:])}]"
+    if output.flatten(1).shape[1] == 1:
+        return False, "one number an image: its squared change counts"
+    features = f"features {shape}: the squared change of their direction counts"
+    if output.ndim != 2:
+        return False, features
+    if not isinstance(answer, Tensor) and output is _named(answer):
+        return True, f"logits {shape}, so named in the answer"
+    heads = linears.classifier_names(model)
+    wide = [name for name in heads if getattr(model.get_submodule(name), "out_features", None) == output.shape[1]]
+    if wide:
+        projection = re.search(r"(proj|projection|embed\w*)$", wide[-1])
+        return (False, features) if projection else (True, f"logits {shape} of {wide[-1]}")
+    said = classes_said(model)
+    if not heads and said == output.shape[1]:
+        return True, f"logits {shape}, as many as the model has classes"
+    return False, features
+
+
+def classes_said(model: nn.Module) -> int | None:
+    """timm's num_classes or transformers' config.num_labels; None if unsaid."""
+    model = unwrapped(model)
+    for holder, name in ((model, "num_classes"), (getattr(model, "config", None), "num_labels")):
+        found = getattr(holder, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _named(answer: Any) -> Any:
+    return answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
 
 
 def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples: int) -> list[Tensor]:
@@ -57,8 +96,8 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
 
     Logits z: `-log softmax(z)[t]` with the target t drawn from softmax(z), so that `½ E[(gᵀδ)²]` estimates the KL
     divergence that a small change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
-    same expression estimates half the squared change of the normalised feature. Raises `NumericalError` where the
-    output is not finite.
+    same expression estimates half the squared change of the normalised feature; of one number z, whose direction is its
+    sign and never changes, `ε z`. Raises `NumericalError` where the output is not finite.
     """
     output = first_tensor(answer)
     if not torch.isfinite(output).all():
@@ -69,9 +108,27 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
         targets = torch.searchsorted(cumulative.expand(samples, -1, -1).contiguous(), uniform)
         targets = targets.clamp_(max=output.shape[1] - 1).squeeze(-1).to(output.device)
         return [F.cross_entropy(output.float(), target, reduction="sum") for target in targets]
-    features = F.normalize(output.float().flatten(1), dim=1)
+    features = directions(output.float())
     noise = draws(seeds, samples, features.shape[1:], torch.randn).to(features)
     return [(features * direction).sum() for direction in noise]
+
+
+def largest_doubt(model: nn.Module, answer: Any) -> float:
+    """The largest `1 − max softmax` of a batch of logits: what the least certain answer leaves to all other classes.
+
+    Features, which have no classes, leave everything: 1.
+    """
+    if not is_logits(model, answer):
+        return 1.0
+    return float(1 - first_tensor(answer).detach().double().softmax(-1).amax(-1).amin())
+
+
+def certain(doubt: float) -> str:
+    """What is said of predictions for a model whose answers leave so little to other classes."""
+    return (
+        f"the model is certain of every answer (at most {doubt:.0e} is left to other classes), so gradients vanish: "
+        "predicted losses are far too small and not to be trusted; objective='output' needs no gradients"
+    )
 
 
 def check_reached(loss: Tensor) -> None:
@@ -81,10 +138,19 @@ def check_reached(loss: Tensor) -> None:
 
 
 def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
-    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features."""
+    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features.
+
+    Of `½ (e − a)²` for one number an image.
+    """
     if not logits:
-        return 0.5 * (F.normalize(expected.flatten(1)) - F.normalize(answers.flatten(1))).square().sum(1).mean()
+        return 0.5 * (directions(expected) - directions(answers)).square().sum(1).mean()
     return temperature**2 * kl(expected / temperature, answers / temperature).mean()
+
+
+def directions(features: Tensor) -> Tensor:
+    """`f / ‖f‖` of every image's features `[images, ...]`, or f as it is where it is one number."""
+    flat = features.flatten(1)
+    return flat if flat.shape[1] == 1 else F.normalize(flat, dim=1)
 
 
 def kl(expected: Tensor, answers: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ def forward(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}, expected at least 1")
     if input_size is None:
-        from vitlr.data.loader import data_config
+        from vitlr.data import preprocessing
 
-        input_size = data_config(model)["input_size"]
+        input_size = preprocessing.input_size(model)
     weight = like(model)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch_size, *input_size, generator=generator).to(weight.device, weight.dtype)

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitlr.nn._formula import Formula, Untraceable
 from vitlr.nn._fused import Fused
-from vitlr.nn._plain import does_nothing, has_hooks, is_plain
+from vitlr.nn._plain import does_nothing, foreign_weight, has_hooks, is_plain
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.ops.layers.activations import ACTIVATIONS
 from vitlr.ops.layers.factors import Factors
@@ -47,6 +47,8 @@ class FusedMlp(Fused):
         for name, child in linears.items():
             if type(child) not in cls.TAKES:
                 return f"{name} is a {type(child).__name__}, not a plain linear"
+            if (foreign := foreign_weight(child)) is not None:
+                return f"{name} holds a {foreign}, no plain weight"
         lacking = cls.lacking(linears)
         if lacking is not None:
             return lacking

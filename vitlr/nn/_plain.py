@@ -35,8 +35,19 @@ def is_plain(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear or has_hooks(module) or _has_any_global_hook():
         return False
-    plain = (nn.Parameter, torch.Tensor)
-    return type(module.weight) in plain and (module.bias is None or type(module.bias) in plain)
+    return foreign_weight(module) is None
+
+
+def foreign_weight(module: nn.Module) -> str | None:
+    """The class of the first parameter inside that is no plain tensor, a quantiser's for one; None where all are.
+
+    Quantised activations are rounded by what they are: a last bit that a kernel sums otherwise flips some of them, and
+    from layer to layer more, up to the size of the quantisation error itself (docs/measured.md).
+    """
+    for parameter in module.parameters():
+        if type(parameter) not in (nn.Parameter, torch.Tensor):
+            return type(parameter).__name__
+    return None
 
 
 def is_transformed() -> bool:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.nn._fused import Fused
-from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
+from vitlr.nn._plain import does_nothing, foreign_weight, has_hooks, is_transformed
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
 from vitlr.ops.layers import attention as op
@@ -57,6 +57,8 @@ class FusedAttention(Fused):
         extra = [name for name, _ in module.named_children() if name not in cls.KEPT]
         if extra or module._parameters or module._buffers:
             return f"it has {', '.join([*extra, *module._parameters, *module._buffers])} besides"
+        if (foreign := foreign_weight(module)) is not None:
+            return f"it holds a {foreign}, no plain weight"
         if not does_nothing(module.get_submodule("attn_drop")):
             return "it drops out attention"
         return "it has hooks" if has_hooks(module) else None
@@ -77,7 +79,8 @@ class FusedAttention(Fused):
 
     @torch.jit.unused
     def _dispatched(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is None and not is_causal and has_kernels(op.OP) and not is_transformed():
+        plain = attn_mask is None and not is_causal and not is_transformed() and foreign_weight(self) is None
+        if plain and has_kernels(op.OP):
             keys = None if torch.compiler.is_compiling() else k.shape[2]
             if kernel_chosen(op.OP, q, keys, self.head_dim):
                 return op.attention(q, k, v)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._weightless import Weightless
 from vitlr.ops.layers import int8_chain as op
 
 _FLOATS = ("scale", "bias", "multiplier", "shift")
 _LARGEST = 127  # of a code
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Weightless):
     """`y = scale ⊙ (W q) + b` with `q = round(multiplier ⊙ x + shift)` from 0 to 255: x [..., K] -> y [..., N].
 
     `codes` [N, K] int8; `scale`, `bias` [N], `multiplier`, `shift` [K] in fp32, which `.to(dtype)` and autocast leave

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import has_hooks, is_plain, is_transformed
+from vitlr.nn._weightless import Weightless
 from vitlr.nn.int8_linear import Int8Linear
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
@@ -17,11 +18,11 @@ from vitlr.ops.layers import lowrank_linear as op
 from vitlr.ops.linalg.factors import balance
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(Weightless):
     """`y = A (B x) + b`: A = `up.weight` [N, r], B = `down.weight` [r, K], b = `up.bias` [N]; x [..., K] -> y [..., N].
 
-    Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. There is no
-    `.weight`: a model that reads it past `forward` would silently use something else than the layer.
+    Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. Of
+    `weight` there is only dtype, device and shape: a model that computes with it past `forward` is told so.
     Two children that are `Int8Linear`s run as one chain of bytes.
     A kernel runs only where dispatch chooses one and both children are plain; otherwise the children are called.
     Raises InputError for a rank outside 1..min(K, N).
@@ -108,6 +109,14 @@ class LowRankLinear(nn.Module):
         layer.up.weight = parameter(A)
         if bias is not None:
             layer.up.bias = parameter(bias)
+        return layer
+
+    @classmethod
+    def from_layers(cls, down: nn.Module, up: nn.Module) -> LowRankLinear:
+        """The layer `up(down(x))` of two that fit, such as layers of integers; they become its children."""
+        K, r, N = (int(size) for size in (down.in_features, down.out_features, up.out_features))  # type: ignore[arg-type]
+        layer = cls(K, N, r, bias=up.bias is not None, device="meta")
+        layer.down, layer.up = down, up  # type: ignore[assignment]
         return layer
 
     @classmethod

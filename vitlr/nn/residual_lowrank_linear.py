@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.nn._plain import is_plain, is_transformed
+from vitlr.nn._weightless import Weightless
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.ops.dispatch.autocast import compute_dtype
 from vitlr.ops.dispatch.registration import kernel_chosen
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 GROUP = 64
 
 
-class ResidualLowRankLinear(nn.Module):
+class ResidualLowRankLinear(Weightless):
     """`y = A (B x) + R x + b`: A = `up.weight` [N, r], B = `down.weight` [r, K], b = `up.bias` [N], R in `codes`.
 
     `residual` is the form of R [N, K]: int8, int4 or fp8 with a `scale` for every `group_size` columns of a row, or

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._weightless import Weightless
 from vitlr.nn.lowrank_linear import LowRankLinear
 
 INDEX_BYTES = 8  # of one channel number that a checkpoint stores
 
 
-class SelectedLinear(nn.Module):
+class SelectedLinear(Weightless):
     """`y[o] = linear(x[i])`, zero elsewhere: x [..., K] -> y [..., N], i and o the channels that are left.
 
     `linear` (an `nn.Linear` or a `LowRankLinear`) has only the weights that are left. `inputs` [K'] and `outputs` [N']
@@ -23,8 +24,9 @@ class SelectedLinear(nn.Module):
     Raises InputError for channels that are none, repeated or out of range.
     """
 
-    inputs: Tensor | None
-    outputs: Tensor | None
+    if TYPE_CHECKING:  # TorchScript reads annotations
+        inputs: Tensor | None
+        outputs: Tensor | None
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class SelectedLinear(nn.Module):
         y = self.linear(x)
         if self.outputs is None:
             return y
-        full = y.new_zeros((*y.shape[:-1], self.out_features))
+        full = y.new_zeros(list(y.shape[:-1]) + [self.out_features])  # noqa: RUF005 (TorchScript knows no stars)
         return full.index_copy_(-1, self.outputs, y)  # in place: the zeros are nobody else's
 
     @classmethod

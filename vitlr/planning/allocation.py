@@ -38,13 +38,15 @@ def allocate(spectra: Spectra, sizes: Sizes, budget: Budget | None, options: Pla
     options.check_budget(budget)
     if not spectra.layers:
         raise InputError("there is no layer to compress")
-    quantity = budget.quantity if budget else "params"
+    quantity = budget.quantity if budget else "bytes" if options.settled == "bits" else "params"
     offers = Offers(spectra, sizes, quantity, options, options.matching(list(spectra.layers)))
     if options.ranks is not None:
         chosen = by_hand(offers, options.ranks)
     else:
         items = list(offers.items())
         chosen = _within(offers, items if options.prune_rate is None else _at_rate(items, options.prune_rate), budget)
+    if options.stored and not offers.rounds:
+        chosen = [offers.rounded(item) for item in chosen]
     plan = planned(offers, chosen, budget)
     kept, whole = getattr(plan, f"{quantity}_kept"), getattr(plan, quantity)
     if budget is not None and kept > budget.limit(whole) + 0.5:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vitlr.decomposition.spectra import Narrowing, Spectra
+from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost
 from vitlr.planning.choices import DENSE, Form
 from vitlr.planning.knapsack import Array, Prices
-from vitlr.planning.options import ROUNDED, Planning
+from vitlr.planning.options import Planning
 
+_RANKS = 2.0  # what a loss of ranks counts against one of widths or bits: it falls short twice as far (docs/method.md)
 _BIAS = 2  # bytes of its entries where all else is rounded
 
 
@@ -44,35 +46,59 @@ class Forms:
 
     @property
     def rounds(self) -> bool:
-        """Whether weights are rounded, and bytes those of the file."""
-        return self.method in ROUNDED
+        """Whether weights are rounded within the budget, and its bytes are those of the file."""
+        return self.options.rounds(self.quantity)
 
     def of(self, narrowing: Narrowing | None, name: str, width: int | None, factored: bool) -> list[Form]:
         """Those that a linear has where its MLP or attention has this width, the one that changes nothing last."""
         if name not in self.wanted:
             return [DENSE]
         ranks = self.ranks(*self.shape(narrowing, name, width)) if factored else []
-        levels = [*self.ladder(name, width)] if self.rounds else []
-        return [*(Form(rank) for rank in ranks), *(Form(None, level) for level in levels), DENSE]
+        if not self.rounds:
+            return [*(Form(rank) for rank in ranks), DENSE]
+        left = [DENSE] if 16 in self.options.stored or not self.options.stored else []
+        pairs = ((rank, self.levels(narrowing, name, width, rank)) for rank in (*ranks, None))
+        return [*(Form(rank, level) for rank, levels in pairs for level in levels), *left]
+
+    def levels(self, narrowing: Narrowing | None, name: str, width: int | None, rank: int | None) -> list[int]:
+        """Those that it may take: all, or for each of `bits` the finest that stores a weight in no more.
+
+        Raises `InputError` where a layer can take none of them and may not be left.
+        """
+        ladder, (N, K) = self.ladder(name, width, rank), self.shape(narrowing, name, width)
+        if not self.options.stored:
+            return [*ladder]
+        weights = N * K if rank is None else rank * (N + K)
+        stored = {level: 8 * size / weights for level, (size, _) in ladder.items()}
+        fitting = ([level for level in ladder if stored[level] <= bits] for bits in self.options.stored)
+        taken = [min(levels) for levels in fitting if levels]
+        whole = rank is None and (narrowing is None or width in (None, narrowing.full_width))
+        if not taken and whole and 16 not in self.options.stored:
+            raise InputError(
+                f"layer {name}: bits={self.options.bits!r} cannot be reached, its coarsest level stores "
+                f"{min(stored.values()):.2f} bits a weight; raise bits=, or leave the layer out with exclude="
+            )
+        return sorted(set(taken))
 
     def prices(self, narrowing: Narrowing | None, name: str, width: int | None, forms: Sequence[Form]) -> Prices:
         """What these forms cost and lose, without the loss of the width."""
         shape = self.shape(narrowing, name, width)
-        ladder = self.ladder(name, width) if any(form.level is not None for form in forms) else {}
         errors = self.errors(narrowing, name, width, forms)
+        scale = _RANKS if self.rounds else 1.0
+        rounded = {form.rank for form in forms if form.level is not None}
+        ladders = {rank: self.ladder(name, width, rank) for rank in rounded}
         cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
         for i, (rank, level) in enumerate(forms):
+            cost[i], loss[i] = self.cost(narrowing, name, shape, rank), 0.0 if rank is None else scale * errors[rank]
             if level is not None:
-                size, loss[i] = ladder[level]
-                cost[i] = size + self.fewer_biases(name, shape[0])
-            else:
-                cost[i] = self.cost(narrowing, name, shape, rank)
-                loss[i] = 0.0 if rank is None else errors[rank]
+                size, lost = ladders[rank][level]
+                cost[i] = size + self.fewer_biases(name, shape[0]) if self.rounds else cost[i]
+                loss[i] += lost
         return Prices(cost, loss)
 
-    def ladder(self, name: str, width: int | None) -> dict[int, tuple[float, float]]:
-        """Bytes and loss of every level of a linear where its MLP has this width."""
-        return self.spectra.levels[name].ladder(width)
+    def ladder(self, name: str, width: int | None, rank: int | None) -> dict[int, tuple[float, float]]:
+        """Bytes and loss of every level of a linear where its MLP has this width, and it this rank."""
+        return self.spectra.levels[name].ladder(width, rank)
 
     def cost(self, narrowing: Narrowing | None, name: str, shape: tuple[int, int], rank: int | None) -> float:
         """Of a linear's weights at the shape (N, K), and of its bias where that is not what it was."""
@@ -93,6 +119,15 @@ class Forms:
     def fewer_biases(self, name: str, N: int) -> int:
         """Bytes of a bias of N entries against the whole one, which counts among all else."""
         return _BIAS * (N - self.spectra.layers[name].out_features) * self.sizes.has_bias[name]
+
+    def bytes_of(self, narrowing: Narrowing | None, name: str, width: int | None, form: Form) -> float:
+        """Bytes of the file for a linear's weights where all else is rounded too."""
+        N, K = self.shape(narrowing, name, width)
+        if form.level is None:
+            size = float(self.sizes.itemsize[name] * (N * K if form.rank is None else form.rank * (N + K)))
+        else:
+            size = self.ladder(name, width, form.rank)[form.level][0]
+        return size + self.fewer_biases(name, N)
 
     def unit(self, name: str) -> float:
         """Cost of one weight of a layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,8 +34,18 @@ class Offers(Forms):
         """One linear, with the forms given or those that make it smaller, and as it is."""
         start = Item((), None, [Choice(None, ())], Prices(np.zeros(1), np.zeros(1)))
         if forms is None:
-            forms = self.of(None, name, None, factored=self.method not in ("widths", "bits", "mix"))
+            forms = self.of(None, name, None, factored=self.method not in ("widths", "bits"))
         return self._extended(start, name, forms)
+
+    def rounded(self, item: Item) -> Item:
+        """An item that has one choice, with a level for every linear that may change: bits on top of another budget."""
+        ((width, forms),) = item.choices
+        pairs = zip(item.linears, forms, strict=True)
+        found = tuple(
+            form._replace(level=self.levels(item.narrowing, name, width, form.rank)[0]) if name in self.wanted else form
+            for name, form in pairs
+        )
+        return replace(item, choices=[Choice(width, found)])
 
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""
@@ -57,7 +68,11 @@ class Offers(Forms):
         widths = narrowing.choices(self.options.width_step) if wanted else [narrowing.full_width]
         count = min(FACTORED, len(widths)) if narrowing.factored else 0
         ranked = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, count)} | {narrowing.full_width}
-        parts = [self._at_width(narrowing, width, self.method == "joint" and width in ranked) for width in widths]
+        if self.method not in ("joint", "mix"):
+            ranked = set()
+        elif self.rounds:  # what it gains beyond is little, and takes a solve a width
+            ranked = {narrowing.full_width}
+        parts = [self._at_width(narrowing, width, width in ranked) for width in widths]
         prices = Prices(*(np.concatenate([getattr(part.prices, key) for part in parts]) for key in ("cost", "loss")))
         whole = Item(linears, narrowing, [choice for part in parts for choice in part.choices], prices)
         return whole.only(worth_having(prices))
@@ -67,7 +82,10 @@ class Offers(Forms):
         cost, loss = narrowing.extra(width, self.quantity), self.width_loss(narrowing, width)
         item = Item((), narrowing, [Choice(width, ())], Prices(np.full(1, cost), np.full(1, loss)))
         for name in (*narrowing.first, narrowing.second):
-            item = self._extended(item, name, self.of(narrowing, name, width, ranked))
+            forms = self.of(narrowing, name, width, ranked)
+            if not forms:  # none of the bits asked for: the steps of so few weights take more
+                return item.only([])
+            item = self._extended(item, name, forms)
         return item
 
     def _extended(self, item: Item, name: str, forms: Sequence[Form]) -> Item:

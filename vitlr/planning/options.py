@@ -17,6 +17,7 @@ NARROWING = ("widths", "widths+ranks", "joint", "mix")
 ROUNDED = ("bits", "mix")  # under a budget of bytes
 ATTENTION = ("query_keys", *GRAINS, "none")  # what attention may lose
 WORDS = {"prune": "widths", "hybrid": "widths+ranks", "scores": "query_keys"}  # old words: read and taken, not written
+STORED = range(2, 9)  # bits of a weight in the file
 WIDTH_SCALE = 1.0  # what a predicted loss of widths counts against one of ranks (docs/method.md)
 
 
@@ -56,6 +57,12 @@ class Planning(Decomposition):
         flag="--prune-attention",
         metavar="WHAT",
     )
+    bits: str | Sequence[int] | int | None = option(
+        None,
+        "Round weights to at most so many stored bits each: 2 to 8, or some of them under a budget of bytes, as in 8,4 "
+        "(16: or left as they are). Without a budget all else stays; under params or macs it comes on top.",
+        metavar="N",
+    )
     include: str | Sequence[str] | None = option(
         None, "Only layers whose name matches; may be repeated.", metavar="REGEX"
     )
@@ -63,10 +70,29 @@ class Planning(Decomposition):
         None, "No layers whose name matches; may be repeated.", metavar="REGEX"
     )
 
+    def rounds(self, quantity: str) -> bool:
+        """Whether the budget counts bytes of rounded weights."""
+        return self.settled in ROUNDED or (self.bits is not None and quantity == "bytes")
+
     @property
     def settled(self) -> str | None:
         """The method as far as the options alone settle it: "lowrank" where they ask for what only ranks have."""
         return self.method or ("lowrank" if self.of_ranks() else None)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The bits that a rounded weight may be stored in, most first, 16 for what is left; empty where any may."""
+        given = [] if self.bits is None else self.bits.split(",") if isinstance(self.bits, str) else self.bits
+        try:
+            found = [int(value) for value in ([given] if isinstance(given, int) else given)]
+        except (TypeError, ValueError):
+            found = [0]
+        if self.bits is not None and (not found or not set(found) <= {*STORED, 16} or set(found) == {16}):
+            raise InputError(
+                f"bits={self.bits!r}, expected whole numbers from {STORED[0]} to {STORED[-1]}, such as 8 or (8, 4); "
+                "16 among them lets a layer stay as it is"
+            )
+        return tuple(sorted(set(found), reverse=True))
 
     @property
     def hidden(self) -> bool | str:
@@ -76,12 +102,16 @@ class Planning(Decomposition):
     @property
     def extras(self) -> tuple[str, ...]:
         """What `calibrate(extras=)` has to measure for such a plan."""
-        return (ROUNDING,) if self.settled in ROUNDED else ()
+        return (ROUNDING,) if self.settled in ROUNDED or self.bits is not None else ()
 
     def check(self) -> None:
         """Raise `InputError` for options that do not go together, whatever the budget."""
         super().check()
         method = self.settled
+        if self.stored and self.attention not in (None, "none"):
+            raise InputError(f"bits= rounds attention as it is; it does not go with attention={self.attention!r}")
+        if self.stored and (self.ranks is not None or self.centred or self.objective == "normalized"):
+            raise InputError("bits= goes with no ranks=, no centred=True and no objective='normalized'")
         if self.prune_rate is not None and method not in ("widths", "widths+ranks"):
             how = f", not with {self.method!r}" if self.method else "; name one of them"
             raise InputError(f"prune_rate= goes with method='widths' or 'widths+ranks'{how}")
@@ -106,16 +136,24 @@ class Planning(Decomposition):
 
     def check_budget(self, budget: Budget | None) -> None:
         """Raise `InputError` where these options need a budget, or leave no place for one."""
+        kept = [bits for bits in self.stored if bits != 16]
+        if len(self.stored) > 1 and (budget is None or budget.quantity != "bytes"):
+            raise InputError(f"bits={self.bits!r} leaves a choice: give a budget of bytes, or one number from {kept}")
+        if self.stored and budget is not None and budget.quantity == "bytes" and (self.uniform or self.rank_buckets):
+            raise InputError(
+                f"{self.of_ranks()[0]} is of ranks alone; under a budget of bytes it does not go with bits="
+            )
         if self.method == "widths" and self.prune_rate is not None:
             if budget is not None:
                 raise InputError("method='widths' takes a budget or a prune_rate, not both")
+        elif budget is None and self.stored and self.settled in (None, "bits"):
+            return
         elif budget is None and self.ranks is None:
             other = "" if self.settled not in (None, "lowrank") else ", or ranks={layer: rank}"
             raise InputError(f"give a budget such as 'params:40%'{other}")
         if self.method in ROUNDED and budget is not None and budget.quantity != "bytes":
-            raise InputError(
-                f"method={self.method!r} changes bytes only: give a budget such as bytes:20%, not {budget}"
-            )
+            method = f"method={self.method!r}"
+            raise InputError(f"{method} changes bytes only: give a budget such as bytes:20%, not {budget}")
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
+from vitlr.decomposition.levels import measured_linears
 from vitlr.decomposition.mlp_widths import measured_mlps
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
@@ -16,6 +18,7 @@ from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
+from vitlr.measuring.losses import certain
 from vitlr.planning.allocation import allocate
 from vitlr.planning.budgets import Budget, parse_budget
 from vitlr.planning.forms import Sizes
@@ -23,6 +26,8 @@ from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
+
+_logger = logging.getLogger("vitlr")
 
 
 @keywords(Planning)
@@ -40,12 +45,15 @@ def plan(
 
     `changes` are the fields of `Planning`, on top of `options`. `method`: "lowrank" chooses ranks, "widths" the hidden
     widths of MLPs, "widths+ranks" widths of MLPs and ranks of all else (arXiv 2203.13444), "joint" both for all, "bits"
-    to what weights are rounded, under a budget of bytes, from statistics with the extra "rounding"; by default
-    the best that model and statistics allow, and the plan says why (`Plan.why`). Widths need statistics with
-    hidden moments; `compensate` folds removed neurons into those that stay, by regression with `ridge`, which is
-    relative to their mean variance. `attention` ("widths" and "joint") also lets every attention lose directions of
-    queries and keys ("query_keys", the default with "joint" where the statistics hold what it needs; "none" forbids
-    it), value "channels" or whole "heads", which need statistics with `hidden="attention"`.
+    to what weights are rounded, "mix" ranks, widths and bits together, both under a budget of bytes and from statistics
+    with the extra "rounding"; by default the best that model, budget and statistics allow, and the plan says why
+    (`Plan.why`). Widths need statistics with hidden moments; `compensate` folds removed neurons into those that stay,
+    by regression with `ridge`, which is relative to their mean variance. `attention` ("widths" and "joint") also lets
+    every attention lose directions of queries and keys ("query_keys", the default with "joint" where the statistics
+    hold what it needs; "none" forbids it), value "channels" or whole "heads", which need statistics with
+    `hidden="attention"`.
+    `bits` are those that rounded weights may be stored in: 8 alone rounds all of them so and needs no budget, (8, 4)
+    leaves the choice to a budget of bytes; under a budget of params or MACs what is left is rounded on top.
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
@@ -54,46 +62,77 @@ def plan(
     options.check_budget(wanted)
     parts = read(model)
     objective = Objective.of(stats, options, spectra)
+    if objective.by_gradient and (doubt := stats.notes.get("certain")) is not None:
+        _logger.warning("%s", certain(float(doubt)))
     failed: list[NumericalError] = []
-    skip = failed.append if options.method is None else None  # who asks for widths hears what failed, not another plan
-    options, kinds, why = settle(options, parts, stats, objective)
-    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=skip, progress=progress)
-    if failed:
+    asked = options.method is not None
+    options, kinds, why = settle(options, wanted, parts, stats, objective)
+    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=failed.append, progress=progress)
+    if failed and asked and not spectra.widths:  # who asks for widths hears what failed, not another plan
+        raise failed[0]
+    if failed and asked:
+        _logger.warning("%d left as wide as they are (%s)", len(failed), failed[0])
+    elif failed:
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
-        options = options if spectra.widths else replace(options, method="lowrank")
-    return replace(allocate(spectra, sizes(model, stats, options.method), wanted, options), why=why)
+        options = options if spectra.widths or options.method == "mix" else replace(options, method="lowrank")
+    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options)
+    return replace(chosen, why=why, image=stats.image)
 
 
-def settle(options: Planning, parts: Parts, stats: Statistics, objective: Objective) -> tuple[Planning, list[str], str]:
-    """The options with a method, the kinds of what gets narrower, and why it is this method."""
+def settle(
+    options: Planning, budget: Budget | None, parts: Parts, stats: Statistics, objective: Objective
+) -> tuple[Planning, list[str], str]:
+    """The options with a method, the kinds of what is solved, and why it is this method."""
     method, why = options.settled, ""
+    mlps, no_mlps = _mlps(parts, stats, objective)
     if method is not None and options.method is None:
         why = f"{options.of_ranks()[0]} goes with no other"
     elif method is None and options.attention not in (None, "none"):
         method, why = "joint", f"attention={options.attention!r} was asked for"
+    elif method is None and budget is None:
+        method, why = "bits", "bits= was given without a budget"
+    elif method is None and budget is not None and budget.quantity == "bytes" and _roundable(options, stats, objective):
+        method, why = "mix", "both sides of all layers were measured" + (f"; {no_mlps}" if no_mlps else "")
     elif method is None:
-        try:
-            mlps = measured_mlps(parts, stats, objective)
-            method, why = "joint", f"the hidden neurons of {len(mlps)} MLPs were measured"
-        except InputError as reason:
-            method, why = "lowrank", stats.notes.get("no_hidden", str(reason))
-    rounding = ["rounding"] if method in ROUNDED else []
-    if method not in NARROWING:
+        method = "lowrank" if no_mlps else "joint"
+        why = no_mlps or f"the hidden neurons of {mlps} MLPs were measured"
+    rounding = ["rounding"] if method in ROUNDED or options.stored else []
+    if rounding and method not in ("bits", "widths"):
+        rounding.append("factors")
+    if method not in NARROWING or (method == "mix" and no_mlps):
         return replace(options, method=method), rounding, why
     attention = None if options.attention == "none" else options.attention
-    if options.attention is None and method == "joint" and has_query_keys(stats, objective):
+    if options.attention is None and method == "joint" and not rounding and has_query_keys(stats, objective):
         attention = "query_keys"
     kinds = ["mlp"] if attention is None or parts.mlps_among(stats.layers) else []
     return replace(options, method=method), [*kinds, *([attention] if attention else []), *rounding], why
 
 
-def sizes(model: nn.Module, stats: Statistics, method: str | None = None) -> Sizes:
-    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; by "bits" the rest."""
+def _mlps(parts: Parts, stats: Statistics, objective: Objective) -> tuple[int, str]:
+    """How many MLPs can get narrower, and why there is none."""
+    try:
+        return len(measured_mlps(parts, stats, objective)), ""
+    except InputError as reason:
+        return 0, str(stats.notes.get("no_hidden", reason))
+
+
+def _roundable(options: Planning, stats: Statistics, objective: Objective) -> bool:
+    """Whether the statistics hold what rounding needs, or that was asked for all the same."""
+    try:
+        return bool(measured_linears(stats, objective))
+    except InputError:
+        if options.stored:
+            raise
+        return False
+
+
+def sizes(model: nn.Module, stats: Statistics, rounded: bool = False) -> Sizes:
+    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; and of all else."""
     linears = {name: linear for name, linear in read(model).linears.items() if name in stats.layers}
     return Sizes(
         total=Cost(count_params(model), stats.macs, count_bytes(model)),
         tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
         itemsize={name: linear.weight.element_size() for name, linear in linears.items()},
         has_bias={name: linear.bias is not None for name, linear in linears.items()},
-        rest=count_rest(model, stats.layers) if method in ROUNDED else 0,
+        rest=count_rest(model, stats.layers) if rounded else 0,
     )

@@ -19,7 +19,7 @@ SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
 _MAX_BYTES = 16 * 2**20
 _ROWS = ("layers", "widths")
-_OWN = ("why", "spectra")  # of a plan just made, in no file
+_OWN = ("why", "spectra", "image")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
 
@@ -79,7 +79,7 @@ class WidthPlan:
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
-    `spectra` and `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
+    `spectra`, `image`, `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
     """
 
     budget: str
@@ -100,6 +100,7 @@ class Plan:
     ridge: float = 0.0
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
+    image: Any = field(default=None, compare=False, repr=False)  # shape and dtype of one
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -114,7 +115,7 @@ class Plan:
     @property
     def rounds_rest(self) -> bool:
         """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
-        return self.method in ROUNDED and self.bytes_kept < self.bytes
+        return bool(self.levels) or (self.method in ROUNDED and self.bytes_kept < self.bytes)
 
     @property
     def error(self) -> float:
@@ -138,7 +139,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
-        new = _NEW if self.method == "lowrank" else ()
+        new = _NEW if self.method == "lowrank" and not self.levels else ()
         body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, *_OWN, *new)}
         layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
         if new:
@@ -147,7 +148,7 @@ class Plan:
         if self.attention is None:
             for row in widths:
                 del row["kind"]
-        schema = SCHEMA if self.method in ROUNDED else 2 if self.attention is None else 3
+        schema = SCHEMA if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
         return {"schema": schema, **body, "layers": layers, "widths": widths}
 
     def to_json(self) -> str:
@@ -223,14 +224,15 @@ class Plan:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
-        by_bits = self.method in ROUNDED
-        own = f"{'bits':>5}  {'level':>5}" if by_bits else f"{'rank':>5}"
+        rounded = self.method in ROUNDED or bool(self.levels)
+        ranked = not rounded or bool(self.ranks)
+        own = "  ".join([f"{'rank':>5}"] * ranked + [f"{'bits':>5}  {'level':>5}"] * rounded)
         lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape))
-            own = f"{'dense' if layer.rank is None else layer.rank:>5}"
-            if by_bits:
-                own = f"{'as is':>5}  {'':>5}" if layer.level is None else f"{layer.bits or 0:>5.2f}  {layer.level:>5}"
+            rank = f"{'dense' if layer.rank is None else layer.rank:>5}"
+            bits = f"{'as is':>5}  {'':>5}" if layer.level is None else f"{layer.bits or 0:>5.2f}  {layer.level:>5}"
+            own = "  ".join([rank] * ranked + [bits] * rounded)
             lines.append(
                 f"{layer.name:<{width}}  {shape:>11}  {own}  {layer.error:>9.3g}  {layer.params:>10,}  "
                 f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
@@ -250,9 +252,8 @@ class Plan:
                 narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
         if self.why:
             lines.append(f"method {self.method}: {self.why}")
-        done = f"{len(self.levels)} of {len(self.layers)} layers rounded, "
-        if not by_bits:
-            done = f"{len(self.ranks)} of {len(self.layers)} layers factorised, "
+        done = f"{len(self.levels)} of {len(self.layers)} layers rounded, " if rounded else ""
+        done += f"{len(self.ranks)} of {len(self.layers)} layers factorised, " if ranked else ""
         lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
         for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
             before, after = getattr(self, what), getattr(self, f"{what}_kept")

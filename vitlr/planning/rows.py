@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
-from vitlr.planning.choices import Item
+from vitlr.planning.choices import Form, Item
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import NARROWING
 from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
@@ -21,10 +21,12 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
     totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
     saved = _saved(offers, layers)
-    if offers.rounds and budget is not None and budget.limit(totals["bytes"]) < totals["bytes"]:
-        saved["bytes"] = totals["bytes"] - round(offers.outside(chosen) + sum(item.prices.cost[0] for item in chosen))
+    room = float("inf") if budget is None or not offers.rounds else totals["bytes"] - budget.limit(totals["bytes"])
+    if (offers.rounds and room > 0) or any(row.level is not None for row in layers):
+        saved["bytes"] = totals["bytes"] - round(sizes.rest + sum(_bytes(offers, item) for item in chosen))
     narrows = offers.method in NARROWING
     without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
+    without = f"bits {options.stored[0]}" if options.stored and options.prune_rate is None else without
     return Plan(
         budget=str(budget) if budget else without,
         objective=spectra.objective,
@@ -42,6 +44,12 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     )
 
 
+def _bytes(offers: Offers, item: Item) -> float:
+    ((width, forms),) = item.choices
+    pairs = zip(item.linears, forms, strict=True)
+    return sum(offers.bytes_of(item.narrowing, name, width, form) for name, form in pairs)
+
+
 def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
     """A row for each of its linears."""
     ((width, forms),) = item.choices
@@ -49,6 +57,7 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
         spectrum = offers.spectra.layers[name]
         N, K = offers.shape(item.narrowing, name, width)
         prices, rounded = offers.prices(item.narrowing, name, width, [form]), form.level is not None
+        weights = N * K if form.rank is None else form.rank * (N + K)
         yield LayerPlan(
             name,
             spectrum.in_features,
@@ -56,11 +65,11 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             form.rank,
             offers.sizes.tokens[name],
             float(prices.loss[0]),
-            _why_level(offers, name, form.level) if offers.rounds else _why_rank(offers, item, name, form.rank),
+            _why(offers, item, name, form),
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
             level=form.level,
-            bits=round(8 * float(prices.cost[0]) / (N * K), 3) if rounded else None,
+            bits=round(8 * offers.bytes_of(item.narrowing, name, width, form) / weights, 3) if rounded else None,
         )
 
 
@@ -106,10 +115,20 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
     return "full: worth its cost within the budget"
 
 
-def _why_level(offers: Offers, name: str, level: int | None) -> str:
-    if level is not None:
-        ladder = [*offers.ladder(name, None)]
-        return "rounded: at the coarsest level" if level == ladder[-1] else "rounded: saves most for its error"
+def _why(offers: Offers, item: Item, name: str, form: Form) -> str:
+    bits = offers.options.bits
+    if form.level is None or not offers.rounds:
+        why = _why_left(offers, name) if offers.rounds else _why_rank(offers, item, name, form.rank)
+        return why if form.level is None else f"{why}; rounded: bits={bits!r}"
+    if bits is not None:
+        return f"rounded: bits={bits!r}"
+    if form.rank is not None:
+        return "both factors rounded: saves most for its error"
+    coarsest = [*offers.ladder(name, item.choices[0].width, None)][-1]
+    return "rounded: at the coarsest level" if form.level == coarsest else "rounded: saves most for its error"
+
+
+def _why_left(offers: Offers, name: str) -> str:
     if name not in offers.wanted:
         return "as it is: left out by include/exclude"
     return "as it is: worth its cost within the budget"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +12,7 @@ from vitlr.errors import InputError
 from vitlr.nn import SelectedLinear
 from vitlr.pruning.gates import gates
 from vitlr.pruning.sites import Site
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import put
 from vitlr.surgery.mlps import narrow_mlp
 
@@ -34,7 +34,7 @@ def remove_channels(
     if unknown:
         raise InputError(f"{unknown[0]!r} is no site of this model")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = duplicate(model)
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for name, kept in keep.items():

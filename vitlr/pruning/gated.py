@@ -5,26 +5,29 @@ Source: arXiv 2104.08500. Like `vitlr.pipeline`, this joins stages: gates, remov
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vitlr.data.batches import one_image, to_model
+from vitlr.data.loader import Loader
 from vitlr.errors import NumericalError
 from vitlr.planning.budgets import Budget
 from vitlr.pruning.channels import remove_channels
-from vitlr.pruning.gates import add_gates, gates, penalty, remove_gates
+from vitlr.pruning.gates import GatedLinear, add_gates, gates, penalty, remove_gates
 from vitlr.pruning.options import Gating
 from vitlr.pruning.thresholds import Cut, check_wanted, choose
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.fusion import unfuse
+from vitlr.surgery.proof import prove
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
 
 
@@ -98,12 +101,13 @@ def prune(
     recipe = TrainRecipe() if recipe is None else recipe
     second = recipe if finetune is True else finetune or None
     if reference is model and inplace:
-        reference = copy.deepcopy(model)  # it answers as it was
+        reference = duplicate(model)  # it answers as it was
     shared: dict[str, Any] = {"loss": loss, "reference": reference, "callbacks": callbacks}
     model = unfuse(model, inplace=inplace)
     folder = _Folder(resume, model, gating)
 
     gated = add_gates(model, gating.gated, inplace=True)
+    _prove(gated, loader)
     choose(gated, rate, budget=budget, **how)  # in reach, whoever goes?
     trained = train(
         gated,
@@ -131,6 +135,16 @@ def prune(
         )
     small.vitlr_pruning = Pruning(gating.l1, trained, cut, tuned)  # type: ignore[assignment]
     return small.eval()
+
+
+def _prove(gated: nn.Module, loader: Iterable[Any]) -> None:
+    """Every gate is called and counts, on one image; not where that would use the loader up."""
+    if isinstance(loader, Iterator):
+        return
+    first = next(iter(loader.subset([0]) if isinstance(loader, Loader) else loader), None)
+    if first is not None:
+        names = [name for name, module in gated.named_modules() if isinstance(module, GatedLinear)]
+        prove(gated, names, one_image(to_model(gated, first)))
 
 
 def cut_off(gated: nn.Module, cut: Cut, *, fold: bool = True) -> nn.Module:

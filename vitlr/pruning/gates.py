@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +13,7 @@ from vitlr.nn import LowRankLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.pruning.options import KINDS
 from vitlr.pruning.sites import Site, sites
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import put
 
 
@@ -67,8 +67,7 @@ def add_gates(model: nn.Module, kinds: str | Iterable[str] = KINDS, *, inplace: 
     hooked = [name for site in found.values() for name in site.readers if has_hooks(model.get_submodule(name))]
     if hooked:
         raise InputError(f"layer {hooked[0]} has hooks, and gates would change what they see; take them off first")
-    if not inplace:
-        model = copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     linears.make_visible(model)
     for site in found.values():
         like = next(model.get_submodule(site.name).parameters())
@@ -106,7 +105,7 @@ def remove_gates(model: nn.Module, *, fold: bool = True, inplace: bool = False) 
 
     A `LowRankLinear` takes them into B. Without `fold` what a gate scaled is scaled no more, as if `a` were 1.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if not isinstance(module, GatedLinear):
             continue

@@ -59,10 +59,10 @@ def block_of(layer: str) -> str:
     return layer
 
 
-def by_block(model: nn.Module) -> dict[str, list[str]]:
-    """The low-rank layers of every block, in order."""
+def by_block(layers: Sequence[str]) -> dict[str, list[str]]:
+    """These layers of every block, in order."""
     found: dict[str, list[str]] = {}
-    for layer in lowrank_layers(model):
+    for layer in layers:
         found.setdefault(block_of(layer), []).append(layer)
     return found
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.data.batches import to_model
+from vitlr.measuring.cost import is_rounded
 from vitlr.measuring.losses import divergence, first_tensor
 from vitlr.nn import LowRankLinear
-from vitlr.refinement.blocks import by_block, watched
+from vitlr.refinement.blocks import by_block, lowrank_layers, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.report import Snapshots
+from vitlr.refinement.rounded import Loosened
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
 from vitlr.runtime.kinds import ANY_NUMBER, NONE, tuple_of, whole
 from vitlr.runtime.modules import device_of
@@ -27,6 +30,7 @@ from vitlr.training.state import State
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
+_CODES, _VECTORS = 200, 10  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
 
 
 def distil(
@@ -42,20 +46,36 @@ def distil(
 
     Both see the same augmented images in eval mode. What is left is the running mean of the weights at its best on
     the held-out images, the start included. Frozen parameters stay frozen. A loss that is no number ends the run.
+    Rounded layers train latent weights, of which both the loss and the held-out images see the codes.
     """
+    if is_rounded(model):
+        loosened = Loosened(model)
+        try:
+            state: Distilling = Rounding(model, judge, recipe, snapshots, loosened)
+            return _train(state, reference, proxy, list(loosened.layers), progress)
+        finally:
+            loosened.fasten()
     for module in model.modules():
         if isinstance(module, LowRankLinear) and all(p.requires_grad for p in module.parameters()):
             module.balance()
     state = Distilling(model, judge, recipe, snapshots)
-    names = list(by_block(model)) if recipe.features else []
+    return _train(state, reference, proxy, lowrank_layers(model), progress)
+
+
+def _train(
+    state: Distilling, reference: nn.Module, proxy: Proxy, layers: list[str], progress: Progress
+) -> tuple[int, str]:
+    """Leave the model at the best of the run; blocks are compared where they hold some of the layers."""
+    model, recipe, judge = state.model, state.recipe, state.distance
+    names = list(by_block(layers)) if recipe.features else []
     blocks: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     device = device_of(model)
 
     def loss_of(images: Tensor) -> Tensor:
         with autocast(device, recipe.amp):
             with torch.no_grad():
-                expected = first_tensor(reference(to_model(reference, images)))
-            answers = first_tensor(model(to_model(model, images)))
+                expected = first_tensor(judge.pick(reference(to_model(reference, images))))
+            answers = first_tensor(judge.pick(model(to_model(model, images))))
         loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
         for name in names:
             loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])
@@ -96,9 +116,7 @@ class Distilling(State):
     }
 
     def __init__(self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
-        super().__init__(model, optimizer, snapshots, mean=True)
+        super().__init__(model, self.optimizer_of(model, recipe), snapshots, mean=True)
         self.distance, self.recipe = judge, recipe
         self.total, self.since_best = recipe.most_steps, 0
         self.curve: list[list[float]] = []
@@ -108,9 +126,13 @@ class Distilling(State):
             self.curve.append([0, -self.best_validation])
         self.look_seconds = time.monotonic() - self.start
 
+    def optimizer_of(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW([{"params": trained, "peak": recipe.lr}], weight_decay=recipe.weight_decay)
+
     def schedule(self) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * rate(self.updates, self.total, self.recipe.warmup)
+            group["lr"] = group["peak"] * rate(self.updates, self.total, self.recipe.warmup)
 
     def clip(self, parameters: list[nn.Parameter]) -> None:
         nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
@@ -138,6 +160,31 @@ class Distilling(State):
     def _affordable(self, minutes: float) -> int:
         each = (time.monotonic() - self.start) / (_TIMED - 1) + self.look_seconds / self.recipe.every
         return max(self.updates, int(60 * minutes / each))
+
+
+class Rounding(Distilling):
+    """The same for rounded layers: their codes keep to the bytes that they had; what is judged is what is stored."""
+
+    def __init__(
+        self, model: nn.Module, judge: Judge, recipe: Recipe, snapshots: Snapshots, loosened: Loosened
+    ) -> None:
+        self.loosened = loosened
+        super().__init__(model, judge, recipe, snapshots)
+
+    def optimizer_of(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        latents = {"params": self.loosened.latents, "peak": _CODES * recipe.lr, "weight_decay": 0.0}
+        vectors = {"params": self.loosened.vectors, "peak": _VECTORS * recipe.lr}
+        return torch.optim.AdamW([latents, vectors], weight_decay=recipe.weight_decay)
+
+    def schedule(self) -> None:
+        super().schedule()
+        self.loosened.press(self.optimizer.param_groups[0]["lr"])
+
+    @contextmanager
+    def judged(self) -> Iterator[nn.Module]:
+        with super().judged() as model:
+            self.loosened.settle()
+            yield model
 
 
 def rate(step: int, total: int | None, warmup: int) -> float:

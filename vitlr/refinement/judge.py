@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +33,14 @@ class Judge:
     Raises `NumericalError` where the dense answers hold NaN or Inf; a model whose answers do is infinitely far.
     """
 
-    def __init__(self, reference: nn.Module, images: Tensor, batch_size: int) -> None:
-        self.images, self.batch_size = images, batch_size
+    def __init__(
+        self,
+        reference: nn.Module,
+        images: Tensor,
+        batch_size: int,
+        output_fn: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self.images, self.batch_size, self.output_fn = images, batch_size, output_fn
         self.logits = False
         self.expected = self._answers(reference)
         if not torch.isfinite(self.expected).all():
@@ -52,7 +60,11 @@ class Judge:
         found = []
         with evaluation_mode(model):
             for images in self.images.split(self.batch_size):
-                answer = model(to_model(model, images))
+                answer = self.pick(model(to_model(model, images)))
                 self.logits = is_logits(model, answer)
                 found.append(first_tensor(answer).double().flatten(1).cpu())
         return torch.cat(found)
+
+    def pick(self, answer: Any) -> Any:
+        """What of a model's answer counts."""
+        return answer if self.output_fn is None else self.output_fn(answer)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlr.anatomy.attention import fewer_heads
 from vitlr.anatomy.mlps import narrowed_mlps
+from vitlr.data.batches import to_model
 from vitlr.errors import InputError
-from vitlr.nn import FoldedScale, LowRankGLU, LowRankMLP, SelectedLinear
+from vitlr.measuring.cost import count_bytes, is_rounded
+from vitlr.nn import FoldedScale, LowRankGLU, LowRankLinear, LowRankMLP, QuantizedLinear, SelectedLinear
 from vitlr.refinement.blocks import free_layers, free_norms, lowrank_layers
 from vitlr.refinement.distil import distil
 from vitlr.refinement.images import Proxy
@@ -24,10 +25,14 @@ from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore
 from vitlr.runtime.storage import fingerprint
+from vitlr.surgery.proof import prove
+
+_NEW = (LowRankLinear, QuantizedLinear, SelectedLinear)  # what compression put in
 
 
 @keywords(Recipe)
@@ -39,6 +44,7 @@ def refine(
     rungs: str | Sequence[str] = "distil",
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
+    output_fn: Callable[[Any], Tensor] | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
     **changes: Any,
@@ -50,6 +56,7 @@ def refine(
     out and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
     back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
     workers.
+    `output_fn(answer)` picks what of a model's answer counts, as in `calibrate`.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
     The `Refinement` report is left in `model.vitlr_refinement` and, for the file, in `model.vitlr_info["recipe"]`.
 
@@ -60,11 +67,13 @@ def refine(
     recipe, wanted = Recipe.of(recipe, **changes), parse_rungs(rungs)
     wanted = _with_work(model, wanted)
     _check(model, reference, wanted)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     if not wanted:
         return model
     proxy = Proxy(loader)
-    judge = Judge(reference, proxy.held, recipe.batch_size)
+    changed = [name for name, module in model.named_modules() if isinstance(module, _NEW)]
+    prove(model, changed, to_model(model, proxy.held[:1]))
+    judge = Judge(reference, proxy.held, recipe.batch_size, output_fn)
     run = {
         "model": fingerprint(dict(model.named_parameters())),
         "reference": fingerprint(dict(reference.named_parameters())),
@@ -88,6 +97,7 @@ def _climb(
 ) -> Refinement:
     rungs: list[Rung] = []
     before = judge(model)
+    most = count_bytes(model) if is_rounded(model) else None
     behind = reached = 0  # units of work of the rungs that are done, and of the one that runs
 
     def advance(done: int, total: int | None) -> None:
@@ -114,6 +124,8 @@ def _climb(
                 note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
             kept = after.kl < before.kl
+            if most is not None and (taken := count_bytes(model)) > most:
+                kept, note = False, f"{note}; {taken} bytes, {most} before".removeprefix("; ")
             if not kept:
                 restore(model, saved)
             seconds = round(time.monotonic() - start, 3)
@@ -127,7 +139,11 @@ def _climb(
 
 
 def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The rungs that find something to do: a model that is narrower, and low-rank nowhere, has no residual."""
+    """The rungs that find something to do: narrower and low-rank nowhere has no residual, integers are distilled."""
+    if is_rounded(model):
+        if wanted and "distil" not in wanted:
+            raise InputError(f"{wanted[-1]} moves weights that this model holds as integers; take rungs='distil'")
+        return tuple(rung for rung in wanted if rung == "distil")
     if lowrank_layers(model):
         return wanted
     useful = tuple(rung for rung in wanted if rung != "regrow")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitlr.data.batches import to_model
 from vitlr.nn import LowRankLinear
 from vitlr.ops.linalg.factors import balance
-from vitlr.refinement.blocks import by_block, comparable, finite, free_layers, run_until, watched
+from vitlr.refinement.blocks import by_block, comparable, finite, free_layers, lowrank_layers, run_until, watched
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
@@ -45,7 +45,7 @@ def regrow(
     Layers with a frozen parameter stay as they are.
     """
     free = set(comparable(free_layers(model), model, reference, inputs=recipe.parallel))
-    blocks = {block: mine for block, names in by_block(model).items() if (mine := [n for n in names if n in free])}
+    blocks = by_block([name for name in lowrank_layers(model) if name in free])
     nearest = judge(model).kl
     layers = steps = learnt = 0
     for done, (block, names) in enumerate(blocks.items(), 1):

@@ -25,7 +25,7 @@ def rounded(value: Tensor) -> Tensor:
     """
     if value.dtype != torch.float32 or not torch.isfinite(value).all():
         return value
-    if _is_matrix(value):
+    if is_matrix(value):
         return value if _found_rows(value)[2] else _from_rows(*_by_rows(value), value.shape)
     half = value.half()
     return half.float() if torch.isfinite(half).all() else value
@@ -47,7 +47,7 @@ def stored(value: Tensor) -> dict[str, Tensor]:
         half = value.half()
         if torch.equal(half.float(), value):
             return {f"|{HALF}": half}
-        if torch.isfinite(value).all() and _is_matrix(value):
+        if torch.isfinite(value).all() and is_matrix(value):
             codes, exponent, exact = _found_rows(value)
             if exact:
                 return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
@@ -107,7 +107,7 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
     return _from_rows(codes, exponent, shape)
 
 
-def _is_matrix(value: Tensor) -> bool:
+def is_matrix(value: Tensor) -> bool:
     return value.ndim > 1 and value.numel() >= _LEAST and value.numel() > 16 * _rows(tuple(value.shape))[0]
 
 

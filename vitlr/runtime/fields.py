@@ -109,6 +109,11 @@ def own(cls: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
     return {old.get(name, name): value for name, value in given.items() if old.get(name, name) in names_of(cls)}
 
 
+def taken(cls: type[Options], given: dict[str, Any]) -> dict[str, Any]:
+    """What of `given` are fields of this class, taken out of it."""
+    return {name: given.pop(name) for name in names_of(cls) if name in given}
+
+
 def declared(*classes: type[Options]) -> dict[str, Option]:
     """What the fields of these classes say, by name; the first to have a name says it."""
     found: dict[str, Option] = {}

@@ -39,3 +39,19 @@ def like(model: nn.Module) -> Tensor:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model lives: the device of its first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` made a compiled one of, or the module itself."""
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else uncompiled(inner)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that hand on what they get: compiled, data parallel, distributed, sharded."""
+    model = uncompiled(model)
+    inner = model._modules.get("module") if type(model).__name__ in _PARALLEL else None
+    return model if inner is None else unwrapped(inner)
+
+
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")

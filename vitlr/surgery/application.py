@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears
@@ -11,6 +9,7 @@ from vitlr.anatomy.attention import Attention, attentions
 from vitlr.anatomy.mlps import Mlp, find_mlps, read_mlp
 from vitlr.anatomy.reading import read
 from vitlr.calibration.statistics import Statistics
+from vitlr.data.batches import noise_image
 from vitlr.decomposition.mlp_widths import MlpSpectrum
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import RIDGE, Decomposition
@@ -22,11 +21,14 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.planning.plans import Plan
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
+from vitlr.surgery.alien import guard
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 from vitlr.surgery.mlps import narrow_mlp
+from vitlr.surgery.proof import prove
 from vitlr.surgery.rounding import round_weights
 
 Factors = tuple[Tensor, Tensor, Tensor | None]  # A [N, r], B [r, K], bias [N]
@@ -63,7 +65,7 @@ def replace_layers(
         if changed and has_hooks(linear):
             raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = duplicate(model)
     linears.make_visible(model)
     factors = _narrow(model, plan, spectra)
     for done, (name, rank) in enumerate(plan.ranks.items(), 1):
@@ -72,7 +74,10 @@ def replace_layers(
         assert isinstance(linear, nn.Linear)
         A, B, bias = factors.get(name) or spectra.layers[name].factors(linear.weight, rank, linear.bias)
         low = LowRankLinear.from_factors(A, B, bias, device=linear.weight.device, dtype=linear.weight.dtype)
-        swap(model, place, low.train(linear.training).requires_grad_(linear.weight.requires_grad))
+        low.train(linear.training).requires_grad_(linear.weight.requires_grad)
+        if low.up.bias is not None and linear.bias is not None:
+            low.up.bias.requires_grad_(linear.bias.requires_grad)
+        swap(model, place, low)
         if progress is not None:
             progress(done, len(plan.ranks))
     round_weights(model, plan, spectra, progress)
@@ -133,8 +138,9 @@ def apply(
     """Carry a plan out: a new model (the same one if `inplace`) with MLPs and attentions narrowed and
     `LowRankLinear`s or `QuantizedLinear`s as planned.
 
-    A plan read from JSON has no spectra and needs the statistics it was made from. Raises `InputError` where plan,
-    statistics and model do not belong together.
+    A plan read from JSON has no spectra and needs the statistics it was made from. A run on one image of noise proves
+    that what is new is called and counts. Raises `InputError` where plan, statistics and model do not belong together,
+    where the model cannot be copied, and where the proof fails.
     """
     modules = dict(model.named_modules())
     weights = {row.name: module.weight for row in plan.layers if isinstance(module := modules.get(row.name), nn.Linear)}
@@ -147,7 +153,15 @@ def apply(
                 "this plan was read from a file and carries no factors; pass the statistics it was made from"
             )
         spectra = _solved_again(model, plan, stats)
-    return replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
+    small = replace_layers(model, plan, spectra, inplace=inplace, progress=progress)
+    image = plan.image or (None if stats is None else stats.image)
+    if image is not None:
+        changed = [row.name for row in plan.layers if row.rank or row.kept_in or row.kept_out or row.level is not None]
+        prove(small, changed, noise_image(small, image), original=None if inplace else model)
+        small.vitlr_info = {**(getattr(small, "vitlr_info", None) or {}), "image": image}  # type: ignore[assignment]
+    if plan.changes:
+        guard(small)
+    return small
 
 
 def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 from torch import nn
@@ -23,8 +22,10 @@ from vitlr.nn import (
     SelectedLinear,
 )
 from vitlr.nn._fused import Fused, StandIn
+from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap
 from vitlr.surgery import folding
+from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
 
 FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention)
@@ -39,6 +40,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
             swap(model, name, module.to_linear().train(module.training))
+    unguard(model)
     return model
 
 
@@ -73,7 +75,7 @@ def fuse(
         raise InputError(f"bits={bits!r}: expected 8, or None for layers as they are")
     if (bits is None) != (stats is None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
         multiply_bytes(model, stats)
@@ -87,7 +89,7 @@ def fuse(
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give every fused module and folded layer scale back its original module, with the weights it has now."""
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, StandIn):
             swap(model, name, module.back())

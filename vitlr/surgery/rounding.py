@@ -7,7 +7,7 @@ from torch import nn
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.measuring.cost import rest
-from vitlr.nn import QuantizedLinear
+from vitlr.nn import LowRankLinear
 from vitlr.ops.linalg.threads import in_threads
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
@@ -19,13 +19,13 @@ from vitlr.runtime.progress import Progress
 def round_weights(model: nn.Module, plan: Plan, spectra: Spectra, progress: Progress | None = None) -> None:
     """Put a `QuantizedLinear` where the plan says a level, and round what is left as it says, in place."""
 
-    def rounded(name: str) -> QuantizedLinear:
+    def rounded(name: str) -> nn.Module:
         linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
+        assert isinstance(linear, (nn.Linear, LowRankLinear))
         levels = spectra.levels[name]
         width = plan.narrowed.get(levels.narrowing.name) if levels.narrowing is not None else None
-        low = levels.rounded(plan.levels[name], linear.weight, linear.bias, width)
-        return low.train(linear.training).requires_grad_(linear.weight.requires_grad)
+        low = levels.rounded(plan.levels[name], linear, width)
+        return low.train(linear.training).requires_grad_(next(linear.parameters()).requires_grad)
 
     names, threads = list(plan.levels), torch.get_num_threads()
     for start in range(0, len(names), threads):

@@ -35,6 +35,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         shapes = [torch.Size()] if p is None or key == "step" else [p.shape, torch.Size()]
         if p is None or tensor.shape not in shapes or tensor.dtype not in (torch.float32, p.dtype):
             raise InputError(f"{where}: optimizer.{name:.120} is {tensor.dtype} {list(tensor.shape)}, which none has")
+        if not bool(torch.isfinite(tensor).all()) or (key == "step" and bool((tensor < 1).any())):
+            raise InputError(f"{where}: optimizer.{name:.120} holds numbers that no steps give")
         keys.setdefault(int(index), set()).add(key)
     for index, key, value in plain["numbers"]:
         if not (whole(0, len(parameters) - 1).holds(index) and NAME.holds(key) and number().holds(value)):

@@ -25,6 +25,7 @@ from bench.compare.frontier.borrowed import borrowed, merged
 from bench.compare.frontier.figure import draw
 from bench.compare.frontier.ours import ours
 from bench.compare.frontier.page import markdown
+from bench.compare.frontier.plain import PLAIN
 from bench.compare.frontier.rivals import RIVALS, Make
 from bench.compare.frontier.subjects import SUBJECTS, Subject
 from vitlr.measuring.cost import count_bytes
@@ -85,7 +86,7 @@ def dense(subject: Subject, folder: Path) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    rows = {"dense, float32": dense, **RIVALS, **ours(args.model, args.minutes)}
+    rows = {"dense, float32": dense, **RIVALS, **PLAIN, **ours(args.model)}
     if args.only is not None:
         rows = {name: make for name, make in rows.items() if any(wanted in name for wanted in args.only)}
         if not rows and args.only:
@@ -110,7 +111,6 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--model", choices=SUBJECTS, default="vit_tiny")
     args.add_argument("--only", nargs="*", metavar="NAME", help="rows whose name holds one of these (default: all)")
     args.add_argument("--again", action="store_true", help="measure rows again that are there")
-    args.add_argument("--minutes", type=float, default=20, help="of refinement, for rows that are refined")
     args.add_argument("--dinov2", type=Path, help="weights written by dinov2_small.py of the data folder")
     args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
     args.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the table goes")

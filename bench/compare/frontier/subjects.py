@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, calibration, validation
+from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, calibration, calibration_tar, validation, validation_tar
 from vitlr.checkpoint.creation import create_model
-from vitlr.data.loader import data_config
+from vitlr.data import data_config, open_data
 from vitlr.measuring.evaluation import wilson
 from vitlr.measuring.losses import agreeing, kl
 
@@ -40,6 +40,7 @@ class Subject:
 
     def __init__(self, model: nn.Module, images: Kept) -> None:
         self.model, self.images = model, images
+        self.spectra: dict[str, Any] = {}  # by method: the next size needs no solving
 
     def measured(self, forward: Forward) -> dict[str, Any]:
         """All figures of a model that answers as `forward` does."""
@@ -91,11 +92,12 @@ class Features(Subject):
             large.set_input_size(img_size=SIZE)  # type: ignore[operator]
             save_file(large.state_dict(), path)
         model = create_model(DINOV2, num_classes=0, img_size=SIZE, checkpoint=path)
-        super().__init__(model, calibration(folder, model, cache / "calibration.pt"))
+        super().__init__(model, pictures(calibration_tar(folder), model, cache / "calibration.pt"))
         cosine = args.limit or 200
-        self.validation = validation(folder, model, cache / f"validation-{cosine}.pt", limit=cosine)
-        self.bank = pictures(folder, model, "train", args.bank // 10, cache / f"bank-{args.bank}.pt")
-        self.asked = pictures(folder, model, "test", args.asked // 10, cache / f"asked-{args.asked}.pt")
+        path = validation_tar(folder)
+        self.validation = pictures(path, model, cache / f"validation-{cosine}.pt", limit=cosine)
+        self.bank = cifar(folder, model, "train", args.bank // 10, cache / f"bank-{args.bank}.pt")
+        self.asked = cifar(folder, model, "test", args.asked // 10, cache / f"asked-{args.asked}.pt")
         self.expected = kept(cache / f"dense-{cosine}.pt", lambda: answers(model, self.validation))
         self.says = {
             "checkpoint": "dinov2_small.py",
@@ -144,12 +146,17 @@ def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def pictures(folder: Path, model: nn.Module, part: str, each: int, path: Path) -> Kept:
+def pictures(tar: Path, model: nn.Module, path: Path, **choices: Any) -> Kept:
+    """Images without labels, as the model takes them."""
+    return Kept.load(path, lambda: open_data(tar, model, batch_size=50, **choices), model)
+
+
+def cifar(folder: Path, model: nn.Module, part: str, each: int, path: Path) -> Kept:
     """The first so many images of every class of CIFAR-10, as large as the model takes them."""
-    return Kept.load(path, lambda: _Pictures(folder / "cifar10_jpeg.tar.xz", model, part, each), model)
+    return Kept.load(path, lambda: _Cifar(folder / "cifar10_jpeg.tar.xz", model, part, each), model)
 
 
-class _Pictures:
+class _Cifar:
     skipped = 0
 
     def __init__(self, path: Path, model: nn.Module, part: str, each: int) -> None:

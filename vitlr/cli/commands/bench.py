@@ -1,4 +1,4 @@
-"""`vitlr bench`: how fast a model runs, measured in turns against its dense self or another model."""
+"""`vitlr bench`: how fast a model runs, measured in turns against the one it came from or another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def bench(
     vs: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Compare with this model. [default: the same one, dense]", rich_help_panel=DATA
+            metavar="MODEL", help="Compare with this model. [default: the one it came from]", rich_help_panel=DATA
         ),
     ] = None,
     checkpoint: Checkpoint = None,
@@ -58,7 +58,7 @@ def bench(
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
 ) -> Result:
-    """Measure throughput, and the speed-up over the dense model in one interleaved run.
+    """Measure throughput, and the speed-up over the original model in one interleaved run.
 
     What the kernels bring is shown too: the model on plain torch against the fused one.
     """
@@ -71,7 +71,7 @@ def bench(
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
     from vitlr.cli.plain_torch import PlainTorch
-    from vitlr.data.loader import data_config
+    from vitlr.data.preprocessing import input_size
     from vitlr.measuring import cost, timing
     from vitlr.ops.backends import native
     from vitlr.runtime.progress import bar
@@ -83,9 +83,10 @@ def bench(
     networks = {"model": open_model(model, Source() if only_vs else source, device=where, weights=False).to(dtype)}
     if vs is not None:
         networks["vs"] = open_model(vs, Source() if names_a_file(vs) else source, device=where, weights=False).to(dtype)
-    elif any("rank" in entry for entry in structure(networks["model"]).values()):
-        networks["vs"] = fusion.to_dense(networks["model"])
-    shapes = {name: tuple(data_config(network)["input_size"]) for name, network in networks.items()}
+    elif structure(networks["model"]):
+        networks["vs"], vs = _original(networks["model"])
+        networks["vs"] = networks["vs"].to(where, dtype)
+    shapes = {name: input_size(network) for name, network in networks.items()}
     if len(set(shapes.values())) > 1:
         raise InputError(f"{model} takes images {shapes['model']}, {vs} takes {shapes['vs']}; they cannot be compared")
     costs = {name: cost.measure(network, shapes[name]) for name, network in networks.items()}
@@ -107,7 +108,7 @@ def bench(
             progress(len(rows), len(sizes))
     values: dict[str, Any] = {
         "model": model,
-        "vs": vs or ("dense" if "vs" in networks else None),
+        "vs": vs,
         "device": _describe(where),
         "precision": precision,
         "torchcompile": torchcompile,
@@ -119,6 +120,20 @@ def bench(
         values |= {f"params{ending}": c.params, f"macs{ending}": c.macs, f"bytes{ending}": c.bytes}
     values["results"] = rows
     return Result(values, _text(values))
+
+
+def _original(model: Any) -> tuple[Any, str]:
+    """The dense model that a compressed one came from, with random weights, and its name.
+
+    Where no origin is known: what the factors multiply to, which is as narrow as the model, and is called so.
+    """
+    from vitlr.checkpoint.creation import create_model, origin
+    from vitlr.surgery import fusion
+
+    found = origin(model)
+    if found is None:
+        return fusion.to_dense(model), "itself multiplied out"
+    return create_model(found["name"], **found["args"]), found["name"]
 
 
 def _sizes(text: str) -> list[int]:

@@ -32,14 +32,16 @@ from vitlr.cli.options import (
     model_arguments,
 )
 from vitlr.cli.result import Result, resumable
+from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
 from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe, parse_rungs
+from vitlr.runtime.fields import taken
 
 MEASURE, REPAIR = "Measuring", "Repairing the error"
 
 
-@takes({"Method": Planning, MEASURE: Calibration, REPAIR: Recipe})
+@takes({"Method": Planning, MEASURE: Calibration, REPAIR: Recipe, DATA: Preprocessing})
 def compress(
     model: Model,
     budget: Annotated[
@@ -105,6 +107,7 @@ def compress(
     from vitlr.data.loader import open_data
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
+    images_as = taken(Preprocessing, options)
     read_options(budget, **how, changes=options)
     _check_refinement(refine, resume, data, plan_only, options)
     if rounds > 1 and (data is None or plan_out is not None):
@@ -120,6 +123,7 @@ def compress(
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
     linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
     read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
+    read |= images_as
     images = None if data is None else open_data(data, network, **read)
 
     def decided(plan: Any) -> None:
@@ -153,6 +157,7 @@ def compress(
     kept = {"params_kept": plan.params_kept, "macs": plan.macs, "macs_kept": plan.macs_kept, "bytes": size}
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
+    text += [] if images is None else [images.made]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))
 
 

@@ -30,11 +30,13 @@ from vitlr.cli.options import (
 )
 from vitlr.cli.result import Result, resumable
 from vitlr.cli.training import check_files, judge_on
+from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError
+from vitlr.runtime.fields import taken
 from vitlr.training.recipe import TrainRecipe
 
 
-@takes({"Training": TrainRecipe})
+@takes({"Training": TrainRecipe, DATA: Preprocessing})
 def finetune(
     model: FileOrModel,
     data: Data = None,
@@ -79,6 +81,7 @@ def finetune(
     from vitlr.runtime.progress import bar
     from vitlr.training import train
 
+    images_as = taken(Preprocessing, options)
     recipe = TrainRecipe.of(**options)
     read = {"F_OR_MODEL": model, "--reference": reference, "--data": data, "--val-data": val_data}
     check_destinations(
@@ -89,6 +92,7 @@ def finetune(
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold
     how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "need_labels": True}
+    how |= images_as
     images, validate = open_data(data, network, **how, limit=limit), judge_on(val_data, network, how)
     with resumable(resume), bar("training", unit="updates") as progress:
         report = train(network, images, recipe, reference=dense, validate=validate, resume=resume, progress=progress)
@@ -104,4 +108,4 @@ def finetune(
         "skipped": images.skipped,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return Result(values, f"{report}\nwrote {out}: {values['bytes'] / 1e6:.3f} MB")
+    return Result(values, f"{report}\nwrote {out}: {values['bytes'] / 1e6:.3f} MB\n{images.made}")

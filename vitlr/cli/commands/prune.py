@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from vitlr.cli.options import (
 )
 from vitlr.cli.result import Result, resumable
 from vitlr.cli.training import check_files, judge_on
+from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError
 from vitlr.pruning.options import Blending, Gating
 from vitlr.runtime.fields import own
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 HYBRID, TRAINING = "Low rank beside gates", "Training"
 
 
-@takes({"Gates": Gating, HYBRID: Blending, TRAINING: TrainRecipe})
+@takes({"Gates": Gating, HYBRID: Blending, TRAINING: TrainRecipe, DATA: Preprocessing})
 def prune(
     model: FileOrModel,
     data: Data = None,
@@ -124,11 +124,13 @@ def prune(
     args = model_arguments(img_size, num_classes, model_kwargs)
     from vitlr.checkpoint import files, origins
     from vitlr.cli.models import Source, check_destinations, names_a_file, open_model, parse_device
-    from vitlr.data.loader import data_config, open_data
+    from vitlr.data.loader import open_data
+    from vitlr.data.preprocessing import input_size
     from vitlr.measuring import cost
     from vitlr.pruning.gated import prune as prune_by_gates
     from vitlr.pruning.hybrids import hybrid as prune_beside_ranks
     from vitlr.pruning.thresholds import check_wanted
+    from vitlr.runtime.copies import duplicate
     from vitlr.runtime.progress import bar
 
     if not low_rank_only:
@@ -148,15 +150,16 @@ def prune(
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold
     opened: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
+    opened |= own(Preprocessing, options)
     images = open_data(data, network, **opened, limit=limit, need_labels=distill_loss_weight < 1)
-    size = tuple(data_config(network)["input_size"])
+    size = input_size(network)
     before = cost.measure(network, size)
     how: dict[str, Any] = {
         "budget": budget,
         "options": gates,
         "recipe": recipe,
         "finetune": finetune,
-        "reference": copy.deepcopy(network) if distill_loss_weight > 0 else None,
+        "reference": duplicate(network) if distill_loss_weight > 0 else None,
         "validate": judge_on(val_data, network, {**opened, "need_labels": True}),
         "resume": resume,
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from vitlr.cli.command import takes
 from vitlr.cli.options import (
     DATA,
     AsJson,
@@ -25,9 +26,11 @@ from vitlr.cli.options import (
     model_arguments,
 )
 from vitlr.cli.result import Result
+from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError
 
 
+@takes({DATA: Preprocessing})
 def validate(
     model: FileOrModel,
     data: Data = None,
@@ -51,6 +54,7 @@ def validate(
     ] = None,
     limit: Limit = None,
     as_json: AsJson = False,
+    options: Any = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
     device: Device = None,
@@ -71,9 +75,8 @@ def validate(
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
     network, other = open_pair(model, source, reference, reference_checkpoint, device=where, dtype=dtype)
-    loader = open_data(
-        data, network, class_map=class_map, batch_size=batch_size, workers=workers, limit=limit, need_labels=True
-    )
+    how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
+    loader = open_data(data, network, **how, **options, need_labels=True)
     with bar("validating", loader.images) as progress:
         metrics = evaluate(network, loader, other, progress=progress)
-    return Result(metrics.to_dict(), f"{model}: {metrics}")
+    return Result(metrics.to_dict(), f"{model}: {metrics}\n{loader.made}")

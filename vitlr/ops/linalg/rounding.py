@@ -56,18 +56,22 @@ class Side:
         return self.D[back], spread[back], price[back]
 
 
-def round_to_steps(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+def round_to_steps(
+    W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int | Tensor = LARGEST
+) -> tuple[Tensor, Tensor]:
     """Codes `[N, K]` of `W ≈ codes · step` and the errors A whose weighted squares are the loss.
 
     W and `step [N, K]` as the layer has them; `rows` is the output side, `columns` the input side. Codes lie within
-    `±largest`. Returns int16 codes in the layer's order and `A [N, K]` in fp64 in the order of the sides.
+    `±largest`, one for all or one a column [K]. Returns int16 codes in the layer's order and `A [N, K]` in fp64 in the
+    order of the sides.
 
     Tiles on one antidiagonal do not depend on each other, nor do entries on one antidiagonal of a tile, so it takes
     about 2 (N + K) small steps whatever the size.
     """
     N, K = W.shape
     within = W.double()[rows.order][:, columns.order], step.double()[rows.order][:, columns.order]
-    tiles = _Tiles(*within, rows.L, columns.L, largest)
+    limit = torch.as_tensor(largest, dtype=torch.float64, device=W.device).expand(K)[columns.order]
+    tiles = _Tiles(*within, rows.L, columns.L, limit)
     for diagonal in range(tiles.down + tiles.across - 2, -1, -1):
         tiles.solve(diagonal)
     codes = torch.empty(N, K, dtype=torch.int16, device=W.device)
@@ -75,16 +79,19 @@ def round_to_steps(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: 
     return codes, tiles.A[:N, :K]
 
 
-def reference(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int = LARGEST) -> tuple[Tensor, Tensor]:
+def reference(
+    W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int | Tensor = LARGEST
+) -> tuple[Tensor, Tensor]:
     """`round_to_steps`, entry by entry as the formula says it."""
     N, K = W.shape
     W, step = W.double()[rows.order][:, columns.order], step.double()[rows.order][:, columns.order]
+    limit = torch.as_tensor(largest, dtype=torch.float64).expand(K)[columns.order]
     E, A, codes = (torch.zeros(N, K, dtype=torch.float64) for _ in range(3))
     for i in range(N - 1, -1, -1):
         for j in range(K - 1, -1, -1):
             E[i, j] = 0.0
             asked = ((rows.L.mT @ E) + (E @ columns.L) + (rows.L.mT @ E @ columns.L))[i, j]
-            codes[i, j] = ((W[i, j] - asked) / step[i, j]).round().clamp(-largest, largest)
+            codes[i, j] = ((W[i, j] - asked) / step[i, j]).round().clamp(-limit[j], limit[j])
             E[i, j] = codes[i, j] * step[i, j] - W[i, j]
             A[i, j] = E[i, j] + asked
     found = torch.empty(N, K, dtype=torch.int16)
@@ -95,12 +102,13 @@ def reference(W: Tensor, step: Tensor, rows: Side, columns: Side, largest: int =
 class _Tiles:
     """The matrices padded to whole tiles; `F = E (1 + L_I)`, so that `A = F + L_Oᵀ F`."""
 
-    def __init__(self, W: Tensor, step: Tensor, L_O: Tensor, L_I: Tensor, largest: int) -> None:
+    def __init__(self, W: Tensor, step: Tensor, L_O: Tensor, L_I: Tensor, limit: Tensor) -> None:
         (N, K), b = W.shape, TILE
-        self.down, self.across, self.largest = -(-N // b), -(-K // b), largest
+        self.down, self.across = -(-N // b), -(-K // b)
         below, beside = self.down * b - N, self.across * b - K
         pad = torch.nn.functional.pad
         self.W, self.step = pad(W, (0, beside, 0, below)), pad(step, (0, beside, 0, below), value=1.0)
+        self.limit = pad(limit, (0, beside))
         self.L_O, self.L_I = pad(L_O, (0, below, 0, below)), pad(L_I, (0, beside, 0, beside))
         self.E, self.F, self.A, self.codes = (torch.zeros_like(self.W) for _ in range(4))
 
@@ -117,6 +125,7 @@ class _Tiles:
                 (self.L_I, [(j, j) for _, j in places]),
             )
         )
+        limit = torch.stack([self.limit[j * TILE : (j + 1) * TILE] for _, j in places])
         by_row = torch.stack([self._by_row(i, j) for i, j in places])
         by_column = torch.stack([self._by_column(i, j) for i, j in places])
         E, F, A, codes = (torch.zeros_like(W) for _ in range(4))
@@ -124,7 +133,7 @@ class _Tiles:
             i = torch.arange(max(0, d - TILE + 1), min(TILE - 1, d) + 1, device=W.device)
             j = d - i
             w, s, r, c = W[:, i, j], step[:, i, j], by_row[:, i, j], by_column[:, i, j]
-            q = ((w - r - c) / s).round().clamp(-self.largest, self.largest)
+            q = ((w - r - c) / s).round().clamp(-limit[:, j], limit[:, j])
             e = q * s - w
             f = e + r
             codes[:, i, j], E[:, i, j], F[:, i, j], A[:, i, j] = q, e, f, f + c

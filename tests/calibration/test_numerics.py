@@ -1,0 +1,105 @@
+"""Numbers at the ends of their range: named, scaled, left out or warned of, never silently taken for zero."""
+
+import logging
+
+import pytest
+import torch
+
+import vitlr
+from vitlr.calibration.loop import calibrate
+from vitlr.calibration.options import OBJECTIVES
+from vitlr.errors import NumericalError
+from vitlr.ops.linalg.factors import balance
+
+STEPS = {"rank_step": 4}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_named_under_every_objective(tiny_vit, images, objective, value):
+    model = tiny_vit()
+    model.blocks[1].mlp.fc1.weight.data[3, 2] = value
+    model.head.weight.data[0, 0] = value
+    with pytest.raises(NumericalError, match=r"blocks\.1\.mlp\.fc1\.weight holds NaN or Inf"):
+        calibrate(model, [images], objective=objective)
+
+
+@pytest.mark.parametrize("scale", [1e-26, 1e18])
+def test_moments_of_tiny_and_huge_gradients_are_those_of_ordinary_ones_scaled(tiny_vit, images, scale):
+    model = tiny_vit()
+    options = {"objective": ["fisher"], "extras": ["row_gradient"], "hidden": True}
+    ordinary, other = (
+        calibrate(model, [images], loss_fn=lambda output, batch, s=s: s * output.square().sum(), **options)
+        for s in (1.0, scale)
+    )
+    by_gradient = {"gradient", "image_moment", "image_gradient", "score_gradient", "row_gradient"}
+    by_gradient |= {"image_input_moment", "image_input_sum", "image_output_gradient", "image_score_gradient"}
+    for name, layer in ordinary.layers.items():
+        for key, tensor in layer.sums():
+            expected = tensor * (scale**2 if key in by_gradient or key == "image_score_moment" else 1)
+            error = (other.layers[name].sum(key) - expected).abs().max() / expected.abs().max()
+            assert float(error) < 1e-5, (name, key)
+    plans = [vitlr.plan(model, stats, "params:70%", **STEPS) for stats in (ordinary, other)]
+    assert plans[0].ranks == plans[1].ranks and plans[0].narrowed == plans[1].narrowed
+
+
+def test_tiny_activations_leave_moments(tiny_vit, images):
+    model = tiny_vit()
+    model.blocks[0].mlp.fc2.bias.data.zero_()  # its outputs would be rounded against it
+    expected = calibrate(model, [images], objective="output").layers["blocks.0.mlp.fc2"].moment
+    model.blocks[0].mlp.fc2.weight.data *= 2.0**-80
+    found = calibrate(model, [images], objective="output").layers["blocks.0.mlp.fc2"].moment
+    torch.testing.assert_close(found * 2.0**160, expected)
+
+
+@pytest.mark.parametrize("method", ["joint", None])
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_an_mlp_that_is_dead_or_constant_is_left_out_and_said(tiny_vit, images, caplog, method, bias):
+    model = tiny_vit()
+    model.blocks[0].mlp.fc1.weight.data.zero_()
+    model.blocks[0].mlp.fc1.bias.data.fill_(bias)
+    stats = calibrate(model, [images])
+    with caplog.at_level(logging.WARNING, "vitlr"):
+        plan = vitlr.plan(model, stats, "params:70%", method=method, **STEPS)
+    said = plan.why + caplog.text
+    assert "1 left as wide as they are (MLP blocks.0.mlp" in said and "dead or constant" in said
+    assert "blocks.0.mlp" not in plan.narrowed and "blocks.1.mlp" in plan.narrowed
+    vitlr.apply(model, plan)
+
+
+def test_where_every_mlp_is_dead_widths_are_refused(tiny_vit, images):
+    model = tiny_vit()
+    for block in model.blocks:
+        block.mlp.fc1.weight.data.zero_()
+        block.mlp.fc1.bias.data.zero_()
+    with pytest.raises(NumericalError, match="dead or constant"):
+        vitlr.plan(model, calibrate(model, [images]), "params:90%", method="widths")
+
+
+def test_predictions_for_a_model_that_is_certain_of_everything_are_not_trusted(tiny_vit, images, caplog):
+    model = tiny_vit()
+    with caplog.at_level(logging.WARNING, "vitlr"):
+        stats = calibrate(model, [images])
+        assert "certain" not in stats.notes and not caplog.text
+        model.head.weight.data *= 1000
+        stats = calibrate(model, [images])
+    assert "certain of every answer" in caplog.text and stats.notes["certain"] < 1e-4
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "vitlr"):
+        vitlr.plan(model, stats, "params:70%", **STEPS)
+        assert "not to be trusted" in caplog.text
+        caplog.clear()
+        vitlr.plan(model, stats, "params:70%", objective="output", **STEPS)
+        assert not caplog.text
+
+
+def test_balance_keeps_small_rows_beside_ones_that_are_1e16_times_as_large():
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(24, 6, dtype=torch.float64, generator=generator)
+    B = torch.randn(6, 20, dtype=torch.float64, generator=generator)
+    A[::3] *= 1e16
+    product = A @ B
+    a, b = balance(A, B)
+    error = (a @ b - product).norm(dim=1) / product.norm(dim=1)
+    assert float(error.max()) < 1e-9
+    assert float((a.norm() / b.norm()).log10().abs()) < 0.5

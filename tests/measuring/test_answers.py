@@ -1,0 +1,167 @@
+"""What a model's answer is: logits, features or one number, decided from the answer and where the last linear is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vitlr
+from vitlr.anatomy import linears
+from vitlr.data.batches import first_tensor
+from vitlr.errors import InputError
+from vitlr.measuring.losses import is_logits, what_is
+
+X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Headed(nn.Module):
+    """A headless backbone with a head of any name."""
+
+    def __init__(self, backbone, name, head):
+        super().__init__()
+        self.backbone, self.name = backbone, name
+        self.add_module(name, head)
+
+    def forward(self, x):
+        return getattr(self, self.name)(self.backbone(x))
+
+
+def assigned(tiny_vit):
+    model = tiny_vit(num_classes=7)
+    model.head = nn.Linear(32, 5)  # num_classes stays 7
+    return model.eval()
+
+
+LOGITS = {
+    "timm's own": (lambda make: make(), "logits [images, 5] of head"),
+    "a head put in timm's place": (assigned, "logits [images, 5] of head"),
+    "a head in a sequence": (lambda make: nn.Sequential(make(num_classes=0), nn.Linear(32, 5)), "of 1"),
+    "a head of another name": (lambda make: Headed(make(num_classes=0), "top", nn.Linear(32, 5)), "of top"),
+    "a head of two layers": (
+        lambda make: Headed(make(num_classes=0), "mine", nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 5))),
+        "of mine.2",
+    ),
+    "in a data-parallel wrapper": (lambda make: nn.DataParallel(assigned(make)), "of module.head"),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+def test_logits_are_known_by_the_last_linear(tiny_vit, kind):
+    make, said = LOGITS[kind]
+    model = make(tiny_vit).eval()
+    answer = model(X)
+    assert is_logits(model, answer) and said in what_is(model, answer)[1]
+    head = what_is(model, answer)[1].rpartition(" ")[2]
+    assert linears.kept(model)[head] == "the classifier" and head not in linears.targets(model)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda make: make(num_classes=0),
+        lambda make: nn.Sequential(make(num_classes=0)),
+        lambda make: nn.DataParallel(make(num_classes=0)),
+        lambda make: Headed(make(num_classes=0), "visual_projection", nn.Linear(32, 8)),
+    ],
+)
+def test_features_and_projections_are_no_logits(tiny_vit, make):
+    model = make(tiny_vit).eval()
+    assert not is_logits(model, model(X)) and "features [images," in what_is(model, model(X))[1]
+
+
+def test_a_stale_number_of_classes_changes_no_statistics(tiny_vit, batches):
+    """The loss drawn is that of logits, so the plan predicts nats."""
+    stale, fresh = assigned(tiny_vit), tiny_vit()
+    fresh.load_state_dict(stale.state_dict())
+    a, b = (vitlr.calibrate(model, batches, objective="loss", hidden=False) for model in (stale, fresh))
+    for name, layer in a.layers.items():
+        assert torch.equal(layer.gradient, b.layers[name].gradient)
+    assert "the answer is taken for logits [images, 5] of head" in str(a)
+
+
+def test_one_number_an_image_is_taken_as_it_is(tiny_vit, batches):
+    """Its direction is its sign: normalised, every gradient would be rounding noise."""
+    model = tiny_vit(num_classes=1)
+    stats = vitlr.calibrate(model, batches)
+    assert stats.answer == "one number an image: its squared change counts"
+    assert max(float(layer.gradient.abs().max()) for layer in stats.layers.values()) > 1e-4
+    errors = []
+    for budget in ("params:60%", "params:90%"):
+        plan = vitlr.plan(model, stats, budget, rank_step=4, method="lowrank")
+        small = vitlr.apply(model, plan)
+        with torch.no_grad():
+            errors.append((plan.error, sum(float((small(x) - model(x)).square().sum()) / 2 for x, _ in batches) / 11))
+    for predicted, true in errors:
+        assert 0.1 < predicted / true < 10
+    assert errors[0][0] > errors[1][0] and errors[0][1] > errors[1][1]
+    with pytest.raises(InputError, match="one number an image, and accuracy needs two classes"):
+        vitlr.evaluate(model, batches)
+    labelled = [(x, y % 2) for x, y in batches]
+    metrics = vitlr.evaluate(model, labelled, model, output_fn=lambda z: torch.cat([-z, z], 1) / 2)
+    assert metrics.agreement == 100 and metrics.kl == 0
+
+
+def test_answers_in_dicts_and_tuples():
+    logits, features = torch.randn(2, 5), torch.randn(2, 4, 8)
+    loss = torch.tensor(0.5)
+    for answer in (
+        {"loss": loss, "logits": logits},
+        {"hidden": features, "logits": logits},
+        (loss, logits, features),
+        [logits, features],
+        {"out": logits},
+        (loss, {"logits": logits}),
+    ):
+        assert first_tensor(answer) is logits
+    for answer in ({}, (loss,), None, "text"):
+        with pytest.raises(InputError, match="pass output_fn= to pick one"):
+            first_tensor(answer)
+
+
+class Two(nn.Module):
+    """Two answers in a tuple, the second one what counts."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        answer = self.net(x)
+        return answer.new_zeros(len(x), 3), answer
+
+
+def test_output_fn_picks_the_answer_in_every_stage(tiny_vit, batches, caplog):
+    dense = Two(tiny_vit())
+    pick = lambda answer: answer[1]  # noqa: E731
+    small = vitlr.compress(dense, batches, "params:70%", rank_step=4, method="lowrank", output_fn=pick)
+    bare = vitlr.compress(dense.net, batches, "params:70%", rank_step=4, method="lowrank")
+    assert torch.equal(small(X)[1], bare(X))
+    assert vitlr.evaluate(small, batches, dense, output_fn=pick) == vitlr.evaluate(bare, batches, dense.net)
+    images = [torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(2))]
+    how = {"rungs": ["distil"], "steps": 3, "batch_size": 8, "lr": 1e-3}
+    better = vitlr.refine(small, dense, images, output_fn=pick, **how)
+    as_bare = vitlr.refine(bare, dense.net, images, **how)
+    assert better.vitlr_refinement.rungs[0].after == as_bare.vitlr_refinement.rungs[0].after
+    with pytest.raises(InputError, match=r"no gradient .*output_fn= picks another"):
+        vitlr.calibrate(dense, batches)  # the first answer is a constant
+    vitlr.calibrate(Swapped(dense.net), batches)
+    assert "it is the first of 2 tensors, output_fn= picks another" in caplog.text
+
+
+class Swapped(Two):
+    def forward(self, x):
+        return super().forward(x)[::-1]
+
+
+def test_patch_embeddings_that_are_linears_stay_dense():
+    class Hand(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.add_module(name, nn.Sequential(nn.Flatten(2), nn.Linear(64, 16)))
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(2))
+            self.out = nn.Linear(16, 5)
+
+    for name in ("patch_embed", "to_patch_embedding", "patch_to_embed", "embed", "embeds", "patch_proj"):
+        kept = linears.kept(Hand(name))
+        assert kept == {f"{name}.1": "an embedding", "out": "the classifier"}

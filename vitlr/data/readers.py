@@ -1,0 +1,91 @@
+"""What timm reads, a folder, a .tar or a hub's data set, with every image's class in a fixed order."""
+
+from __future__ import annotations
+
+import logging
+import mimetypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vitlr.data.classes import natural
+from vitlr.data.decoding import check_archive
+from vitlr.errors import InputError
+from vitlr.runtime.words import one_line
+
+_logger = logging.getLogger(__name__)
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
+    """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
+    from timm.data.readers import create_reader
+
+    prefix, _, rest = path.partition("/")
+    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
+    if not hub and not Path(path).exists():
+        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
+    if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
+        raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
+    if not hub and not Path(path).is_dir():
+        check_archive(path)
+    try:
+        if hub:
+            reader = create_reader(path, split=split)
+            return reader, list(reader.dataset[reader.label_key]), dict(reader.class_to_idx)
+        if Path(path).is_dir():
+            with _extensions():
+                reader = create_reader("", root=path)
+            _tell_unread(path)
+            reader.samples.sort()  # timm's natural order leaves a1 and a01 as the file system lists them
+            return reader, *_numbered([target for _, target in reader.samples], reader.class_to_idx)
+        # timm's index cache is a pickle beside the data: neither trusted nor written.
+        with _extensions():
+            reader = create_reader("", root=path, cache_tarinfo=False)
+        return reader, *_numbered(reader.targets.tolist(), reader.class_name_to_idx)
+    except MemoryError:
+        raise
+    except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
+        hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
+        raise InputError(f"cannot read images from {path}: {hint}") from cause
+
+
+@contextmanager
+def _extensions() -> Iterator[None]:
+    """Let timm list all types that are read; it keeps its own list, of three, for everybody."""
+    from timm.data.readers import img_extensions
+
+    before = img_extensions.get_img_extensions()
+    img_extensions.set_img_extensions(EXTENSIONS)
+    try:
+        yield
+    finally:
+        img_extensions.set_img_extensions(before)
+
+
+def _tell_unread(path: str) -> None:
+    """A warning for images in a folder that are of a type which is not read."""
+    unread: dict[str, int] = {}
+    for _, _, files in os.walk(path):
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if ending not in EXTENSIONS and (mimetypes.guess_type(name)[0] or "").startswith("image/"):
+                unread[ending] = unread.get(ending, 0) + 1
+    if unread:
+        kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(unread.items()))
+        _logger.warning("left out images of types that are not read: %s; read are %s", kinds, ", ".join(EXTENSIONS))
+
+
+def _numbered(targets: Sequence[int], names: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
+    """Classes in timm's natural order; timm leaves ties as a set happens to give them."""
+    ordered = sorted(names, key=natural)
+    place = {names[name]: index for index, name in enumerate(ordered)}
+    return [place[target] for target in targets], {name: index for index, name in enumerate(ordered)}
+
+
+def _empty_hint(path: str, cause: Exception) -> str:
+    if "unpack" in str(cause) or "Found 0 images" in str(cause):
+        return f"there are none ({', '.join(EXTENSIONS)}) in it"
+    return one_line(cause, 120)

@@ -1,0 +1,59 @@
+"""Layers that store no weight, and what their parents may ask of one all the same."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+
+class Shadow:
+    """What a parent may ask of a weight that is stored otherwise: dtype, device, shape; it is no tensor.
+
+    Models cast their inputs by `self.fc.weight.dtype`. Whoever computes with it would read past the layer's forward,
+    and is told so.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, shape: tuple[int, int]) -> None:
+        self.dtype, self.device, self.shape = dtype, device, torch.Size(shape)
+        self.ndim, self.is_cuda, self.requires_grad = 2, device.type == "cuda", False
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        """2."""
+        return self.ndim
+
+    def numel(self) -> int:
+        """Of the weight that it stands for."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """Whether its dtype is one of fractions."""
+        return self.dtype.is_floating_point
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"this layer stores no weight, so there is no weight.{name}: call the layer, or take the model back with "
+            "vitlr.to_dense"
+        )
+
+    def __repr__(self) -> str:
+        return f"Shadow({list(self.shape)}, {self.dtype}, {self.device})"
+
+
+class Weightless(nn.Module):
+    """A layer [N, K] whose `weight` is a `Shadow`."""
+
+    __jit_unused_properties__ = ("weight",)
+
+    @property
+    def weight(self) -> Any:
+        """dtype, device and shape of the weight that is not there."""
+        stored = next(
+            (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
+        )
+        return Shadow(stored.dtype, stored.device, (int(self.out_features), int(self.in_features)))  # type: ignore[arg-type]

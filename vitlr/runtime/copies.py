@@ -1,0 +1,113 @@
+"""Copies of a model that run their own modules, or are refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitlr.errors import InputError
+from vitlr.runtime.words import one_line
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A deep copy of a model; activations that its modules keep are copied without their graph.
+
+    A forward that was put on a module by hand and that closes over it (a wrapper, `torch.compile(model.forward)`) is
+    copied as it is and would run the original. Raises `InputError` for that, and for what cannot be copied.
+    """
+    kept = {id(t): t.detach().clone() for module in model.modules() for t in _graphs(vars(module))}
+    try:
+        twin = copy.deepcopy(model, dict(kept))  # a memo: what it holds is not copied again
+    except Exception as cause:  # whatever a module keeps may refuse to be copied
+        raise InputError(f"the model cannot be copied ({one_line(cause, 120)}); {_REMEDY}") from cause
+    originals = {id(module) for module in model.modules()}
+    for name, module in twin.named_modules():
+        for key, value in vars(module).items():
+            if callable(value) and key not in _HARMLESS and any(id(found) in originals for found in _reached(value)):
+                raise InputError(
+                    f"{name or type(model).__qualname__}.{key} was put there by hand and holds on to this very model: "
+                    f"a copy would run the original, not what is compressed; {_REMEDY}"
+                )
+    return twin
+
+
+_HARMLESS = ("extra_repr",)  # never run; torchao puts one on every linear
+_REMEDY = "take that off first and put it on the result (compile afterwards), or pass inplace=True"
+
+
+@contextmanager
+def no_graphs_left(model: nn.Module) -> Iterator[None]:
+    """Detach activations that modules have kept once the block is over: a graph holds memory and defies copying."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            state = vars(module)
+            for key, value in list(state.items()):
+                if key not in _REGISTERED:
+                    state[key] = _detached(value)
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def _graphs(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors with a graph in a value and in the containers in it."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _graphs(item, depth - 1)
+
+
+def _detached(value: Any) -> Any:
+    """The value with its tensors detached; containers are changed in place where they can be."""
+    if not any(True for _ in _graphs(value)):
+        return value
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        value.update({key: _detached(item) for key, item in value.items()})
+        return value
+    if isinstance(value, list):
+        value[:] = [_detached(item) for item in value]
+        return value
+    items = [_detached(item) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _reached(value: Any) -> Iterator[nn.Module]:
+    """The modules that a function can call: bound, closed over, among its defaults or the globals that it names."""
+    queue: list[Any] = [value]
+    seen: set[int] = set()
+    while queue and len(seen) < 10_000:
+        found = queue.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, nn.Module):
+            yield found
+        elif isinstance(found, types.MethodType):
+            queue += [found.__self__, found.__func__]
+        elif isinstance(found, functools.partial):
+            queue += [found.func, *found.args, *found.keywords.values()]
+        elif isinstance(found, types.FunctionType):
+            queue += [cell.cell_contents for cell in found.__closure__ or () if _filled(cell)]
+            queue += [*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values(), *vars(found).values()]
+            queue += [found.__globals__[name] for name in found.__code__.co_names if name in found.__globals__]
+        elif isinstance(found, (list, tuple)):
+            queue += found[:100]
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
