@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -89,6 +91,19 @@ def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats
         layer = found.layers["blocks.1.mlp.fc2"]
         torch.testing.assert_close(layer.input_low.float(), seen[0].flatten(0, -2).amin(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(layer.input_high.float(), seen[0].flatten(0, -2).amax(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_costs_most_of_all_stays_in_floats(model, images):
+    spiked = copy.deepcopy(model)
+    with torch.no_grad():  # one neuron is huge for some tokens, and matters
+        spiked.blocks[1].mlp.fc1.weight[5] *= 300
+        spiked.blocks[1].mlp.fc2.weight[:, 5] *= 3
+    stats = vitlr.calibrate(spiked, images.split(8), extras=("ranges",))
+    small = fuse(spiked, bits=8, stats=stats)
+    floats = [name for name in stats.layers if not isinstance(small.get_submodule(name), Int8Linear)]
+    assert floats == ["blocks.1.mlp.fc2"] and torch.equal(
+        small.blocks[1].mlp.fc2.weight, spiked.blocks[1].mlp.fc2.weight
+    )
 
 
 def test_statistics_come_back_from_a_file(tmp_path, stats):
