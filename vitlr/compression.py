@@ -29,6 +29,7 @@ from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
 
@@ -95,6 +96,7 @@ def compressed(
     The plan stays with the model, in `vitlr_info` and so in its file.
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
+    model = uncompiled(model)
     stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes)
     if stages.rungs:
         check_free(model)

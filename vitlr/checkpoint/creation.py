@@ -54,11 +54,20 @@ def create_model(
         load_weights(model, checkpoint, name=name)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
     if elsewhere:  # a file names timm's architecture, with what its config says on top
-        cfg: Any = model.pretrained_cfg
-        name = cfg["architecture"]
-        kept = {"num_classes": model.num_classes, **(cfg.get("model_args") or {}), **kept}
+        name, told = _config_elsewhere(name)
+        kept = {"num_classes": model.num_classes, **told, **kept}
     model.vitlr_origin = {"library": "timm", "name": name, "args": kept}  # type: ignore[assignment]
     return model.eval()
+
+
+def _config_elsewhere(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture that a folder or repository is of, and its arguments there."""
+    from timm.models import _hub
+
+    kind, _, place = name.partition(":")
+    read = _hub.load_model_config_from_hf if kind == "hf-hub" else _hub.load_model_config_from_path
+    _, architecture, args = read(place)
+    return architecture, dict(args or {})
 
 
 def origin(model: nn.Module) -> dict[str, Any] | None:
@@ -158,8 +167,15 @@ def _number(dtype: np.dtype[Any], content: bytes) -> Any:
     return np.frombuffer(content, dtype)[0]
 
 
+_KINDS = (
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "float16",
+    "float32",
+    "float64",
+)
 # timm's training scripts store their arguments, others the best accuracy as a number of NumPy.
-_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIqQefd")]
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in _KINDS)]
 _PLAIN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
