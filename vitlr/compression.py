@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import Calibration
 from vitlr.calibration.resuming import exactly
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
 from vitlr.planning.budgets import Budget, parse_budget
@@ -33,6 +35,7 @@ from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
 
+_logger = logging.getLogger(__name__)
 NARROWING = ("widths", "joint")  # the methods that rounds serve
 Watch = Callable[..., AbstractContextManager["Progress | None"]]
 Measure = Callable[[nn.Module], Statistics]
@@ -107,6 +110,8 @@ def compressed(
             )
         if loader is None and (stages.rungs or measure is None):
             raise InputError("loader= is missing: refinement, and more rounds than one, need images")
+    if not plan_only and (problem := why_not_rebuilt(model)) is not None:
+        _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda *_: nullcontext(progress))
     layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 

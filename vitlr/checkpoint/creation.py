@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vitlr.anatomy.linears import classifier_names
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
+_logger = logging.getLogger(__name__)
 _ELSEWHERE = ("hf-hub:", "local-dir:")  # timm's words for a repository and a folder with a config beside the weights
 _NOT_ARCHITECTURE = {"cache_dir", "device", "dtype"}  # where and in what, not which model
 _WRAPPERS = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model")  # of training scripts
@@ -25,7 +28,12 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.",
 
 
 def create_model(
-    name: str, *, checkpoint: str | os.PathLike[str] | None = None, pretrained: bool = False, **args: Any
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    new_head: bool = False,
+    **args: Any,
 ) -> nn.Module:
     """Make the timm model `name` in eval mode, with weights from `checkpoint` where one is given.
 
@@ -51,7 +59,7 @@ def create_model(
         given = f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else ""
         raise InputError(f"could not {what} {name}{given}: {one_line(cause)}{hint}") from cause
     if checkpoint is not None:
-        load_weights(model, checkpoint, name=name)
+        load_weights(model, checkpoint, name=name, new_head=new_head)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
     if elsewhere:  # a file names timm's architecture, with what its config says on top
         name, told = _config_elsewhere(name)
@@ -76,10 +84,21 @@ def origin(model: nn.Module) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], *, name: str | None = None) -> None:
-    """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit."""
+def load_weights(
+    model: nn.Module, checkpoint: str | os.PathLike[str], *, name: str | None = None, new_head: bool = False
+) -> None:
+    """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit.
+
+    With `new_head` a classifier of another shape is left as it was made, with random weights, as timm does.
+    """
     path = Path(checkpoint)
     weights: Mapping[str, Tensor] = read_weights(path)
+    if new_head:
+        own, heads = model.state_dict(), tuple(f"{head}." for head in classifier_names(model))
+        others = {k: own[k] for k in own if k.startswith(heads) and k in weights and own[k].shape != weights[k].shape}
+        if heads and others:
+            _logger.warning("%s is new: %s has one of another shape", some(sorted(others)), path)
+            weights = {**weights, **others}
     problem = _mismatch(model, weights)
     if problem:
         renamed = next(

@@ -99,6 +99,16 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
     return check_origin({"library": "timm", "name": name, "args": args})
 
 
+def why_not_rebuilt(model: nn.Module) -> str | None:
+    """Why a file of this dense model would not rebuild it, in one line; None where it would, or names no origin."""
+    try:
+        origin = find_origin(model)
+        problem = None if origin is None else differences(model, build(origin, "cpu"))
+    except InputError as cause:
+        return str(cause)
+    return None if problem is None or origin is None else f"{describe(origin)} does not rebuild it ({problem})"
+
+
 def build(origin: Origin, device: str, held: Held | None = None) -> nn.Module:
     """Build the model of a checked origin with its buffers computed and its parameters allocated, not filled.
 
