@@ -124,6 +124,7 @@ class Tally:
         self.tried = self.refused = 0
         self.seconds = 0.0
         self.faults: list[str] = []
+        self.last = ""
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def __call__(self, what: str, use: Callable[[], Any]) -> bool:
@@ -136,6 +137,7 @@ class Tally:
         except VitlrError as cause:
             taken = False
             self.refused += 1
+            self.last = str(cause)
             if len(str(cause)) > 1500 or not str(cause):
                 self.faults.append(f"{what}: a message of {len(str(cause))} letters")
         except Exception as cause:

@@ -97,6 +97,7 @@ def compress(
     width_step: int = 16,
     width_scale: float = 1.0,
     attention: str | None = None,
+    bits: str | Sequence[int] | int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 1,
@@ -176,6 +177,7 @@ def plan(
     width_step: int = 16,
     width_scale: float = 1.0,
     attention: str | None = None,
+    bits: str | Sequence[int] | int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Plan: ...
@@ -211,6 +213,7 @@ def refine(
     rungs: str | Sequence[str] = "distil",
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
+    output_fn: Callable[[Any], Tensor] | None = None,
     progress: Progress | None = None,
     recipe: Recipe | None = None,
     steps: int | None = None,

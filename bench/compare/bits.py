@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
+from bench.compare.frontier.plain import rounded
+from bench.compare.frontier.rivals import GROUP
 from bench.compare.refinement import choice
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
 from vitlr.calibration.loop import calibrate
@@ -45,15 +47,16 @@ from vitlr.surgery.application import apply
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
-GROUP = 64
-OURS, REFINED = '**vitlr, `method="bits"`**', '**vitlr, `method="bits"`, refined**'
+OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
 
 
-def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) -> tuple[nn.Module, dict[str, Any], Any]:
+def ours(
+    model: nn.Module, stats: Statistics, method: str, megabytes: float, spectra: Any
+) -> tuple[nn.Module, dict[str, Any], Any]:
     """Rounded to a file of so many megabytes, and read back from that file."""
     start = time.process_time()
     budget = f"bytes:{megabytes * 1e6 - HEADER:.0f}"
-    chosen = plan(model, stats, budget, method="bits", spectra=spectra)
+    chosen = plan(model, stats, budget, method=method, spectra=spectra)
     small = apply(model, chosen)
     seconds = time.process_time() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +64,11 @@ def ours(model: nn.Module, stats: Statistics, megabytes: float, spectra: Any) ->
         save(small, path, plan=chosen)
         size, small = path.stat().st_size, load(path)
     facts = {"bytes": size, "planned_bytes": chosen.bytes_kept, "predicted_error": chosen.error}
-    return small, {**facts, "levels": chosen.levels, "cpu_seconds": seconds}, chosen.spectra
+    return (
+        small,
+        {**facts, "levels": chosen.levels, "ranks": chosen.ranks, "widths": chosen.narrowed, "cpu_seconds": seconds},
+        chosen.spectra,
+    )
 
 
 @torch.no_grad()
@@ -78,18 +85,10 @@ def nearest(model: nn.Module, stats: Statistics, bits: int) -> tuple[nn.Module, 
     return small, {"bytes": round(size + count_rest(small, stats.layers))}
 
 
-def grouped(weight: Tensor, bits: int, tries: int = 24) -> Tensor:
+def grouped(weight: Tensor, bits: int) -> Tensor:
     """W rounded in groups of a row, each in the range that loses least of its weights."""
-    top, groups = 2**bits - 1, weight.unflatten(1, (-1, GROUP))
-    low, high = groups.amin(-1, True).clamp(max=0), groups.amax(-1, True).clamp(min=0)
-    best, loss = torch.zeros_like(groups), torch.full_like(low, torch.inf)
-    for share in torch.linspace(1, 0.3, tries):
-        step = ((high - low) * share / top).clamp(min=1e-12).half().float()
-        zero = (-low * share / step).round().clamp(0, top)
-        rounded = ((groups / step + zero).round().clamp(0, top) - zero) * step
-        lost = (rounded - groups).square().sum(-1, True)
-        best, loss = torch.where(lost < loss, rounded, best), torch.minimum(lost, loss)
-    return best.flatten(1)
+    codes, step, zero = rounded(weight, bits, GROUP)
+    return ((codes - zero) * step).flatten(1)
 
 
 def refined(
@@ -175,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
     if args.refined is not None:
-        start, facts, _ = ours(model, stats, args.refined, None)
+        start, facts, _ = ours(model, stats, "bits", args.refined, None)
         small, more = refined(start, model, folder, cache / f"refined-{args.refined:g}", dict(args.choice))
     loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
     dense = Recorded(model, loader)
@@ -218,8 +217,10 @@ def _plain_rows(
         rows.append(_measured(f"nearest, {bits} bits, groups of {GROUP}", small, facts, loader, dense))
     spectra = None
     for size in sizes:
-        small, facts, spectra = ours(model, stats, size, spectra)
-        rows.append(_measured(OURS, small, facts, loader, dense))
+        for method in ("mix", "bits"):
+            small, facts, known = ours(model, stats, method, size, spectra)
+            spectra = spectra or known
+            rows.append(_measured(OURS.format(method), small, facts, loader, dense))
     return rows
 
 

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 frontier = pytest.importorskip("bench.compare.frontier.__main__", reason="bench/ is not beside the tests")
-from bench.compare.frontier import borrowed, figure, ours, page, rivals, subjects  # noqa: E402
+from bench.compare.frontier import borrowed, figure, page, plain, rivals, subjects  # noqa: E402
 
 
 def row(name: str, size: float, top1: float) -> dict:
@@ -74,7 +74,7 @@ def test_a_row_that_is_there_is_not_measured_again(tmp_path):
 @pytest.mark.parametrize("bits", [8, 3, 2])
 def test_packed_codes_take_their_bits_and_come_back(bits):
     codes = torch.randint(0, 2**bits, (5, 64))
-    held = ours.packed(codes, bits)
+    held = plain.packed(codes, bits)
     assert len(held) == 5 * 64 * bits // 8
     each = np.unpackbits(held.numpy())[: 5 * 64 * bits].reshape(-1, bits)
     assert np.array_equal(each @ (1 << np.arange(bits)[::-1]), codes.flatten().numpy())
@@ -88,7 +88,7 @@ def test_codes_of_four_bits_go_in_pairs():
 @pytest.mark.parametrize("group", [64, 192])
 def test_plain_rounding_takes_the_nearest_of_as_many_values_as_its_bits_name(group):
     W = torch.randn(5, 192)
-    codes, step, zero = ours.rounded(W, 3, group)
+    codes, step, zero = plain.rounded(W, 3, group)
     assert codes.shape == (5, 192 // group, group) and step.shape == zero.shape == (5, 192 // group, 1)
     assert codes.min() >= 0 and codes.max() <= 7 and torch.equal(codes, codes.round())
     groups, kept = W.unflatten(1, (-1, group)), (codes - zero) * step

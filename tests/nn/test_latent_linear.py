@@ -49,6 +49,22 @@ def test_the_latent_weights_get_the_gradient_of_the_dense_ones_times_their_step(
     torch.testing.assert_close(latent.bias.grad, bias.grad)
 
 
+def test_codes_that_are_wrong_are_learnt_from_what_the_right_ones_answer(layer):
+    wrong = torch.rand(N, K) < 0.05
+    right = QuantizedLinear.from_codes(
+        layer.codes + wrong.to(torch.int8), layer.row_exponent, layer.column_exponent, layer.bias
+    )
+    latent = LatentLinear(layer)
+    optimizer = torch.optim.Adam([latent.latent], lr=0.02)
+    for _ in range(200):
+        x = torch.randn(64, K)
+        size = right.dense_weight().square().mean(1).sqrt()  # every row counts alike
+        ((latent(x) - right(x).detach()) / size).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert int(wrong.sum()) > 20 and int((latent.codes() != right.codes).sum()) <= 2
+
+
 def test_codes_are_the_nearest_and_never_beyond_their_range():
     u = torch.tensor([[0.0, 0.49, 0.51, -0.51, 1.2, -1.2, 126.9, 300.0, -300.0]])
     assert nearest(u).tolist() == [[0, 0, 1, -1, 1, -1, 127, 127, -127]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -9,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 import vitlr
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
-from vitlr.nn import FusedAttention, Int8Linear, Int8MLP
+from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
 
@@ -63,6 +65,21 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, model, images, stats, fused):
     assert (tmp_path / "small.safetensors").stat().st_size < 0.5 * 4 * sum(p.numel() for p in model.parameters())
 
 
+@torch.no_grad()
+def test_layers_of_low_rank_multiply_bytes_by_statistics_of_their_own(tmp_path, model, images):
+    small = vitlr.compress(model, images.split(8), "params:60%", objective="output", uniform=True)
+    low = {name for name, module in small.named_modules() if isinstance(module, LowRankLinear)}
+    stats = vitlr.calibrate(small, images.split(8), objective="output", hidden=False, extras=("ranges",))
+    assert {f"{name}.{part}" for name in low for part in ("down", "up")} <= set(stats.layers)
+    fast = fuse(small, bits=8, stats=stats)
+    assert isinstance(fast.blocks[0].mlp, Int8MLP) and isinstance(fast.blocks[0].attn.qkv, LowRankLinear)
+    y = small(images)
+    assert (fast(images) - y).norm() < 0.06 * (y - y.mean(0)).norm()
+    torch.testing.assert_close(to_dense(fast)(images), to_dense(small)(images), rtol=0.05, atol=0.05)
+    vitlr.save(fast, tmp_path / "fast.safetensors", model_args=False)
+    assert torch.equal(vitlr.load(tmp_path / "fast.safetensors", model=model)(images), fast(images))
+
+
 def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats):
     seen = []
     handle = model.blocks[1].mlp.fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -74,6 +91,19 @@ def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats
         layer = found.layers["blocks.1.mlp.fc2"]
         torch.testing.assert_close(layer.input_low.float(), seen[0].flatten(0, -2).amin(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(layer.input_high.float(), seen[0].flatten(0, -2).amax(0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_costs_most_of_all_stays_in_floats(model, images):
+    spiked = copy.deepcopy(model)
+    with torch.no_grad():  # one neuron is huge for some tokens, and matters
+        spiked.blocks[1].mlp.fc1.weight[5] *= 300
+        spiked.blocks[1].mlp.fc2.weight[:, 5] *= 3
+    stats = vitlr.calibrate(spiked, images.split(8), extras=("ranges",))
+    small = fuse(spiked, bits=8, stats=stats)
+    floats = [name for name in stats.layers if not isinstance(small.get_submodule(name), Int8Linear)]
+    assert floats == ["blocks.1.mlp.fc2"] and torch.equal(
+        small.blocks[1].mlp.fc2.weight, spiked.blocks[1].mlp.fc2.weight
+    )
 
 
 def test_statistics_come_back_from_a_file(tmp_path, stats):

@@ -45,8 +45,11 @@ class Surface:
     """Weights that cannot be compressed at all, with the reason and their parameter count."""
 
 
-def survey(model: nn.Module) -> Surface:
-    """Sort the linears of `model` into targets, kept and hidden; layers compressed already are in none of them."""
+def survey(model: nn.Module, factors: bool = False) -> Surface:
+    """Sort the linears of `model` into targets, kept and hidden; layers compressed already are in none of them.
+
+    With `factors`, both linears of a `LowRankLinear` are.
+    """
     heads = {id(m) for head in (*timm.classifiers(model), *_generic_classifiers(model)) for m in head.modules()}
     queries = {id(m) for m in timm.constant_queries(model)}
     unreachable = dict(naming.bypassed(model))
@@ -54,7 +57,7 @@ def survey(model: nn.Module) -> Surface:
     surface = Surface({}, {}, dict(naming.packed(model)))
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear)):
+        if isinstance(module, ResidualLowRankLinear) or (isinstance(module, LowRankLinear) and not factors):
             inside = (*inside, f"{name}.")
         if not isinstance(module, nn.Linear) or name.startswith(inside):
             continue
@@ -76,14 +79,17 @@ def survey(model: nn.Module) -> Surface:
     return surface
 
 
-def targets(model: nn.Module, include: Patterns = None, exclude: Patterns = None) -> dict[str, nn.Linear]:
+def targets(
+    model: nn.Module, include: Patterns = None, exclude: Patterns = None, *, factors: bool = False
+) -> dict[str, nn.Linear]:
     """Return the compressible linears of `model` by qualified name, in module order; a shared module appears once.
 
     Only modules that are exactly `nn.Linear` count. Classifiers, embeddings and layers that no image feeds stay dense.
+    With `factors` those of low-rank layers count as well.
     `include` restricts to names that match one of its regular expressions (`re.search`), `exclude` removes names.
     Raises `InputError` for a bad expression, one that matches no linear, and where no layer is left.
     """
-    surface = survey(model)
+    surface = survey(model, factors)
     names = [*surface.targets, *surface.kept, *surface.hidden]
     wanted = _compile(include, "include", list(surface.targets), surface)
     unwanted = _compile(exclude, "exclude", names, surface)

@@ -16,7 +16,7 @@ from vitlr.anatomy import linears
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, ROUNDING, VALUES, Calibration
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
@@ -105,7 +105,9 @@ def calibrate(
         stack.enter_context(linears.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         check_finite(model)
-        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude)
+        # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.
+        factors = RANGES in wanted.extras
+        targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude, factors=factors)
         lost = set() if stats is None else set(stats.notes.get("unreached", ()))  # layers that the answer passes by
         targets = {name: linear for name, linear in targets.items() if name not in lost}
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)

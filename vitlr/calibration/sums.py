@@ -59,8 +59,10 @@ SUMS: dict[str, Sum] = {
     "input_abs": Sum("K", "input_abs", "Σ |x|", squares=True),
     "input_low": Sum("K", "ranges", "the least x", extreme="least"),
     "input_high": Sum("K", "ranges", "the largest x", extreme="largest"),
-    "input_square": Sum("K", "ranges", "Σ x²", squares=True),
-    "output_square": Sum("N", "ranges loss", "Σ g² of every output, g the gradient of the loss", squares=True),
+    "input_square": Sum("K", "ranges output", "Σ x², where `moment` is not that of the inputs", squares=True),
+    "output_square": Sum(
+        "N", "ranges loss input", "Σ g² of every output, where `gradient` is not theirs", squares=True
+    ),
     "row_gradient": Sum("N", "row_gradient", "Σ_images Σ_k (∂L/∂W)²", squares=True),
     "image_input_moment": Sum("K K", "fisher hidden output", "Σ_images P Pᵀ for P = Σ_tokens h gᵀ"),
     "image_input_sum": Sum("K", "fisher hidden output", "Σ_images P ḡ, ḡ = Σ_tokens g: moves P to another mean of h"),

@@ -17,7 +17,7 @@ from vitlr.errors import InputError
 from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
-from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
+from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
@@ -26,12 +26,12 @@ Do = Callable[[], Any]  # what is left to do once all is checked
 
 _SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
 ENTRIES: dict[str, dict[str, Any]] = {
-    "width": {"width": whole(0)},
-    "heads": {"heads": whole(0)},
-    "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
+    "width": {"width": PLAIN},
+    "heads": {"heads": PLAIN},
+    "inputs": {"inputs": PLAIN, "outputs": PLAIN, **_SIZES},
     "quantized": {"quantized": FLAG, "twice?": whole(1), **_SIZES},
     "rank": {
-        "rank": whole(0),
+        "rank": PLAIN,
         "residual?": NAME,
         "group_size?": whole(0),
         "factors?": NAME,
@@ -40,7 +40,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     },
     "int8": {"int8": FLAG, **_SIZES},
 }
-"""What an entry of each kind holds; whether that fits the model is for the change itself to say."""
+"""What an entry of each kind holds; what is left of a model, and whether it fits, is for the change itself to say."""
 
 
 def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -207,6 +207,8 @@ def _factorise(dense: _Dense, name: str, entry: Entry) -> Do:
         return lambda: swap(
             dense.model, name, LowRankLinear.from_layers(*(make() for make in pair)).train(linear.training)
         )
+    dense.modules[f"{name}.down"] = _like(linear, nn.Linear, shape[0], rank, False)  # which may be of bytes
+    dense.modules[f"{name}.up"] = _like(linear, nn.Linear, rank, shape[1], bias)
     return lambda: swap(dense.model, name, _like(linear, LowRankLinear, *shape, bias))
 
 
@@ -246,8 +248,8 @@ CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {
     "heads": _fewer_heads,
     "inputs": _select,
     "quantized": _quantise,
-    "int8": _multiply_bytes,
     "rank": _factorise,
+    "int8": _multiply_bytes,
 }
 """By the key that tells an entry's kind, in the order in which they are done: one may change what those before left."""
 

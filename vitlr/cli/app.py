@@ -94,6 +94,9 @@ def main() -> Any:
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(130)
+    finally:  # all is written: the interpreter would die of a signal that comes while it shuts down
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _terminated(number: int, frame: Any) -> None:

@@ -18,6 +18,7 @@ import typer
 from vitlr.cli.command import flags_of, in_flags
 from vitlr.errors import Interrupted, VitlrError
 
+_NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -59,9 +60,15 @@ def guarded(command: Callable[..., Result]) -> Callable[..., None]:
         except MemoryError as cause:
             _fail(f"out of memory {cause}".strip() + "; try a smaller --batch-size", 1, cause)
         except OSError as cause:
+            if cause.errno in _NO_NAME:
+                _fail(f"{cause.filename!s:.200}: {cause.strerror}; name another file", 2, cause)
             if cause.errno not in _DISK_FULL:
                 raise
             _fail(f"{cause.filename or 'a file'}: {cause.strerror}; free some space and run again", 1, cause)
+        except ValueError as cause:
+            if not isinstance(cause, UnicodeEncodeError) and "null byte" not in str(cause):
+                raise
+            _fail(f"a name is none that a file can have ({cause!s:.200}); name another file", 2, cause)
         except RuntimeError as cause:
             reason = _resource(cause)
             if reason is None:

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitlr.errors import InputError
+from vitlr.runtime.words import one_line
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG opens MPO; for EPS Pillow would run Ghostscript
 _MAX_PIXELS = 178_956_970  # where Pillow itself refuses a decompression bomb; kept where a caller lifts that limit
 _FEW_PIXELS = 2**24  # of any file; beyond, pixels are in proportion to its bytes
 _PIXELS_A_BYTE = 20  # photographs have 2 to 10
 _MAX_FILE = 2**29  # bytes
+_NESTED = 3  # levels of archives within archives
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 
@@ -27,6 +29,7 @@ def decode(reader: Any, index: int, mode: str, side: float) -> Any:
     from PIL import Image
 
     size = size_of(reader, index)
+    Image.init()  # a format is known once its module is loaded, and is loaded once
     with reader[index][0] as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         long, short = max(width, height), max(min(width, height), 1)
@@ -111,3 +114,29 @@ def check_archive(path: str) -> None:
         raise InputError(f"cannot read images from {path}: it is compressed; unpack it to a plain .tar, or a folder")
     if end.strip(b"\0") or len(end) < 2 * tarfile.BLOCKSIZE:
         raise InputError(f"cannot read images from {path}: it is cut short, or no .tar; copy or make it again")
+    try:
+        with tarfile.open(path, "r:", tarinfo=_Member) as archive:
+            _check_members(archive, os.path.getsize(path), _NESTED)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as cause:
+        raise InputError(f"cannot read images from {path}: {one_line(cause, 120)}") from cause
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose size is not below zero: a reader would go back to where it was, for ever."""
+
+    def _block(self, count: int) -> int:
+        if count < 0:
+            raise tarfile.ReadError("a member has a size below zero")
+        return super()._block(count)  # type: ignore[misc]
+
+
+def _check_members(archive: tarfile.TarFile, end: int, levels: int) -> None:
+    """Raise `tarfile.ReadError` where a member ends beyond the archive: read as a stream, it has no end."""
+    for member in archive:
+        if not 0 <= member.offset_data + (0 if member.issparse() else member.size) <= end:
+            raise tarfile.ReadError(f"{member.name:.80} claims {member.size} bytes, the archive has {end}")
+        if member.isfile() and member.name.lower().endswith(".tar"):
+            if not levels:
+                raise tarfile.ReadError("archives within archives are too deep")
+            with archive.extractfile(member) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as inner:  # type: ignore[union-attr]
+                _check_members(inner, member.size, levels - 1)

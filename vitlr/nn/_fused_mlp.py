@@ -18,11 +18,10 @@ from vitlr.runtime.modules import class_of
 class FusedMlp(Fused):
     """A fused MLP; the fused op runs where dispatch chooses a kernel and everything inside is plain.
 
-    Its linears are of the kinds it `TAKES`, and one of them at least is of the kind it `NEEDS`.
+    Its linears are of the kinds it `TAKES`.
     """
 
     TAKES: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, LowRankLinear)
-    NEEDS: ClassVar[type[nn.Module]] = LowRankLinear
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -31,9 +30,43 @@ class FusedMlp(Fused):
             return "it is one already"
         kept = cls.children_of(module)
         try:
-            return objection(module, kept, cls.TAKES, cls.NEEDS) or cls.unlike(Formula(module, kept).read())
+            return cls.objection(module, kept) or cls.unlike(Formula(module, kept).read())
         except Untraceable as reason:
             return str(reason)
+
+    @classmethod
+    def objection(cls, module: nn.Module, kept: tuple[str, ...]) -> str | None:
+        """Why the children of an MLP cannot be run by one operation; None if they can. Its forward is not looked at.
+
+        `kept`: the names of its linears and of `act`.
+        """
+        missing = [name for name in kept if not isinstance(getattr(module, name, None), nn.Module)]
+        if missing:
+            return f"it has no {', '.join(missing)}"
+        linears = {name: module.get_submodule(name) for name in kept if name != "act"}
+        for name, child in linears.items():
+            if type(child) not in cls.TAKES:
+                return f"{name} is a {type(child).__name__}, not a plain linear"
+            if (foreign := foreign_weight(child)) is not None:
+                return f"{name} holds a {foreign}, no plain weight"
+        lacking = cls.lacking(linears)
+        if lacking is not None:
+            return lacking
+        act = module.get_submodule("act")
+        if activation_name(act) is None:
+            return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
+        if module._parameters or module._buffers:
+            return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
+        for name, child in module.named_children():
+            if name not in kept and not does_nothing(child):
+                return f"its {name} {child} does something"
+        return "it has hooks" if has_hooks(module) else None
+
+    @classmethod
+    def lacking(cls, linears: dict[str, nn.Module]) -> str | None:
+        """What the linears must have and have not; None where they have it."""
+        low = any(isinstance(linear, LowRankLinear) for linear in linears.values())
+        return None if low else f"none of {', '.join(linears)} is low-rank"
 
     @classmethod
     def unlike(cls, form: str) -> str | None:
@@ -59,35 +92,6 @@ def activation_name(act: nn.Module) -> str | None:
     if type(act) is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
     return _ACTIVATIONS.get(class_of(act))
-
-
-def objection(
-    module: nn.Module, kept: tuple[str, ...], takes: tuple[type[nn.Module], ...], needs: type[nn.Module]
-) -> str | None:
-    """Why the children of an MLP cannot be run by one operation; None if they can. Its forward is not looked at.
-
-    `kept`: the names of its linears and of `act`.
-    """
-    missing = [name for name in kept if not isinstance(getattr(module, name, None), nn.Module)]
-    if missing:
-        return f"it has no {', '.join(missing)}"
-    linears = {name: module.get_submodule(name) for name in kept if name != "act"}
-    for name, child in linears.items():
-        if type(child) not in takes:
-            return f"{name} is a {type(child).__name__}, not a plain linear"
-        if (foreign := foreign_weight(child)) is not None:
-            return f"{name} holds a {foreign}, no plain weight"
-    if not any(isinstance(child, needs) for child in linears.values()):
-        return f"none of {', '.join(linears)} is {'low-rank' if needs is LowRankLinear else f'an {needs.__name__}'}"
-    act = module.get_submodule("act")
-    if activation_name(act) is None:
-        return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
-    if module._parameters or module._buffers:
-        return f"it has parameters of its own: {', '.join([*module._parameters, *module._buffers])}"
-    for name, child in module.named_children():
-        if name not in kept and not does_nothing(child):
-            return f"its {name} {child} does something"
-    return "it has hooks" if has_hooks(module) else None
 
 
 def factors(linear: nn.Linear | LowRankLinear) -> Factors | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from vitlr.nn._fused_mlp import activation_name
 from vitlr.nn._plain import has_hooks, is_transformed
 from vitlr.nn.int8_linear import Int8Linear
-from vitlr.nn.lowrank_linear import LowRankLinear
+from vitlr.nn.lowrank_linear import LowRankLinear, steps_of
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.ops.layers import int8_chain as op
 
@@ -23,7 +21,11 @@ class Int8MLP(LowRankMLP):
     """
 
     TAKES = (Int8Linear, LowRankLinear)
-    NEEDS = Int8Linear
+
+    @classmethod
+    def lacking(cls, linears: dict[str, nn.Module]) -> str | None:
+        of_floats = [name for name, linear in linears.items() if steps(linear) is None]
+        return f"{', '.join(of_floats)} multiplies no bytes, or somebody listens to it" if of_floats else None
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
@@ -41,8 +43,4 @@ def steps(linear: nn.Module) -> list[op.Step] | None:
         return None
     if type(linear) is Int8Linear:
         return [linear.step]
-    if type(linear) is not LowRankLinear:
-        return None
-    parts: list[Any] = [linear.down, linear.up]
-    found = [part.step for part in parts if type(part) is Int8Linear and not has_hooks(part)]
-    return found if len(found) == len(parts) else None
+    return steps_of(linear) if type(linear) is LowRankLinear else None

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError, NumericalError
-from vitlr.nn._plain import is_plain, is_transformed
+from vitlr.nn._plain import has_hooks, is_plain, is_transformed
 from vitlr.nn._weightless import Weightless
+from vitlr.nn.int8_linear import Int8Linear
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
+from vitlr.ops.layers import int8_chain
 from vitlr.ops.layers import lowrank_linear as op
 from vitlr.ops.linalg.factors import balance
 
@@ -21,6 +23,7 @@ class LowRankLinear(Weightless):
 
     Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. Of
     `weight` there is only dtype, device and shape: a model that computes with it past `forward` is told so.
+    Two children that are `Int8Linear`s run as one chain of bytes.
     A kernel runs only where dispatch chooses one and both children are plain; otherwise the children are called.
     Raises InputError for a rank outside 1..min(K, N).
     """
@@ -64,6 +67,9 @@ class LowRankLinear(Weightless):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
+        steps = None if is_transformed() else steps_of(self)
+        if steps is not None:
+            return int8_chain.int8_chain(x, steps, ["none", "none"])
         if has_kernels(op.OP) and not is_transformed() and is_plain(self.down) and is_plain(self.up):
             B, A, bias = self.down.weight, self.up.weight, self.up.bias
             sizes = (self.in_features, self.out_features, self.rank)
@@ -143,7 +149,11 @@ class LowRankLinear(Weightless):
             if not isinstance(child, nn.Linear) or type(child.weight) not in (nn.Parameter, Tensor):
                 what = type(child.weight).__name__ if isinstance(child, nn.Linear) else type(child).__name__
                 raise InputError(f"`{name}` holds a {what}, not a plain linear: merge or undo that before to_linear()")
-        A, B, bias = self.up.weight, self.down.weight, self.up.bias
+        A, B = self.up.weight, self.down.weight
+        bias: Tensor | None = self.up.bias
+        if self.down.bias is not None:  # of one that was of bytes
+            moved = A.double() @ self.down.bias.double()
+            bias = (moved if bias is None else moved + bias.double()).to(A.dtype)
         linear = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter((A.double() @ B.double()).to(A.dtype))
         if bias is not None:
@@ -160,3 +170,10 @@ class LowRankLinear(Weightless):
     def extra_repr(self) -> str:
         bias = getattr(self.up, "bias", None) is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={bias}"
+
+
+def steps_of(layer: LowRankLinear) -> list[int8_chain.Step] | None:
+    """The two steps of a layer whose factors are linears of bytes; None where they are not, or are listened to."""
+    parts: list[nn.Module] = [layer.down, layer.up]
+    found = [part for part in parts if isinstance(part, Int8Linear) and not has_hooks(part)]
+    return [part.step for part in found] if len(found) == len(parts) else None

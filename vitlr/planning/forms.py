@@ -14,6 +14,7 @@ from vitlr.planning.choices import DENSE, Form
 from vitlr.planning.knapsack import Array, Prices
 from vitlr.planning.options import Planning
 
+_RANKS = 2.0  # what a loss of ranks counts against one of widths or bits: it falls short twice as far (docs/method.md)
 _BIAS = 2  # bytes of its entries where all else is rounded
 
 
@@ -83,11 +84,12 @@ class Forms:
         """What these forms cost and lose, without the loss of the width."""
         shape = self.shape(narrowing, name, width)
         errors = self.errors(narrowing, name, width, forms)
+        scale = _RANKS if self.rounds else 1.0
         rounded = {form.rank for form in forms if form.level is not None}
         ladders = {rank: self.ladder(name, width, rank) for rank in rounded}
         cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
         for i, (rank, level) in enumerate(forms):
-            cost[i], loss[i] = self.cost(narrowing, name, shape, rank), 0.0 if rank is None else errors[rank]
+            cost[i], loss[i] = self.cost(narrowing, name, shape, rank), 0.0 if rank is None else scale * errors[rank]
             if level is not None:
                 size, lost = ladders[rank][level]
                 cost[i] = size + self.fewer_biases(name, shape[0]) if self.rounds else cost[i]

@@ -86,7 +86,7 @@ def settle(
 ) -> tuple[Planning, list[str], str]:
     """The options with a method, the kinds of what is solved, and why it is this method."""
     method, why = options.settled, ""
-    mlps, no_mlps = _mlps(parts, stats, objective)
+    mlps, no_mlps = _mlps(parts, stats, objective) if method in (None, "mix") else (0, "")
     if method is not None and options.method is None:
         why = f"{options.of_ranks()[0]} goes with no other"
     elif method is None and options.attention not in (None, "none"):

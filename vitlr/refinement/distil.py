@@ -30,7 +30,7 @@ from vitlr.training.state import State
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
-_CODES, _VECTORS = 200, 10  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
+_CODES, _VECTORS = 50, 10  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
 
 
 def distil(

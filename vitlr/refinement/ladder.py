@@ -29,7 +29,7 @@ from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
-from vitlr.runtime.snapshots import copied, restore
+from vitlr.runtime.snapshots import copied, restore, stored
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.proof import prove
 
@@ -77,7 +77,7 @@ def refine(
     prove(model, changed, to_model(model, proxy.held[:1]))
     judge = Judge(reference, proxy.held, recipe.batch_size, output_fn)
     run = {
-        "model": fingerprint(dict(model.named_parameters())),
+        "model": fingerprint(stored(model) if is_rounded(model) else dict(model.named_parameters())),
         "reference": fingerprint(dict(reference.named_parameters())),
         "images": [proxy.count + len(proxy.held), proxy.fingerprint],
         "rungs": list(wanted),

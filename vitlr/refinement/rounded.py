@@ -14,7 +14,8 @@ from vitlr.runtime.modules import swap
 
 _SPARE = 5e-4  # of the bytes: before codes are packed, their size is known to about that and 2 bytes a layer
 _NEAR = 2.0**-12  # of a step: how well the least way towards zero that is enough is known
-_PULL = 5.0  # steps a bit and unit of rate for all of the limit once more
+_EASE = 0.998  # of the bytes: those beyond pull, so that few codes are left to be drawn towards zero by force
+_PULL = 5.0  # steps a bit and unit of rate, for as many bytes again
 
 
 class Loosened:
@@ -54,11 +55,12 @@ class Loosened:
 
     @torch.no_grad()
     def press(self, lr: float) -> None:
-        """Pull every latent weight towards codes that take fewer bits, the more bytes they take beyond the limit.
+        """Pull every latent weight towards codes that take fewer bits, the more bytes they take beyond
+        0.998 of the limit.
 
         A code k of share p_k takes `b_k = -log2 p_k` bits; `u ← u - pull · lr · (b_⌊u⌋+1 - b_⌊u⌋)`.
         """
-        pull = _PULL * lr * (self.bytes() / max(self.limit, 1.0) - 1)
+        pull = _PULL * lr * (self.bytes() / max(_EASE * self.limit, 1.0) - 1)
         for u in self.latents if pull > 0 else ():
             below = (u.floor().to(torch.int64) + LARGEST).clamp_(0, 2 * LARGEST - 1)
             u.sub_(pull * _bits(nearest(u)).diff()[below])

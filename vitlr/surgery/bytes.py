@@ -18,39 +18,48 @@ from vitlr.nn import Int8Linear
 from vitlr.ops.layers.int8_chain import LARGEST
 from vitlr.runtime.modules import swap
 
+_SHARE = 1 / 3  # of what all layers cost together that one may
 _TINY = 1e-30  # where all is zero
 
 
 @torch.no_grad()
 def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
-    """Put an `Int8Linear` in place of every linear that `stats` measured, in place; their names.
+    """Put an `Int8Linear` in place of the linears that `stats` measured, in place; their names.
 
-    `stats` must be of the weights that the model has now, with the extra "ranges". Raises `InputError` otherwise.
+    One that would cost more than a third of what all of them cost stays as it is: ViTs have single neurons of a size
+    that no step suits. `stats` must be of the weights that the model has now, with the extra "ranges". Raises
+    `InputError` otherwise.
     """
     if RANGES not in stats.extras:
         raise InputError('these statistics hold no ranges of inputs: calibrate(..., extras=("ranges",))')
     linears.make_visible(model)
     found = dict(model.named_modules())
     stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
+    made: dict[str, tuple[Int8Linear, float]] = {}
     for name, layer in stats.layers.items():
         linear = found[name]
         assert isinstance(linear, nn.Linear)
-        swap(model, name, int8_linear(linear, layer).train(linear.training))
-    return list(stats.layers)
+        made[name] = int8_linear(linear, layer)
+    limit = _SHARE * sum(cost for _, cost in made.values())
+    names = [name for name, (_, cost) in made.items() if cost <= limit]
+    for name in names:
+        swap(model, name, made[name][0].train(found[name].training))
+    return names
 
 
-def int8_linear(linear: nn.Linear, stats: LayerStatistics) -> Int8Linear:
-    """The layer of bytes for inputs as they were measured, in the steps that cost least."""
+def int8_linear(linear: nn.Linear, stats: LayerStatistics) -> tuple[Int8Linear, float]:
+    """The layer of bytes for inputs as they were measured, in the steps that cost least, and what they cost a token."""
     device = linear.weight.device
     low, high = (stats.sum(key).to(device) for key in ("input_low", "input_high"))
     mean = stats.sum("input_sum").to(device) / max(stats.tokens, 1)
     W, width = linear.weight.double(), high - low
     least = width.clamp_min(1e-6 * width.mean()).clamp_min(_TINY) / LARGEST  # a channel may never have changed
-    middle, half = (low + high) / 2, steps(W, least, *_costs(W, mean, stats)) * LARGEST / 2
-    return Int8Linear.from_weight(W, linear.bias, middle - half, middle + half, mean)
+    s, cost = steps(W, least, *_costs(W, mean, stats))
+    middle, half = (low + high) / 2, s * LARGEST / 2
+    return Int8Linear.from_weight(W, linear.bias, middle - half, middle + half, mean), cost
 
 
-def steps(W: Tensor, least: Tensor, V: Tensor, H: Tensor, S: Tensor) -> Tensor:
+def steps(W: Tensor, least: Tensor, V: Tensor, H: Tensor, S: Tensor) -> tuple[Tensor, float]:
     """The steps s [K] of inputs, none below `least`, that lose least: `Σ_j H_j s_j² / 12 + Σ_ij S_i V_j E_ij²`.
 
     V [K]: variances of the inputs; H [K]: what a unit of noise on an input costs, diag(Wᵀ S W); S [N]: on an output.
@@ -66,19 +75,20 @@ def steps(W: Tensor, least: Tensor, V: Tensor, H: Tensor, S: Tensor) -> Tensor:
         loss = float((H * s.square()).sum() / 12 + S @ E.square() @ V)
         if loss < lost:
             best, lost = s, loss
-    return best
+    return best, lost
 
 
 def _costs(W: Tensor, mean: Tensor, stats: LayerStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """V, H and S of a layer; without gradients every output counts alike."""
-    tokens = max(stats.tokens, 1)
-    V = stats.sum("input_square").to(W) / tokens - mean.square()
-    S = torch.ones(len(W)).to(W) if stats.output_square is None else stats.output_square.to(W) / tokens
+    tokens, inputs = max(stats.tokens, 1), stats.side == "input"
+    V = (stats.sum("moment").diagonal() if inputs else stats.sum("input_square")).to(W) / tokens - mean.square()
     if stats.gradient is None:
+        S = W.new_ones(len(W))
         H = S @ W.square()
-    elif stats.side == "input":
-        H = stats.gradient.diagonal().to(W) / tokens
+    elif inputs:
+        S, H = stats.sum("output_square").to(W) / tokens, stats.gradient.diagonal().to(W) / tokens
     else:
-        H = (W * (stats.gradient.to(W) / tokens @ W)).sum(0)
+        G = stats.gradient.to(W) / tokens
+        S, H = G.diagonal(), (W * (G @ W)).sum(0)
     V, H = (t.clamp_min(1e-6 * t.mean()).clamp_min(_TINY) for t in (V, H))
     return V, H, S

@@ -28,7 +28,7 @@ from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
 
-FUSED: tuple[type[Fused], ...] = (LowRankMLP, Int8MLP, LowRankGLU, FusedAttention)
+FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention)
 
 
 def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -11,6 +11,9 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.runtime.kinds import NAME, PLAIN, check, number, shown, tuple_of, whole
 
+_COUNTS = ("step", "mu_product")
+_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")  # as their parameter
+
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, and everything else as JSON values, which keep floats to the bit."""
@@ -32,8 +35,9 @@ def check_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
         p = parameters[int(index)] if index.isdecimal() and int(index) < len(parameters) else None
-        shapes = [torch.Size()] if p is None or key == "step" else [p.shape, torch.Size()]
-        if p is None or tensor.shape not in shapes or tensor.dtype not in (torch.float32, p.dtype):
+        shape = None if p is None else torch.Size() if key in _COUNTS else p.shape
+        other = key not in (*_COUNTS, *_SHAPED)  # of an optimizer that is not Adam's or SGD's kind
+        if p is None or (tensor.shape != shape and not other) or tensor.dtype not in (torch.float32, p.dtype):
             raise InputError(f"{where}: optimizer.{name:.120} is {tensor.dtype} {list(tensor.shape)}, which none has")
         if not bool(torch.isfinite(tensor).all()) or (key == "step" and bool((tensor < 1).any())):
             raise InputError(f"{where}: optimizer.{name:.120} holds numbers that no steps give")

@@ -25,6 +25,7 @@ from bench.compare.frontier.borrowed import borrowed, merged
 from bench.compare.frontier.figure import draw
 from bench.compare.frontier.ours import ours
 from bench.compare.frontier.page import markdown
+from bench.compare.frontier.plain import PLAIN
 from bench.compare.frontier.rivals import RIVALS, Make
 from bench.compare.frontier.subjects import SUBJECTS, Subject
 from vitlr.measuring.cost import count_bytes
@@ -85,7 +86,7 @@ def dense(subject: Subject, folder: Path) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    rows = {"dense, float32": dense, **RIVALS, **ours(args.model)}
+    rows = {"dense, float32": dense, **RIVALS, **PLAIN, **ours(args.model)}
     if args.only is not None:
         rows = {name: make for name, make in rows.items() if any(wanted in name for wanted in args.only)}
         if not rows and args.only:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, calibration, calibration_tar, validation, validation_tar
 from vitlr.checkpoint.creation import create_model
-from vitlr.data.loader import data_config, open_data
+from vitlr.data import data_config, open_data
 from vitlr.measuring.evaluation import wilson
 from vitlr.measuring.losses import agreeing, kl
 

@@ -16,6 +16,7 @@ _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLOW = "without AVX2 torch's own GEMM is faster"
+_OUTDONE = "torch multiplies bf16 in tiles of AMX, this kernel in vectors"
 
 
 class _Chain:
@@ -139,7 +140,14 @@ def _too_little(M: int | None, weights: int, dtype: torch.dtype, least: int | No
     return None
 
 
+def _outdone(dtype: torch.dtype) -> bool:
+    """Whether torch has better instructions for products in bf16: every CPU with AMX for bytes has it for bf16."""
+    return dtype == torch.bfloat16 and native.best_isa() == "amx_int8"
+
+
 def _linear_worth(key: lowrank_linear.Key) -> str | None:
+    if _outdone(key.dtype):
+        return _OUTDONE
     # Without an activation there is little to gain but one launch and [M, r] in cache, and a panel of 32 columns to
     # lose: torch's GEMM of a very thin factor is better. Measured on Zen 4, see docs/kernels/cpu.md.
     width = 768 if key.dtype == torch.bfloat16 else 384
@@ -149,6 +157,8 @@ def _linear_worth(key: lowrank_linear.Key) -> str | None:
 
 
 def _mlp_worth(key: lowrank_mlp.Key) -> str | None:
+    if _outdone(key.dtype):
+        return _OUTDONE
     first = key.K * key.D if key.r1 is None else key.r1 * (key.K + key.D)
     second = key.D * key.N if key.r2 is None else key.r2 * (key.D + key.N)
     too_little = _too_little(key.M, first + second, key.dtype)
@@ -163,6 +173,8 @@ def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
 
 
 def _attention_worth(key: attention.Key) -> str | None:
+    if _outdone(key.dtype):
+        return _OUTDONE
     if key.dtype == torch.float32 and key.S is not None and key.S < 32:
         return "below 32 keys torch is as fast in fp32"
     work = None if key.M is None or key.S is None else key.M * key.S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
 from vitlr.ops.dispatch.autocast import compute_dtype, register_autocast
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _lib = torch.library.Library("vitlr", "FRAGMENT")
 
 
@@ -22,15 +25,36 @@ def define(
     """Makes `torch.ops.vitlr.<name>` of a schema: `fake` gives shapes, `run` values, `flops` counts.
 
     All three take what the schema says. It has no defaults: the dispatcher would strip them, and autograd would see
-    calls of several lengths.
+    calls of several lengths. Calls without a tensor that the schema asks for, with one that is not dense, or with
+    another first dtype than `DTYPES` end with `InputError`.
     """
     name = schema.partition("(")[0]
     _lib.define(schema)
-    torch.library.register_fake(f"vitlr::{name}", fake, lib=_lib)
-    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitlr::{name}", _checked(name, fake), lib=_lib)
+    _lib.impl(name, _checked(name, run), "CompositeExplicitAutograd")
     packet = getattr(torch.ops.vitlr, name)
     register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **_: flops(*args))
     return packet.default
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an op, after what all ops ask of their tensors."""
+    op: Any = None
+
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        nonlocal op
+        op = op or getattr(torch.ops.vitlr, name).default._schema.arguments
+        for said, value in zip(op, args, strict=True):
+            if value is None and str(said.type) == "Tensor":
+                raise InputError(f"{name}: {said.name} is None, expected a tensor")
+            if isinstance(value, Tensor) and value.layout != torch.strided:
+                raise InputError(f"{name}: {said.name} has layout {value.layout}, expected a dense tensor")
+        if args[0].dtype not in DTYPES:
+            raise InputError(f"{name}: {op[0].name} is {args[0].dtype}, expected one of {', '.join(map(str, DTYPES))}")
+        return function(*args)
+
+    return checked
 
 
 def register_layer_op(

@@ -50,7 +50,9 @@ def check(M: Tensor, F: Tensor | None) -> None:
     if M.dim() != 3 or M.shape[1] != M.shape[2] or (F is not None and F.shape != M.shape):
         shape = None if F is None else list(F.shape)
         raise InputError(f"M is {list(M.shape)} and F {shape}, expected [b, n, n] for both")
-    if F is not None and (F.dtype != M.dtype or F.device != M.device):
+    if M.dtype not in (torch.float32, torch.float64) or M.layout != torch.strided:
+        raise InputError(f"M is {M.dtype} of layout {M.layout}, expected dense matrices in fp32 or fp64")
+    if F is not None and (F.dtype != M.dtype or F.layout != M.layout or F.device != M.device):
         raise InputError(f"F is {F.dtype} on {F.device}, M is {M.dtype} on {M.device}")
 
 

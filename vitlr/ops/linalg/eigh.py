@@ -60,7 +60,12 @@ def eigh(K: Tensor, solver: str | None = None) -> tuple[Tensor, Tensor]:
     `BatchError` with the index of a matrix on which the solver does not converge, `InputError` where a solver cannot
     run.
     """
-    if K.dim() != 3 or K.shape[1] != K.shape[2] or K.dtype not in (torch.float32, torch.float64):
+    if (
+        K.layout != torch.strided
+        or K.dim() != 3
+        or K.shape[1] != K.shape[2]
+        or K.dtype not in (torch.float32, torch.float64)
+    ):
         raise InputError(f"eigh: K is {list(K.shape)} {K.dtype}, expected [b, n, n] in fp32 or fp64")
     return registry.select(OP, Key(len(K), K.shape[1], K.dtype, K.device), solver).run(K)
 

@@ -88,7 +88,7 @@ def _check(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     if C.shape != (n, n) or C.dtype != torch.float64 or not C.is_contiguous():
         layout = "" if C.is_contiguous() else ", not contiguous"
         raise InputError(f"{OP}: C is {list(C.shape)} {C.dtype}{layout}, expected [{n}, {n}] torch.float64, contiguous")
-    if weight is not None and (weight.shape != (T,) or not weight.is_floating_point()):
+    if weight is not None and (weight.shape != (T,) or weight.dtype not in DTYPES):
         raise InputError(f"{OP}: weight is {list(weight.shape)} {weight.dtype}, expected [{T}] in a floating dtype")
     for name, tensor in (("C", C), ("weight", weight)):
         if tensor is not None and tensor.device != X.device:
