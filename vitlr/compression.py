@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,7 @@ from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
 from vitlr.planning.budgets import Budget, parse_budget
@@ -29,9 +31,11 @@ from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
 
+_logger = logging.getLogger(__name__)
 NARROWING = ("widths", "joint")  # the methods that rounds serve
 Watch = Callable[..., AbstractContextManager["Progress | None"]]
 Measure = Callable[[nn.Module], Statistics]
@@ -95,6 +99,7 @@ def compressed(
     The plan stays with the model, in `vitlr_info` and so in its file.
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
+    model = uncompiled(model)
     stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes)
     if stages.rungs:
         check_free(model)
@@ -105,6 +110,8 @@ def compressed(
             )
         if loader is None and (stages.rungs or measure is None):
             raise InputError("loader= is missing: refinement, and more rounds than one, need images")
+    if not plan_only and (problem := why_not_rebuilt(model)) is not None:
+        _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda *_: nullcontext(progress))
     layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 

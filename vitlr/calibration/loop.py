@@ -37,6 +37,7 @@ from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
@@ -79,7 +80,7 @@ def calibrate(
     `torch.inference_mode` and a file of another run; `NumericalError` (naming the layer) for NaN or Inf. After an error
     in the middle of a batch the statistics passed as `stats` are marked as not whole, and refused.
     """
-    wanted = Calibration.of(options, **changes)
+    model, wanted = uncompiled(model), Calibration.of(options, **changes)
     if isinstance(loader, Tensor):
         raise InputError("the loader is one tensor; give batches, such as [images] or images.split(50)")
     if loss_fn is not None and wanted.samples != 1:

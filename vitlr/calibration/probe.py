@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitlr.data.batches import call, first_tensor, tensors
 from vitlr.errors import InputError, VitlrError
 from vitlr.measuring import cost
-from vitlr.measuring.reach import reached
+from vitlr.measuring.reach import changes, reached
 from vitlr.runtime.words import some
 
 _logger = logging.getLogger(__name__)
@@ -88,18 +88,24 @@ def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any
 def unreached(
     model: nn.Module, targets: Mapping[str, nn.Linear], image: Any, output_fn: Callable[[Any], Tensor] | None
 ) -> set[str]:
-    """The layers that the answer does not depend on, unless that is all of them; a warning names them."""
+    """The layers that the answer does not depend on, unless that is all of them; a warning names them.
+
+    Those that it depends on past autograd (no_grad, detach) are none of them: nothing could be said of these.
+    """
 
     def pick(answer: Any) -> Tensor:
         return first_tensor(answer if output_fn is None else output_fn(answer))
 
     found = reached(model, targets, image, pick)
     lost = [name for name in targets if not found.get(name, False)]
-    if not lost or len(lost) == len(targets):
+    if len(lost) == len(targets):
+        return set()
+    lost = [name for name in lost if not changes(model, targets[name], image, pick)]
+    if not lost:
         return set()
     _logger.warning(
-        "%d layers stay dense (%s): no gradient of the answer arrives at them, they serve another output or stand "
-        "behind no_grad; output_fn= picks what counts, objective='output' needs no gradient",
+        "%d layers stay dense (%s): the answer does not depend on them, they serve another output; output_fn= picks "
+        "what counts, objective='output' measures them all",
         len(lost),
         some(lost),
     )

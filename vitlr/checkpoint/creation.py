@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from vitlr.anatomy.linears import classifier_names
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
+_logger = logging.getLogger(__name__)
 _ELSEWHERE = ("hf-hub:", "local-dir:")  # timm's words for a repository and a folder with a config beside the weights
 _NOT_ARCHITECTURE = {"cache_dir", "device", "dtype"}  # where and in what, not which model
 _WRAPPERS = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model")  # of training scripts
@@ -25,7 +28,12 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.",
 
 
 def create_model(
-    name: str, *, checkpoint: str | os.PathLike[str] | None = None, pretrained: bool = False, **args: Any
+    name: str,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    pretrained: bool = False,
+    new_head: bool = False,
+    **args: Any,
 ) -> nn.Module:
     """Make the timm model `name` in eval mode, with weights from `checkpoint` where one is given.
 
@@ -51,14 +59,23 @@ def create_model(
         given = f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else ""
         raise InputError(f"could not {what} {name}{given}: {one_line(cause)}{hint}") from cause
     if checkpoint is not None:
-        load_weights(model, checkpoint, name=name)
+        load_weights(model, checkpoint, name=name, new_head=new_head)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
     if elsewhere:  # a file names timm's architecture, with what its config says on top
-        cfg: Any = model.pretrained_cfg
-        name = cfg["architecture"]
-        kept = {"num_classes": model.num_classes, **(cfg.get("model_args") or {}), **kept}
+        name, told = _config_elsewhere(name)
+        kept = {"num_classes": model.num_classes, **told, **kept}
     model.vitlr_origin = {"library": "timm", "name": name, "args": kept}  # type: ignore[assignment]
     return model.eval()
+
+
+def _config_elsewhere(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture that a folder or repository is of, and its arguments there."""
+    from timm.models import _hub
+
+    kind, _, place = name.partition(":")
+    read = _hub.load_model_config_from_hf if kind == "hf-hub" else _hub.load_model_config_from_path
+    _, architecture, args = read(place)
+    return architecture, dict(args or {})
 
 
 def origin(model: nn.Module) -> dict[str, Any] | None:
@@ -67,10 +84,21 @@ def origin(model: nn.Module) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def load_weights(model: nn.Module, checkpoint: str | os.PathLike[str], *, name: str | None = None) -> None:
-    """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit."""
+def load_weights(
+    model: nn.Module, checkpoint: str | os.PathLike[str], *, name: str | None = None, new_head: bool = False
+) -> None:
+    """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit.
+
+    With `new_head` a classifier of another shape is left as it was made, with random weights, as timm does.
+    """
     path = Path(checkpoint)
     weights: Mapping[str, Tensor] = read_weights(path)
+    if new_head:
+        own, heads = model.state_dict(), tuple(f"{head}." for head in classifier_names(model))
+        others = {k: own[k] for k in own if k.startswith(heads) and k in weights and own[k].shape != weights[k].shape}
+        if heads and others:
+            _logger.warning("%s is new: %s has one of another shape", some(sorted(others)), path)
+            weights = {**weights, **others}
     problem = _mismatch(model, weights)
     if problem:
         renamed = next(
@@ -158,8 +186,15 @@ def _number(dtype: np.dtype[Any], content: bytes) -> Any:
     return np.frombuffer(content, dtype)[0]
 
 
+_KINDS = (
+    "bool",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "float16",
+    "float32",
+    "float64",
+)
 # timm's training scripts store their arguments, others the best accuracy as a number of NumPy.
-_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in "?bBhHiIqQefd")]
+_PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in _KINDS)]
 _PLAIN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 

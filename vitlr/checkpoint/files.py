@@ -159,9 +159,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise InputError(f"{name} is {'on the meta device' if isinstance(value, Tensor) else 'not a tensor'}")
-        if type(value) not in (Tensor, nn.Parameter):
+        kinds = {type(value), type(owners.get(name, value))}
+        if foreign := kinds - {Tensor, nn.Parameter}:
             raise InputError(
-                f"{name} is a {type(value).__name__}, no plain tensor: save the model before it is quantised or "
+                f"{name} is a {foreign.pop().__name__}, no plain tensor: save the model before it is quantised or "
                 "sharded, and do that again after loading"
             )
         known = first.setdefault(id(owners.get(name, value)), name)

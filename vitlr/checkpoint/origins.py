@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,7 +37,8 @@ ARGUMENTS = frozenset({
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
-_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn"})  # how, not what, a module computes
+# How, not what, a module computes; and the number of classes, which the shape of the head tells.
+_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn", "num_classes"})
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -91,9 +92,21 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
         args = dict(model_args)
     elif named and origin is not None:
         args = {key: value for key, value in origin["args"].items() if _is_plain(key, value)}
+        if _head_width(model) != getattr(model, "num_classes", None):
+            args["num_classes"] = _head_width(model)
     else:
         args = _guess(model, name)
     return check_origin({"library": "timm", "name": name, "args": args})
+
+
+def why_not_rebuilt(model: nn.Module) -> str | None:
+    """Why a file of this dense model would not rebuild it, in one line; None where it would, or names no origin."""
+    try:
+        origin = find_origin(model)
+        problem = None if origin is None else differences(model, build(origin, "cpu"))
+    except InputError as cause:
+        return str(cause)
+    return None if problem is None or origin is None else f"{describe(origin)} does not rebuild it ({problem})"
 
 
 def build(origin: Origin, device: str, held: Held | None = None) -> nn.Module:
@@ -208,15 +221,11 @@ def _guess(model: nn.Module, name: str) -> dict[str, Any]:
     """Read off the model what differs from the plain build of its name; anything more must come as model_args."""
     plain = build({"library": "timm", "name": name, "args": {}}, "meta")
     found = {}
-    for key, read in {"num_classes": _classes, "in_chans": _channels, "img_size": _size, "global_pool": _pool}.items():
+    for key, read in _READ.items():
         value = read(model)
         if value is not None and value != read(plain) and _is_plain(key, value):
             found[key] = value
     return found
-
-
-def _classes(model: nn.Module) -> Any:
-    return getattr(model, "num_classes", None)
 
 
 def _channels(model: nn.Module) -> Any:
@@ -231,6 +240,48 @@ def _pool(model: nn.Module) -> Any:
     pool = getattr(model, "global_pool", None)
     head = getattr(getattr(model, "head", None), "global_pool", None)
     return next((p for p in (getattr(head, "pool_type", None), head, pool) if isinstance(p, str)), None)
+
+
+def _rate(holder: str) -> Callable[[nn.Module], Any]:
+    """The largest rate among modules of that name: of a drop path it is the last one's, rates rise to it."""
+
+    def read(model: nn.Module) -> Any:
+        rates = []
+        for name, module in model.named_modules():
+            if re.fullmatch(holder, name.rpartition(".")[2]):
+                rate = getattr(module, "drop_prob", getattr(module, "p", getattr(module, "prob", None)))
+                rates += [rate] if isinstance(rate, float) else []
+        return round(max(rates, default=0.0), 6)  # float32 steps of a schedule
+
+    return read
+
+
+def _own(name: str) -> Callable[[nn.Module], Any]:
+    """What the model, or its patch embedding, holds under that name."""
+    return lambda model: getattr(model, name, getattr(getattr(model, "patch_embed", None), name, None))
+
+
+def _head_width(model: nn.Module) -> Any:
+    """The classes of the head that is there; what a model says of itself goes stale when a head is put in its place."""
+    head = getattr(model, "get_classifier", lambda: None)()
+    return head.out_features if isinstance(head, nn.Linear) else getattr(model, "num_classes", None)
+
+
+# How arguments that fine-tunes are made with are read off a model.
+_READ: dict[str, Callable[[nn.Module], Any]] = {
+    "num_classes": _head_width,
+    "in_chans": _channels,
+    "img_size": _size,
+    "global_pool": _pool,
+    "drop_path_rate": _rate(r"drop_path\d*"),
+    "drop_rate": _rate("head_drop|drop"),
+    "pos_drop_rate": _rate("pos_drop"),
+    "patch_drop_rate": _rate("patch_drop"),
+    "attn_drop_rate": _rate("attn_drop"),
+    "proj_drop_rate": _rate("proj_drop"),
+    "dynamic_img_size": _own("dynamic_img_size"),
+    "dynamic_img_pad": _own("dynamic_img_pad"),
+}
 
 
 def _is_plain(key: str, value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitlr.checkpoint import files as checkpoint_file
-from vitlr.checkpoint.creation import create_model
+from vitlr.checkpoint.creation import create_model, origin
 from vitlr.errors import InputError
 
 _WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
@@ -25,6 +25,7 @@ class Source:
 
     checkpoint: Path | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    new_head: bool = False  # weights for another number of classes are taken, but for the classifier
 
 
 def names_a_file(name: str) -> bool:
@@ -37,13 +38,27 @@ def open_model(name: str, source: Source, *, device: torch.device, weights: bool
 
     Raises `InputError` for unknown names, files that are damaged or do not fit, and options a file has no use for.
     """
+    if names_a_file(name) and source.new_head and source.checkpoint is None and source.args.keys() == {"num_classes"}:
+        return _with_new_head(checkpoint_file.load(name, device=device), source.args["num_classes"])
     if names_a_file(name):
         if source.checkpoint is not None or source.args:
             flag = "--checkpoint" if source.checkpoint is not None else f"the model argument {next(iter(source.args))}"
             raise InputError(f"{flag} goes with a timm name; {name} is a file that knows its own model and weights")
         return checkpoint_file.load(name, device=device)
     pretrained = weights and source.checkpoint is None
-    return create_model(name, checkpoint=source.checkpoint, pretrained=pretrained, **source.args).to(device)
+    return create_model(
+        name, checkpoint=source.checkpoint, pretrained=pretrained, new_head=source.new_head, **source.args
+    ).to(device)
+
+
+def _with_new_head(model: nn.Module, classes: int) -> nn.Module:
+    """A model of a file with a classifier for other classes, as timm makes it."""
+    found = origin(model)
+    if found is None or not callable(getattr(model, "reset_classifier", None)):
+        raise InputError("--num-classes makes a new head of timm's models only; give the model a head in Python")
+    model.reset_classifier(classes)  # type: ignore[operator]
+    model.vitlr_origin = {**found, "args": {**found["args"], "num_classes": classes}}  # type: ignore[assignment]
+    return model.eval()
 
 
 def open_pair(

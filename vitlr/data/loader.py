@@ -157,7 +157,7 @@ def open_data(
     limit: int | None = None,
     skip: int = 0,
     split: str = "validation",
-    need_labels: bool = False,
+    need_labels: bool | None = False,
     data_config: Any = None,
     **changes: Any,
 ) -> Loader:
@@ -169,8 +169,8 @@ def open_data(
 
     `class_map` is a text file with one folder name a line in the model's class order (or {name: index}); images of
     other folders are left out and reported. `skip` and `limit` choose `order[skip : skip + limit]` of the fixed order.
-    `split` names the split of an `hfds/` data set. With `need_labels` the classes must be the model's. `workers` is
-    the number of worker processes, 0 for none.
+    `split` names the split of an `hfds/` data set. With `need_labels` the classes must be the model's (None: where the
+    data set has any, a folder without class folders has none). `workers` is the number of worker processes, 0 for none.
 
     Raises `InputError` for data that is missing, empty or unreadable, for classes that do not fit, and where nothing
     says how the model's images are made.
@@ -182,9 +182,12 @@ def open_data(
         )
     path = os.fspath(path)
     config, made = preprocessing.described(model, data_config, **changes)
-    classes = num_classes(model, config["input_size"]) if need_labels or class_map is not None else None
+    classes = None
+    if need_labels is not False or class_map is not None:
+        classes = num_classes(model, config["input_size"])
     names_to_class = None if class_map is None else read_class_map(class_map, classes)
     reader, native, names = open_reader(path, split)
+    need_labels = names.keys() != {""} if need_labels is None else need_labels
     labels = label_images(path, native, names, names_to_class, classes, need_labels)
 
     kept = [(i, label) for i in spread(len(labels)) if (label := labels[i]) is not None]

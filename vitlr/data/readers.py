@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import logging
 import mimetypes
 import os
@@ -33,8 +35,8 @@ def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, in
         check_archive(path)
     try:
         if hub:
-            reader = create_reader(path, split=split)
-            return reader, list(reader.dataset[reader.label_key]), dict(reader.class_to_idx)
+            images = HubImages(rest, split)
+            return images, images.labels, images.classes
         if Path(path).is_dir():
             with _extensions():
                 reader = create_reader("", root=path)
@@ -50,6 +52,37 @@ def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, in
     except Exception as cause:  # empty folders and damaged archives surface as RuntimeError, ValueError, ReadError, ...
         hint = "install it with `pip install datasets`" if isinstance(cause, ImportError) else _empty_hint(path, cause)
         raise InputError(f"cannot read images from {path}: {hint}") from cause
+
+
+class HubImages:
+    """A data set of the hub, or a folder that `datasets` reads: its column of images, and of classes if it has one."""
+
+    def __init__(self, name: str, split: str) -> None:
+        datasets: Any = importlib.import_module("datasets")
+
+        table = datasets.load_dataset(name, split=split)
+        kinds = table.features
+        images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        if not images:
+            raise InputError(f"none of its columns ({', '.join(kinds)}) holds images")
+        named = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+        label = next((column for column in ("label", "labels", *named) if column in named), None)
+        if len(images) > 1 or len(named) > 1:
+            _logger.warning("of the columns of %s, %s is read, with the classes of %s", name, images[0], label)
+        self.column = images[0]
+        self.table = table.cast_column(self.column, datasets.Image(decode=False))
+        self.labels: list[int] = [0] * len(table) if label is None else list(table[label])
+        names = [""] if label is None else kinds[label].names
+        self.classes = {name: index for index, name in enumerate(names)}
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.table[index][self.column]
+        file = io.BytesIO(image["bytes"]) if image.get("bytes") else open(image["path"], "rb")  # noqa: SIM115
+        return file, self.labels[index]
+
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """What the data set calls an image; its number where it does not."""
+        return str(self.table[index][self.column].get("path") or f"image {index}")
 
 
 @contextmanager

@@ -53,3 +53,34 @@ def replaced(output: Any, old: Tensor, new: Tensor) -> Any:
     if not isinstance(output, tuple) or hasattr(output, "_fields"):
         return None
     return tuple(new if item is old else item for item in output)
+
+
+def changes(
+    model: nn.Module, module: nn.Module, image: Any, pick: Callable[[Any], Any] = lambda answer: answer
+) -> bool:
+    """Whether the answer changes with what the module returns."""
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        first = next(tensors_in(output), None)
+        if first is None or not first.is_floating_point():
+            return None
+        noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0)).to(first)
+        changed = first + noise * (first.abs().mean() + 1)
+        return changed if output is first else replaced(output, first, changed)
+
+    before = runs(model, image, pick)
+    handle = module.register_forward_hook(disturb)
+    try:
+        after = runs(model, image, pick)
+    finally:
+        handle.remove()
+    return before is None or after is None or any(not torch.equal(a, b) for a, b in zip(before, after, strict=False))
+
+
+def runs(model: nn.Module, image: Any, pick: Callable[[Any], Any] = lambda answer: answer) -> list[Tensor] | None:
+    """The tensors of the model's answer; None where it cannot be run on the image."""
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            return list(tensors_in(pick(call(model, image))))
+    except Exception:  # whatever a forward raises
+        return None

@@ -5,6 +5,7 @@ Attributes alone do not tell (a residual, a gate); the traced graph does, on any
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -70,9 +71,16 @@ class Formula:
 
     def _nodes(self) -> list[fx.Node]:
         try:
-            return list(_LeafTracer().trace(self.module).nodes)
+            return list(_LeafTracer().trace(_apart(self.module)).nodes)
         except Exception as error:  # whatever its author wrote: control flow on values, missing arguments ...
             raise Untraceable(f"its forward cannot be traced ({type(error).__name__})") from error
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """The module with what it keeps of its own: a forward that keeps an activation would leave the tracer's there."""
+    twin = copy.copy(module)
+    twin.__dict__.update({k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (dict, list, set))})
+    return twin
 
 
 class _LeafTracer(fx.Tracer):

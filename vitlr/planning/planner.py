@@ -25,6 +25,7 @@ from vitlr.planning.forms import Sizes
 from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 
 _logger = logging.getLogger("vitlr")
@@ -57,6 +58,7 @@ def plan(
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
+    model = uncompiled(model)
     wanted = None if budget is None else parse_budget(budget)
     options = Planning.of(options, **changes)
     options.check_budget(wanted)

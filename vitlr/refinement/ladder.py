@@ -27,6 +27,7 @@ from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
+from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.snapshots import copied, restore, stored
 from vitlr.runtime.storage import fingerprint
@@ -64,6 +65,7 @@ def refine(
     fused, in half precision, frozen throughout or reached by no gradient, and snapshots of another run;
     `NumericalError` where the dense model's answers, or what is measured at a layer, are not finite.
     """
+    model, reference = uncompiled(model), uncompiled(reference)
     recipe, wanted = Recipe.of(recipe, **changes), parse_rungs(rungs)
     wanted = _with_work(model, wanted)
     _check(model, reference, wanted)

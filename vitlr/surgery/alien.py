@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from vitlr.anatomy.attention import fewer_heads
+from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ def guard(model: nn.Module) -> None:
 
 
 def unguard(model: nn.Module) -> None:
-    """Undo `guard`, for a model that is dense again."""
+    """Undo `guard`, for a model that is dense again and as wide as it was."""
+    if narrowed_mlps(model) or fewer_heads(model):
+        return
     for module in model.modules():
         module.__dict__.pop(_SAVE, None)
 
@@ -34,7 +38,8 @@ def _save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **options
     if options.get("state_dict") is None:
         raise InputError(
             "save_pretrained writes no compressed model: from_pretrained would read it as a dense one with random "
-            "weights; use vitlr.save and vitlr.load(path, model=), or save_pretrained of vitlr.to_dense(model)"
+            "weights, and refuse one whose MLPs are narrower; use vitlr.save and vitlr.load(path, model=), or, for "
+            "ranks alone, save_pretrained of vitlr.to_dense(model)"
         )
     _logger.warning("from_pretrained cannot read the compressed model in %s; load_state_dict of it can", save_directory)
     return getattr(type(self), _SAVE)(self, save_directory, *args, **options)

@@ -22,7 +22,7 @@ from vitlr.nn import LowRankLinear, SelectedLinear
 from vitlr.nn._plain import has_hooks
 from vitlr.planning.plans import Plan
 from vitlr.runtime.copies import duplicate
-from vitlr.runtime.modules import swap
+from vitlr.runtime.modules import swap, uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.alien import guard
@@ -142,6 +142,7 @@ def apply(
     that what is new is called and counts. Raises `InputError` where plan, statistics and model do not belong together,
     where the model cannot be copied, and where the proof fails.
     """
+    model = uncompiled(model)
     modules = dict(model.named_modules())
     weights = {row.name: module.weight for row in plan.layers if isinstance(module := modules.get(row.name), nn.Linear)}
     if len(weights) != len(plan.layers) or fingerprint(weights) != plan.fingerprint:

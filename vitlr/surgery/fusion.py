@@ -23,7 +23,7 @@ from vitlr.nn import (
 )
 from vitlr.nn._fused import Fused, StandIn
 from vitlr.runtime.copies import duplicate
-from vitlr.runtime.modules import swap
+from vitlr.runtime.modules import swap, uncompiled
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
@@ -75,6 +75,7 @@ def fuse(
         raise InputError(f"bits={bits!r}: expected 8, or None for layers as they are")
     if (bits is None) != (stats is None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
+    model = uncompiled(model)
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
@@ -89,6 +90,7 @@ def fuse(
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give every fused module and folded layer scale back its original module, with the weights it has now."""
+    model = uncompiled(model)
     model = model if inplace else duplicate(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, StandIn):

@@ -76,7 +76,7 @@ def validate(
     source = Source(checkpoint, args)
     network, other = open_pair(model, source, reference, reference_checkpoint, device=where, dtype=dtype)
     how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
-    loader = open_data(data, network, **how, **options, need_labels=True)
+    loader = open_data(data, network, **how, **options, need_labels=True if other is None else None)
     with bar("validating", loader.images) as progress:
         metrics = evaluate(network, loader, other, progress=progress)
     return Result(metrics.to_dict(), f"{model}: {metrics}\n{loader.made}")
