@@ -47,7 +47,7 @@ from vitlr.surgery.application import apply
 SIZES = (3.4, 2.8, 2.3, 1.8)  # MB of the whole file
 HEADER = 42e3  # bytes: names and the plan
 NEAREST = (4, 3)  # bits
-OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="bits"`, refined**'
+OURS, REFINED = '**vitlr, `method="{}"`**', '**vitlr, `method="mix"`, refined**'
 
 
 def ours(
@@ -174,7 +174,7 @@ def main(args: argparse.Namespace) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     stats = statistics(model, folder, cache, args)
     if args.refined is not None:
-        start, facts, _ = ours(model, stats, "bits", args.refined, None)
+        start, facts, _ = ours(model, stats, "mix", args.refined, None)
         small, more = refined(start, model, folder, cache / f"refined-{args.refined:g}", dict(args.choice))
     loader = validation(folder, model, cache / f"validation-{args.limit or 'all'}.pt", args.batch_size, args.limit)
     dense = Recorded(model, loader)

@@ -159,5 +159,5 @@ def test_bytes_alone_are_enough_for_weights_to_be_rounded(tiny_vit, tmp_path):
     plain.save(tmp_path / "old")
     narrowed = vitlr.compress(model, [images], "bytes:60%", stats=tmp_path / "old")
     assert not any(isinstance(module, QuantizedLinear) for module in narrowed.modules())
-    refitted = vitlr.compress(model, [images], "bytes:60%", rungs="refit")  # moves weights, so that none may be integers
+    refitted = vitlr.compress(model, [images], "bytes:60%", rungs="refit")  # moves weights: none may be codes
     assert not any(isinstance(module, QuantizedLinear) for module in refitted.modules())
