@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vitlr.anatomy import linears
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import Calibration
+from vitlr.calibration.options import ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.origins import why_not_rebuilt
@@ -200,23 +200,31 @@ def read_options(
         planned["objective"] = None
     deciding = Planning.of(planning, **planned)
     deciding.check_budget(goal)
-    if deciding.objective is None and (stats is None or not Path(stats).exists()):
+    unmeasured = stats is None or not Path(stats).exists()  # else the file says what a plan can be made of
+    if deciding.objective is None and unmeasured:
         replace(deciding, objective=measuring.objectives[0])  # refused where that one does not go with the rest
     if rounds > 1 and deciding.settled is None:
         deciding = replace(deciding, method="joint")
     check_rounds(rounds, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
-    if deciding.settled in ROUNDED or deciding.stored:
-        if (wanted := parse_rungs(rungs)) and "distil" not in wanted:
-            method = f"method={deciding.settled!r}" if deciding.settled in ROUNDED else "bits="
-            raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
-        if calibration is None and "objective" not in asked and deciding.objective is None:
-            measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
-    if missing := [extra for extra in deciding.extras if extra not in measuring.extras]:
-        measuring = replace(measuring, extras=(*measuring.extras, *missing))
+    wanted = parse_rungs(rungs)
+    if deciding.extras and wanted and "distil" not in wanted:
+        method = f"method={deciding.settled!r}" if deciding.settled in ROUNDED else "bits="
+        raise InputError(f"rungs={rungs!r} moves weights that {method} makes integers; take rungs='distil'")
+    rounding = bool(deciding.extras) or (unmeasured and rounds_by_itself(goal, deciding, wanted))
+    if rounding and calibration is None and "objective" not in asked and deciding.objective is None:
+        measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
+    if rounding and ROUNDING not in measuring.extras:
+        measuring = replace(measuring, extras=(*measuring.extras, ROUNDING))
     repairing = Recipe.of(recipe, **own(Recipe, changes))
-    return Stages(goal, measuring, deciding, repairing, parse_rungs(rungs), asked)
+    return Stages(goal, measuring, deciding, repairing, wanted, asked)
+
+
+def rounds_by_itself(budget: Budget | None, options: Planning, rungs: Sequence[str]) -> bool:
+    """Whether bytes are the budget and no option keeps a plan from rounding weights, which saves most of them."""
+    free = options.settled is None and options.attention in (None, "none")
+    return free and budget is not None and budget.quantity == "bytes" and set(rungs) <= {"distil"}
 
 
 def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:

@@ -148,3 +148,16 @@ def test_compress_measures_what_it_needs(measured):
     small = vitlr.compress(model, [images], "bytes:11%", method="mix")
     assert sum(isinstance(module, QuantizedLinear) for module in small.modules()) == 8
     assert small.vitlr_info["plan"]["method"] == "mix"
+
+
+def test_bytes_alone_are_enough_for_weights_to_be_rounded(tiny_vit, tmp_path):
+    model = tiny_vit(embed_dim=48, num_heads=3)
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    small = vitlr.compress(model, [images], "bytes:12%", stats=tmp_path / "s")
+    assert any(isinstance(module, QuantizedLinear) for module in small.modules())
+    plain = vitlr.calibrate(model, [images], objective="loss")  # a file without both sides serves ranks and widths
+    plain.save(tmp_path / "old")
+    narrowed = vitlr.compress(model, [images], "bytes:60%", stats=tmp_path / "old")
+    assert not any(isinstance(module, QuantizedLinear) for module in narrowed.modules())
+    refitted = vitlr.compress(model, [images], "bytes:60%", rungs="refit")  # moves weights, so that none may be integers
+    assert not any(isinstance(module, QuantizedLinear) for module in refitted.modules())

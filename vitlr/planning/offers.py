@@ -37,6 +37,13 @@ class Offers(Forms):
             forms = self.of(None, name, None, factored=self.method not in ("widths", "bits"))
         return self._extended(start, name, forms)
 
+    def bits_alone(self, item: Item) -> Item:
+        """The same part of the model with what neither narrows it nor gives it ranks."""
+        if item.narrowing is not None:
+            return self._at_width(item.narrowing, item.narrowing.full_width, ranked=False)
+        (name,) = item.linears
+        return self.linear(name, self.of(None, name, None, factored=False))
+
     def rounded(self, item: Item) -> Item:
         """An item that has one choice, with a level for every linear that may change: bits on top of another budget."""
         ((width, forms),) = item.choices
