@@ -131,7 +131,9 @@ def test_statistics_are_reused_without_the_images(run, squeeze, tmp_path):
     stats, out = tmp_path / "stats.safetensors", tmp_path / "small.safetensors"
     assert run(*squeeze(stats=stats)).status == 0
     written, model = stats.read_bytes(), out.read_bytes()
-    assert Statistics.load(stats).notes == {
+    notes = Statistics.load(stats).notes
+    assert notes.pop("listing")  # of the files
+    assert notes == {
         "complete": True, "images_total": 20, "files_done": 20, "skipped": 0, "data": "folder"
     }  # fmt: skip
     answer = run(*squeeze(stats=stats, data=None))
@@ -148,3 +150,20 @@ def test_one_corrupt_image_is_skipped_counted_and_reported(run, squeeze, tmp_pat
     assert "warning: skipped 1 of 20 images" in answer.err and "c/1.jpg" in answer.err.replace(os.sep, "/")
     checked = run("validate", tmp_path / "small.safetensors", "--data", data, "--json")
     assert checked.json["skipped"] == 1 and checked.json["images"] == 19
+
+
+def test_images_without_classes_are_compared_with_a_reference(run, refused, squeeze, weights, tmp_path, jpeg):
+    run(*squeeze())
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(6):
+        (flat / f"{i}.jpg").write_bytes(jpeg(i))
+    small = tmp_path / "small.safetensors"
+    assert "has no classes" in refused("validate", small, "--data", flat)
+    given = ["--reference", NAME, "--reference-checkpoint", weights, *TINY]
+    values = run("validate", small, "--data", flat, *given, "--json").json
+    assert values["top1"] is None and values["images"] == 6 and 0 <= values["agreement"] <= 100
+    text = run("validate", small, "--data", flat, *given).out
+    assert "agreement" in text and "top-1" not in text and "images as 3x32x32" in text
+    text = run("validate", small, "--data", flat, *given, "--mean", "0.1,0.2,0.3", "--std", "0.4").out
+    assert "mean 0.1, 0.2, 0.3, std 0.4, 0.4, 0.4" in text
