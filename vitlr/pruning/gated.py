@@ -107,8 +107,8 @@ def prune(
     folder = _Folder(resume, model, gating)
 
     gated = add_gates(model, gating.gated, inplace=True)
-    _prove(gated, loader)
     choose(gated, rate, budget=budget, **how)  # in reach, whoever goes?
+    _prove(gated, loader)
     trained = train(
         gated,
         loader,
