@@ -35,7 +35,7 @@ from bench.compare.vit_tiny import CHECKPOINT, MODEL, Recorded, calibration_tar,
 from vitlr import Statistics, apply, calibrate, create_model, evaluate, plan, refine
 from vitlr.calibration.options import OBJECTIVES
 from vitlr.data.loader import Loader, open_data
-from vitlr.planning.options import METHODS
+from vitlr.planning.options import METHODS, ROUNDED
 
 HELD = 150
 LADDERS: dict[str, Any] = {"refit": ["refit"], "regrow": ["regrow"], "distil": ["distil"], "all": "distil"}
@@ -67,7 +67,7 @@ def variants(rungs: Iterable[str], counts: Iterable[int]) -> list[Variant]:
     found += [replace(BASE, name=f"objective {o}", objective=o) for o in OBJECTIVES if o != BASE.objective]
     found += [replace(BASE, name="uniform ranks", uniform=True)]
     # Rounding changes bytes only, under budgets of its own: bench/compare/bits.py.
-    methods = [method for method in METHODS if method not in (BASE.method, "bits")]
+    methods = [method for method in METHODS if method not in (BASE.method, *ROUNDED)]
     found += [replace(BASE, name=f"allocation {m}", method=m) for m in methods]
     found += [BOTH, WHOLE]
     for of in (BASE, BOTH):

@@ -162,7 +162,7 @@ def test_what_cannot_be_guessed_is_asked_for(args, tmp_path):
         (lambda m: setattr(m.norm, "eps", 1e-3), "norm.eps"),
         (lambda m: m.add_module("extra", nn.Identity()), "module extra is only in the model"),
         (lambda m: m.register_buffer("table", torch.ones(2), persistent=False), "buffer table is only in the model"),
-        (lambda m: setattr(m, "head", nn.Linear(32, 6)), "head"),
+        (lambda m: setattr(m, "head", nn.Sequential(nn.Linear(32, 6))), "head"),
     ],
 )
 def test_a_model_changed_by_hand_is_not_saved_as_another(tiny_vit, tmp_path, change, words):
