@@ -122,7 +122,7 @@ def markdown(body: dict[str, Any]) -> str:
     """All rows, as they stand in the docs."""
     dense, facts = body["dense"], body["machine"]
     lines = [
-        "# Bits, without any training",
+        "# Bits, without any training but where it says so",
         "",
         f"`{body['model']}` ({body['weights']}), {body['calibration_images']} calibration images; accuracy on the "
         f"{body['validation_images']}-image subset of the ILSVRC2012 validation set (easier than the full set: do not "

@@ -26,6 +26,7 @@ from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.roundings import Rounding
+from vitlr.decomposition.sides import Sides
 from vitlr.measuring.evaluation import evaluate
 from vitlr.nn import QuantizedLinear, ResidualLowRankLinear
 from vitlr.ops.layers.codes import dequantise
@@ -55,9 +56,10 @@ def approximate(linear: nn.Linear, form: str, rank: int, layer: LayerStatistics)
 
 def rounded(name: str, parts: Parts, stats: Statistics, size: int) -> tuple[QuantizedLinear, int]:
     """The layer at the finest level that takes no more than `size` bytes, and what it is predicted to take."""
-    found = Rounding.of(name, parts, stats, Objective.of(stats, Planning()))
-    level = next((level for level, (taken, _) in found.ladder.items() if taken <= size), found.levels[-1])
     linear = parts.linears[name]
+    sides = Sides(stats.layers[name], Objective.of(stats, Planning()), linear.bias is not None)
+    found = Rounding.of(name, sides, linear.weight)
+    level = next((level for level, (taken, _) in found.ladder.items() if taken <= size), found.levels[-1])
     low = found.rounded(level, linear.weight, linear.bias)
     return low, round(found.ladder[level][0])
 
