@@ -74,7 +74,7 @@ def test_what_a_file_says_is_checked(tiny_vit):
         ({"outputs": 0}, "outputs 0, expected"),
         ({"outputs": True}, "outputs True, expected"),
         ({"in_features": 31}, "expected {'in_features': 32"),
-        ({"bias": 1}, "a bias or none"),
+        ({"bias": 1}, "bias 1, expected one of True, False"),
     ):
         with pytest.raises(InputError, match=said):
             restructure(tiny_vit(), {**described, name: {**described[name], **change}})
