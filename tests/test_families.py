@@ -71,7 +71,7 @@ def test_full_ranks_reproduce_the_dense_model(name):
         torch.testing.assert_close(small(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-def test_an_mlp_whose_numbers_fail_keeps_its_width_unless_widths_were_asked_for():
+def test_an_mlp_whose_numbers_fail_keeps_its_width_and_the_plan_or_a_warning_says_so(caplog):
     """The pooling sees one token an image, and two images say little of its hidden neurons."""
     model, x = make("vit_base_patch16_siglip_224")
     model, x = model.float(), x.float()
@@ -83,5 +83,5 @@ def test_an_mlp_whose_numbers_fail_keeps_its_width_unless_widths_were_asked_for(
     read = vitlr.Plan.from_json(plan.to_json())
     with torch.no_grad():
         assert torch.equal(vitlr.apply(model, read, stats)(x), vitlr.apply(model, plan)(x))
-    with pytest.raises(vitlr.NumericalError, match=r"MLP attn_pool\.mlp"):
-        vitlr.plan(model, stats, "params:85%", rank_step=1, method="joint")
+    asked = vitlr.plan(model, stats, "params:85%", rank_step=1, method="joint")
+    assert asked.to_dict()["layers"] == plan.to_dict()["layers"] and kept.split(" (")[0] in caplog.text

@@ -15,6 +15,7 @@ from vitlr.ops.linalg.rounding import Side
 DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.4 to 1 (docs/method.md)
 PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
 _OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
+_LEAST = 0.1  # of the plain mean, where most entries are nearly nothing: sums in float32 are not exact to that
 _NOTHING = 1e-12  # of every direction where none was seen
 
 
@@ -69,8 +70,13 @@ class Sides:
         return mean if self.columns is None else mean[self.columns]
 
     def _side(self, what: str, M: Tensor) -> Side:
+        M = M if M.any() else _NOTHING * torch.eye(len(M))
         try:
-            return Side.of(M if M.any() else _NOTHING * torch.eye(len(M)), 0.0)
+            return Side.of(M, 0.0)
+        except NumericalError:  # sums in float32 of a few tokens, one entry far above all others
+            pass
+        try:
+            return Side.of(M, DAMPING)
         except NumericalError as cause:
             raise NumericalError(
                 f"layer {self.layer.name}, moment of the {what}: {cause}; calibrate again in float32"
@@ -83,6 +89,6 @@ def _left(M: Tensor, entries: Tensor | None) -> Tensor:
 
 def _damped(M: Tensor, damping: float) -> Tensor:
     diagonal = M.diagonal()
-    median = diagonal.median()
-    level = diagonal.clamp(max=_OUTLIER * median).mean() if median > 0 else diagonal.mean()
+    mean, most = diagonal.mean(), _OUTLIER * diagonal.median()
+    level = torch.maximum(diagonal.clamp(max=most).mean(), _LEAST * mean)
     return M + damping * level * torch.eye(len(M), dtype=M.dtype)

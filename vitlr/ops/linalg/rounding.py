@@ -53,7 +53,7 @@ class Side:
         spread = (X.square() / self.D[:, None]).sum(0) * self.D
         price = ((X @ M.double()[self.order][:, self.order]) * X).sum(1)
         back = self.order.argsort()
-        return self.D[back], spread[back], price[back]
+        return self.D[back], spread[back], price[back].clamp_min(0)
 
 
 def round_to_steps(
