@@ -107,3 +107,11 @@ def test_three_processes_on_one_file_of_statistics_all_end_well(squeeze, tmp_pat
     assert [child.returncode for child in children] == [0, 0, 0], [said.decode()[-300:] for _, said in answers]
     kept = [json.loads(out)["params_kept"] for out, _ in answers]
     assert len(set(kept)) == 1 and not list(tmp_path.glob(".*.part"))
+
+
+def test_an_interrupt_within_an_exec_of_a_string_ends_with_130_too(tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        "import vitlr.cli.app as shell\nshell.app = lambda: exec('raise KeyboardInterrupt')\nshell.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == 130 and b"interrupted" in done.stderr
