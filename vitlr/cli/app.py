@@ -97,9 +97,8 @@ def main() -> Any:
     finally:  # all is written: the interpreter would die of a signal that comes while it shuts down
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        exec(
-            ""
-        )  # takes back CPython's note to die of SIGINT at the end: one that interrupts exec() of a string leaves it
+        # One that interrupts exec() of a string leaves CPython a note to die of SIGINT at the end; this takes it back.
+        exec("")
 
 
 def _terminated(number: int, frame: Any) -> None:
