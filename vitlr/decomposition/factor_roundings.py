@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.decomposition.roundings import SAMPLE, Rounding
-from vitlr.decomposition.sides import DAMPING, Sides
+from vitlr.decomposition.sides import Sides
 from vitlr.nn import LowRankLinear
 
 _TINY = torch.finfo(torch.float64).tiny
@@ -31,7 +31,7 @@ class FactorRounding:
     def of(cls, name: str, sides: Sides, A: Tensor, B: Tensor) -> FactorRounding:
         """Of a layer with these sides. Raises `NumericalError` naming it for moments that are none."""
         A, B = A.detach().cpu().double(), B.detach().cpu().double()
-        C = sides.moments(DAMPING)[1]
+        C = sides.moments()[1]
         t = ((B @ C) * B).sum(1).clamp_min(_TINY).sqrt()
         A, B = A * t, B / t[:, None]
         up, down = sides.through(B=B), sides.through(A=A)
@@ -46,7 +46,7 @@ class FactorRounding:
         """The layer of integers: A is rounded, B solved again for it, `(Âᵀ S Â)⁻¹ Âᵀ S A B`, and then rounded."""
         A, B = self.up.weight, self.down.weight
         up = self.up.rounded(level, A, None)
-        rounded, S = up.dense_weight(torch.float64), self.sides.moments(DAMPING)[0]
+        rounded, S = up.dense_weight(torch.float64), self.sides.moments()[0]
         seen = rounded.mT @ S
         again = torch.linalg.lstsq(seen @ rounded, seen @ A @ B).solution
         down = Rounding.of(self.up.name, self.sides.through(A=rounded), again).rounded(level, again, None)

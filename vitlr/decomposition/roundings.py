@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vitlr.decomposition.sides import PRICED, Sides
+from vitlr.decomposition.sides import Sides
 from vitlr.nn.quantized_linear import BYTE, LARGEST, LARGEST_TWICE, QuantizedLinear, step
 from vitlr.ops.linalg.rounding import round_to_steps
 from vitlr.runtime import compact
@@ -49,8 +49,8 @@ class Rounding:
     @classmethod
     def of(cls, name: str, sides: Sides, weight: Tensor) -> Rounding:
         """Of a linear with these sides. Raises `NumericalError` naming the layer for moments that are none."""
-        found = zip(sides.factored(), sides.moments(PRICED), strict=True)
-        (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(M) for side, M in found)
+        found = zip(sides.factored(), sides.excess(), strict=True)
+        (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(E) for side, E in found)
         return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
 
     @property

@@ -44,8 +44,18 @@ class Sides:
         """Those of the factor B of `A B`, seen through A, or of the factor A, which reads what B makes."""
         return replace(self, A=A, B=B)
 
-    def moments(self, damping: float) -> tuple[Tensor, Tensor]:
-        """S and C, nats an image, both with `damping` times their mean diagonal on it."""
+    def moments(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+        """S and C, nats an image, damped."""
+        S, C = (M + damping * _level(M) * torch.eye(len(M), dtype=M.dtype) for M in self._measured)
+        return S if self.A is None else self.A.mT @ S @ self.A, C if self.B is None else self.B @ C @ self.B.mT
+
+    def excess(self) -> tuple[Tensor, Tensor]:
+        """What S and C are damped by beyond what errors are said to cost; a number for that multiple of 1."""
+        S, C = ((DAMPING - PRICED) * _level(M) for M in self._measured)
+        return S if self.A is None else S * self.A.mT @ self.A, C if self.B is None else C * self.B @ self.B.mT
+
+    @property
+    def _measured(self) -> tuple[Tensor, Tensor]:
         layer, objective = self.layer, self.objective
         S = torch.eye(layer.out_features, dtype=torch.float64)
         if objective.by_gradient:
@@ -55,13 +65,11 @@ class Sides:
         if self.has_bias:
             total = layer.sum("input_sum").double()
             C = C - torch.outer(total, total) / max(layer.tokens, 1)
-        S, C = _left(S, self.rows), _left(objective.of_activations(C), self.columns)
-        S, C = _damped(S, damping), _damped(C, damping)
-        return S if self.A is None else self.A.mT @ S @ self.A, C if self.B is None else self.B @ C @ self.B.mT
+        return _left(S, self.rows), _left(objective.of_activations(C), self.columns)
 
     def factored(self) -> tuple[Side, Side]:
         """Both as rounding needs them. Raises `NumericalError` naming the layer for moments that are none."""
-        S, C = self.moments(DAMPING)
+        S, C = self.moments()
         return self._side("outputs' gradients", S), self._side("inputs", C)
 
     def mean(self) -> Tensor:
@@ -87,8 +95,7 @@ def _left(M: Tensor, entries: Tensor | None) -> Tensor:
     return M if entries is None else M[entries][:, entries]
 
 
-def _damped(M: Tensor, damping: float) -> Tensor:
+def _level(M: Tensor) -> Tensor:
+    """The mean of the diagonal, in which no entry counts for more than some medians."""
     diagonal = M.diagonal()
-    mean, most = diagonal.mean(), _OUTLIER * diagonal.median()
-    level = torch.maximum(diagonal.clamp(max=most).mean(), _LEAST * mean)
-    return M + damping * level * torch.eye(len(M), dtype=M.dtype)
+    return torch.maximum(diagonal.clamp(max=_OUTLIER * diagonal.median()).mean(), _LEAST * diagonal.mean())

@@ -89,3 +89,14 @@ def test_a_singular_moment_is_damped_and_no_moment_is_refused():
     for wrong in (torch.full((3, 3), float("nan")), -torch.eye(3)):
         with pytest.raises(NumericalError, match="not positive definite, or holds NaN or Inf"):
             Side.of(wrong, 0.1)
+
+
+@pytest.mark.parametrize("as_matrix", [False, True])
+def test_an_error_costs_its_price_in_a_metric_that_is_less_damped(as_matrix):
+    M = moment(9, 3).double()
+    excess = torch.tensor(0.3 * float(torch.linalg.eigvalsh(M)[0]), dtype=torch.float64)
+    side = Side.of(M, 0.0)
+    _, _, price = side.by_entry(excess * torch.eye(9, dtype=torch.float64) if as_matrix else excess)
+    less = (M - excess * torch.eye(9, dtype=torch.float64))[side.order][:, side.order]
+    X = torch.linalg.inv(torch.eye(9, dtype=torch.float64) + side.L)
+    torch.testing.assert_close(price[side.order], (X @ less @ X.mT).diagonal())

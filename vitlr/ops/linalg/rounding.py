@@ -42,18 +42,19 @@ class Side:
         root = R.diagonal()
         return cls(order, (R / root).tril(-1), root.square())
 
-    def by_entry(self, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_entry(self, excess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entry by entry unsorted: D, `D · diag(M⁻¹)`, by which errors vary once they are made up for, and the price.
 
-        An error of unit variance in A, uncorrelated with the others, costs D in the side's own metric and the price
-        `diag((1 + L)⁻¹ M (1 + L)⁻ᵀ)` in another, M.
+        An error of unit variance in A, uncorrelated with the others, costs D in the side's own metric M, and in
+        `M - excess` the price `D - diag((1 + L)⁻¹ excess (1 + L)⁻ᵀ)`; a number stands for that multiple of 1.
         """
         one = torch.eye(len(self.D), dtype=self.D.dtype, device=self.D.device)
         X = torch.linalg.solve_triangular(one + self.L, one, upper=False, unitriangular=True)
         spread = (X.square() / self.D[:, None]).sum(0) * self.D
-        price = ((X @ M.double()[self.order][:, self.order]) * X).sum(1)
+        E = excess.double()
+        more = E * X.square().sum(1) if E.ndim == 0 else ((X @ E[self.order][:, self.order]) * X).sum(1)
         back = self.order.argsort()
-        return self.D[back], spread[back], price[back].clamp_min(0)
+        return self.D[back], spread[back], (self.D - more).clamp_min(0)[back]
 
 
 def round_to_steps(
