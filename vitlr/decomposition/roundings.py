@@ -19,6 +19,7 @@ from vitlr.nn.quantized_linear import BYTE, LARGEST, LARGEST_TWICE, QuantizedLin
 from vitlr.ops.linalg.rounding import round_to_steps
 from vitlr.runtime import compact
 from vitlr.runtime.coding import size
+from vitlr.runtime.compact import power
 
 LADDER = 2  # eighths of a power of two from one level to the next: a quarter of a bit
 _SPREADS = (0.3, 30.0)  # of the codes, from the coarsest level to the finest
@@ -70,18 +71,20 @@ class Rounding:
         """
         rows, columns = (-4 * D.log2() for D in self.D)
         rows, columns = (rows + level).round().to(torch.int16), columns.round().to(torch.int16)
-        spread = (self.weight.double() / step(rows, columns)).square().mean(1).sqrt() / (LARGEST / _SIGMAS)
+        squares = self.weight.double().square() @ power(columns).double().square().reciprocal()
+        spread = (squares / len(columns)).sqrt() / power(rows) / (LARGEST / _SIGMAS)
         rows = rows + (8 * spread.clamp_min(1).log2()).ceil().to(torch.int16)
         over = (8 * self._peaks(rows, columns).clamp_min(1).log2()).ceil().to(torch.int16)
         return rows, columns + torch.where(over > _COARSER, (over - BYTE).clamp_min(0), over)
 
     def _peaks(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Of every column, the largest code in what a code of one byte may be."""
-        return (self.weight.double().abs() / step(rows, columns)).amax(0) / (_PEAK * LARGEST)
+        in_rows = (self.weight.abs() / power(rows)[:, None]).amax(0)
+        return in_rows.double() / power(columns) / (_PEAK * LARGEST)
 
     def _largest(self, rows: Tensor, columns: Tensor) -> Tensor:
         """What codes of every column may be: of one byte, or of two where a weight needs it."""
-        return torch.where(self._peaks(rows, columns) > 1 + 1e-9, LARGEST_TWICE, LARGEST)
+        return torch.where(self._peaks(rows, columns) > 1 + 1e-6, LARGEST_TWICE, LARGEST)
 
     @cached_property
     def ladder(self) -> Ladder:
