@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,26 @@ def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
     assert _C is not None, why_not()
     pointer = 0 if weight is None else weight.data_ptr()
     _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), isa_used())
+
+
+def round_tile(
+    W: torch.Tensor,
+    step: torch.Tensor,
+    largest: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    asked: tuple[torch.Tensor, torch.Tensor],
+    found: Sequence[torch.Tensor],
+) -> None:
+    """Rounds one tile W [m, n] to steps [m, n], codes within ±largest [n]; all in fp64 on the CPU, rows contiguous.
+
+    rows [m, m] and columns [n, n] are the sides' L within the tile. asked: what lies to the right and below asks of
+    it, [m, n] each, used up; the first contiguous. found: errors E, F, A and codes, written. All but the first of
+    asked, rows and columns share the strides of W.
+    """
+    assert _C is not None, why_not()
+    pointers = [X.data_ptr() for X in (W, step, rows, columns, *asked, *found)]
+    _C.round_tile(*W.shape, largest.data_ptr(), pointers, W.stride(0), rows.stride(0), columns.stride(0))
 
 
 def pack(W: torch.Tensor, isa: str) -> torch.Tensor:

@@ -10,12 +10,16 @@ is that of YAQA (arXiv 2505.22988); S = 1 is GPTQ.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vitlr.errors import NumericalError
+from vitlr.ops.dispatch import registry
 
+OP = "round_to_steps"
+VARIABLE = "VITLR_ROUNDING"
 TILE = 64
 LARGEST = 2**15 - 1  # of a code
 
@@ -32,15 +36,15 @@ class Side:
     @classmethod
     def of(cls, M: Tensor, damping: float) -> Side:
         """The side of `M + damping · mean of its diagonal`. Raises `NumericalError` where M is no moment."""
-        M = M.double()
         order = M.diagonal().argsort(stable=True)
-        M = M[order][:, order]
+        M = M[order[:, None], order].double()
         level = M.diagonal().mean().clamp_min(torch.finfo(M.dtype).tiny)
-        R, failed = torch.linalg.cholesky_ex(M + damping * level * torch.eye(len(M), dtype=M.dtype, device=M.device))
-        if int(failed) or not torch.isfinite(R).all():
+        M.diagonal().add_(damping * level)
+        R, failed = torch.linalg.cholesky_ex(M, upper=True)  # LAPACK writes columns: those of Rᵀ are rows of the root
+        if int(failed) or not torch.isfinite(R.diagonal()).all():
             raise NumericalError("it is not positive definite, or holds NaN or Inf")
-        root = R.diagonal()
-        return cls(order, (R / root).tril(-1), root.square())
+        R, root = R.mT, R.diagonal().clone()
+        return cls(order, R.div_(root).tril_(-1), root.square())
 
     def by_entry(self, excess: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Entry by entry unsorted: D, `D · diag(M⁻¹)`, by which errors vary once they are made up for, and the price.
@@ -49,10 +53,12 @@ class Side:
         `M - excess` the price `D - diag((1 + L)⁻¹ excess (1 + L)⁻ᵀ)`; a number stands for that multiple of 1.
         """
         one = torch.eye(len(self.D), dtype=self.D.dtype, device=self.D.device)
-        X = torch.linalg.solve_triangular(one + self.L, one, upper=False, unitriangular=True)
-        spread = (X.square() / self.D[:, None]).sum(0) * self.D
+        X = torch.linalg.solve_triangular(self.L, one, upper=False, unitriangular=True)
         E = excess.double()
-        more = E * X.square().sum(1) if E.ndim == 0 else ((X @ E[self.order][:, self.order]) * X).sum(1)
+        more = None if E.ndim == 0 else ((X @ E[self.order[:, None], self.order]) * X).sum(1)
+        squares = X.square_()
+        spread = self.D.reciprocal() @ squares * self.D
+        more = E * squares.sum(1) if more is None else more
         back = self.order.argsort()
         return self.D[back], spread[back], (self.D - more).clamp_min(0)[back]
 
@@ -64,20 +70,15 @@ def round_to_steps(
 
     W and `step [N, K]` as the layer has them; `rows` is the output side, `columns` the input side. Codes lie within
     `±largest`, one for all or one a column [K]. Returns int16 codes in the layer's order and `A [N, K]` in fp64 in the
-    order of the sides.
-
-    Tiles on one antidiagonal do not depend on each other, nor do entries on one antidiagonal of a tile, so it takes
-    about 2 (N + K) small steps whatever the size.
+    order of the sides. VITLR_ROUNDING=torch|cpu chooses who rounds; VITLR_BACKEND does not reach this op.
     """
     N, K = W.shape
-    within = W.double()[rows.order][:, columns.order], step.double()[rows.order][:, columns.order]
+    within = (X[rows.order][:, columns.order].double() for X in (W, step))
     limit = torch.as_tensor(largest, dtype=torch.float64, device=W.device).expand(K)[columns.order]
-    tiles = _Tiles(*within, rows.L, columns.L, limit)
-    for diagonal in range(tiles.down + tiles.across - 2, -1, -1):
-        tiles.solve(diagonal)
+    found, A = registry.select(OP, Key(N, K, W.device)).run(*within, rows.L, columns.L, limit)
     codes = torch.empty(N, K, dtype=torch.int16, device=W.device)
-    codes[rows.order[:, None], columns.order[None]] = tiles.codes[:N, :K].to(torch.int16)
-    return codes, tiles.A[:N, :K]
+    codes[rows.order[:, None], columns.order[None]] = found.to(torch.int16)
+    return codes, A
 
 
 def reference(
@@ -98,6 +99,42 @@ def reference(
     found = torch.empty(N, K, dtype=torch.int16)
     found[rows.order[:, None], columns.order[None]] = codes.to(torch.int16)
     return found, A
+
+
+class Key(NamedTuple):
+    """What dispatch knows of a call."""
+
+    N: int
+    K: int
+    device: torch.device = torch.device("cpu")
+
+
+def by_antidiagonals(W: Tensor, step: Tensor, L_O: Tensor, L_I: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and A in fp64, all in the order of the sides, in plain torch.
+
+    Tiles on one antidiagonal do not depend on each other, nor do entries on one antidiagonal of a tile, so it takes
+    about 2 (N + K) small steps whatever the size.
+    """
+    N, K = W.shape
+    tiles = _Tiles(W, step, L_O, L_I, limit)
+    for diagonal in range(tiles.down + tiles.across - 2, -1, -1):
+        tiles.solve(diagonal)
+    return tiles.codes[:N, :K], tiles.A[:N, :K]
+
+
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
+    """What both sides ask, `N K (N + K)` FLOPs; the sides, W, steps, codes and A pass once, in fp64."""
+    N, K = key.N, key.K
+    return registry.Roofline.of(N * K * (N + K), 8 * (N * N + K * K + 4 * N * K), torch.float64, ceilings)
+
+
+registry.register_op(
+    OP,
+    Key,
+    roofline,
+    registry.Candidate("torch", lambda key: None, by_antidiagonals, ran_on=("CPU",)),
+    registry.Override(VARIABLE, "back-end", ("cpu", "torch")),
+)
 
 
 class _Tiles:
