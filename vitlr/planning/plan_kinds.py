@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vitlr.calibration.options import OBJECTIVES
+from vitlr.runtime import compact
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, whole
 
 LEVELS = 1000  # of rounding, either way
@@ -31,6 +32,7 @@ WIDTH: dict[str, Any] = {
     "reason": _REASON,
     "kind?": NAME,
 }
+OTHER: dict[str, Any] = {"name": NAME, "bits": whole(compact.BITS[-1], compact.BITS[0]), "error": number()}
 PLAN: dict[str, Any] = {
     "schema": whole(1),
     "budget": _REASON,
@@ -39,6 +41,7 @@ PLAN: dict[str, Any] = {
     "damping": number(0),
     "layers": [LAYER],
     "widths?": [WIDTH],
+    "others?": [OTHER],
     "fingerprint": NAME,
     "params": _TOTAL,
     "params_kept": _TOTAL,

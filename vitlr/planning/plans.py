@@ -15,10 +15,12 @@ from vitlr.planning.plan_kinds import BITS, PLAN
 from vitlr.runtime.kinds import check, read_json, shown, whole
 from vitlr.runtime.places import atomic_path, is_file
 
-SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
+SCHEMA = (
+    4  # 2 knows widths, 3 those of attention, 4 levels and bits; plans without them are written as they always were
+)
 KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
 _MAX_BYTES = 16 * 2**20
-_ROWS = ("layers", "widths")
+_ROWS = ("layers", "widths", "others")
 _OWN = ("why", "spectra", "image")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
@@ -76,6 +78,15 @@ class WidthPlan:
 
 
 @dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix beside the linears (embedding, positions, head): bits a row, and the predicted error of that alone."""
+
+    name: str
+    bits: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
@@ -96,6 +107,7 @@ class Plan:
     bytes_kept: int
     method: str = "lowrank"
     widths: tuple[WidthPlan, ...] = ()
+    others: tuple[MatrixPlan, ...] = ()  # all other matrices take 7 bits where weights are rounded
     compensated: bool = True  # the second linears make up for the neurons that are gone
     ridge: float = 0.0
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
@@ -114,13 +126,13 @@ class Plan:
 
     @property
     def rounds_rest(self) -> bool:
-        """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
+        """Whether all else is rounded as well: matrices to 7 bits a row or what `others` says, vectors to float16."""
         return bool(self.levels) or (self.method in ROUNDED and self.bytes_kept < self.bytes)
 
     @property
     def error(self) -> float:
-        """Predicted error of the whole model: the sum over layers and widths."""
-        return sum(layer.error for layer in self.layers) + sum(row.error for row in self.widths)
+        """Predicted error of the whole model: the sum over layers, widths and other matrices."""
+        return sum(row.error for row in (*self.layers, *self.widths, *self.others))
 
     @property
     def narrowed(self) -> dict[str, int]:
@@ -149,7 +161,8 @@ class Plan:
             for row in widths:
                 del row["kind"]
         schema = SCHEMA if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
-        return {"schema": schema, **body, "layers": layers, "widths": widths}
+        others = {"others": [asdict(row) for row in self.others]} if self.others else {}
+        return {"schema": schema, **body, "layers": layers, "widths": widths, **others}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -170,7 +183,8 @@ class Plan:
             values = {name: body[name] for name in names}
             if "method" in values:
                 values["method"] = _word(values["method"])
-            plan = cls(layers=layers, widths=widths, **values)
+            others = tuple(MatrixPlan(**row) for row in body.get("others", ()))
+            plan = cls(layers=layers, widths=widths, others=others, **values)
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
         plan._check()
@@ -242,6 +256,11 @@ class Plan:
             lines.append(
                 f"{row.name:<{width}}  {kept:>11}  {KINDS[row.kind]:>5}  {row.error:>9.3g}  {'':>10}  {'':>8}  "
                 f"{row.reason}"
+            )
+        for other in self.others:
+            own = "  ".join([" " * 5] * ranked + [f"{other.bits:>5}  {'':>5}"])
+            lines.append(
+                f"{other.name:<{width}}  {'':>11}  {own}  {other.error:>9.3g}  {'':>10}  {'':>8}  beside the linears"
             )
         narrowed = ""
         for what, rows in (
