@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
@@ -113,7 +113,8 @@ def compressed(
     if not plan_only and (problem := why_not_rebuilt(model)) is not None:
         _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda *_: nullcontext(progress))
-    layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
+    with visibility.visible(model):
+        layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
     def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
         with watch("calibrating") as advance:

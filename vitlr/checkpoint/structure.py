@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
 from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
@@ -18,11 +18,22 @@ from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRank
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
+from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
 Entry = Mapping[str, Any]
 Do = Callable[[], Any]  # what is left to do once all is checked
+
+_SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
+ENTRIES: dict[str, dict[str, Any]] = {
+    "width": {"width": whole(0)},
+    "heads": {"heads": whole(0)},
+    "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
+    "quantized": {"quantized": FLAG, **_SIZES},
+    "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
+}
+"""What an entry of each kind holds; whether that fits the model is for the change itself to say."""
 
 _SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -100,17 +111,19 @@ def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
     fit, and widths, channels and ranks out of range; the model is then untouched.
     """
-    dense = _Dense(model)
     kinds = {name: _kind(entry) for name, entry in layers.items()}
     for name, kind in kinds.items():
         check(layers[name], ENTRIES[kind], f"layer {name}")
-    changes = [
-        change(dense, name, layers[name]) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind
-    ]
-    linears.make_visible(model)
+    for name, kind in kinds.items():
+        check(layers[name], ENTRIES[kind], f"layer {name}")
+    with visibility.visible(model, keep=True):
+        dense = _Dense(model)
+        of_kinds = ((change, name) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind)
+        changes = [change(dense, name, layers[name]) for change, name in of_kinds]
     with torch.no_grad():
         for do in changes:
             do()
+    visibility.put_back(model)
     return model
 
 
