@@ -10,12 +10,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 from torch import nn
 
 from vitlr.anatomy import timm
-from vitlr.nn import MultiheadLinears
+from vitlr.nn import MultiheadLinears, PointwiseConv
 from vitlr.runtime.modules import join, swap, uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_OPENED: tuple[type[MultiheadLinears] | type[PointwiseConv], ...] = (MultiheadLinears, PointwiseConv)
 _NESTED = "vitlr_use_nested_tensor"  # on an encoder of torch's: what it said before its attentions were opened
 
 
@@ -35,7 +36,7 @@ def visible(model: nn.Module, *, keep: bool = False) -> Iterator[tuple[str, ...]
     With `keep` they stay so, unless an error leaves the block.
     timm's `F.linear(x, W, b)` becomes `qkv(x) + b`: the same function, rounded once more where BLAS adds the bias
     before it rounds. At most, on logits of BEiT-B, EVA-giant and SwinV2-B: 7e-16 in fp64, 3e-7 in fp32, 8e-3 in bf16.
-    An `nn.MultiheadAttention` becomes `MultiheadLinears` on the same parameters.
+    An `nn.MultiheadAttention` becomes `MultiheadLinears`, a 1x1 convolution `PointwiseConv`, on the same numbers.
     """
     switched = [attention for _, attention in timm.switchable(model) if not getattr(attention, timm.SWITCH)]
     before = {id(module) for module in model.modules()}
@@ -69,9 +70,10 @@ def make_visible(model: nn.Module) -> tuple[str, ...]:
     for _, attention in timm.switchable(model):
         setattr(attention, timm.SWITCH, True)
     for name, module in list(model.named_modules()):
-        if name and isinstance(module, nn.MultiheadAttention) and MultiheadLinears.why_not(module) is None:
-            swap(model, name, MultiheadLinears.from_dense(module))
-            names += [join(name, "qkv"), join(name, "out_proj")]
+        for kind in _OPENED:
+            if name and kind.why_not(module) is None:
+                swap(model, name, kind.from_dense(module))
+                names += [join(name, child) for child in kind.inside]
     for encoder in model.modules():  # what it nests, only torch's own layers can read
         if isinstance(encoder, nn.TransformerEncoder) and _opened(encoder) and not hasattr(encoder, _NESTED):
             setattr(encoder, _NESTED, encoder.use_nested_tensor)
@@ -80,15 +82,15 @@ def make_visible(model: nn.Module) -> tuple[str, ...]:
 
 
 def put_back(model: nn.Module) -> None:
-    """Give every `nn.MultiheadAttention` back whose linears, and those of its encoder layer, are as they were."""
+    """Give back what was opened where its linears, and those of its encoder layer, are as they were."""
     _put_back(model, list(model.modules()))
 
 
 def _put_back(model: nn.Module, among: Collection[nn.Module]) -> None:
-    wanted = {id(module) for module in among if isinstance(module, MultiheadLinears) and module.plain}
+    wanted = {id(module) for module in among if isinstance(module, _OPENED) and module.plain}
     wanted -= {id(layer.self_attn) for layer in model.modules() if _replaced(layer)}
     for name, module in list(model.named_modules()):
-        if isinstance(module, MultiheadLinears) and id(module) in wanted and name:
+        if isinstance(module, _OPENED) and id(module) in wanted and name:
             swap(model, name, module.to_dense())
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and hasattr(encoder, _NESTED) and not _opened(encoder):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitlr.checkpoint.bounds import Bounded, Held
-from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line

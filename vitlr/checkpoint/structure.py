@@ -18,22 +18,11 @@ from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRank
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
-from vitlr.runtime.kinds import FLAG, NAME, NONE, check, whole
 from vitlr.runtime.modules import swap
 from vitlr.surgery.attention import narrow_attention
 
 Entry = Mapping[str, Any]
 Do = Callable[[], Any]  # what is left to do once all is checked
-
-_SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
-ENTRIES: dict[str, dict[str, Any]] = {
-    "width": {"width": whole(0)},
-    "heads": {"heads": whole(0)},
-    "inputs": {"inputs": whole(0) | NONE, "outputs": whole(0) | NONE, **_SIZES},
-    "quantized": {"quantized": FLAG, **_SIZES},
-    "rank": {"rank": whole(0), "residual?": NAME, "group_size?": whole(0), **_SIZES},
-}
-"""What an entry of each kind holds; whether that fits the model is for the change itself to say."""
 
 _SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -112,8 +101,6 @@ def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     fit, and widths, channels and ranks out of range; the model is then untouched.
     """
     kinds = {name: _kind(entry) for name, entry in layers.items()}
-    for name, kind in kinds.items():
-        check(layers[name], ENTRIES[kind], f"layer {name}")
     for name, kind in kinds.items():
         check(layers[name], ENTRIES[kind], f"layer {name}")
     with visibility.visible(model, keep=True):

@@ -8,6 +8,7 @@ from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.nn.multihead_linears import MultiheadLinears
+from vitlr.nn.pointwise_conv import PointwiseConv
 from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 from vitlr.nn.selected_linear import SelectedLinear
@@ -21,6 +22,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankMLP",
     "MultiheadLinears",
+    "PointwiseConv",
     "QuantizedLinear",
     "ResidualLowRankLinear",
     "SelectedLinear",

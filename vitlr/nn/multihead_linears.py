@@ -22,6 +22,7 @@ class MultiheadLinears(nn.Module):
 
     # Parents ask for these: without them torch's own encoder layer calls its parts instead of reading their weights.
     in_proj_weight = in_proj_bias = None
+    inside = ("qkv", "out_proj")
 
     def __init__(self, qkv: nn.Module, out_proj: nn.Module, num_heads: int, dropout: float, batch_first: bool) -> None:
         super().__init__()
