@@ -106,12 +106,13 @@ void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tupl
   vitlr::run_attention(kernel, call, threads);
 }
 
-// matrices: W, step, rows, columns, by_row, by_column, E, F, A, codes as in cpu/rounding.h, `largest` before them
-void round_tile(int64_t height, int64_t width, uintptr_t largest, const py::list& matrices, int64_t stride,
-                int64_t rows_stride, int64_t columns_stride) {
+// matrices: W, step, least, largest, rows, columns, by_row, by_column, E, F, A, codes as in cpu/rounding.h
+void round_tile(int64_t height, int64_t width, const py::list& matrices, int64_t stride, int64_t least_stride,
+                int64_t largest_stride, int64_t rows_stride, int64_t columns_stride) {
   const auto at = [&](size_t i) { return pointer<double>(matrices[i].cast<uintptr_t>()); };
-  const vitlr::RoundingTile tile{height, width, at(0), at(1), pointer<const double>(largest), at(2),
-                                 at(3), at(4), at(5), at(6), at(7), at(8), at(9), stride, rows_stride, columns_stride};
+  const vitlr::RoundingTile tile{height, width,  at(0),        at(1),          at(2),       at(3),         at(4),
+                                 at(5),  at(6),  at(7),        at(8),          at(9),       at(10),        at(11),
+                                 stride, least_stride, largest_stride, rows_stride, columns_stride};
   py::gil_scoped_release release;
   vitlr::round_tile(tile);
 }

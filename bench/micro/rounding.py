@@ -55,6 +55,7 @@ def main() -> None:
     args.add_argument("--method", default="bits", choices=("bits", "mix"), help="mix: under a budget of as many bits")
     given = args.parse_args()
     torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
     model = create_model("vit_base_patch16_224", depth=given.depth).eval()
     stats, results, marks = statistics(model), {}, [(time.perf_counter(), time.process_time())]
 

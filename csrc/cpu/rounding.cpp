@@ -22,10 +22,10 @@ void round_tile(const RoundingTile& t) {
   for (int64_t i = t.height - 1; i >= 0; --i) {
     const int64_t row = i * t.stride;
     double *r = t.by_row + i * t.width, *f = t.F + row;
-    const double* c = t.by_column + row;
+    const double *c = t.by_column + row, *least = t.least + i * t.least_stride, *most = t.largest + i * t.largest_stride;
     for (int64_t j = t.width - 1; j >= 0; --j) {
-      const double w = t.W[row + j], s = t.step[row + j], most = t.largest[j];
-      const double q = nearest(std::min(std::max((w - r[j] - c[j]) / s, -most), most));
+      const double w = t.W[row + j], s = t.step[row + j];
+      const double q = nearest(std::min(std::max((w - r[j] - c[j]) / s, least[j]), most[j]));
       const double e = q * s - w;
       t.codes[row + j] = q, t.E[row + j] = e, f[j] = e + r[j], t.A[row + j] = f[j] + c[j];
       add_multiple(r, e, t.columns + j * t.columns_stride, j);

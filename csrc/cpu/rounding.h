@@ -13,13 +13,13 @@ namespace vitlr {
 struct RoundingTile {
   int64_t height, width;
   const double *W, *step;  // [height, width] at `stride`
-  const double* largest;   // [width], whole numbers: of a code
+  const double *least, *largest;  // [height, width], whole numbers: of a code
   const double* rows;      // [height, height] at `rows_stride`: strictly lower, of the output side
   const double* columns;   // [width, width] at `columns_stride`: strictly lower, of the input side
   double* by_row;          // [height, width], contiguous
   double* by_column;       // [height, width] at `stride`, as all that follow
   double *E, *F, *A, *codes;
-  int64_t stride, rows_stride, columns_stride;
+  int64_t stride, least_stride, largest_stride, rows_stride, columns_stride;
 };
 
 void round_tile(const RoundingTile& tile);

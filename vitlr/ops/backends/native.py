@@ -64,21 +64,20 @@ def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
 def round_tile(
     W: torch.Tensor,
     step: torch.Tensor,
-    largest: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    sides: tuple[torch.Tensor, torch.Tensor],
     asked: tuple[torch.Tensor, torch.Tensor],
     found: Sequence[torch.Tensor],
 ) -> None:
-    """Rounds one tile W [m, n] to steps [m, n], codes within ±largest [n]; all in fp64 on the CPU, rows contiguous.
+    """Rounds one tile W [m, n] to steps [m, n], all in fp64 on the CPU, rows contiguous.
 
-    rows [m, m] and columns [n, n] are the sides' L within the tile. asked: what lies to the right and below asks of
-    it, [m, n] each, used up; the first contiguous. found: errors E, F, A and codes, written. All but the first of
-    asked, rows and columns share the strides of W.
+    bounds: the least and the largest codes [m, n]. sides: L of the outputs [m, m] and of the inputs [n, n] within the
+    tile. asked: what lies to the right and below asks of it, [m, n] each, used up; the first contiguous. found: errors
+    E, F, A and codes, written. step, the second of asked and found have the strides of W.
     """
     assert _C is not None, why_not()
-    pointers = [X.data_ptr() for X in (W, step, rows, columns, *asked, *found)]
-    _C.round_tile(*W.shape, largest.data_ptr(), pointers, W.stride(0), rows.stride(0), columns.stride(0))
+    pointers = [X.data_ptr() for X in (W, step, *bounds, *sides, *asked, *found)]
+    _C.round_tile(*W.shape, pointers, *(X.stride(0) for X in (W, *bounds, *sides)))
 
 
 def pack(W: torch.Tensor, isa: str) -> torch.Tensor:
