@@ -22,7 +22,7 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
-from vitlr.planning.budgets import LATENCY, Budget, parse_budget
+from vitlr.planning.budgets import Budget, is_timed, parse_budget
 from vitlr.planning.options import ROUNDED, Planning
 from vitlr.planning.pace import check_machine, clocked
 from vitlr.planning.planner import plan
@@ -69,7 +69,7 @@ class Stages:
     @property
     def timed(self) -> bool:
         """Whether milliseconds are the budget."""
-        return self.budget is not None and self.budget.quantity == LATENCY
+        return is_timed(self.budget)
 
 
 @keywords(Planning, Calibration, Recipe)
@@ -232,7 +232,7 @@ def read_options(
     measuring = Calibration.of(calibration, **asked)
     # Layers are chosen by what is measured; of several objectives a plan takes the first.
     planned = {key: value for key, value in own(Planning, changes).items() if key not in ("include", "exclude")}
-    repairs, timed = own(Recipe, changes), goal is not None and goal.quantity == LATENCY
+    repairs, timed = own(Recipe, changes), is_timed(goal)
     (repairs if timed else planned).pop("batch_size", None)  # it is of one or of the other
     if not isinstance(planned.get("objective"), str | None):
         planned["objective"] = None
@@ -271,7 +271,7 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
     if type(rounds) is not int or not 1 <= rounds <= 8:
         raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
-    if rounds > 1 and budget is not None and budget.quantity == LATENCY:
+    if rounds > 1 and is_timed(budget):
         raise InputError(f"rounds={rounds} counts what is counted, not times; it does not go with {budget}")
     if rounds > 1 and options.stored:
         raise InputError(f"rounds={rounds} counts weights that are not rounded; it does not go with bits=")

@@ -36,6 +36,11 @@ class Budget:
         return f"{self.quantity}:{self.amount:.10g}{'ms' * (self.quantity == LATENCY)}"
 
 
+def is_timed(budget: str | Budget | None) -> bool:
+    """Whether a budget counts milliseconds."""
+    return budget is not None and parse_budget(budget).quantity == LATENCY
+
+
 def parse_budget(text: str | Budget) -> Budget:
     """Read a budget; raises `InputError` with what is expected where it cannot be read."""
     if isinstance(text, Budget):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vitlr.calibration.options import ROUNDING
 from vitlr.decomposition.options import GRAINS, Decomposition, check_objective
 from vitlr.errors import InputError
-from vitlr.planning.budgets import LATENCY, Budget
+from vitlr.planning.budgets import Budget, is_timed
 from vitlr.runtime.fields import option
 
 METHODS = ("lowrank", "widths", "widths+ranks", "joint", "bits", "mix")
@@ -169,7 +169,7 @@ class Planning(Decomposition):
 
     def _check_latency(self, budget: Budget | None) -> None:
         """Raise `InputError` for what only milliseconds go with, and for what they do not go with."""
-        if budget is None or budget.quantity != LATENCY:
+        if not is_timed(budget):
             for name in ("batch_size", "threads"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name}= goes with a budget of latency, such as latency:50%")

@@ -21,7 +21,7 @@ from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.measuring.losses import certain
 from vitlr.measuring.times import Times
 from vitlr.planning.allocation import allocate
-from vitlr.planning.budgets import LATENCY, Budget, parse_budget
+from vitlr.planning.budgets import Budget, is_timed, parse_budget
 from vitlr.planning.forms import Sizes
 from vitlr.planning.nats import nats_of_bytes
 from vitlr.planning.options import NARROWING, ROUNDED, Planning
@@ -70,7 +70,7 @@ def plan(
     options = Planning.of(options, **changes)
     options.check_budget(wanted)
     parts, pace = read(model), None
-    if wanted is not None and wanted.quantity == LATENCY:
+    if is_timed(wanted):
         check_times(times, options)
         times = times or clocked(model, stats, options)
         options = replace(options, attention="none")  # shorter queries and keys are not timed
