@@ -172,7 +172,7 @@ def compressed(
         return Compressed(small, chosen, None, measured, images)
 
     small = apply(small, chosen, inplace=inplace or rounds > 1)
-    _record(small, chosen, measured, rounds, images)
+    record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
@@ -188,7 +188,7 @@ def compressed(
             multiply_planned(small, ranges)
         chosen = replace(chosen, latency=timed(reference, small, chosen.latency, measured.image))
         small = fuse(small, inplace=True)
-        _record(small, chosen, measured, rounds, images)
+        record(small, chosen, measured, rounds, images)
     return Compressed(small, chosen, report, measured, images)
 
 
@@ -199,7 +199,7 @@ def _ranges(options: Calibration, names: Sequence[str]) -> dict[str, Any]:
     return {"objective": objective, "extras": (RANGES,), "hidden": False, "include": exactly(names), "exclude": None}
 
 
-def _record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
+def record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
     """Leave with the model, for its file, what was decided and from what."""
     recipe = {key: getattr(chosen, key) for key in ("budget", "objective", "method", "centred")}
     recipe |= {"rounds": rounds, "images": images, "samples": measured.samples, "seed": measured.seed}
