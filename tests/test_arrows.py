@@ -36,6 +36,7 @@ WINGS = (
     "checkpoint",
     "engines",
     "compression",
+    "reporting",
     "cli",
 )
 

@@ -18,7 +18,8 @@ from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.fields import Options, declared, option
 
-COMMANDS = ["inspect", "compress", "prune", "finetune", "validate", "export", "bench", "doctor", "demo"]
+COMMANDS = ["inspect", "frontier", "compress", "prune", "finetune", "validate", "report", "export", "bench"]
+COMMANDS += ["doctor", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,9 +15,9 @@ from vitlr.calibration.options import Calibration
 from vitlr.cli.command import flags_of, in_flags, takes
 from vitlr.cli.options import (
     DATA,
+    MACHINE,
     OUTPUT,
     AsJson,
-    BatchSize,
     Checkpoint,
     ClassMap,
     Data,
@@ -48,7 +48,7 @@ def compress(
         str,
         typer.Option(
             metavar="Q:N",
-            help="What is KEPT of the whole model: params:40%, macs:1.2G, bytes:10MB.",
+            help="What is KEPT of the whole model: params:40%, macs:1.2G, bytes:10MB, latency:50%, latency:12ms.",
             rich_help_panel=DATA,
         ),
     ],
@@ -94,20 +94,34 @@ def compress(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            metavar="N",
+            min=1,
+            help="Images in one batch; under latency the batch that it counts for. [default: 64; under latency 1]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     workers: Workers = None,
     device: Device = None,
 ) -> Result:
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
-    from vitlr.anatomy import linears
+    from vitlr.anatomy import linears, visibility
     from vitlr.checkpoint import files, origins
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
+    from vitlr.planning.budgets import is_timed
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
+    timed = is_timed(budget)
+    if timed and batch_size is not None:
+        options["batch_size"] = batch_size
     read_options(budget, **how, changes=options)
     _check_refinement(refine, resume, data, plan_only, options)
     if rounds > 1 and (data is None or plan_out is not None):
@@ -118,11 +132,12 @@ def compress(
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
-    network = open_model(model, source, device=parse_device(device))
+    network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
+    visibility.make_visible(network)
     linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
-    read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
+    read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size or 64, "workers": workers, "limit": limit}
     read |= images_as
     images = None if data is None else open_data(data, network, **read)
 
@@ -156,6 +171,7 @@ def compress(
         text += [f"wrote {out}: {size / 1e6:.3f} MB"]
     kept = {"params_kept": plan.params_kept, "macs": plan.macs, "macs_kept": plan.macs_kept, "bytes": size}
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
+    values |= {} if plan.latency is None else {"latency": plan.latency.to_dict()}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
     text += [] if images is None else [images.made]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))
