@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import runpy
@@ -29,7 +30,8 @@ ELSEWHERE = {
     "mypy": ".ci/run checks",
     "vitlr demo": "takes minutes; tests/test_demo.py runs it quickly",
 }
-_FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+_NOTE = r"<!-- (?:not run: (?P<why>[^\n]+?)|needs: (?P<needs>[\w ]+?)) -->\n"
+_FENCE = re.compile(rf"^(?:{_NOTE})?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the documents are not beside the tests")
@@ -54,7 +56,9 @@ def workplace(tmp_path_factory) -> Path:
 
 def snippets(document: Path) -> Iterator[tuple[str, str, str | None]]:
     for match in _FENCE.finditer(document.read_text()):
-        yield match["language"], match["code"], match["why"]
+        missing = [name for name in (match["needs"] or "").split() if importlib.util.find_spec(name) is None]
+        why = f"{', '.join(missing)} not installed" if missing else match["why"]
+        yield match["language"], match["code"], why
 
 
 def commands(code: str) -> list[str]:

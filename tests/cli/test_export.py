@@ -1,4 +1,4 @@
-"""`vitlr export`: what it writes and refuses, and `vitlr bench --engines`, which times such files."""
+"""`vitlr export`: what it writes and refuses."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.places import atomic_path, check_writable
+from vitlr.runtime.words import one_line
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
 TARGETS = {"onnx": ".onnx", "openvino": ".xml"}
@@ -79,8 +80,9 @@ def export(
     many only) of one size (`dynamic_size`: of any that the model takes). Low rank is two MatMuls; codes of quantised
     weights stay bytes, dequantised in the graph; layers of int8 are QDQ, u8 inputs by s8 weights in rows, all else
     float32. `bits=8` with `stats` makes such layers first, as `vitlr.fuse` does. Logits are compared on `images`
-    [B, C, H, W], by default two of noise: `‖theirs - ours‖ ≤ 0.001 ‖ours‖`, and of int8 layers what rounding their
-    inputs moves logits by. The file is written whole or not at all; numbers above 1.8 GB lie beside it, in `.data`.
+    [B, C, H, W], by default two of noise, and on the first alone and at twice its size where the file takes that:
+    `‖theirs - ours‖ ≤ 0.001 ‖ours‖`, and of int8 layers what rounding their inputs moves logits by. The file is written
+    whole or not at all; numbers above 1.8 GB lie beside it, in `.data`.
 
     Raises `InputError` for a place, a target or an engine that is not there, `RunError` for a model whose export
     fails (which operation, which module) and for engines that answer otherwise (by how much).
@@ -94,19 +96,21 @@ def export(
         model = fuse(model, bits=bits, stats=stats)
     model = unfuse(model).cpu().float()
     shown = _shown(model, images, batch_size, input_size)
+    inputs = [shown, *[shown[:1]] * (batch_size is None)]
+    inputs += [shown.repeat_interleave(2, 2).repeat_interleave(2, 3)[: batch_size or 1]] * dynamic_size
     spoken = duplicate(model).eval()
     expected = speak(spoken)
-    with evaluation_mode(model), torch.no_grad():
-        ours = _answer(model, shown)
-        allowed = max(_TOLERANCE, _FLIPS * difference(_answer(to_dense(model), shown), ours) if expected else 0)
     notes = {"vitlr": _notes(model)}
     graph = graph_of(spoken, shown, batch=batch_size is None, size=dynamic_size, notes=notes)
     products = products_of_bytes(graph.graph)
     if products < expected:
         raise RunError(f"{expected} layers multiply bytes, {products} products of the graph do; nothing was written")
+    with evaluation_mode(model), torch.no_grad():
+        ours = [_answer(model, x) for x in inputs]
+        allowed = max(_TOLERANCE, _FLIPS * difference(_answer(to_dense(model), shown), ours[0]) if expected else 0)
     with tempfile.TemporaryDirectory() as folder:
         written = _write(graph, Path(folder) / path.name, to)
-        checked = _check(written, shown, ours, allowed, batch_size is None)
+        checked = _check(written, inputs, ours, allowed)
         size = sum(file.stat().st_size for file in written)
         places = [path.with_name(file.name) for file in written]
         _move(written, places)
@@ -140,11 +144,14 @@ def check_target(path: str | os.PathLike[str], to: str | None) -> str:
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:
-    return first_tensor(model(images))
+    try:
+        return first_tensor(model(images))
+    except Exception as cause:  # whatever a forward raises
+        raise RunError(f"the model cannot run images {list(images.shape)}: {one_line(cause)}") from cause
 
 
 def _shown(model: nn.Module, images: Tensor | None, count: int | None, size: tuple[int, int, int] | None) -> Tensor:
-    """Images to compare on, as many as the file takes, else up to eight: those given, again from the first, or noise.
+    """Images to compare on, as many as the file takes, else up to eight: those given, over and over, or noise.
 
     Two at least where the file takes any number: of one, the exporter would take one for all that there ever are.
     """
@@ -178,8 +185,8 @@ def _write(graph: Any, path: Path, to: str) -> list[Path]:
 
 
 def _check(
-    written: list[Path], images: Tensor, ours: Tensor, allowed: float, batch: bool
-) -> Mapping[str, tuple[float, int | None]]:
+    written: list[Path], inputs: Sequence[Tensor], ours: Sequence[Tensor], allowed: float
+) -> dict[str, tuple[float, int | None]]:
     """How far every engine that is there is from our logits, and its MatMuls of bytes; `RunError` where too far."""
     kinds: dict[str, type[Engine]] = ENGINES if written[0].suffix == ".onnx" else {"openvino": OpenVino}
     found = {}
@@ -187,10 +194,7 @@ def _check(
         if not is_installed(name):
             continue
         engine = kind(written[0])
-        theirs = [engine(images)]
-        if batch:
-            theirs.append(torch.cat([engine(image[None]) for image in images[:2]]))
-        off = max(difference(answer, ours[: len(answer)]) for answer in theirs)
+        off = max(difference(engine(x), answer) for x, answer in zip(inputs, ours, strict=True))
         if not off <= allowed:
             raise RunError(
                 f"{name} answers otherwise than the model: its logits are off by {off:.2g}, relative, where "
