@@ -35,6 +35,7 @@ WINGS = (
     "pruning",
     "checkpoint",
     "compression",
+    "reporting",
     "cli",
 )
 

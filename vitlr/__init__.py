@@ -34,6 +34,8 @@ _HOMES = {
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
     "refinement.ladder": ("refine",),
+    "reporting.frontier": ("Frontier", "frontier"),
+    "reporting.report": ("report",),
     "surgery.application": ("apply",),
     "surgery.fusion": ("fuse", "to_dense", "unfuse"),
 }

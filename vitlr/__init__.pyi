@@ -33,6 +33,9 @@ from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan as Plan
 from vitlr.pruning.options import Blending, Gating
 from vitlr.refinement.recipe import Recipe
+from vitlr.reporting.frontier import Frontier as Frontier
+from vitlr.reporting.frontier import frontier as frontier
+from vitlr.reporting.report import report as report
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply as apply
 from vitlr.surgery.fusion import fuse as fuse

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import GRADIENT_OBJECTIVES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
@@ -127,7 +127,8 @@ def compressed(
     if not plan_only and (problem := why_not_rebuilt(model)) is not None:
         _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda *_: nullcontext(progress))
-    layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
+    with visibility.visible(model):
+        layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
     def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
         with watch("calibrating") as advance:
@@ -171,7 +172,7 @@ def compressed(
         return Compressed(small, chosen, None, measured, images)
 
     small = apply(small, chosen, inplace=inplace or rounds > 1)
-    _record(small, chosen, measured, rounds, images)
+    record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
@@ -187,7 +188,7 @@ def compressed(
             multiply_planned(small, ranges)
         chosen = replace(chosen, latency=timed(reference, small, chosen.latency, measured.image))
         small = fuse(small, inplace=True)
-        _record(small, chosen, measured, rounds, images)
+        record(small, chosen, measured, rounds, images)
     return Compressed(small, chosen, report, measured, images)
 
 
@@ -198,7 +199,7 @@ def _ranges(options: Calibration, names: Sequence[str]) -> dict[str, Any]:
     return {"objective": objective, "extras": (RANGES,), "hidden": False, "include": exactly(names), "exclude": None}
 
 
-def _record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
+def record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
     """Leave with the model, for its file, what was decided and from what."""
     recipe = {key: getattr(chosen, key) for key in ("budget", "objective", "method", "centred")}
     recipe |= {"rounds": rounds, "images": images, "samples": measured.samples, "seed": measured.seed}

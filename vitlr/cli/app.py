@@ -1,4 +1,5 @@
-"""The command line: `vitlr inspect | compress | prune | finetune | validate | bench | doctor | demo`.
+"""The command line: `vitlr inspect | frontier | compress | prune | finetune | validate | report | bench |
+doctor | demo`.
 
 Exit status: 0 done, 1 a run that failed, 2 bad usage or bad input, 130 interrupted. The result goes to stdout, all else
 to stderr. Nothing heavy is imported before a command runs.
@@ -17,8 +18,10 @@ from vitlr.cli.command import Command
 from vitlr.cli.commands.bench import bench
 from vitlr.cli.commands.compress import compress
 from vitlr.cli.commands.finetune import finetune
+from vitlr.cli.commands.frontier import frontier
 from vitlr.cli.commands.inspect import inspect
 from vitlr.cli.commands.prune import prune
+from vitlr.cli.commands.report import report
 from vitlr.cli.commands.validate import validate
 from vitlr.cli.options import OUTPUT, AsJson
 from vitlr.cli.result import Result, guarded
@@ -71,6 +74,7 @@ def _root(
 
 _EXAMPLES = {
     "inspect": "vitlr inspect vit_tiny_patch16_224",
+    "frontier": "vitlr frontier vit_tiny_patch16_224 --data train --val val --out frontier",
     "compress": "vitlr compress vit_tiny_patch16_224 --data train --limit 1000 \\\n"
     "    --budget params:80% --out small.safetensors",
     "prune": "vitlr prune vit_tiny_patch16_224 --data train --rate 0.3 \\\n    --out pruned.safetensors",
@@ -78,10 +82,12 @@ _EXAMPLES = {
     "    --reference vit_tiny_patch16_224 --out tuned.safetensors",
     "validate": "vitlr validate small.safetensors --data val --class-map synsets.txt \\\n"
     "    --reference vit_tiny_patch16_224",
+    "report": "vitlr report small.safetensors --data val --class-map synsets.txt \\\n"
+    "    --reference vit_tiny_patch16_224 --out page",
     "bench": "vitlr bench small.safetensors --batch-size 1,64",
 }
 
-for _command in (inspect, compress, prune, finetune, validate, bench, doctor, demo):
+for _command in (inspect, frontier, compress, prune, finetune, validate, report, bench, doctor, demo):
     _example = _EXAMPLES.get(_command.__name__)
     app.command(_command.__name__, cls=Command, epilog=_example)(guarded(_command))
 

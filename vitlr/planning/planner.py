@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from vitlr.anatomy import visibility
 from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.levels import measured_linears
@@ -28,13 +29,13 @@ from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.pace import Pace, check_times, clocked, shapes_of
 from vitlr.planning.plans import Plan
 from vitlr.runtime.fields import keywords
-from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 
 _logger = logging.getLogger("vitlr")
 
 
 @keywords(Planning)
+@visibility.seeing
 def plan(
     model: nn.Module,
     stats: Statistics,
@@ -65,7 +66,6 @@ def plan(
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
-    model = uncompiled(model)
     wanted = None if budget is None else parse_budget(budget)
     options = Planning.of(options, **changes)
     options.check_budget(wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.calibration.options import RANGES
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.byte_steps import int8_linear
@@ -26,7 +26,7 @@ def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
     """
     if RANGES not in stats.extras:
         raise InputError('these statistics hold no ranges of inputs: calibrate(..., extras=("ranges",))')
-    linears.make_visible(model)
+    visibility.make_visible(model)
     found = dict(model.named_modules())
     stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
     made: dict[str, tuple[Int8Linear, float]] = {}

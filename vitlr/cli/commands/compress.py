@@ -110,7 +110,7 @@ def compress(
 ) -> Result:
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
-    from vitlr.anatomy import linears
+    from vitlr.anatomy import linears, visibility
     from vitlr.checkpoint import files, origins
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
@@ -135,6 +135,7 @@ def compress(
     network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
+    visibility.make_visible(network)
     linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
     read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size or 64, "workers": workers, "limit": limit}
     read |= images_as

@@ -21,7 +21,7 @@ def inspect(
     """Show which linears are compressible, which are bypassed, and what share of the parameters they hold."""
     import torch
 
-    from vitlr.anatomy import linears
+    from vitlr.anatomy import linears, visibility
     from vitlr.anatomy.attention import fewer_heads
     from vitlr.anatomy.mlps import narrowed_mlps
     from vitlr.checkpoint import origins
@@ -32,7 +32,8 @@ def inspect(
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     with origins.unfilled():  # nothing here looks at a value
         network = open_model(model, source, device=torch.device("cpu"), weights=False)
-    survey, bypassed = linears.survey(network), linears.bypassed(network)
+    bypassed = visibility.make_visible(network)
+    survey = linears.survey(network)
     total = cost.count_params(network)
     targets = [
         _row(name, m.out_features, m.in_features, m.weight.numel(), _BYPASSED if name in bypassed else "")
