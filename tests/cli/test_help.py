@@ -18,7 +18,19 @@ from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.fields import Options, declared, option
 
-COMMANDS = ["inspect", "frontier", "compress", "prune", "finetune", "validate", "report", "bench", "doctor", "demo"]
+COMMANDS = [
+    "inspect",
+    "frontier",
+    "compress",
+    "prune",
+    "finetune",
+    "validate",
+    "report",
+    "export",
+    "bench",
+    "doctor",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,7 +17,7 @@ from vitlr.calibration.statistics import Statistics
 def test_help_names_every_command_and_version(run):
     answer = run("--help")
     assert answer.status == 0
-    for command in ("inspect", "compress", "prune", "validate", "bench", "doctor", "demo"):
+    for command in ("inspect", "compress", "prune", "validate", "export", "bench", "doctor", "demo"):
         assert f"\n  {command} " in answer.out
     assert run("--version").out == f"vitlr {vitlr.__version__}\n"
 

@@ -1,4 +1,4 @@
-"""The command line: `vitlr inspect | frontier | compress | prune | finetune | validate | report | bench |
+"""The command line: `vitlr inspect | frontier | compress | prune | finetune | validate | report | export | bench |
 doctor | demo`.
 
 Exit status: 0 done, 1 a run that failed, 2 bad usage or bad input, 130 interrupted. The result goes to stdout, all else
@@ -17,6 +17,7 @@ import typer
 from vitlr.cli.command import Command
 from vitlr.cli.commands.bench import bench
 from vitlr.cli.commands.compress import compress
+from vitlr.cli.commands.export import export
 from vitlr.cli.commands.finetune import finetune
 from vitlr.cli.commands.frontier import frontier
 from vitlr.cli.commands.inspect import inspect
@@ -105,10 +106,11 @@ _EXAMPLES = {
     "    --reference vit_tiny_patch16_224",
     "report": "vitlr report small.safetensors --data val --class-map synsets.txt \\\n"
     "    --reference vit_tiny_patch16_224 --out page",
+    "export": "vitlr export small.safetensors --out small.onnx",
     "bench": "vitlr bench small.safetensors --batch-size 1,64",
 }
 
-for _command in (inspect, frontier, compress, prune, finetune, validate, report, bench, doctor, demo):
+for _command in (inspect, frontier, compress, prune, finetune, validate, report, export, bench, doctor, demo):
     _example = _EXAMPLES.get(_command.__name__)
     app.command(_command.__name__, cls=Command, epilog=_example, short_help=_SHORT[_command.__name__])(
         guarded(_command)

@@ -14,7 +14,7 @@ from vitlr.runtime.machine import cores, processor
 from vitlr.runtime.words import one_line
 
 _PACKAGES = ("vitlr", "torch", "torchvision", "triton", "timm", "safetensors", "numpy", "typer", "rich")
-_OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao")
+_OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino")
 _VARIABLES = ("VITLR_BACKEND", "VITLR_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _ROWS, _WIDTH, _HIDDEN, _BLOCKS, _RANK = 8 * 197, 768, 3072, 12, 192  # eight images through a block of ViT-B
 
