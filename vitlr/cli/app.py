@@ -90,6 +90,7 @@ _SHORT = {
     "finetune": "Train a model, compressed or not, on labelled images.",
     "validate": "Accuracy, and agreement with another model.",
     "report": "One HTML page: budget, accuracy, speed, and where it errs.",
+    "export": "Write a model for ONNX Runtime or OpenVINO.",
     "bench": "How fast a model is, in turns with the one it came from.",
     "doctor": "What is installed, was built, and runs here, and why not.",
     "demo": "Train a small ViT on digits and compress it; a few minutes.",
@@ -111,10 +112,8 @@ _EXAMPLES = {
 }
 
 for _command in (inspect, frontier, compress, prune, finetune, validate, report, export, bench, doctor, demo):
-    _example = _EXAMPLES.get(_command.__name__)
-    app.command(_command.__name__, cls=Command, epilog=_example, short_help=_SHORT[_command.__name__])(
-        guarded(_command)
-    )
+    _name = _command.__name__
+    app.command(_name, cls=Command, epilog=_EXAMPLES.get(_name), short_help=_SHORT[_name])(guarded(_command))
 
 
 def main() -> Any:

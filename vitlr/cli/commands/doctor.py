@@ -163,13 +163,14 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
         "lowrank_glu": {**layer, "D": _HIDDEN * 2 // 3, "N": _WIDTH, "rg": _RANK, "rv": _RANK, "r2": _RANK},
+        "round_to_steps": {"N": 3 * _WIDTH, "K": _WIDTH, "device": device},
         "int8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
     }
 
 
 def _explained(op: str, device: dict[str, str]) -> dict[str, Any]:
     from vitlr.ops import explain
-    from vitlr.ops.linalg import gram  # noqa: F401 (gram registers its op)
+    from vitlr.ops.linalg import gram, rounding  # noqa: F401 (they register their ops)
 
     where = torch.device(device["name"])
     answer: dict[str, Any] = {"op": op, "device": device["name"], "chosen": None, "candidates": [], "problem": None}
