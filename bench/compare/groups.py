@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import data_folder, finish, parser
-from bench.compare.mix import images, kl
+from bench.compare.predictions import images, kl
 from bench.compare.vit_tiny import CHECKPOINT, MODEL
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics

@@ -6,12 +6,16 @@ import copy
 
 import pytest
 import torch
+from mutations import packed, read
 from timm.models.vision_transformer import VisionTransformer
 
 import vitlr
+from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint import files
 from vitlr.errors import InputError
 from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
+from vitlr.runtime.modules import swap
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
 
@@ -78,6 +82,87 @@ def test_layers_of_low_rank_multiply_bytes_by_statistics_of_their_own(tmp_path, 
     torch.testing.assert_close(to_dense(fast)(images), to_dense(small)(images), rtol=0.05, atol=0.05)
     vitlr.save(fast, tmp_path / "fast.safetensors", model_args=False)
     assert torch.equal(vitlr.load(tmp_path / "fast.safetensors", model=model)(images), fast(images))
+
+
+@pytest.fixture(scope="module")
+def known():
+    """A model that a file names by itself."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+    vit = vitlr.create_model("vit_tiny_patch16_224", pretrained=False, **sizes)
+    torch.nn.init.normal_(vit.head.weight, std=0.2)
+    return vit.eval()
+
+
+def of_bytes(model, images):
+    """The model with all its linears of bytes."""
+    stats = vitlr.calibrate(model, images.split(8), objective="output", hidden=False, extras=("ranges",))
+    return fuse(model, bits=8, stats=stats)
+
+
+COMPRESSED = {
+    "dense": lambda model, loader: model,
+    "low rank": lambda model, loader: vitlr.compress(model, loader, "params:60%", objective="output", uniform=True),
+    "narrowed": lambda model, loader: vitlr.compress(model, loader, "params:60%", method="joint"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("how", COMPRESSED)
+def test_its_file_alone_gives_the_same_bits(tmp_path, known, images, how, fused, dtype):
+    small = of_bytes(COMPRESSED[how](known, images.split(8)), images)
+    assert how != "narrowed" or narrowed_mlps(small)
+    small = copy.deepcopy(small if fused else unfuse(small)).to(dtype)
+    vitlr.save(small, tmp_path / "small.safetensors")
+    again = vitlr.load(tmp_path / "small.safetensors")
+    assert torch.equal(again(images.to(dtype)), small(images.to(dtype)))
+    assert [type(m) for m in again.modules()] == [type(m) for m in small.modules()]
+    vitlr.save(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "small.safetensors").read_bytes()
+
+
+@torch.no_grad()
+def test_a_file_may_hold_layers_of_floats_and_of_rounded_weights_beside_those_of_bytes(tmp_path, known, images):
+    low = COMPRESSED["low rank"](known, images.split(8)).to(torch.bfloat16)
+    ends, qkv = torch.full((16,), 3.0), low.blocks[0].attn.qkv
+    qkv.up = Int8Linear.from_weight(qkv.up.weight, qkv.up.bias, -ends, ends, 0 * ends)
+    rounded = vitlr.compress(known, images.split(8), "bytes:40%", method="bits")
+    for name in ("blocks.1.attn.proj", "blocks.0.mlp.fc1"):
+        dense = known.get_submodule(name)
+        ends = torch.full((48,), 4.0)
+        swap(rounded, name, Int8Linear.from_weight(dense.weight, dense.bias, -ends, ends, 0 * ends))
+    for small, dtype in ((low, torch.bfloat16), (rounded, torch.float32)):
+        vitlr.save(small, tmp_path / "small.safetensors")
+        again = vitlr.load(tmp_path / "small.safetensors")
+        assert torch.equal(again(images.to(dtype)), small(images.to(dtype)))
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "told"),
+    [
+        ("scale", lambda t: t.index_fill(0, torch.tensor(3), torch.inf), "scale holds what is not finite"),
+        ("shift", lambda t: t.index_fill(0, torch.tensor(3), torch.nan), "shift holds what is not finite"),
+        ("bias", lambda t: t / 0, "bias holds what is not finite"),
+        ("multiplier", lambda t: -t, r"multiplier reaches -[\d.]+, expected steps above 0"),
+        ("scale", lambda t: 0 * t, "scale reaches 0, expected steps above 0"),
+        ("scale", lambda t: t.half(), "expected torch.float32|expected one dtype"),
+        ("codes", lambda t: t.float(), "codes is torch.float32, expected torch.int8"),
+        ("codes", lambda t: t[:, 1:], r"codes: the model has \(48, 192\), the file has \(48, 191\)"),
+        ("multiplier", lambda t: t[1:], r"multiplier: the model has \(192,\), the file has \(191,\)"),
+    ],
+)
+def test_a_file_with_steps_that_are_none_is_refused(tmp_path, known, images, part, wrong, told):
+    path = tmp_path / "small.safetensors"
+    vitlr.save(of_bytes(known, images), path)
+    header, tensors = read(path)
+    key = f"blocks.1.mlp.fc2.{part}"
+    tensors[key] = wrong(tensors[key]).contiguous()
+    del header["digest"]
+    path.write_bytes(packed({**header, "digest": files._digest(tensors, header)}, tensors))
+    with pytest.raises(InputError, match=told):
+        vitlr.load(path)
 
 
 def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats):

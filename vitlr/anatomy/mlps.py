@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from vitlr.anatomy import linears
 from vitlr.errors import InputError
-from vitlr.nn import LowRankGLU, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Int8Linear, LowRankGLU, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.nn._formula import Formula, Untraceable
 from vitlr.nn._fused import original_of
 from vitlr.nn._fused_mlp import FusedMlp
@@ -24,7 +24,8 @@ SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
 )
 _MARK = "vitlr_full_width"  # on an MLP that was narrowed: the width it had before anything was removed
-_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear)
+_INTEGERS = (QuantizedLinear, Int8Linear)
+_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, *_INTEGERS)
 _LOOKS_LIKE_ONE = re.compile(r"mlp|ffn|feed_?forward|swiglu", re.IGNORECASE)
 _FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
@@ -135,7 +136,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
         if selected:
             refused[name] = f"channels were taken out of {selected[0]} already"
             continue
-        integers = [child for child, linear in inside.items() if isinstance(linear, QuantizedLinear)]
+        integers = [child for child, linear in inside.items() if isinstance(linear, _INTEGERS)]
         if integers:
             refused[name] = f"the weights of {integers[0]} are integers already"
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
@@ -103,7 +103,7 @@ def calibrate(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(no_graphs_left(model))
         stack.enter_context(frozen_parameters(model))
-        stack.enter_context(linears.visible(model))
+        stack.enter_context(visibility.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         check_finite(model)
         # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitlr.checkpoint.origins import hidden_buffers
 from vitlr.errors import InputError
+from vitlr.nn import Int8Linear
 from vitlr.runtime.kinds import NAME, NONE, PLAIN, among, check, number, text, tuple_of, whole
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
@@ -85,6 +86,7 @@ def casts(buffer: Tensor) -> bool:
 def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise `InputError` unless numbers are in one of `DTYPES`, the same one within a module, and all else as built."""
     own = {name: value.dtype for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    of_bytes = {name for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}  # always fp32
     of_module: dict[str, tuple[str, torch.dtype]] = {}
     for name, tensor in tensors.items():
         expected = own.get(name, tensor.dtype)
@@ -94,7 +96,9 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             continue
         if tensor.dtype not in DTYPES.values():
             raise InputError(f"tensor {name:.120} is {tensor.dtype}, expected one of {', '.join(DTYPES)}")
-        module = name.rpartition(".")[0].removesuffix(".down").removesuffix(".up")  # two factors are one layer
+        module = name.rpartition(".")[0]
+        if module not in of_bytes:
+            module = module.removesuffix(".down").removesuffix(".up")  # two factors are one layer
         first, dtype = of_module.setdefault(module, (name, tensor.dtype))
         if tensor.dtype != dtype:
             raise InputError(f"tensor {name:.120} is {tensor.dtype}, and {first:.120} is {dtype}; expected one dtype")

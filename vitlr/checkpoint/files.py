@@ -227,7 +227,7 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], header: Mapping[str, Any
     except RuntimeError as cause:  # a module refuses values, as a folded scale does
         raise InputError(one_line(cause)) from cause
     for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, (QuantizedLinear, Int8Linear)):
             layer.check(f"layer {name}")
     for name, known in header["tied"].items():
         (source, s), (target, t) = (n.rpartition(".")[::2] for n in (known, name))

@@ -84,6 +84,24 @@ class Int8Linear(Weightless):
         linear.bias = nn.Parameter((self.bias.double() + scale * (codes @ self.shift.double())).float())
         return linear.train(self.training)
 
+    def check(self, name: str) -> None:
+        """Raise `InputError` for codes, steps and shapes that no such layer has."""
+        N, K = self.out_features, self.in_features
+        shapes: dict[str, tuple[int, ...]] = {"codes": (N, K), "scale": (N,), "bias": (N,)}
+        for part in ("codes", *_FLOATS):
+            found, shape = getattr(self, part), shapes.get(part, (K,))
+            dtype = torch.int8 if part == "codes" else torch.float32
+            if found.shape != shape or found.dtype != dtype:
+                raise InputError(f"{name}: {part} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}")
+        if self.codes.is_meta:
+            return
+        for part in _FLOATS:
+            found = getattr(self, part)
+            if not bool(torch.isfinite(found).all()):
+                raise InputError(f"{name}: {part} holds what is not finite")
+            if part in ("scale", "multiplier") and not bool((found > 0).all()):
+                raise InputError(f"{name}: {part} reaches {float(found.min()):.3g}, expected steps above 0")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         # Devices change, dtypes do not: as integers the floats pass through `.to(dtype)` bit for bit.
         held = {name: self._buffers[name] for name in _FLOATS}

@@ -17,6 +17,7 @@ class Form(NamedTuple):
 
     rank: int | None = None  # None stays dense
     level: int | None = None  # that it is rounded to; None leaves its numbers as they are
+    int8: bool = False  # whether it multiplies bytes
 
 
 DENSE = Form()

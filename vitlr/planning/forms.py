@@ -90,7 +90,7 @@ class Forms:
         rounded = {form.rank for form in forms if form.level is not None}
         ladders = {rank: self.ladder(name, width, rank) for rank in rounded}
         cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
-        for i, (rank, level) in enumerate(forms):
+        for i, (rank, level, _) in enumerate(forms):
             cost[i], loss[i] = self.cost(narrowing, name, shape, rank), 0.0 if rank is None else scale * errors[rank]
             if level is not None:
                 size, lost = ladders[rank][level]

@@ -64,11 +64,20 @@ class Offers(Forms):
         )
         return replace(item, choices=[Choice(width, found)])
 
+    @property
+    def whole(self) -> float:
+        """The dense model's total."""
+        return float(getattr(self.sizes.total, self.quantity))
+
+    def said(self, amount: float) -> str:
+        """An amount in the message of a budget that is out of reach."""
+        return f"{amount:,.0f} {self.quantity}"
+
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""
         if self.rounds:
             return self.sizes.rest
-        return float(getattr(self.sizes.total, self.quantity)) - sum(self.dense(item) for item in items)
+        return self.whole - sum(self.dense(item) for item in items)
 
     def dense(self, item: Item) -> float:
         """Cost of an item with nothing changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vitlr.calibration.options import OBJECTIVES
+from vitlr.planning.latency import LATENCY
 from vitlr.runtime import compact
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, whole
 
@@ -22,6 +23,8 @@ LAYER: dict[str, Any] = {
     "kept_in?": _SIZE | NONE,
     "kept_out?": _SIZE | NONE,
     "level?": whole(-LEVELS, LEVELS) | NONE,
+    "int8?": FLAG,
+    "ms?": number(0, 1e12),
     "bits?": PLAIN,  # `BITS`, said in its own words
 }
 WIDTH: dict[str, Any] = {
@@ -52,4 +55,5 @@ PLAN: dict[str, Any] = {
     "method?": NAME,
     "compensated?": FLAG,
     "ridge?": number(0),
+    "latency?": LATENCY,
 }

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
-from vitlr.planning.choices import Form, Item
+from vitlr.planning.choices import DENSE, Form, Item
+from vitlr.planning.latency import Latency
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import NARROWING
 from vitlr.planning.plans import LayerPlan, MatrixPlan, Plan, WidthPlan
+from vitlr.planning.timed import TimedOffers
 
 
 def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Plan:
@@ -42,6 +44,8 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
         compensated=options.compensate if narrows else True,
         ridge=options.ridge if narrows else 0.0,
         spectra=spectra,
+        latency=_latency(offers, chosen),
+        times=offers.pace.times if isinstance(offers, TimedOffers) else None,
         **totals,
         **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in QUANTITIES},
     )
@@ -50,6 +54,13 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
 def _matrix(item: Item) -> MatrixPlan:
     """The row of a matrix beside the linears."""
     return MatrixPlan(item.matrix, item.choices[0].bits or 0, float(item.prices.loss[0]))
+
+
+def _latency(offers: Offers, chosen: Sequence[Item]) -> Latency | None:
+    """What the plan promises to take."""
+    if not isinstance(offers, TimedOffers):
+        return None
+    return offers.promised(chosen)
 
 
 def _bytes(offers: Offers, item: Item) -> float:
@@ -79,6 +90,8 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
             level=form.level,
+            int8=form.int8 or None,
+            ms=round(offers.ms(item.narrowing, name, width, form), 4) if isinstance(offers, TimedOffers) else None,
             bits=round(8 * offers.bytes_of(item.narrowing, name, width, form) / weights, 3) if rounded else None,
         )
 
@@ -108,8 +121,17 @@ def _saved(offers: Offers, rows: Sequence[LayerPlan]) -> dict[str, int]:
             bias = -N if offers.spectra.centred and row.rank is not None else 0
         saved["params"] += weights - row.params + bias
         saved["macs"] += round(weights * row.tokens) - row.macs
-        saved["bytes"] += (weights - row.params + bias) * offers.sizes.itemsize[row.name]
+        own = 0 if row.int8 else (weights - row.params + bias) * offers.sizes.itemsize[row.name]
+        saved["bytes"] += _saved_by_bytes(offers, row) if row.int8 else own
     return saved
+
+
+def _saved_by_bytes(offers: Offers, row: LayerPlan) -> int:
+    """Bytes that a linear of bytes saves: a code a weight, four floats a column and a row in place of a bias."""
+    itemsize, (N, K) = offers.sizes.itemsize[row.name], row.shape
+    before = (row.in_features * row.out_features + row.out_features * offers.sizes.has_bias[row.name]) * itemsize
+    linears = [(N, K)] if row.rank is None else [(row.rank, K), (N, row.rank)]
+    return before - sum(rows * columns + 8 * (rows + columns) for rows, columns in linears)
 
 
 def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> str:
@@ -126,6 +148,8 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
 
 
 def _why(offers: Offers, item: Item, name: str, form: Form) -> str:
+    if isinstance(offers, TimedOffers):
+        return _why_timed(offers, item, name, form)
     bits = offers.options.bits
     if form.level is None or not offers.rounds:
         why = _why_left(offers, name) if offers.rounds else _why_rank(offers, item, name, form.rank)
@@ -136,6 +160,16 @@ def _why(offers: Offers, item: Item, name: str, form: Form) -> str:
         return "both factors rounded: saves most for its error"
     coarsest = [*offers.ladder(name, item.choices[0].width, None)][-1]
     return "rounded: at the coarsest level" if form.level == coarsest else "rounded: saves most for its error"
+
+
+def _why_timed(offers: TimedOffers, item: Item, name: str, form: Form) -> str:
+    if name not in offers.wanted:
+        return "dense: left out by include/exclude"
+    own = "int8" if form.int8 else "dense" if form.rank is None else "low rank"
+    slower = offers.slower(item, name, form)
+    if slower is not None:
+        return f"{own}: {slower} is slower here"
+    return f"{own}: " + ("saves most time for its error" if form != DENSE else "worth its time within the budget")
 
 
 def _why_left(offers: Offers, name: str) -> str:
