@@ -163,6 +163,24 @@ def test_the_clock_runs_everything_in_turns_and_gives_threads_and_modes_back():
     assert names.count("a") > 5 and names.count("b") > 5
 
 
+def test_a_model_counts_block_by_block_each_by_its_least(monkeypatch):
+    now, slow = [0.0], iter([5, 1, 1] + [1, 5, 1] + [1, 1, 5] * 100)
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Identity()
+
+        def forward(self, x):
+            now[0] += next(slow)
+            return x
+
+    monkeypatch.setattr(clock.time, "thread_time", lambda: now[0])
+    model = torch.nn.Sequential(torch.nn.Sequential(*(Block() for _ in range(3))))
+    assert clock.race({"model": (model, torch.zeros(1))}, 1)["model"] == pytest.approx(3e3)
+    assert not any(block._forward_pre_hooks for block in model.modules())
+
+
 def test_more_threads_than_cores_are_refused():
     with pytest.raises(InputError, match=r"threads=4096: this process may use \d+ cores"):
         clock.check_threads(4096)

@@ -36,13 +36,12 @@ def compare(
     warmup: int = 2,
     min_seconds: float = 0.002,
     device: torch.device | str = "cpu",
-    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time functions without arguments against each other, in turns: round 1 of all, round 2 of all, ...
 
     Each is called `warmup` times first; then one measurement is as many calls as fill `min_seconds` (so that the
     clock's resolution does not count). Every round starts with another function, so that none always follows the
-    same one. The clock is `now`; on a CUDA `device` it is read after `torch.cuda.synchronize`. Report ratios of `min`.
+    same one. On a CUDA `device` the clock is read after `torch.cuda.synchronize`. Report ratios of `min`.
     Raises `InputError` where there is nothing to time.
     """
     if not functions or repeats < 1 or warmup < 1:
@@ -50,7 +49,7 @@ def compare(
     wait = _synchronizer(torch.device(device))
     calls = {}
     for name, function in functions.items():
-        seconds = min(_measure(function, 1, wait, now) for _ in range(warmup))
+        seconds = min(_measure(function, 1, wait) for _ in range(warmup))
         calls[name] = max(1, math.ceil(min_seconds / max(seconds, 1e-9)))
     seconds_of: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
@@ -59,7 +58,7 @@ def compare(
     try:
         for _ in range(repeats):
             for name in order:
-                seconds_of[name].append(_measure(functions[name], calls[name], wait, now) / calls[name])
+                seconds_of[name].append(_measure(functions[name], calls[name], wait) / calls[name])
             order.append(order.pop(0))
     finally:
         if collecting:
@@ -120,13 +119,13 @@ def throughput(
     }
 
 
-def _measure(function: Callable[[], Any], calls: int, wait: Callable[[], None], now: Callable[[], float]) -> float:
+def _measure(function: Callable[[], Any], calls: int, wait: Callable[[], None]) -> float:
     wait()
-    start = now()
+    start = time.perf_counter()
     for _ in range(calls):
         function()
     wait()
-    return now() - start
+    return time.perf_counter() - start
 
 
 def _synchronizer(device: torch.device) -> Callable[[], None]:
