@@ -34,6 +34,7 @@ WINGS = (
     "refinement",
     "pruning",
     "checkpoint",
+    "engines",
     "compression",
     "reporting",
     "cli",

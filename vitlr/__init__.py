@@ -17,6 +17,7 @@ _HOMES = {
     "compression": ("compress",),
     "decomposition.solving": ("decompose",),
     "decomposition.spectra": ("Spectra",),
+    "engines.export": ("export",),
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "measuring.evaluation": ("evaluate",),
     "nn": (

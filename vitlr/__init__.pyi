@@ -14,6 +14,7 @@ from vitlr.checkpoint.files import save as save
 from vitlr.compression import Measure, Watch
 from vitlr.decomposition.solving import decompose as decompose
 from vitlr.decomposition.spectra import Spectra as Spectra
+from vitlr.engines.export import export as export
 from vitlr.errors import InputError as InputError
 from vitlr.errors import NumericalError as NumericalError
 from vitlr.errors import RunError as RunError

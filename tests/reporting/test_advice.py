@@ -37,6 +37,7 @@ def test_more_points_allow_smaller_and_faster_ones(rows):
     said = advice(rows, 3)
     assert "smallest is bytes:12%: 2.80 MB" in said and "plain int4" in said and "int8 (fuse bits=8), 1.75" in said
     assert "only rounds" not in said
+    assert "plain rounding alone: none" in advice(rows, 0.1) and "alone" not in advice(rows[:4])
 
 
 def test_plain_rounding_is_advised_where_it_is_the_smallest(rows):

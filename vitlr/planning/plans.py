@@ -14,11 +14,11 @@ from vitlr.measuring.times import Times
 from vitlr.planning.latency import Latency
 from vitlr.planning.options import METHODS, ROUNDED, WORDS
 from vitlr.planning.plan_kinds import BITS, PLAN
+from vitlr.planning.tables import KINDS, shown_plan
 from vitlr.runtime.kinds import check, read_json, shown, whole
 from vitlr.runtime.places import atomic_path, is_file
 
 SCHEMA = 5  # 2 knows widths, 3 those of attention, 4 levels, 5 times; plans without them are written as always
-KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
 _MAX_BYTES = 16 * 2**20
 _ROWS = ("layers", "widths")
 _OWN = ("why", "spectra", "image", "times", "latency")  # of a plan just made, in no file
@@ -238,44 +238,7 @@ class Plan:
             raise InputError(f"cannot read the plan {path}: {cause}") from cause
 
     def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=5)
-        rounded = self.method in ROUNDED or bool(self.levels)
-        ranked, timed = not rounded or bool(self.ranks), self.latency is not None
-        own = "  ".join([f"{'rank':>5}"] * ranked + [f"{'bits':>5}  {'level':>5}"] * rounded + [f"{'ms':>8}"] * timed)
-        lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            rank = f"{'dense' if layer.rank is None else layer.rank:>5}"
-            bits = f"{'as is':>5}  {'':>5}" if layer.level is None else f"{layer.bits or 0:>5.2f}  {layer.level:>5}"
-            own = "  ".join([rank] * ranked + [bits] * rounded + [f"{layer.ms or 0:>8.3f}"] * timed)
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>11}  {own}  {layer.error:>9.3g}  {layer.params:>10,}  "
-                f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
-            )
-        for row in self.widths:
-            kept = f"{row.width}/{row.full_width}"
-            lines.append(
-                f"{row.name:<{width}}  {kept:>11}  {KINDS[row.kind]:>5}  {row.error:>9.3g}  {'':>10}  {'':>8}  "
-                f"{row.reason}"
-            )
-        narrowed = ""
-        for what, rows in (
-            ("MLPs", [row for row in self.widths if row.kind == "mlp"]),
-            ("attentions", [row for row in self.widths if row.kind != "mlp"]),
-        ):
-            if rows:
-                narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
-        if self.why:
-            lines.append(f"method {self.method}: {self.why}")
-        done = f"{len(self.levels)} of {len(self.layers)} layers rounded, " if rounded else ""
-        done += f"{len(self.bytes_layers)} of {len(self.layers)} layers multiply bytes, " if self.bytes_layers else ""
-        done += f"{len(self.ranks)} of {len(self.layers)} layers factorised, " if ranked else ""
-        lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
-        for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
-            before, after = getattr(self, what), getattr(self, f"{what}_kept")
-            share = after / max(before, 1)
-            lines.append(f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({share:.1%} kept)")
-        return "\n".join(lines if self.latency is None else [*lines, str(self.latency)])
+        return shown_plan(self)
 
 
 def _word(value: Any) -> Any:

@@ -42,7 +42,7 @@ def advice(rows: Sequence[Row], points: float | None = None) -> str:
     what = ", which only rounds weights" if small.kind == VITLR and small.rounds_only else ""
     text = f"{lost} the smallest is {_said(small, key)}{what} (dense: {_figures(dense, key)})"
     plain = min((row for row in good if row.kind == PLAIN), key=lambda row: row.bytes, default=None)
-    if small.kind != PLAIN:
+    if small.kind != PLAIN and any(row.kind == PLAIN for row in rows):
         text += f"; plain rounding alone: {'none' if plain is None else _said(plain, key)}"
     fast = max(good, key=lambda row: row.speedup or 0)
     if (fast.speedup or 0) > _PAYS:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vitlr.planning.plans import KINDS, Plan
+from vitlr.planning.plans import Plan
+from vitlr.planning.tables import KINDS
 from vitlr.reporting import page
 from vitlr.reporting.disagreement import Disagreement, thumbnail
 from vitlr.reporting.figures import share

@@ -34,9 +34,10 @@ from vitlr.cli.options import (
 from vitlr.cli.result import Result, resumable
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
+from vitlr.planning.budgets import is_timed, parse_budget
 from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe, parse_rungs
-from vitlr.runtime.fields import taken
+from vitlr.runtime.fields import own, taken
 
 MEASURE, REPAIR = "Measuring", "Repairing the error"
 
@@ -110,12 +111,18 @@ def compress(
 ) -> Result:
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
+    parse_budget(budget)  # what needs no torch is refused before it is there
+    for cls in (Planning, Calibration):
+        cls.of(**own(cls, options))
+    if out is None and not plan_only:
+        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
+    if data is None and (stats is None or not stats.exists()):
+        raise InputError("--data is missing: give a few hundred images, a folder, a .tar or hfds/NAME")
     from vitlr.anatomy import linears, visibility
     from vitlr.checkpoint import files, origins
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
-    from vitlr.planning.budgets import is_timed
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
@@ -127,8 +134,6 @@ def compress(
     if rounds > 1 and (data is None or plan_out is not None):
         missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
         raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
-    if out is None and not plan_only:
-        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))

@@ -78,8 +78,9 @@ def round_to_steps(
     """
     bounds = _bounds(W, rows, columns, largest, least)
     within = (X[rows.order][:, columns.order].double() for X in (W, step))
-    found, A = registry.select(OP, Key(*W.shape, W.device)).run(*within, rows.L, columns.L, bounds)
-    codes = torch.empty(W.shape, dtype=torch.int16, device=W.device)
+    N, K = W.shape
+    found, A = registry.select(OP, Key(N, K, W.device)).run(*within, rows.L, columns.L, bounds)
+    codes = torch.empty(N, K, dtype=torch.int16, device=W.device)
     codes[rows.order[:, None], columns.order[None]] = found.to(torch.int16)
     return codes, A
 
