@@ -65,7 +65,8 @@ def markdown(body: dict[str, Any]) -> str:
         f"`{body['model']}` ({body['weights']}), {how['dtype']}, batches of {how['batch_size']} on {how['threads']} "
         f"thread(s); {body['calibration_images']} calibration images, no training; accuracy on "
         f"{body['validation_images']} validation images (easier than the full set). Dense: top-1 {dense['top1']:.2f} "
-        f"({dense['top1_low']:.1f} to {dense['top1_high']:.1f}). Shares are of the dense model's time, in turns.",
+        f"({dense['top1_low']:.1f} to {dense['top1_high']:.1f}). Shares are of the dense model's time, "
+        "measured in turns.",
         "",
         f"{facts['processor']}, torch {facts['torch']}, {facts['date']}; code {body['code']}. Made by "
         "`python -m bench.compare.latency`; all figures in `latency.json`.",
