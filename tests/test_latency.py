@@ -12,6 +12,7 @@ from vitlr.errors import InputError
 from vitlr.measuring import clock
 from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
 from vitlr.planning.plans import Plan
+from vitlr.surgery.promises import multiply_planned
 
 STEPS = {"rank_step": 4, "width_step": 16}
 TOKENS = 17
@@ -129,6 +130,17 @@ def test_what_goes_nowhere_is_refused_before_any_image_is_read(vit, ticking, opt
     with pytest.raises(InputError, match=words) as error:
         vitlr.compress(vit, Images(), "latency:50%", **options)
     assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
+def test_step_by_step_it_is_the_same(vit, loader, ticking):
+    stats = vitlr.calibrate(vit, loader, extras=("ranges",))
+    plan = vitlr.plan(vit, stats, "latency:25%", batch_size=8, **STEPS)
+    floats = vitlr.apply(vit, plan)
+    ranges = vitlr.calibrate(floats, loader, extras=("ranges",), hidden=False, include=plan.bytes_layers)
+    assert plan.bytes_layers and plan.changes and not any(isinstance(m, Int8Linear) for m in floats.modules())
+    multiply_planned(floats, ranges)
+    assert ms(vitlr.fuse(floats)) == pytest.approx(plan.latency.promised_ms, rel=0.01)
 
 
 def test_images_that_are_used_up_are_refused(vit, loader, ticking):

@@ -68,3 +68,5 @@ def test_a_share_goes_on_with_the_quantity_before_it():
     ]  # fmt: skip
     with pytest.raises(InputError, match="cannot be read"):
         read_budgets("")
+    with pytest.raises(InputError, match="latency:50% is measured, and one of many is not: give it to vitlr compress"):
+        read_budgets("bytes:50%,latency:50%")

@@ -41,6 +41,14 @@ def is_timed(budget: str | Budget | None) -> bool:
     return budget is not None and parse_budget(budget).quantity == LATENCY
 
 
+def counted(text: str | Budget) -> Budget:
+    """Read a budget of what is counted; `InputError` for one of milliseconds, too."""
+    budget = parse_budget(text)
+    if budget.quantity == LATENCY:
+        raise InputError(f"{budget} is measured, and one of many is not: give it to vitlr compress, or count macs here")
+    return budget
+
+
 def parse_budget(text: str | Budget) -> Budget:
     """Read a budget; raises `InputError` with what is expected where it cannot be read."""
     if isinstance(text, Budget):

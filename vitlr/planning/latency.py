@@ -66,6 +66,8 @@ class Latency:
     def __str__(self) -> str:
         what = f"batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}, {self.dtype}"
         line = f"  time   {self.dense_ms:9.3f} ms -> {self.promised_ms:9.3f} ms  ({self.share:.1%} promised; {what})"
+        if self.correction != 1:
+            line += f"\n  tried, it took {self.correction:.3f} times what single layers take: planned again by that"
         if self.off is None:
             return line
         found = f"  measured in turns {self.measured_dense_ms:.3f} ms -> {self.measured_ms:.3f} ms: "

@@ -24,7 +24,7 @@ from vitlr.compression import record
 from vitlr.data.loader import Loader
 from vitlr.errors import InputError, VitlrError
 from vitlr.measuring import cost, timing
-from vitlr.planning.budgets import Budget, parse_budget
+from vitlr.planning.budgets import Budget, counted
 from vitlr.planning.planner import plan
 from vitlr.reporting.advice import advice, table
 from vitlr.reporting.judging import Judge
@@ -96,7 +96,7 @@ def frontier(
     Raises `InputError` for budgets that cannot be read, before an image is, and what calibration raises.
     """
     model = uncompiled(model)
-    wanted = [parse_budget(budget) for budget in budgets]
+    wanted = [counted(budget) for budget in budgets]
     if not wanted:
         raise InputError("budgets=() is empty; give some, such as bytes:25%")
     watch = watch or (lambda *_: nullcontext(progress))

@@ -144,7 +144,7 @@ def apply(
     `LowRankLinear`s or `QuantizedLinear`s as planned.
 
     Layers that the plan has multiply bytes (`Plan.bytes_layers`) stay floats: the ranges of their inputs are those of
-    the model that comes out here, and are measured of it (`vitlr.fuse(bits=8)`; `vitlr.compress` does so).
+    the model that comes out here, and are measured of it (`promises.multiply_planned`; `vitlr.compress` does so).
 
     A plan read from JSON has no spectra and needs the statistics it was made from. A run on one image of noise proves
     that what is new is called and counts. Raises `InputError` where plan, statistics and model do not belong together,

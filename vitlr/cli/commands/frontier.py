@@ -30,7 +30,7 @@ from vitlr.cli.options import (
 from vitlr.cli.result import Result
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
-from vitlr.planning.budgets import parse_budget
+from vitlr.planning.budgets import counted
 
 WHAT = "What is compared"
 BUDGETS = "bytes:25%,15%,12%,10%,params:80%,60%"
@@ -151,7 +151,7 @@ def read_budgets(text: str) -> list[str]:
             quantity = part.partition(":")[0]
         elif not quantity:
             raise InputError(f"--budgets {text!r} cannot be read: the first names a quantity, as in bytes:50%,25%")
-        budget = str(parse_budget(part.strip() if ":" in part else f"{quantity}:{part.strip()}"))
+        budget = str(counted(part.strip() if ":" in part else f"{quantity}:{part.strip()}"))
         if budget in found:
             raise InputError(f"--budgets names {budget} twice")
         found.append(budget)
