@@ -76,17 +76,17 @@ def _others(plan: Any, ranked: bool) -> Iterator[Line]:
 
 def summed(lines: list[Line]) -> list[Line]:
     """Lines that change nothing and differ in one number of their names only, as one, in the first one's place."""
-    groups: dict[tuple[object, ...], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for index, line in enumerate(lines):
         pattern, number = numbered(line.name)
-        alike = (pattern, line.size, line.own, line.reason) if line.same and number is not None else (index,)
+        alike = (pattern, line.size, line.own, line.reason) if line.same and number is not None else (str(index),)
         groups.setdefault(alike, []).append(line)
     found = []
     for (pattern, *_), some in groups.items():
         if len(some) == 1:
             found += some
             continue
-        name = gathered(str(pattern), [number for line in some if (number := numbered(line.name)[1]) is not None])
+        name = gathered(pattern, [number for line in some if (number := numbered(line.name)[1]) is not None])
         params = None if some[0].params is None else sum(line.params or 0 for line in some)
         error = sum(line.error for line in some)
         found.append(replace(some[0], name=name, error=error, params=params, count=len(some)))
