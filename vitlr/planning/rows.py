@@ -41,8 +41,8 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
         compensated=options.compensate if narrows else True,
         ridge=options.ridge if narrows else 0.0,
         spectra=spectra,
-        latency=timed and timed.promised(chosen),
-        times=timed and timed.pace.times,
+        latency=None if timed is None else timed.promised(chosen),
+        times=None if timed is None else timed.pace.times,
         **totals,
         **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in QUANTITIES},
     )
