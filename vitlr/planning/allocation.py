@@ -57,7 +57,7 @@ def allocate(
     if options.ranks is not None:
         chosen = by_hand(offers, options.ranks)
     else:
-        items = list(offers.items())
+        items = [*offers.items(), *offers.matrices()]
         chosen = _within(offers, items if options.prune_rate is None else _at_rate(items, options.prune_rate), budget)
     if options.stored and not offers.rounds:
         chosen = [offers.rounded(item) for item in chosen]

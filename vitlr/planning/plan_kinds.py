@@ -6,6 +6,7 @@ from typing import Any
 
 from vitlr.calibration.options import OBJECTIVES
 from vitlr.planning.latency import LATENCY
+from vitlr.runtime import compact
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, whole
 
 LEVELS = 1000  # of rounding, either way
@@ -34,6 +35,7 @@ WIDTH: dict[str, Any] = {
     "reason": _REASON,
     "kind?": NAME,
 }
+OTHER: dict[str, Any] = {"name": NAME, "bits": whole(compact.BITS[-1], compact.BITS[0]), "error": number()}
 PLAN: dict[str, Any] = {
     "schema": whole(1),
     "budget": _REASON,
@@ -42,6 +44,7 @@ PLAN: dict[str, Any] = {
     "damping": number(0),
     "layers": [LAYER],
     "widths?": [WIDTH],
+    "others?": [OTHER],
     "fingerprint": NAME,
     "params": _TOTAL,
     "params_kept": _TOTAL,

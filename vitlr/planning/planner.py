@@ -12,6 +12,7 @@ from vitlr.anatomy import visibility
 from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.levels import measured_linears
+from vitlr.decomposition.matrices import matrix_bits
 from vitlr.decomposition.mlp_widths import measured_mlps
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
@@ -28,6 +29,7 @@ from vitlr.planning.nats import nats_of_bytes
 from vitlr.planning.options import NARROWING, ROUNDED, Planning
 from vitlr.planning.pace import Pace, check_times, clocked, shapes_of
 from vitlr.planning.plans import Plan
+from vitlr.runtime.compact import BITS
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.progress import Progress
 
@@ -90,7 +92,8 @@ def plan(
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
         options = options if spectra.widths or options.method == "mix" else replace(options, method="lowrank")
     bytes_loss = {} if pace is None else nats_of_bytes(parts, stats)
-    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options, pace, bytes_loss)
+    free = objective if options.method in ROUNDED and not options.stored else None
+    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds, free), wanted, options, pace, bytes_loss)
     return replace(chosen, why=why, image=stats.image)
 
 
@@ -141,13 +144,19 @@ def _roundable(options: Planning, stats: Statistics, objective: Objective) -> bo
         return False
 
 
-def sizes(model: nn.Module, stats: Statistics, rounded: bool = False) -> Sizes:
-    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; and of all else."""
+def sizes(model: nn.Module, stats: Statistics, rounded: bool = False, free: Objective | None = None) -> Sizes:
+    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; and of all else.
+
+    Where an objective is `free` to choose, so are the bits of the matrices among all else.
+    """
+    matrices = {} if free is None else matrix_bits(model, stats, free)
+    chosen_for = sum(round(known[BITS[0]][0]) for known in matrices.values())
     linears = {name: linear for name, linear in read(model).linears.items() if name in stats.layers}
     return Sizes(
         total=Cost(count_params(model), stats.macs, count_bytes(model)),
         tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
         itemsize={name: linear.weight.element_size() for name, linear in linears.items()},
         has_bias={name: linear.bias is not None for name, linear in linears.items()},
-        rest=count_rest(model, stats.layers) if rounded else 0,
+        rest=count_rest(model, stats.layers) - chosen_for if rounded else 0,
+        matrices=matrices,
     )

@@ -18,9 +18,9 @@ from vitlr.planning.tables import KINDS, shown_plan
 from vitlr.runtime.kinds import check, read_json, shown, whole
 from vitlr.runtime.places import atomic_path, is_file
 
-SCHEMA = 5  # 2 knows widths, 3 those of attention, 4 levels, 5 times; plans without them are written as always
+SCHEMA = 5  # 2 knows widths, 3 those of attention, 4 levels and bits, 5 times; plans without them are written as always
 _MAX_BYTES = 16 * 2**20
-_ROWS = ("layers", "widths")
+_ROWS = ("layers", "widths", "others")
 _OWN = ("why", "spectra", "image", "times", "latency")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
@@ -80,6 +80,15 @@ class WidthPlan:
 
 
 @dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix beside the linears (embedding, positions, head): bits a row, and the predicted error of that alone."""
+
+    name: str
+    bits: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
@@ -101,6 +110,7 @@ class Plan:
     bytes_kept: int
     method: str = "lowrank"
     widths: tuple[WidthPlan, ...] = ()
+    others: tuple[MatrixPlan, ...] = ()  # all other matrices take 7 bits where weights are rounded
     compensated: bool = True  # the second linears make up for the neurons that are gone
     ridge: float = 0.0
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
@@ -126,13 +136,14 @@ class Plan:
 
     @property
     def rounds_rest(self) -> bool:
-        """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
+        """Whether all else is rounded as well: matrices to 7 bits a row or what `others` says, vectors to float16."""
         return bool(self.levels) or (self.method in ROUNDED and self.bytes_kept < self.bytes)
 
     @property
     def error(self) -> float:
-        """Predicted error of the whole model: the sum over layers and widths."""
-        return sum(layer.error for layer in self.layers) + sum(row.error for row in self.widths)
+        """Predicted error of the whole model: the sum over layers, widths and other matrices."""
+        rows: tuple[LayerPlan | WidthPlan | MatrixPlan, ...] = (*self.layers, *self.widths, *self.others)
+        return sum(row.error for row in rows)
 
     @property
     def narrowed(self) -> dict[str, int]:
@@ -162,8 +173,9 @@ class Plan:
                 del row["kind"]
         if self.latency is not None:
             return {"schema": SCHEMA, **body, "layers": layers, "widths": widths, "latency": self.latency.to_dict()}
+        others = {"others": [asdict(row) for row in self.others]} if self.others else {}
         schema = 4 if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
-        return {"schema": schema, **body, "layers": layers, "widths": widths}
+        return {"schema": schema, **body, "layers": layers, "widths": widths, **others}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -185,7 +197,8 @@ class Plan:
             if "method" in values:
                 values["method"] = _word(values["method"])
             latency = Latency(**body["latency"]) if "latency" in body else None
-            plan = cls(layers=layers, widths=widths, latency=latency, **values)
+            others = tuple(MatrixPlan(**row) for row in body.get("others", ()))
+            plan = cls(layers=layers, widths=widths, others=others, latency=latency, **values)
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
         plan._check()

@@ -9,7 +9,7 @@ from vitlr.planning.budgets import QUANTITIES, Budget
 from vitlr.planning.choices import DENSE, Form, Item
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import NARROWING
-from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
+from vitlr.planning.plans import LayerPlan, MatrixPlan, Plan, WidthPlan
 from vitlr.planning.timed import TimedOffers
 
 
@@ -23,9 +23,11 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
     totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
     saved = _saved(offers, layers)
+    others: tuple[MatrixPlan, ...] = ()
     room = float("inf") if budget is None or not offers.rounds else totals["bytes"] - budget.limit(totals["bytes"])
     if (offers.rounds and room > 0) or any(row.level is not None for row in layers):
         saved["bytes"] = totals["bytes"] - round(sizes.rest + sum(_bytes(offers, item) for item in chosen))
+        others = tuple(_matrix(item) for item in chosen if item.matrix)
     narrows = offers.method in NARROWING
     without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
     without = f"bits {options.stored[0]}" if options.stored and options.prune_rate is None else without
@@ -38,6 +40,7 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
         fingerprint=spectra.fingerprint,
         method=offers.method,
         widths=widths,
+        others=others,
         compensated=options.compensate if narrows else True,
         ridge=options.ridge if narrows else 0.0,
         spectra=spectra,
@@ -48,15 +51,22 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
     )
 
 
+def _matrix(item: Item) -> MatrixPlan:
+    """The row of a matrix beside the linears."""
+    return MatrixPlan(item.matrix, item.choices[0].bits or 0, float(item.prices.loss[0]))
+
+
 def _bytes(offers: Offers, item: Item) -> float:
-    ((width, forms),) = item.choices
+    if item.matrix:
+        return float(item.prices.cost[0])
+    width, forms, _ = item.choices[0]
     pairs = zip(item.linears, forms, strict=True)
     return sum(offers.bytes_of(item.narrowing, name, width, form) for name, form in pairs)
 
 
 def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
     """A row for each of its linears."""
-    ((width, forms),) = item.choices
+    width, forms, _ = item.choices[0]
     for name, form in zip(item.linears, forms, strict=True):
         spectrum = offers.spectra.layers[name]
         N, K = offers.shape(item.narrowing, name, width)

@@ -34,7 +34,7 @@ def shown_plan(plan: Any) -> str:
     rounded = plan.method in ROUNDED or bool(plan.levels)
     ranked, timed = not rounded or bool(plan.ranks), plan.latency is not None
     heads = "  ".join([f"{'rank':>5}"] * ranked + [f"{'bits':>5}  {'level':>5}"] * rounded + [f"{'ms':>8}"] * timed)
-    lines = [*_layers(plan, ranked, rounded, timed), *_widths(plan, len(heads))]
+    lines = [*_layers(plan, ranked, rounded, timed), *_widths(plan, len(heads)), *_others(plan, ranked)]
     lines = summed(lines) if len(lines) > MANY else lines
     own = max(len(heads), max((len(line.own) for line in lines), default=0))
     width = min(max((len(line.name) for line in lines), default=5), COLUMNS - own - 43)  # of the cells beside it
@@ -68,19 +68,25 @@ def _widths(plan: Any, own: int) -> Iterator[Line]:
         yield Line(row.name, size, f"{KINDS[row.kind]:<{own}}", row.error, None, row.reason, same)
 
 
+def _others(plan: Any, ranked: bool) -> Iterator[Line]:
+    for row in plan.others:
+        own = "  ".join([" " * 5] * ranked + [f"{row.bits:>5}  {'':>5}"])
+        yield Line(row.name, "", own, row.error, None, "a matrix beside the linears: bits a row", False)
+
+
 def summed(lines: list[Line]) -> list[Line]:
     """Lines that change nothing and differ in one number of their names only, as one, in the first one's place."""
-    groups: dict[tuple[object, ...], list[Line]] = {}
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for index, line in enumerate(lines):
         pattern, number = numbered(line.name)
-        alike = (pattern, line.size, line.own, line.reason) if line.same and number is not None else (index,)
+        alike = (pattern, line.size, line.own, line.reason) if line.same and number is not None else (str(index),)
         groups.setdefault(alike, []).append(line)
     found = []
     for (pattern, *_), some in groups.items():
         if len(some) == 1:
             found += some
             continue
-        name = gathered(str(pattern), [number for line in some if (number := numbered(line.name)[1]) is not None])
+        name = gathered(pattern, [number for line in some if (number := numbered(line.name)[1]) is not None])
         params = None if some[0].params is None else sum(line.params or 0 for line in some)
         error = sum(line.error for line in some)
         found.append(replace(some[0], name=name, error=error, params=params, count=len(some)))
