@@ -177,3 +177,11 @@ def test_candidates():
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")][1:]
     said = {op.strip(" `"): set(re.findall(r"`([\w.]+)`", names)) for _, op, _, names in lines}
     assert said == {op: {c.name for c in registry.candidates(op)} - {"torch"} for op in registry._ops}
+
+
+def test_the_page_of_engines_is_made_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    engines = pytest.importorskip("bench.compare.engines", reason="bench/ is not beside the documents")
+    folder = ROOT / "docs" / "results"
+    body = json.loads((folder / "engines.json").read_text())
+    assert (folder / "engines.md").read_text() == engines.markdown(body)

@@ -168,8 +168,8 @@ def markdown(body: Mapping[str, Any]) -> str:
     lines = [
         "# Accuracy against milliseconds",
         "",
-        f"300 calibration images without labels; judged on {body['judged_on']}. KL(dense, this) in nats. Speed over plain "
-        f"torch in float32, in turns in one process: {body['clock']}, the least of {body['repeats']}; "
+        f"300 calibration images without labels; judged on {body['judged_on']}. KL(dense, this) in nats. Speed over "
+        f"plain torch in float32, in turns in one process: {body['clock']}, the least of {body['repeats']}; "
         f"{facts['processor']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}. Made by "
         "`python -m bench.compare.engines`.",
         "",
