@@ -146,3 +146,12 @@ def test_step_by_step_it_is_the_same(vit, loader, ticking):
 def test_images_that_are_used_up_are_refused(vit, loader, ticking):
     with pytest.raises(InputError, match="calibration uses this loader up"):
         vitlr.compress(vit, iter(loader), "latency:50%")
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_is_timed_and_comes_back_in_it(tiny_vit, loader, ticking):
+    model = tiny_vit(embed_dim=48, num_heads=3).eval().bfloat16()
+    done = compressed(model, loader, "latency:40%", batch_size=8, **STEPS)
+    assert done.plan.latency.dtype == "bfloat16" and done.plan.latency.kept and done.plan.bytes_layers
+    y = done.model(loader[0].bfloat16())
+    assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()

@@ -91,7 +91,7 @@ def test_bytes_of_a_plan_are_those_of_the_model_that_multiplies_them(measured):
             linear = small.get_submodule(f"{name}.{part}".rstrip("."))
             bytes_ = Int8Linear(linear.in_features, linear.out_features)
             small.set_submodule(f"{name}.{part}".rstrip("."), bytes_)
-    assert cost.count_bytes(small) == plan.bytes_kept
+    assert (cost.count_bytes(small), cost.count_params(small)) == (plan.bytes_kept, plan.params_kept)
     assert FakeClock(TOKENS).ms(small, torch.zeros(2, 3, 32, 32)) == pytest.approx(plan.latency.promised_ms, rel=0.01)
 
 

@@ -142,7 +142,8 @@ class Plan:
     @property
     def error(self) -> float:
         """Predicted error of the whole model: the sum over layers, widths and other matrices."""
-        return sum(row.error for row in (*self.layers, *self.widths, *self.others))
+        rows: tuple[LayerPlan | WidthPlan | MatrixPlan, ...] = (*self.layers, *self.widths, *self.others)
+        return sum(row.error for row in rows)
 
     @property
     def narrowed(self) -> dict[str, int]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
 from vitlr.planning.choices import DENSE, Form, Item
-from vitlr.planning.latency import Latency
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import NARROWING
 from vitlr.planning.plans import LayerPlan, MatrixPlan, Plan, WidthPlan
@@ -17,6 +16,7 @@ from vitlr.planning.timed import TimedOffers
 def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Plan:
     """The plan of items that have one choice each."""
     spectra, options, sizes = offers.spectra, offers.options, offers.sizes
+    timed = offers if isinstance(offers, TimedOffers) else None
     rows = {row.name: row for item in chosen for row in _layers(offers, item)}
     layers = tuple(rows[name] for name in spectra.layers)
     widths = tuple(row for item in chosen for row in _widths(offers, item))
@@ -44,8 +44,8 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
         compensated=options.compensate if narrows else True,
         ridge=options.ridge if narrows else 0.0,
         spectra=spectra,
-        latency=_latency(offers, chosen),
-        times=offers.pace.times if isinstance(offers, TimedOffers) else None,
+        latency=None if timed is None else timed.promised(chosen),
+        times=None if timed is None else timed.pace.times,
         **totals,
         **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in QUANTITIES},
     )
@@ -54,13 +54,6 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
 def _matrix(item: Item) -> MatrixPlan:
     """The row of a matrix beside the linears."""
     return MatrixPlan(item.matrix, item.choices[0].bits or 0, float(item.prices.loss[0]))
-
-
-def _latency(offers: Offers, chosen: Sequence[Item]) -> Latency | None:
-    """What the plan promises to take."""
-    if not isinstance(offers, TimedOffers):
-        return None
-    return offers.promised(chosen)
 
 
 def _bytes(offers: Offers, item: Item) -> float:
@@ -118,7 +111,9 @@ def _saved(offers: Offers, rows: Sequence[LayerPlan]) -> dict[str, int]:
         if offers.sizes.has_bias[row.name]:
             bias = row.out_features - N
         else:
-            bias = -N if offers.spectra.centred and row.rank is not None else 0
+            bias = -N if row.int8 or (offers.spectra.centred and row.rank is not None) else 0
+        if row.int8:  # factors of bytes have a bias each
+            bias -= row.rank or 0
         saved["params"] += weights - row.params + bias
         saved["macs"] += round(weights * row.tokens) - row.macs
         own = 0 if row.int8 else (weights - row.params + bias) * offers.sizes.itemsize[row.name]
