@@ -1,4 +1,4 @@
-// A tile takes as long as its entries do one after the other, some 30 ns each: one loop in portable code, whose inner
+// A tile takes as long as its entries do one after the other, about 100 ns each: one loop in portable code, whose inner
 // loops every compiler turns into vectors.
 #include "cpu/rounding.h"
 

@@ -46,3 +46,11 @@ def test_what_is_wrong_is_said_before_work_begins(refused, tmp_path, weights, un
     assert "--data goes with --bits 8" in export(*out, "--data", tmp_path)
     assert "--objective goes with --bits 8" in export(*out, "--objective", "output")
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_file_that_multiplies_bytes_needs_no_images(run, tiny_vit, batches, tmp_path):
+    model = tiny_vit()
+    stats = vitlr.calibrate(model, batches, objective="output", hidden=False, extras=("ranges",))
+    vitlr.save(vitlr.fuse(model, bits=8, stats=stats), tmp_path / "int8.safetensors")
+    answer = run("export", tmp_path / "int8.safetensors", "--out", tmp_path / "int8.onnx", "--json").json
+    assert answer["products"] == answer["int8"]["onnxruntime"] >= 6

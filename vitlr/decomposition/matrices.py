@@ -11,9 +11,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.runtime import compact
 
 Bits = dict[int, tuple[float, float]]  # bytes of the file and nats by number of bits, the most first
-_PIXELS = (
-    6  # bits of a convolution at least: below, errors that pixels share cost far more than predicted (docs/method.md)
-)
+_PIXELS = 6  # bits of a convolution at least: at 5, one cost seven times what is predicted (docs/method.md)
 
 
 def matrix_bits(model: nn.Module, stats: Statistics, objective: Objective) -> Mapping[str, Bits]:

@@ -23,13 +23,14 @@ from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.compression import record
 from vitlr.data.loader import Loader
 from vitlr.errors import InputError, VitlrError
-from vitlr.measuring import cost, timing
+from vitlr.measuring import cost
 from vitlr.planning.budgets import Budget, counted
 from vitlr.planning.planner import plan
 from vitlr.reporting.advice import advice, table
 from vitlr.reporting.judging import Judge
 from vitlr.reporting.nearest import GROUP, nearest
 from vitlr.reporting.rows import DENSE, INT8, PLAIN, VITLR, Kept, Row, key_of
+from vitlr.reporting.speed import milliseconds
 from vitlr.runtime.machine import processor
 from vitlr.runtime.modules import like, uncompiled
 from vitlr.runtime.progress import Progress
@@ -40,7 +41,6 @@ from vitlr.surgery.fusion import fuse
 BUDGETS = ("bytes:25%", "bytes:15%", "bytes:12%", "bytes:10%", "params:80%", "params:60%")
 ROUNDED = {"plain int8": (8, None), "plain int4": (4, GROUP)}  # to the nearest: bits, and weights in a group
 BYTES = "int8 (fuse bits=8)"
-REPEATS = 10
 Watch = Callable[..., AbstractContextManager["Progress | None"]]
 Made = tuple[nn.Module, int, dict[str, Any]]  # a model, bytes of its file, and what else its row says
 
@@ -148,7 +148,7 @@ class _Run:
             judged = self.judge.of_dense(progress)
         size = self._image()
         facts = cost.measure(self.model, size) if size is not None else None
-        ms = timing.throughput(self.model, 1, input_size=size, repeats=REPEATS)["model"]["batch_ms"] if size else None
+        ms = milliseconds({"dense": self.model}, size)["dense"] if size is not None else None
         row = Row(DENSE, DENSE, cost.count_bytes(self.model), **judged.to_dict(), ms=ms, key=key)
         row = _with(row, speedup=None if ms is None else 1.0, params=cost.count_params(self.model))
         row = row if facts is None else _with(row, macs=facts.macs)
@@ -213,9 +213,8 @@ class _Run:
         size = self._image()
         if size is None:
             return {}
-        times = timing.throughput({"dense": self.model, "small": small}, 1, input_size=size, repeats=REPEATS)
-        ms, dense = times["small"]["batch_ms"], times["dense"]["batch_ms"]
-        return {"ms": ms, "speedup": dense / ms}
+        ms = milliseconds({"dense": self.model, "small": small}, size)
+        return {"ms": ms["small"], "speedup": ms["dense"] / ms["small"]}
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from vitlr.checkpoint import files as checkpoint
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError
-from vitlr.measuring import cost, timing
+from vitlr.measuring import cost
 from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.plans import Plan
 from vitlr.reporting.disagreement import Disagreement, Spotting
 from vitlr.reporting.judging import Judge, Judged
+from vitlr.reporting.speed import milliseconds
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.fusion import fuse
 
@@ -84,5 +85,4 @@ def time_subject(subject: Subject, dense: nn.Module | None) -> None:
     if dense is not None and input_size(dense) == size:
         models["dense"] = dense
     for batch in BATCHES:
-        found = timing.throughput(models, batch, input_size=size, repeats=5)
-        subject.times[batch] = {name: times["batch_ms"] / batch for name, times in found.items()}
+        subject.times[batch] = milliseconds(models, size, batch)
