@@ -11,6 +11,7 @@
 #include "cpu/attention.h"
 #include "cpu/chain.h"
 #include "cpu/gram.h"
+#include "cpu/rounding.h"
 #include "cpu/team.h"
 
 namespace py = pybind11;
@@ -112,6 +113,17 @@ void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tupl
   vitlr::run_attention(kernel, call, threads);
 }
 
+// matrices: W, step, least, largest, rows, columns, by_row, by_column, E, F, A, codes as in cpu/rounding.h
+void round_tile(int64_t height, int64_t width, const py::list& matrices, int64_t stride, int64_t least_stride,
+                int64_t largest_stride, int64_t rows_stride, int64_t columns_stride) {
+  const auto at = [&](size_t i) { return pointer<double>(matrices[i].cast<uintptr_t>()); };
+  const vitlr::RoundingTile tile{height, width,  at(0),        at(1),          at(2),       at(3),         at(4),
+                                 at(5),  at(6),  at(7),        at(8),          at(9),       at(10),        at(11),
+                                 stride, least_stride, largest_stride, rows_stride, columns_stride};
+  py::gil_scoped_release release;
+  vitlr::round_tile(tile);
+}
+
 void pack(bool bf16, uintptr_t W, int64_t row_stride, int64_t column_stride, int64_t N, int64_t K, uintptr_t packed,
           const std::string& isa) {
   const ChainKernel& kernel = chain_kernel(isa, bf16);
@@ -194,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
   m.def("attention", &attention);
   m.def("chain", &chain);
+  m.def("round_tile", &round_tile);
   m.def("pack", &pack);
   m.def("pack_codes", &pack_codes);
   m.def("packed_bytes", [](bool bf16, int64_t N, int64_t K, int form, const std::string& isa) {

@@ -34,7 +34,9 @@ WINGS = (
     "refinement",
     "pruning",
     "checkpoint",
+    "engines",
     "compression",
+    "reporting",
     "cli",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import runpy
@@ -28,8 +29,10 @@ ELSEWHERE = {
     "ruff": ".ci/run checks",
     "mypy": ".ci/run checks",
     "vitlr demo": "takes minutes; tests/test_demo.py runs it quickly",
+    "vitlr frontier": "takes minutes; tests/cli/test_frontier_command.py runs it on a small model",
 }
-_FENCE = re.compile(r"^(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
+_NOTE = r"<!-- (?:not run: (?P<why>[^\n]+?)|needs: (?P<needs>[\w ]+?)) -->\n"
+_FENCE = re.compile(rf"^(?:{_NOTE})?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the documents are not beside the tests")
@@ -54,7 +57,9 @@ def workplace(tmp_path_factory) -> Path:
 
 def snippets(document: Path) -> Iterator[tuple[str, str, str | None]]:
     for match in _FENCE.finditer(document.read_text()):
-        yield match["language"], match["code"], match["why"]
+        missing = [name for name in (match["needs"] or "").split() if importlib.util.find_spec(name) is None]
+        why = f"{', '.join(missing)} not installed" if missing else match["why"]
+        yield match["language"], match["code"], why
 
 
 def commands(code: str) -> list[str]:
@@ -103,7 +108,7 @@ def test_links_lead_somewhere(document: Path):
 
 def test_the_two_commands_of_the_readme():
     shown = [code for language, code, _ in snippets(ROOT / "README.md") if language == "bash"]
-    assert 'pip install ".[demo]" && vitlr demo\n' in shown
+    assert any(code.startswith('pip install ".[demo]" && vitlr demo\n') for code in shown)
     assert 'pip install -e ".[test]" && pytest\n' in shown
 
 

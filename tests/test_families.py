@@ -7,7 +7,7 @@ import torch
 from families import MODELS, arguments, make
 
 import vitlr
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.checkpoint.structure import structure
 from vitlr.measuring import cost
 
@@ -22,7 +22,7 @@ def test_every_family_is_compressed_saved_and_loaded(name, tmp_path):
         dense = model(x)
 
     stats = vitlr.calibrate(model, [x], objective=("loss", "normalized"))
-    assert len(stats.layers) == count and linears.bypassed(model).keys() == linears.bypassed(make(name)[0]).keys()
+    assert len(stats.layers) == count and visibility.bypassed(model).keys() == visibility.bypassed(make(name)[0]).keys()
     for objective, method in (("loss", None), ("loss", "lowrank"), ("normalized", None)):
         plan = vitlr.plan(model, stats, "params:85%", objective=objective, method=method, rank_step=1)
         small = vitlr.apply(model, plan)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 NEEDED = {  # by the signatures
     "calibration.options": ["Calibration"],
     "compression": ["Measure", "Watch"],
+    "measuring.times": ["Times"],
     "planning.options": ["Planning"],
     "pruning.options": ["Blending", "Gating"],
     "refinement.recipe": ["Recipe"],

@@ -17,6 +17,7 @@ _HOMES = {
     "compression": ("compress",),
     "decomposition.solving": ("decompose",),
     "decomposition.spectra": ("Spectra",),
+    "engines.export": ("export",),
     "errors": ("InputError", "NumericalError", "RunError", "VitlrError"),
     "measuring.evaluation": ("evaluate",),
     "nn": (
@@ -34,6 +35,8 @@ _HOMES = {
     "pruning.gated": ("prune",),
     "pruning.hybrids": ("hybrid",),
     "refinement.ladder": ("refine",),
+    "reporting.frontier": ("Frontier", "frontier"),
+    "reporting.report": ("report",),
     "surgery.application": ("apply",),
     "surgery.fusion": ("fuse", "to_dense", "unfuse"),
 }

@@ -14,11 +14,13 @@ from vitlr.checkpoint.files import save as save
 from vitlr.compression import Measure, Watch
 from vitlr.decomposition.solving import decompose as decompose
 from vitlr.decomposition.spectra import Spectra as Spectra
+from vitlr.engines.export import export as export
 from vitlr.errors import InputError as InputError
 from vitlr.errors import NumericalError as NumericalError
 from vitlr.errors import RunError as RunError
 from vitlr.errors import VitlrError as VitlrError
 from vitlr.measuring.evaluation import evaluate as evaluate
+from vitlr.measuring.times import Times
 from vitlr.nn import Int8Linear as Int8Linear
 from vitlr.nn import LowRankGLU as LowRankGLU
 from vitlr.nn import LowRankLinear as LowRankLinear
@@ -32,6 +34,9 @@ from vitlr.planning.options import Planning
 from vitlr.planning.plans import Plan as Plan
 from vitlr.pruning.options import Blending, Gating
 from vitlr.refinement.recipe import Recipe
+from vitlr.reporting.frontier import Frontier as Frontier
+from vitlr.reporting.frontier import frontier as frontier
+from vitlr.reporting.report import report as report
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply as apply
 from vitlr.surgery.fusion import fuse as fuse
@@ -98,6 +103,8 @@ def compress(
     width_scale: float = 1.0,
     attention: str | None = None,
     bits: str | Sequence[int] | int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     samples: int = 1,
@@ -108,7 +115,6 @@ def compress(
     steps: int | None = None,
     minutes: float | None = None,
     lr: float = 0.0001,
-    batch_size: int = 32,
     warmup: int = 20,
     weight_decay: float = 0.0,
     features: float = 50.0,
@@ -161,6 +167,7 @@ def plan(
     *,
     options: Planning | None = None,
     spectra: Spectra | None = None,
+    times: Times | None = None,
     progress: Progress | None = None,
     objective: str | None = None,
     centred: bool | None = None,
@@ -178,6 +185,8 @@ def plan(
     width_scale: float = 1.0,
     attention: str | None = None,
     bits: str | Sequence[int] | int | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
 ) -> Plan: ...

@@ -14,16 +14,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.options import ROUNDING, Calibration
+from vitlr.calibration.options import GRADIENT_OBJECTIVES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
-from vitlr.planning.budgets import Budget, parse_budget
+from vitlr.planning.budgets import Budget, is_timed, parse_budget
 from vitlr.planning.options import ROUNDED, Planning
+from vitlr.planning.pace import check_machine, clocked
 from vitlr.planning.planner import plan
 from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
@@ -34,6 +35,8 @@ from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply
+from vitlr.surgery.fusion import fuse
+from vitlr.surgery.promises import bytes_names, corrected, multiply_planned, timed
 
 _logger = logging.getLogger(__name__)
 NARROWING = ("widths", "joint")  # the methods that rounds serve
@@ -62,6 +65,11 @@ class Stages:
     recipe: Recipe
     rungs: tuple[str, ...]
     asked: dict[str, Any]  # of calibration, by name
+
+    @property
+    def timed(self) -> bool:
+        """Whether milliseconds are the budget."""
+        return is_timed(self.budget)
 
 
 @keywords(Planning, Calibration, Recipe)
@@ -97,13 +105,19 @@ def compressed(
     `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
     `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.
     The plan stays with the model, in `vitlr_info` and so in its file.
+
+    Under a budget of latency, for `batch_size` images on `threads`, the plan is tried and corrected once before it is
+    carried out, layers that multiply bytes get their ranges by another calibration of what refinement left, and the
+    model comes back fused, as it was measured: `plan.latency` says what was promised and what it takes.
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
     model = uncompiled(model)
     stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes)
     if stages.rungs:
         check_free(model)
-    if rounds > 1 or stages.rungs:
+    if stages.timed:
+        check_machine(model, stages.planning)
+    if rounds > 1 or stages.rungs or stages.timed:
         if isinstance(loader, Iterator):
             raise InputError(
                 "calibration uses this loader up, what follows needs it again; give a list or a DataLoader"
@@ -113,7 +127,8 @@ def compressed(
     if not plan_only and (problem := why_not_rebuilt(model)) is not None:
         _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda *_: nullcontext(progress))
-    layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
+    with visibility.visible(model):
+        layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
     def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
         with watch("calibrating") as advance:
@@ -122,7 +137,7 @@ def compressed(
 
     measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
     whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
-    reference = duplicate(model) if inplace and stages.rungs else model
+    reference = duplicate(model) if inplace and (stages.rungs or stages.timed) else model
     options = stages.planning
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
@@ -140,8 +155,15 @@ def compressed(
         once_more = measure or (lambda network: calibrated(network, again))
         small, measured, left = narrowed(small, measured, left, whole, rounds, once_more, options, inplace)
 
+    times = None
+    if stages.timed:
+        with watch("timing", None, "shapes") as advance:
+            times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
-        chosen = plan(small, measured, left, options=options, progress=advance)
+        chosen = plan(small, measured, left, options=options, times=times, progress=advance)
+    if stages.timed and stages.budget is not None and not plan_only:
+        same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
+        chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))
     if stages.budget is not None:  # of the whole, also where rounds have taken a part
         chosen = replace(chosen, budget=str(stages.budget), params=whole.params, macs=whole.macs, bytes=whole.bytes)
     if decided is not None:
@@ -150,7 +172,7 @@ def compressed(
         return Compressed(small, chosen, None, measured, images)
 
     small = apply(small, chosen, inplace=inplace or rounds > 1)
-    _record(small, chosen, measured, rounds, images)
+    record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
@@ -159,10 +181,25 @@ def compressed(
             how["output_fn"] = output_fn
             small = refine(small, reference, loader, inplace=True, progress=advance, **how)
         report = small.vitlr_refinement  # type: ignore[assignment]
+    if chosen.latency is not None:
+        if names := bytes_names(small, chosen):
+            how_bytes = replace(stages.calibration, **_ranges(stages.calibration, names))
+            ranges = measure(small) if measure else calibrated(small, how_bytes)
+            multiply_planned(small, ranges)
+        chosen = replace(chosen, latency=timed(reference, small, chosen.latency, measured.image))
+        small = fuse(small, inplace=True)
+        record(small, chosen, measured, rounds, images)
     return Compressed(small, chosen, report, measured, images)
 
 
-def _record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
+def _ranges(options: Calibration, names: Sequence[str]) -> dict[str, Any]:
+    """What changes in a calibration that only measures the ranges of these linears, and what they are worth."""
+    by_gradient = any(name in GRADIENT_OBJECTIVES for name in options.objectives)
+    objective = "loss" if by_gradient else "output"
+    return {"objective": objective, "extras": (RANGES,), "hidden": False, "include": exactly(names), "exclude": None}
+
+
+def record(model: nn.Module, chosen: Plan, measured: Statistics, rounds: int, images: int) -> None:
     """Leave with the model, for its file, what was decided and from what."""
     recipe = {key: getattr(chosen, key) for key in ("budget", "objective", "method", "centred")}
     recipe |= {"rounds": rounds, "images": images, "samples": measured.samples, "seed": measured.seed}
@@ -196,6 +233,8 @@ def read_options(
     measuring = Calibration.of(calibration, **asked)
     # Layers are chosen by what is measured; of several objectives a plan takes the first.
     planned = {key: value for key, value in own(Planning, changes).items() if key not in ("include", "exclude")}
+    repairs, timed = own(Recipe, changes), is_timed(goal)
+    (repairs if timed else planned).pop("batch_size", None)  # it is of one or of the other
     if not isinstance(planned.get("objective"), str | None):
         planned["objective"] = None
     deciding = Planning.of(planning, **planned)
@@ -217,7 +256,9 @@ def read_options(
         measuring = replace(measuring, objective="loss")  # sums of single images would be measured for nothing
     if rounding and ROUNDING not in measuring.extras:
         measuring = replace(measuring, extras=(*measuring.extras, ROUNDING))
-    repairing = Recipe.of(recipe, **own(Recipe, changes))
+    if timed and unmeasured and RANGES not in measuring.extras:
+        measuring = replace(measuring, extras=(*measuring.extras, RANGES))
+    repairing = Recipe.of(recipe, **repairs)
     return Stages(goal, measuring, deciding, repairing, wanted, asked)
 
 
@@ -231,6 +272,8 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
     if type(rounds) is not int or not 1 <= rounds <= 8:
         raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
+    if rounds > 1 and is_timed(budget):
+        raise InputError(f"rounds={rounds} counts what is counted, not times; it does not go with {budget}")
     if rounds > 1 and options.stored:
         raise InputError(f"rounds={rounds} counts weights that are not rounded; it does not go with bits=")
     if rounds > 1 and (options.settled not in NARROWING or budget is None):

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, sources, write_json
-from bench.compare.frontier.plain import rounded
 from bench.compare.frontier.rivals import GROUP
 from bench.compare.refinement import choice
 from bench.compare.vit_tiny import CHECKPOINT, MODEL, Kept, Recorded, calibration_tar, validation
@@ -40,6 +39,7 @@ from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.planner import plan
 from vitlr.refinement.ladder import refine
 from vitlr.refinement.report import Refinement
+from vitlr.reporting.nearest import rounded
 from vitlr.runtime import compact
 from vitlr.runtime.progress import bar
 from vitlr.surgery.application import apply

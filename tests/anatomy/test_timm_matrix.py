@@ -6,7 +6,7 @@ import torch
 from families import BLOCK, MODELS, make
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 
 
 def fired(model: nn.Module, names: dict[str, nn.Linear], x: torch.Tensor) -> tuple[set[str], torch.Tensor]:
@@ -25,21 +25,21 @@ def test_every_target_fires_once_visible_and_the_function_stays(name):
     model, x = make(name)
     found = linears.targets(model)
     assert len(found) == count
-    bypassed = linears.bypassed(model)
+    bypassed = visibility.bypassed(model)
     assert len(bypassed) == past and set(bypassed) <= set(found)
 
     seen, before = fired(model, found, x)
     assert set(found) - seen == set(bypassed)  # the adapter knows exactly what does not run
 
-    with linears.visible(model) as changed:
+    with visibility.visible(model) as changed:
         seen, during = fired(model, found, x)
     assert set(changed) == set(bypassed) and seen == set(found)
     # fp64, because whether the bias is added before or after rounding depends on the BLAS and the shape
     assert (before - during).abs().max() <= 1e-12 and (past or torch.equal(before, during))
-    assert set(linears.bypassed(model)) == set(bypassed)  # put back as it was
+    assert set(visibility.bypassed(model)) == set(bypassed)  # put back as it was
 
-    assert set(linears.make_visible(model)) == set(bypassed)
-    assert linears.make_visible(model) == ()
+    assert set(visibility.make_visible(model)) == set(bypassed)
+    assert visibility.make_visible(model) == ()
     seen, after = fired(model, found, x)
     assert seen == set(found) and torch.equal(during, after)
 
@@ -52,7 +52,7 @@ def test_only_images_feed_targets(name):
     found = linears.targets(model)
     for key, linear in found.items():
         linear.register_forward_hook(lambda _, args, __, key=key: inputs.setdefault(key, []).append(args[0].clone()))
-    with torch.no_grad(), linears.visible(model):
+    with torch.no_grad(), visibility.visible(model):
         model(x)
         model(x + 1)
     assert set(inputs) == set(found)
@@ -84,7 +84,7 @@ def test_a_model_without_classifier_has_none():
 def test_the_switch_is_put_back_after_an_error():
     model, _ = make("beit_base_patch16_224")
     model.blocks[0].attn.qkv_bias_separate = True
-    with pytest.raises(KeyError), linears.visible(model) as changed:
+    with pytest.raises(KeyError), visibility.visible(model) as changed:
         assert changed == ("blocks.1.attn.qkv",)
         raise KeyError
     assert [b.attn.qkv_bias_separate for b in model.blocks] == [True, False]

@@ -6,13 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 frontier = pytest.importorskip("bench.compare.frontier.__main__", reason="bench/ is not beside the tests")
-from bench.compare.frontier import borrowed, figure, page, plain, rivals, subjects  # noqa: E402
+from bench.compare.frontier import borrowed, figure, page, rivals, subjects  # noqa: E402
 
 
 def row(name: str, size: float, top1: float) -> dict:
@@ -71,29 +70,9 @@ def test_a_row_that_is_there_is_not_measured_again(tmp_path):
     assert [(r["name"], r["bytes"], r["top1"], r["more"]) for r in found["rows"]] == [("one", 5, 52.0, 1)]
 
 
-@pytest.mark.parametrize("bits", [8, 3, 2])
-def test_packed_codes_take_their_bits_and_come_back(bits):
-    codes = torch.randint(0, 2**bits, (5, 64))
-    held = plain.packed(codes, bits)
-    assert len(held) == 5 * 64 * bits // 8
-    each = np.unpackbits(held.numpy())[: 5 * 64 * bits].reshape(-1, bits)
-    assert np.array_equal(each @ (1 << np.arange(bits)[::-1]), codes.flatten().numpy())
-
-
 def test_codes_of_four_bits_go_in_pairs():
     codes = torch.tensor([[-8, 7, -1, 0]], dtype=torch.int8)
     assert rivals.pairs(codes).tolist() == [8 | 7 << 4, 15 | 0 << 4]
-
-
-@pytest.mark.parametrize("group", [64, 192])
-def test_plain_rounding_takes_the_nearest_of_as_many_values_as_its_bits_name(group):
-    W = torch.randn(5, 192)
-    codes, step, zero = plain.rounded(W, 3, group)
-    assert codes.shape == (5, 192 // group, group) and step.shape == zero.shape == (5, 192 // group, 1)
-    assert codes.min() >= 0 and codes.max() <= 7 and torch.equal(codes, codes.round())
-    groups, kept = W.unflatten(1, (-1, group)), (codes - zero) * step
-    every = (torch.arange(8.0) - zero) * step
-    assert torch.allclose((groups - kept).abs(), (groups[..., None] - every[..., None, :]).abs().amin(-1), atol=1e-6)
 
 
 def test_neighbours_vote_by_their_cosines(monkeypatch):

@@ -128,20 +128,24 @@ def test_damaged_shapes_in_a_file_are_refused(tiny_vit, images, tmp_path):
         Statistics.load(tmp_path / "s.safetensors")
 
 
-def test_sequence_first_layers_cannot_be_weighted_by_image():
-    class SequenceFirst(nn.Module):
-        def __init__(self):
+def test_sequence_first_layers_are_weighted_by_image_as_images_first_ones_are():
+    class Either(nn.Module):
+        def __init__(self, first):
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.a, self.b, self.first = nn.Linear(4, 4), nn.Linear(4, 3), first
 
         def forward(self, x):
-            return self.b(self.a(x.transpose(0, 1)).transpose(0, 1)).mean(1)
+            seen = self.a(x.transpose(0, 1)).transpose(0, 1) if self.first else self.a(x)
+            return self.b(seen).mean(1)
 
     x = torch.randn(2, 4, 4)  # as many rows for two images as a batch of tokens would have
-    calibrate(SequenceFirst(), [x], objective="loss")
     for objective in ("normalized", "fisher"):
-        with pytest.raises(InputError, match=r"layer a .* use objective='loss' or 'output'"):
-            calibrate(SequenceFirst(), [x], objective=objective)
+        models = [Either(first) for first in (True, False)]
+        models[1].load_state_dict(models[0].state_dict())
+        sums = [calibrate(model, [x], objective=objective).layers["a"].held for model in models]
+        assert sums[0].keys() == sums[1].keys()
+        for key, total in sums[1].items():
+            torch.testing.assert_close(sums[0][key], total, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_that_mix_images_cannot_be_weighted_by_image():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.checkpoint import files
 from vitlr.checkpoint.creation import create_model
 from vitlr.checkpoint.structure import structure
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def shrink(model: nn.Module, rank: int = 4, step: int = 2) -> nn.Module:
     """Every `step`-th target at low rank with random factors, otherwise as `apply` leaves a model."""
-    linears.make_visible(model)
+    visibility.make_visible(model)
     for name, linear in list(linears.targets(model).items())[::step]:
         parent, _, child = name.rpartition(".")
         low = LowRankLinear(linear.in_features, linear.out_features, rank, linear.bias is not None)
@@ -110,7 +110,7 @@ def test_tables_that_are_no_part_of_the_state_are_rebuilt(name, dtype, tmp_path,
     model = shrink(create_model(name, img_size=32, num_classes=5, **FAMILIES[name])).to(dtype)
     files.save(model, tmp_path / "m.safetensors")
     loaded = files.load(tmp_path / "m.safetensors")
-    assert same(model, loaded, x.to(dtype)) and not linears.bypassed(loaded)
+    assert same(model, loaded, x.to(dtype)) and not visibility.bypassed(loaded)
 
 
 def test_loads_alone_in_a_fresh_process(tiny_vit, tmp_path, x):

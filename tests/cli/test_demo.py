@@ -53,6 +53,7 @@ def test_table_shows_every_row_uncut(finished, capsys):
     demo._show(finished[0], demo.QUICK)
     shown = capsys.readouterr()
     assert "…" not in shown.out and not shown.err
+    assert all(len(line) <= 80 for line in shown.out.splitlines() if str(finished[1]) not in line)
     for row in finished[0]["rows"]:
         line = next(line for line in shown.out.splitlines() if row["model"] in line)
         assert f"{row['top1']:.2f}" in line and f"{row['macs'] / 1e6:.1f}" in line

@@ -95,3 +95,12 @@ def test_a_variable_that_cannot_be_obeyed_is_told_not_raised(monkeypatch, name, 
     told = json.loads(json_answer.stdout)
     problems = [op["problem"] for op in told["ops"] if op["problem"]] + [told["native"]["why_not"] or ""]
     assert any(value in problem for problem in problems)
+
+
+def test_kernels_are_one_line_unless_they_are_asked_for(found):
+    short = CliRunner().invoke(app, ["doctor"]).stdout
+    assert all(len(line) <= 80 for line in short.splitlines()) and "would run" not in short
+    assert re.search(r"^kernels      on cpu: \d+ by ", short, re.MULTILINE) and "--kernels" in short
+    asked = CliRunner().invoke(app, ["doctor", "--kernels"]).stdout
+    assert "would run" in asked and "lowrank_mlp" in asked and "--kernels" not in asked
+    assert sum(map(int, re.findall(r"(\d+) by ", short))) == len(found["ops"])

@@ -18,7 +18,19 @@ from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe
 from vitlr.runtime.fields import Options, declared, option
 
-COMMANDS = ["inspect", "compress", "prune", "finetune", "validate", "bench", "doctor", "demo"]
+COMMANDS = [
+    "inspect",
+    "frontier",
+    "compress",
+    "prune",
+    "finetune",
+    "validate",
+    "report",
+    "export",
+    "bench",
+    "doctor",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -47,6 +59,32 @@ def test_help_waits_for_neither_torch_nor_timm():
     code += f"for c in {COMMANDS}: assert CliRunner().invoke(app, [c, '--help']).exit_code == 0\n"
     code += "print([m for m in ('torch', 'timm', 'rich', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_the_first_help_fits_eighty_columns_and_cuts_no_sentence(run):
+    lines = run("--help").out.splitlines()
+    assert all(len(line) <= 80 for line in lines) and not any(line.endswith("...") for line in lines[1:])
+    assert all(any(line.startswith(f"  {name} ") and line.endswith(".") for line in lines) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["compress", "m", "--budget", "60%", "--data", "x", "--out", "y"],
+        ["compress", "m", "--budget", "params:60%", "--data", "x", "--out", "y", "--method", "jont"],
+        ["compress", "m", "--budget", "params:60%", "--data", "x"],
+        ["compress", "m", "--budget", "params:60%", "--out", "y"],
+        ["frontier", "m", "--data", "x", "--budgets", "60%"],
+        ["report", "m"],
+        ["validate", "m"],
+        ["finetune", "m"],
+    ],
+)
+def test_usage_errors_wait_for_no_torch(args):
+    code = "import sys\nfrom typer.testing import CliRunner\nfrom vitlr.cli.app import app\n"
+    code += f"found = CliRunner().invoke(app, {args})\n"
+    code += "print(found.exit_code, found.stderr.count(chr(10)), [m for m in ('torch', 'timm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "2 1 []\n"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vitlr.calibration.statistics import Statistics
 def test_help_names_every_command_and_version(run):
     answer = run("--help")
     assert answer.status == 0
-    for command in ("inspect", "compress", "prune", "validate", "bench", "doctor", "demo"):
+    for command in ("inspect", "compress", "prune", "validate", "export", "bench", "doctor", "demo"):
         assert f"\n  {command} " in answer.out
     assert run("--version").out == f"vitlr {vitlr.__version__}\n"
 
@@ -39,6 +39,22 @@ def test_inspect(run):
     assert values["share"] == pytest.approx(sum(row["params"] for row in values["targets"]) / values["params"])
     text = run("inspect", NAME, *TINY).out
     assert "blocks.1.mlp.fc2" in text and "the classifier" in text and f"{values['params']:,} parameters" in text
+
+
+def test_inspect_sums_up_what_is_alike_in_a_deep_model(run):
+    deep = [value if value != "depth=2" else "depth=7" for value in TINY]
+    values, text = run("inspect", NAME, *deep, "--json").json, run("inspect", NAME, *deep).out
+    assert values["layers"] == 28 and "blocks.{0-6}.mlp.fc2" in text and "blocks.0.mlp.fc2" not in text
+    assert len(text.splitlines()) < 12 and all(len(line) <= 80 for line in text.splitlines())
+    share = sum(row["params"] for row in values["targets"] if row["name"].endswith("fc2"))
+    assert f"{share / 1e6:.3f}M" in next(line for line in text.splitlines() if "mlp.fc2" in line)
+
+
+def test_inspect_shows_layers_in_the_order_of_the_model(run, squeeze, tmp_path):
+    run(*squeeze(method="lowrank"))
+    lines = run("inspect", tmp_path / "small.safetensors").out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("blocks.")]
+    assert names == [f"blocks.{i}.{kind}" for i in (0, 1) for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
 def test_inspect_shows_bypassed_layers(run):

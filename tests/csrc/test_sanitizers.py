@@ -45,6 +45,7 @@ def run(command: list[str], **env: str) -> str:
     ("name", "rounds", "kernels"),
     [
         ("chain", 8, {"chain": OF_FLOATS}),
+        ("rounding", 60, {"rounding": ()}),
         ("attention", 15, {"attention": OF_FLOATS}),
         ("int8_chain", 15, {"chain": OF_FLOATS, "int8_chain": tuple(ISAS)}),
     ],

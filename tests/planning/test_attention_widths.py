@@ -150,7 +150,7 @@ def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):
     for change in (
         lambda body: body["widths"][0].update(kind="neurons"),
         lambda body: body["widths"][0].update(width=10**9),
-        lambda body: body.update(schema=5),
+        lambda body: body.update(schema=6),
     ):
         body = json.loads(plan.to_json())
         change(body)

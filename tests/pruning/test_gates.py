@@ -172,6 +172,7 @@ def test_what_cannot_have_gates_is_named(tiny_vit):
         add_gates(add_gates(tiny_vit()))
     with pytest.raises(InputError, match=r"encoder\.0\.self_attn: MultiheadAttention is not one that vitlr knows"):
         layer = nn.TransformerEncoderLayer(8, 2, 16)
+        layer.self_attn = nn.MultiheadAttention(8, 2, kdim=4)
         add_gates(nn.ModuleDict({"encoder": nn.ModuleList([layer])}), "qkv")
     with pytest.raises(InputError, match=r"Sequential has no attention block to prune\. Supported: timm"):
         add_gates(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)))
@@ -223,12 +224,20 @@ def test_attention_of_transformers(family):
         assert (small(images)[0] - masked).abs().max() < 1e-10 * masked.abs().max()
 
 
-def test_attention_of_torchvision_is_named():
+def test_attention_of_torchvision():
     torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.VisionTransformer(32, 8, 1, 2, 32, 64, num_classes=5)
-    with pytest.raises(
-        InputError, match=r"no attention block to prune; .*self_attention: MultiheadAttention is not one"
-    ):
-        add_gates(model)
-    gated = add_gates(model, ("fc1", "fc2"))
-    assert {gate.site.kind for gate in gates(gated).values()} == {"fc1", "fc2"}
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5).double().eval()
+    nn.init.normal_(model.heads.head.weight)  # zero as torchvision makes it
+    before = [type(module) for module in model.modules()]
+    gated, images = add_gates(model), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert [type(module) for module in model.modules()] == before
+    found = {key: gate.site for key, gate in gates(gated).items()}
+    assert {site.kind for site in found.values()} == set(KINDS)
+    scatter(gated)
+    keep = lose(gated)
+    with torch.no_grad():
+        masked = gated(images)
+        whole = remove_gates(gated)
+        assert [type(module) for module in whole.modules()] == before
+        small = remove_channels(whole, found, keep)
+        assert (small(images) - masked).abs().max() < 1e-10 * masked.abs().max()

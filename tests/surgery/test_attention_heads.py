@@ -49,7 +49,7 @@ def ragged(width: int, heads: int) -> torch.Tensor:
 @pytest.mark.parametrize("rank", [None, 6])
 def test_the_kept_channels_compute_what_they_did(name, rank):
     model, images = make(name)
-    vitlr.anatomy.linears.make_visible(model)
+    vitlr.anatomy.visibility.make_visible(model)
     found = attentions(model)[0]
     if rank:
         for attention in found.values():
@@ -147,7 +147,7 @@ def test_the_predicted_loss_is_the_measured_one(name, grain, objective):
     """`Σ δᵀ F δ` over all tokens, and the ridge's own part."""
     with torch.enable_grad():
         model, batches, stats = calibrated(name, objective=objective)
-    vitlr.anatomy.linears.make_visible(model)
+    vitlr.anatomy.visibility.make_visible(model)
     spectrum = solved(model, stats, grain, ridge=1e-4)["blocks.0.attn"]
     seen = []
     proj = model.get_submodule(spectrum.second)

@@ -13,6 +13,7 @@ import vitlr
 from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint import files
+from vitlr.decomposition import byte_steps
 from vitlr.errors import InputError
 from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
 from vitlr.runtime.modules import swap
@@ -199,7 +200,7 @@ def test_a_neuron_that_is_now_and_then_huge_gets_columns_of_its_own(tmp_path, kn
     assert sum(len(w) for w in wide.values() if w is not None) < 16  # only where it matters
     vitlr.save(small, tmp_path / "small.safetensors")
     assert torch.equal(vitlr.load(tmp_path / "small.safetensors")(images), small(images))
-    monkeypatch.setattr(surgery, "_MOST", 0)
+    monkeypatch.setattr(byte_steps, "_MOST", 0)
     errors = [(f(images) - huge(images)).norm() for f in (small, fuse(huge, bits=8, stats=stats))]
     assert errors[0] < 0.5 * errors[1]
 
@@ -217,7 +218,7 @@ def test_a_neuron_that_slept_has_the_range_of_others():
     high = torch.tensor([3.0, 0.2, 4.0, 3.5, 0.0]).double()
     mean = torch.tensor([0.0, -0.1, 0.1, 0.0, -0.1]).double()
     V = torch.tensor([0.1, 0.01, 0.1, 0.1, 0.5]).double()
-    least, most = surgery._foreseen(low, high, mean, V)
+    least, most = byte_steps._foreseen(low, high, mean, V)
     assert torch.equal(least[[0, 2, 3]], low[[0, 2, 3]]) and torch.equal(most[[0, 2, 3]], high[[0, 2, 3]])
     width = most - least
     torch.testing.assert_close(width[1], 4.17 * (V[1] / V[2]).sqrt())  # as many deviations as the third has

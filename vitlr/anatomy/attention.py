@@ -13,10 +13,13 @@ from vitlr.nn._fused import original_of
 from vitlr.nn.fused_attention import CLASSES
 from vitlr.runtime.modules import class_of, join
 
-SUPPORTED = "timm's ViT, EVA, BEiT and Swin attention and that of transformers' ViT, DeiT and DINOv2"
+SUPPORTED = (
+    "timm's ViT, EVA, BEiT and Swin attention, nn.MultiheadAttention, and that of transformers' ViT, DeiT and DINOv2"
+)
 
 SCORES_SUPPORTED = (
-    "timm's ViT and Swin attention without norms of q and k, and that of transformers' ViT, DeiT and DINOv2"
+    "timm's ViT and Swin attention without norms of q and k, nn.MultiheadAttention, and that of transformers' ViT, "
+    "DeiT and DINOv2"
 )
 
 # Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
@@ -32,6 +35,7 @@ _KNOWN = {
     "transformers.models.vit.modeling_vit.ViTAttention",
     "transformers.models.deit.modeling_deit.DeiTAttention",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+    "vitlr.nn.multihead_linears.MultiheadLinears",
 }
 # Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
 _PLAIN_SCORES = {
@@ -41,9 +45,10 @@ _PLAIN_SCORES = {
     "transformers.models.vit.modeling_vit.ViTAttention",
     "transformers.models.deit.modeling_deit.DeiTAttention",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
+    "vitlr.nn.multihead_linears.MultiheadLinears",
 }
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
-_OUT = ("proj", "o_proj")
+_OUT = ("proj", "o_proj", "out_proj")
 _MARK = "vitlr_full_heads"  # on an attention that lost heads: how many it had before
 
 

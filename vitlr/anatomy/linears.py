@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,17 +17,14 @@ from vitlr.runtime import modules
 __all__ = [
     "Hidden",
     "Surface",
-    "bypassed",
     "classifier_names",
     "hidden",
     "is_scale",
     "kept",
-    "make_visible",
     "norms_before",
     "scales_after",
     "survey",
     "targets",
-    "visible",
 ]
 
 Patterns = str | Iterable[str] | None
@@ -116,39 +112,6 @@ def kept(model: nn.Module) -> dict[str, str]:
 def hidden(model: nn.Module) -> dict[str, Hidden]:
     """Return the weights that can be neither measured nor replaced, each with the reason and its parameter count."""
     return survey(model).hidden
-
-
-def bypassed(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linears that the model reads past as it stands and that `visible` or `make_visible` brings back."""
-    return {
-        modules.join(name, "qkv"): attention.get_submodule("qkv")
-        for name, attention in timm.switchable(model)
-        if not getattr(attention, timm.SWITCH)
-    }
-
-
-@contextmanager
-def visible(model: nn.Module) -> Iterator[tuple[str, ...]]:
-    """Make bypassed linears visible within the block, then put every switch back as it was; yield the names changed.
-
-    `F.linear(x, W, b)` becomes `qkv(x) + b`: the same function, rounded once more where BLAS adds the bias before it
-    rounds. Seen on logits of BEiT-B, EVA-giant and SwinV2-B blocks: at most 7e-16 in fp64, 3e-7 in fp32, 8e-3 in bf16.
-    """
-    changed = [attention for _, attention in timm.switchable(model) if not getattr(attention, timm.SWITCH)]
-    names = make_visible(model)
-    try:
-        yield names
-    finally:
-        for attention in changed:
-            setattr(attention, timm.SWITCH, False)
-
-
-def make_visible(model: nn.Module) -> tuple[str, ...]:
-    """Make bypassed linears visible for good; return the names of the linears this changed, () the second time."""
-    names = tuple(bypassed(model))
-    for _, attention in timm.switchable(model):
-        setattr(attention, timm.SWITCH, True)
-    return names
 
 
 def norms_before(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:

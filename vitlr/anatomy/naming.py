@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitlr.nn import MultiheadLinears
 from vitlr.runtime.modules import join
 
 _HEADS = re.compile(r"((\w+_)?heads?(_\w+|\d+)?|fc|logits|score|\w*classifier|(visual|text)_projection)")
@@ -81,6 +82,8 @@ def role(name: str) -> str | None:
 def bypassed(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (name, reason) of the linears that their parent never calls but reads `.weight` of, with no remedy."""
     for name, module in model.named_modules():
+        if isinstance(getattr(module, "self_attn", None), MultiheadLinears):  # then torch's encoder layer calls them
+            continue
         for base in type(module).__mro__:
             for child in _BYPASSING.get((base.__module__, base.__qualname__), ()):
                 if isinstance(getattr(module, child, None), nn.Module):

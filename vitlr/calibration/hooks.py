@@ -158,7 +158,7 @@ class Tap:
 
     def _per_image(self, rows: Tensor, leading: int) -> Tensor:
         """Split rows by image, `[images, tokens of one, ...]`; `leading` is the first dimension they came with."""
-        if leading not in {self.images * one for one in self.leading}:
+        if leading not in {self.images * one for one in self.leading} and not self._tokens_first(leading):
             raise InputError(
                 f"layer {self.stats.name} sees inputs of leading size {leading} for {self.images} images and "
                 f"{sorted(self.leading)} for one: they cannot be told apart by image; leave it out with exclude=, or "
@@ -166,18 +166,27 @@ class Tap:
             )
         if not self.strided:
             return rows.reshape(self.images, -1, rows.shape[-1])
-        views = leading // self.images
+        views = self._views(leading)
         return (
             rows.reshape(views, self.images, -1, rows.shape[-1])
             .transpose(0, 1)
             .reshape(self.images, -1, rows.shape[-1])
         )
 
+    def _tokens_first(self, leading: int) -> bool:
+        """Whether inputs are `[tokens, images, ...]`: as long as for one image, and the rows of one lie apart."""
+        return self.strided and leading in self.leading
+
+    def _views(self, leading: int) -> int:
+        """How often rows of all images come one after the other, where those of one lie apart."""
+        stacked = leading in {self.images * one for one in self.leading}
+        return leading // self.images if stacked else leading
+
     def _image_weights(self, y: Tensor, leading: int) -> Tensor:
         """`1 / ‖W x_i‖²_F` for every row of image i; an image whose output vanishes weighs nothing."""
         norms = torch.linalg.vector_norm(self._per_image(y, leading), dim=(1, 2), dtype=torch.float64)
         weight = torch.where(norms > 0, norms.square().reciprocal(), 0.0)
-        views = leading // self.images if self.strided else 1
+        views = self._views(leading) if self.strided else 1
         return weight.repeat_interleave(y.shape[0] // self.images // views).repeat(views).to(torch.float32)
 
     def _add_gradient(self, g: Tensor) -> None:

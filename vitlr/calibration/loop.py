@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
 from vitlr.calibration.hooks import Tap, sketches
 from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
+from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
@@ -102,7 +103,7 @@ def calibrate(
         stack.enter_context(evaluation_mode(model))
         stack.enter_context(no_graphs_left(model))
         stack.enter_context(frozen_parameters(model))
-        stack.enter_context(linears.visible(model))
+        stack.enter_context(visibility.visible(model))
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
         check_finite(model)
         # Layers are run in bytes as they are in the end, and so are the factors of those that have low rank by then.
@@ -115,6 +116,7 @@ def calibrate(
         run: Statistics | None = None
         doubt = 0.0
         taps: list[Tap] = []
+        others: Others | None = None
         ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
         for batch in loader:
@@ -153,6 +155,8 @@ def calibrate(
                     Tap(run.layers[name], targets[name], collect[name], found.leading[name], queries.get(name))
                     for name in targets
                 ]
+                if ROUNDING in extras and by_gradient:
+                    others = stack.enter_context(Others(model, targets))
             elif image_shape(inputs) != run.input_shape:
                 raise InputError(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
@@ -176,7 +180,7 @@ def calibrate(
                             _say(run, what_is(model, picked)[1], picked)
                         losses = sampled_losses(model, picked, seeds, wanted.samples)
                         doubt = max(doubt, largest_doubt(model, picked))
-                    _backward(losses, taps, sketches(seeds, wanted.samples, taps))
+                    _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
             run.images += images
             run.whole = True
             if on_batch is not None:
@@ -230,7 +234,13 @@ def _say(run: Statistics, what: str, answer: Any) -> None:
     _logger.log(level, "the model's answer is taken for %s%s", what, more)
 
 
-def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[Tensor | None]) -> None:
+def _backward(
+    losses: Sequence[Tensor],
+    taps: Sequence[Tap],
+    sketched: Sequence[Tensor | None],
+    others: Others | None,
+    run: Statistics,
+) -> None:
     """Backward passes of all losses; `InputError` naming the layers that no gradient arrives at."""
     for index, loss in enumerate(losses):
         for tap in taps:
@@ -241,6 +251,8 @@ def _backward(losses: Sequence[Tensor], taps: Sequence[Tap], sketched: Sequence[
                 "(no_grad or detach?); output_fn= picks another part of the answer, objective='output' needs none"
             )
         loss.backward(retain_graph=index + 1 < len(losses))
+        if others is not None:
+            others.add(run.others)
     cut_off = [tap.stats.name for tap in taps if not tap.gradient_seen]
     if cut_off:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
 
 
 def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any, alone: Any) -> set[str]:
-    """The layers that see the rows of one image `images` apart: views or frames stacked before the images of a batch.
+    """The layers that see the rows of one image `images` apart: views, frames or tokens before the images of a batch.
 
     Found by what they see of an image `alone` and in a `pair` that it is the first of. Raises `InputError` where an
     image is seen otherwise in company: then nothing can be said of one image.
@@ -72,9 +73,14 @@ def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any
     for name in targets:
         for together, single in zip(with_another[name], by_itself[name], strict=False):
             rows = len(single)
-            if len(together) != 2 * rows:
+            # Tokens before images: the rows of one image are never neighbours.
+            if single.dim() > 2 and len(together) == rows and together.shape[1] == 2 * single.shape[1]:
+                places: tuple[Tensor | None, Tensor] = (None, together[:, : single.shape[1]])
+            elif len(together) == 2 * rows:
+                places = (together[:rows], together[::2])
+            else:
                 continue  # no multiple of the images: refused by who splits them
-            near, apart = (float((t - single).norm()) for t in (together[:rows], together[::2]))
+            near, apart = (math.inf if t is None else float((t - single).norm()) for t in places)
             if min(near, apart) > _ALIKE * float(single.norm()):
                 raise InputError(
                     f"layer {name} sees an image otherwise when another one is in the batch: sums over single images "

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.options import HIDDEN, VALUES, Calibration
 from vitlr.calibration.statistics import Statistics
 from vitlr.data.batches import count_images
@@ -53,7 +53,7 @@ def resumed(
     found = Statistics.load(path) if path.exists() else None
     if found is not None:
         try:
-            _check_fits(found, model, loader, wanted, asked)
+            _check_fits(model, found, loader, wanted, asked)
         except InputError as cause:
             raise InputError(f"{path}: {cause}; name another file, or remove this one") from cause
         if found.notes.get("complete", True):
@@ -72,7 +72,8 @@ def images_of(loader: Any) -> int | None:
         return None
 
 
-def _check_fits(found: Statistics, model: nn.Module, loader: Any, wanted: Calibration, asked: tuple[str, ...]) -> None:
+@visibility.seeing
+def _check_fits(model: nn.Module, found: Statistics, loader: Any, wanted: Calibration, asked: tuple[str, ...]) -> None:
     modules, own = dict(model.named_modules()), isinstance(loader, Loader)
     found.check_fits({name: m.weight for name in found.layers if isinstance(m := modules.get(name), nn.Linear)})
     size = found.input_shape

@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitlr.calibration.options import DEFAULT, EXTRAS, OBJECTIVES
 from vitlr.calibration.sums import BY_IMAGE_HIDDEN, SCORES, SUMS, LayerStatistics, share_moments
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime import storage
+from vitlr.runtime.compact import BITS
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, number, text, tuple_of, whole
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
 SCHEMA = 1
+_OTHER = "|"  # before the names of what is of no layer
 SHAPE = tuple_of(whole(0, 2**31), 1, 8)
 ROW = (NAME, whole(1, 2**31), whole(1, 2**31), NAME, whole(0))  # of a layer: name, K, N, owner, tokens
 HEADER: dict[str, Any] = {
@@ -64,6 +67,7 @@ class Statistics:
     whole: bool = True
     dtype: Any = None  # of an image, by name
     answer: str = ""  # what the model's was taken for
+    others: dict[str, Tensor] = field(default_factory=dict)  # what rounding other matrices costs (calibration.others)
 
     @property
     def image(self) -> tuple[Any, Any]:
@@ -120,7 +124,8 @@ class Statistics:
             )
         share_moments(layers)
         notes = {**self.notes, **other.notes}
-        return replace(self, layers=layers, images=self.images + other.images, notes=notes)
+        others = {name: lost + other.others[name] for name, lost in self.others.items() if name in other.others}
+        return replace(self, layers=layers, images=self.images + other.images, notes=notes, others=others)
 
     def check_whole(self) -> None:
         """Raise `InputError` where a batch was added half: an error or an interrupt came in between."""
@@ -156,6 +161,7 @@ class Statistics:
         """Write everything to one safetensors file, atomically."""
         self.check_whole()
         tensors = {f"{name}|{key}": tensor for name, layer in self.layers.items() for key, tensor in layer.sums()}
+        tensors |= {f"{_OTHER}{name}": lost for name, lost in self.others.items()}
         header = {
             "fingerprint": self.fingerprint,
             "objectives": self.objectives,
@@ -180,6 +186,7 @@ class Statistics:
             check(header, HEADER, "its header")
             shape = header["input_shape"]
             check(shape, {"*": SHAPE} if isinstance(shape, dict) else SHAPE | NONE, "its input_shape")
+            others = _others(tensors)
             layers = _layers(tensors, header["layers"])
         except InputError as cause:
             raise InputError(f"{path}: its statistics are damaged ({cause}); calibrate again") from cause
@@ -196,7 +203,19 @@ class Statistics:
             dict(header["notes"]),
             dtype=header.get("dtype"),
             answer=header.get("answer", ""),
+            others=others,
         )
+
+
+def _others(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is of no layer, taken out; `InputError` for what no calibration gives."""
+    found = {name: tensors.pop(name) for name in [*tensors] if name.startswith(_OTHER)}
+    for name, lost in found.items():
+        if lost.shape != (len(BITS),) or lost.dtype != torch.float64 or not bool(((lost >= 0) & lost.isfinite()).all()):
+            raise InputError(
+                f"tensor {name:.120} is {lost.dtype} {list(lost.shape)}, expected {len(BITS)} sums of squares"
+            )
+    return {name.removeprefix(_OTHER): lost for name, lost in found.items()}
 
 
 def _layers(tensors: dict[str, Tensor], rows: list[Any]) -> dict[str, LayerStatistics]:

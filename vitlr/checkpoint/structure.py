@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
 from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
@@ -108,17 +108,17 @@ def restructure(model: nn.Module, layers: Mapping[str, Entry]) -> nn.Module:
     Device and dtype stay. Raises `InputError` for names that are no such MLP or no plain linear, shapes that do not
     fit, and widths, channels and ranks out of range; the model is then untouched.
     """
-    dense = _Dense(model)
     kinds = {name: _kind(entry) for name, entry in layers.items()}
     for name, kind in kinds.items():
         check(layers[name], ENTRIES[kind], f"layer {name}")
-    changes = [
-        change(dense, name, layers[name]) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind
-    ]
-    linears.make_visible(model)
+    with visibility.visible(model, keep=True):
+        dense = _Dense(model)
+        of_kinds = ((change, name) for kind, change in CHANGES.items() for name in layers if kinds[name] == kind)
+        changes = [change(dense, name, layers[name]) for change, name in of_kinds]
     with torch.no_grad():
         for do in changes:
             do()
+    visibility.put_back(model)
     return model
 
 

@@ -1,4 +1,5 @@
-"""The command line: `vitlr inspect | compress | prune | finetune | validate | bench | doctor | demo`.
+"""The command line: `vitlr inspect | frontier | compress | prune | finetune | validate | report | export | bench |
+doctor | demo`.
 
 Exit status: 0 done, 1 a run that failed, 2 bad usage or bad input, 130 interrupted. The result goes to stdout, all else
 to stderr. Nothing heavy is imported before a command runs.
@@ -16,16 +17,21 @@ import typer
 from vitlr.cli.command import Command
 from vitlr.cli.commands.bench import bench
 from vitlr.cli.commands.compress import compress
+from vitlr.cli.commands.export import export
 from vitlr.cli.commands.finetune import finetune
+from vitlr.cli.commands.frontier import frontier
 from vitlr.cli.commands.inspect import inspect
 from vitlr.cli.commands.prune import prune
+from vitlr.cli.commands.report import report
 from vitlr.cli.commands.validate import validate
 from vitlr.cli.options import OUTPUT, AsJson
-from vitlr.cli.result import Result, guarded
+from vitlr.cli.result import Result, guarded, wrapped
 
 app = typer.Typer(
     name="vitlr",
-    help="Compress trained Vision Transformers by activation-aware low rank, and run them faster.",
+    help="Compress trained Vision Transformers without labels: ranks, widths and bits.\n\n"
+    "Start with `vitlr demo`, then `vitlr frontier MODEL --data IMAGES`: what every size would cost. "
+    "`vitlr COMMAND --help` has an example of each.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -33,12 +39,18 @@ app = typer.Typer(
 )
 
 
-def doctor(as_json: AsJson = False) -> Result:
+def doctor(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="A table for every operation: which kernel runs, and why.")
+    ] = False,
+    as_json: AsJson = False,
+) -> Result:
     """Say what is installed, what was built, what runs, and why not."""
     from vitlr.cli.commands.doctor import diagnose, render
 
     found = diagnose()
-    return Result(found, render(found))
+    text = render(found, kernels)
+    return Result(found, text if kernels else wrapped(text, 13))
 
 
 def demo(
@@ -69,8 +81,23 @@ def _root(
     pass
 
 
+# What `vitlr --help` says of each, in one line of 80 columns.
+_SHORT = {
+    "inspect": "What of a model can be compressed, and what it holds.",
+    "frontier": "Try many budgets from one calibration, and say which to take.",
+    "compress": "Compress a model to a budget, from unlabelled images.",
+    "prune": "Learn which channels can go, with labels, and fine-tune.",
+    "finetune": "Train a model, compressed or not, on labelled images.",
+    "validate": "Accuracy, and agreement with another model.",
+    "report": "One HTML page: budget, accuracy, speed, and where it errs.",
+    "export": "Write a model for ONNX Runtime or OpenVINO.",
+    "bench": "How fast a model is, in turns with the one it came from.",
+    "doctor": "What is installed, was built, and runs here, and why not.",
+    "demo": "Train a small ViT on digits and compress it; a few minutes.",
+}
 _EXAMPLES = {
     "inspect": "vitlr inspect vit_tiny_patch16_224",
+    "frontier": "vitlr frontier vit_tiny_patch16_224 --data train --val val --out frontier",
     "compress": "vitlr compress vit_tiny_patch16_224 --data train --limit 1000 \\\n"
     "    --budget params:80% --out small.safetensors",
     "prune": "vitlr prune vit_tiny_patch16_224 --data train --rate 0.3 \\\n    --out pruned.safetensors",
@@ -78,12 +105,15 @@ _EXAMPLES = {
     "    --reference vit_tiny_patch16_224 --out tuned.safetensors",
     "validate": "vitlr validate small.safetensors --data val --class-map synsets.txt \\\n"
     "    --reference vit_tiny_patch16_224",
+    "report": "vitlr report small.safetensors --data val --class-map synsets.txt \\\n"
+    "    --reference vit_tiny_patch16_224 --out page",
+    "export": "vitlr export small.safetensors --out small.onnx",
     "bench": "vitlr bench small.safetensors --batch-size 1,64",
 }
 
-for _command in (inspect, compress, prune, finetune, validate, bench, doctor, demo):
-    _example = _EXAMPLES.get(_command.__name__)
-    app.command(_command.__name__, cls=Command, epilog=_example)(guarded(_command))
+for _command in (inspect, frontier, compress, prune, finetune, validate, report, export, bench, doctor, demo):
+    _name = _command.__name__
+    app.command(_name, cls=Command, epilog=_EXAMPLES.get(_name), short_help=_SHORT[_name])(guarded(_command))
 
 
 def main() -> Any:

@@ -16,7 +16,10 @@ DATA, OUTPUT, MODEL, MACHINE = "Data", "Output", "Model", "Machine"  # sections 
 _OWN_FLAGS = {"name": "MODEL", "checkpoint": "--checkpoint", "checkpoint_path": "--checkpoint", "pretrained": "MODEL"}
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A timm model name.", show_default=False, rich_help_panel=DATA)
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A timm model name, or a file that vitlr wrote.", show_default=False, rich_help_panel=DATA
+    ),
 ]
 FileOrModel = Annotated[
     str,
@@ -54,7 +57,10 @@ ValData = Annotated[
     typer.Option(metavar="TAR_OR_DIR", help="Held-out images that choose the best epoch.", rich_help_panel=DATA),
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", "-o", metavar="F", help="The file to write.", rich_help_panel=OUTPUT)
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="F", help="The file to write; an earlier result is replaced.", rich_help_panel=OUTPUT
+    ),
 ]
 Resume = Annotated[
     Path | None,

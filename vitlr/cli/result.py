@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
+    )
+
+
+def wrapped(text: str, indent: int = 2, columns: int = 80) -> str:
+    """Every line in so many columns, what follows set in."""
+    how: dict[str, Any] = {"subsequent_indent": " " * indent, "break_on_hyphens": False, "break_long_words": False}
+    return "\n".join(
+        line if len(line) <= columns else textwrap.fill(line, columns, drop_whitespace=True, **how)
+        for line in text.splitlines()
     )
 
 

@@ -92,6 +92,14 @@ def noise_image(model: nn.Module, image: Any) -> Any:
     return torch.randn(1, *shape, generator=generator).to(wanted.device, wanted.dtype)
 
 
+def noise_images(model: nn.Module, image: Any, count: int) -> Any:
+    """A batch of so many of it."""
+    found = noise_image(model, image)
+    if isinstance(found, dict):
+        return {key: torch.cat([value] * count) for key, value in found.items()}
+    return torch.cat([found] * count)
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """The model's answer to what `to_model` gave."""
     return model(**inputs) if isinstance(inputs, dict) else model(inputs)

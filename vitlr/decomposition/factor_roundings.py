@@ -28,14 +28,15 @@ class FactorRounding:
     down: Rounding
 
     @classmethod
-    def of(cls, name: str, sides: Sides, A: Tensor, B: Tensor) -> FactorRounding:
-        """Of a layer with these sides. Raises `NumericalError` naming it for moments that are none."""
+    def of(cls, name: str, sides: Sides, A: Tensor, B: Tensor, whole: Rounding | None = None) -> FactorRounding:
+        """Of a layer with these sides, which those of `whole` may be. Raises `NumericalError` for no moments."""
         A, B = A.detach().cpu().double(), B.detach().cpu().double()
         C = sides.moments()[1]
         t = ((B @ C) * B).sum(1).clamp_min(_TINY).sqrt()
         A, B = A * t, B / t[:, None]
-        up, down = sides.through(B=B), sides.through(A=A)
-        return cls(sides, Rounding.of(name, up, A), Rounding.of(name, down, B))
+        outputs, inputs = (None, None) if whole is None else (whole.outputs, whole.inputs)
+        up = Rounding.of(name, sides.through(B=B), A, outputs=outputs)
+        return cls(sides, up, Rounding.of(name, sides.through(A=A), B, inputs=inputs))
 
     def costs(self, level: int, sample: int = SAMPLE) -> tuple[float, float]:
         """Bytes of the file and predicted nats of both at a level, without those of the rank."""
@@ -49,7 +50,8 @@ class FactorRounding:
         rounded, S = up.dense_weight(torch.float64), self.sides.moments()[0]
         seen = rounded.mT @ S
         again = torch.linalg.lstsq(seen @ rounded, seen @ A @ B).solution
-        down = Rounding.of(self.up.name, self.sides.through(A=rounded), again).rounded(level, again, None)
+        seen_again = Rounding.of(self.up.name, self.sides.through(A=rounded), again, inputs=self.down.inputs)
+        down = seen_again.rounded(level, again, None)
         if bias is not None:
             error = A @ B - rounded @ down.dense_weight(torch.float64)
             up.bias = nn.Parameter((bias.detach().double().cpu() + error @ self.sides.mean()).to(bias.dtype))

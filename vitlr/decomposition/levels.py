@@ -58,7 +58,7 @@ class LinearLevels:
         if spectrum is not None:
             for rank in _shares(RANKS, N * K // (N + K)):
                 A, B, _ = spectrum.factors(whole.weight, rank)
-                factors = FactorRounding.of(whole.name, whole.sides, A, B)
+                factors = FactorRounding.of(whole.name, whole.sides, A, B, whole)
                 at_ranks[rank] = _costs(factors, whole.ladder, rank * (N + K))
         return cls(whole, narrowing, spectrum, at_widths, at_ranks)
 
@@ -89,8 +89,9 @@ class LinearLevels:
         sides = _sides(self.whole, self.narrowing, width) if narrow else self.whole.sides  # type: ignore[arg-type]
         if isinstance(linear, LowRankLinear):
             A, B, bias = linear.up.weight, linear.down.weight, linear.up.bias
-            return FactorRounding.of(self.name, sides, A, B).rounded(level, bias).to(A.device)
-        rounding = Rounding.of(self.name, sides, linear.weight) if narrow else self.whole
+            whole = None if narrow else self.whole
+            return FactorRounding.of(self.name, sides, A, B, whole).rounded(level, bias).to(A.device)
+        rounding = _narrower(self.whole, self.narrowing, width, linear.weight) if narrow else self.whole  # type: ignore[arg-type]
         return rounding.rounded(level, linear.weight, linear.bias)
 
 
@@ -122,9 +123,12 @@ def _sides(whole: Rounding, narrowing: MlpSpectrum, width: int) -> Sides:
 
 
 def _narrower(whole: Rounding, narrowing: MlpSpectrum, width: int, weight: Tensor | None) -> Rounding:
-    """A linear of the MLP at a width; `weight` is that of the second, made up for what is gone."""
+    """A linear of the MLP at a width, one side as it was; `weight` where it is not rows of the whole one."""
     sides = _sides(whole, narrowing, width)
-    return Rounding.of(whole.name, sides, whole.weight[sides.rows] if weight is None else weight)
+    weight = whole.weight[sides.rows] if weight is None else weight
+    if sides.rows is None:
+        return Rounding.of(whole.name, sides, weight, outputs=whole.outputs)
+    return Rounding.of(whole.name, sides, weight, inputs=whole.inputs)
 
 
 def measured_linears(stats: Statistics, objective: Objective) -> list[str]:

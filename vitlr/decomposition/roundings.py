@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from vitlr.decomposition.sides import Sides
+from vitlr.decomposition.sides import Entries, Sides
 from vitlr.nn.quantized_linear import BYTE, LARGEST, LARGEST_TWICE, QuantizedLinear, step
 from vitlr.ops.linalg.rounding import round_to_steps
 from vitlr.runtime import compact
@@ -40,51 +40,57 @@ class Rounding:
     name: str
     sides: Sides = field(repr=False)
     weight: Tensor = field(repr=False)
-    D: tuple[Tensor, Tensor] = field(repr=False)
-    """D_O `[N]` and D_I `[K]`, as the layer has its rows and columns."""
-    spread: tuple[Tensor, Tensor] = field(repr=False)
-    """What making up for errors multiplies the variances of the rounding errors by, `[N]` and `[K]`."""
-    price: tuple[Tensor, Tensor] = field(repr=False)
-    """What such an error counts in nats, where D counts it in the metric that is rounded by, `[N]` and `[K]`."""
+    outputs: Entries = field(repr=False)
+    """What errors count by row of W."""
+    inputs: Entries = field(repr=False)
+    """The same by column."""
 
     @classmethod
-    def of(cls, name: str, sides: Sides, weight: Tensor) -> Rounding:
-        """Of a linear with these sides. Raises `NumericalError` naming the layer for moments that are none."""
-        found = zip(sides.factored(), sides.excess(), strict=True)
-        (D_O, s_O, p_O), (D_I, s_I, p_I) = (side.by_entry(E) for side, E in found)
-        return cls(name, sides, weight.detach().cpu(), (D_O, D_I), (s_O, s_I), (p_O, p_I))
+    def of(
+        cls, name: str, sides: Sides, weight: Tensor, *, outputs: Entries | None = None, inputs: Entries | None = None
+    ) -> Rounding:
+        """Of a linear with these sides, of which one may be known: each takes an inverse.
+
+        Raises `NumericalError` naming the layer for moments that are none.
+        """
+        return cls(name, sides, weight.detach().cpu(), outputs or sides.of_outputs(), inputs or sides.of_inputs())
 
     @property
     def levels(self) -> list[int]:
         """Multiples of the ladder's step from which most columns' codes fit into 8 bits to where most vanish."""
-        squares = self.D[0] @ self.weight.double().square() * self.D[1] / len(self.weight)  # of codes, a column
+        squares = (
+            self.outputs.D @ self.weight.double().square() * self.inputs.D / len(self.weight)
+        )  # of a column's codes
         mean = squares.mean().clamp_min(1e-60)
         typical = squares.median() if squares.median() > 0 else mean  # else one column could keep all others from it
         ends = zip((typical, mean), reversed(_SPREADS), strict=True)
         fine, coarse = (8 * torch.log2(square.sqrt() / spread).item() for square, spread in ends)
         return list(range(LADDER * round(fine / LADDER), LADDER * round(coarse / LADDER) + 1, LADDER))
 
-    def exponents(self, level: int) -> tuple[Tensor, Tensor]:
-        """Those of the rows and columns, in eighths of a power of two; coarser where codes would not fit into a byte.
+    def steps(self, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Exponents of rows and columns, in eighths of a power of two, and what codes of every column may be.
 
-        Where a column's would have to be coarser by much, they stay: its codes take two bytes.
+        Exponents are coarser where codes would not fit into a byte. Where a column's would have to be coarser by much,
+        they stay: its codes take two bytes.
         """
-        rows, columns = (-4 * D.log2() for D in self.D)
-        rows, columns = (rows + level).round().to(torch.int16), columns.round().to(torch.int16)
+        rows, columns, spread, peaks = self._finest
+        finer = 2.0 ** (-level / 8)
+        wider = (8 * (spread * (finer * _SIGMAS / LARGEST)).clamp_min(1).log2()).ceil().to(torch.int16)
+        rows = rows + level + wider
+        if wider.any():
+            peaks, finer = _peaks(self.weight, rows, columns), 1.0
+        peaks = peaks * (finer / (_PEAK * LARGEST))  # of every column, the largest code in what one of a byte may be
+        over = (8 * peaks.clamp_min(1).log2()).ceil().to(torch.int16)
+        coarser = torch.where(over > _COARSER, (over - BYTE).clamp_min(0), over)
+        fits = peaks * torch.exp2(coarser / -8) <= 1 + 1e-6
+        return rows, columns + coarser, torch.where(fits, LARGEST, LARGEST_TWICE)
+
+    @cached_property
+    def _finest(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """At level 0: exponents of rows and columns, how far the codes of rows spread, and the largest of columns."""
+        rows, columns = ((-4 * side.D.log2()).round().to(torch.int16) for side in (self.outputs, self.inputs))
         squares = self.weight.double().square() @ power(columns).double().square().reciprocal()
-        spread = (squares / len(columns)).sqrt() / power(rows) / (LARGEST / _SIGMAS)
-        rows = rows + (8 * spread.clamp_min(1).log2()).ceil().to(torch.int16)
-        over = (8 * self._peaks(rows, columns).clamp_min(1).log2()).ceil().to(torch.int16)
-        return rows, columns + torch.where(over > _COARSER, (over - BYTE).clamp_min(0), over)
-
-    def _peaks(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of every column, the largest code in what a code of one byte may be."""
-        in_rows = (self.weight.abs() / power(rows)[:, None]).amax(0)
-        return in_rows.double() / power(columns) / (_PEAK * LARGEST)
-
-    def _largest(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What codes of every column may be: of one byte, or of two where a weight needs it."""
-        return torch.where(self._peaks(rows, columns) > 1 + 1e-6, LARGEST_TWICE, LARGEST)
+        return rows, columns, (squares / len(columns)).sqrt() / power(rows), _peaks(self.weight, rows, columns)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -98,17 +104,18 @@ class Rounding:
         `step² / 12 · (spread_i spread_j − 1)`, drawn here; the error of entry (i, j) then counts `price_O,i price_I,j`.
         """
         N, K = self.weight.shape
-        rows, columns = self.exponents(level)
+        rows, columns, largest = self.steps(level)
         some = slice(None, None, -(-N * K // sample))  # of the columns
         steps = step(rows, columns[some])
-        asked = (torch.outer(self.spread[0], self.spread[1][some]) - 1).clamp_min(0).div(12).sqrt().float()
+        asked = (torch.outer(self.outputs.spread, self.inputs.spread[some]) - 1).clamp_min(0).div(12).sqrt().float()
         noise = torch.randn(steps.shape, generator=torch.Generator().manual_seed(0))
         wanted = self.weight[:, some].float() / steps + asked * noise
-        largest = self._largest(rows, columns)
         codes = wanted.round().clamp(-largest[some], largest[some])
         error = (codes - wanted).square_().mul_(steps.square())
-        loss = float(self.price[0] @ error.double() @ self.price[1][some])
-        uniform = self.price[1] * torch.exp2(columns.double() / 4)  # what columns lose, up to one factor: few lose most
+        loss = float(self.outputs.price @ error.double() @ self.inputs.price[some])
+        uniform = self.inputs.price * torch.exp2(
+            columns.double() / 4
+        )  # what columns lose, up to one factor: few lose most
         loss *= float(uniform.sum() / uniform[some].sum())
         share = K / steps.shape[1]
         twice = largest > LARGEST
@@ -120,10 +127,15 @@ class Rounding:
 
     def rounded(self, level: int, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer of integers at a level, its bias moved by what the inputs' mean makes of the error."""
-        rows, columns = self.exponents(level)
+        rows, columns, largest = self.steps(level)
         W, steps = weight.detach().cpu().double(), step(rows, columns).double()
-        codes, _ = round_to_steps(W, steps, *self.sides.factored(), self._largest(rows, columns))
+        codes, _ = round_to_steps(W, steps, *self.sides.factored(), largest)
         if bias is not None:
             bias = (bias.detach().double().cpu() + (W - codes * steps) @ self.sides.mean()).to(bias.dtype)
         low = QuantizedLinear.from_codes(codes, rows, columns, bias)
         return low.to(weight.device)
+
+
+def _peaks(weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The largest code of every column at these exponents."""
+    return (weight.abs() / power(rows)[:, None]).amax(0).double() / power(columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count
 _OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
 _LEAST = 0.1  # of the plain mean, where most entries are nearly nothing: sums in float32 are not exact to that
 _NOTHING = 1e-12  # of every direction where none was seen
+
+
+class Entries(NamedTuple):
+    """What errors of each entry of a side count."""
+
+    D: Tensor
+    """In the metric that is rounded by, once they are made up for."""
+    spread: Tensor
+    """What making up for errors multiplies the variances of the rounding errors by."""
+    price: Tensor
+    """What such an error counts in nats, where D counts it in the metric that is rounded by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,36 +58,49 @@ class Sides:
 
     def moments(self, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
         """S and C, nats an image, damped."""
-        S, C = (M + damping * _level(M) * torch.eye(len(M), dtype=M.dtype) for M in self._measured)
-        return S if self.A is None else self.A.mT @ S @ self.A, C if self.B is None else self.B @ C @ self.B.mT
-
-    def excess(self) -> tuple[Tensor, Tensor]:
-        """What S and C are damped by beyond what errors are said to cost; a number for that multiple of 1."""
-        S, C = ((DAMPING - PRICED) * _level(M) for M in self._measured)
-        return S if self.A is None else S * self.A.mT @ self.A, C if self.B is None else C * self.B @ self.B.mT
-
-    @property
-    def _measured(self) -> tuple[Tensor, Tensor]:
-        layer, objective = self.layer, self.objective
-        S = torch.eye(layer.out_features, dtype=torch.float64)
-        if objective.by_gradient:
-            sums = layer.sum("gradient" if layer.side == "output" else "output_gradient")
-            S = objective.of_gradients(sums.double(), None, layer.tokens)
-        C = layer.sum("input_moment" if layer.side == "output" else "moment").double()
-        if self.has_bias:
-            total = layer.sum("input_sum").double()
-            C = C - torch.outer(total, total) / max(layer.tokens, 1)
-        return _left(S, self.rows), _left(objective.of_activations(C), self.columns)
+        S, C = (_damped(M, damping * _level(M)) for M in (self._outputs(), self._inputs()))
+        return _seen(S, self.A), _seen(C, None if self.B is None else self.B.mT)
 
     def factored(self) -> tuple[Side, Side]:
         """Both as rounding needs them. Raises `NumericalError` naming the layer for moments that are none."""
         S, C = self.moments()
         return self._side("outputs' gradients", S), self._side("inputs", C)
 
+    def of_outputs(self) -> Entries:
+        """What errors count by output. Raises `NumericalError` naming the layer for a moment that is none."""
+        return self._entries("outputs' gradients", self._outputs(), self.A)
+
+    def of_inputs(self) -> Entries:
+        """What errors count by input. Raises `NumericalError` naming the layer for a moment that is none."""
+        return self._entries("inputs", self._inputs(), None if self.B is None else self.B.mT)
+
     def mean(self) -> Tensor:
         """Of the inputs, in float64."""
         mean = self.layer.sum("input_sum").cpu().double() / max(self.layer.tokens, 1)
         return mean if self.columns is None else mean[self.columns]
+
+    def _outputs(self) -> Tensor:
+        """S undamped, of what is left; a new tensor, free to be written over."""
+        layer, objective = self.layer, self.objective
+        if not objective.by_gradient:
+            return torch.eye(layer.out_features if self.rows is None else len(self.rows), dtype=torch.float64)
+        sums = layer.sum("gradient" if layer.side == "output" else "output_gradient")
+        return objective.of_gradients(_left(sums, self.rows), None, layer.tokens)
+
+    def _inputs(self) -> Tensor:
+        """C likewise."""
+        layer = self.layer
+        C = _left(layer.sum("input_moment" if layer.side == "output" else "moment"), self.columns)
+        if self.has_bias:
+            total = _left(layer.sum("input_sum"), self.columns)
+            C = torch.addr(C, total, total, alpha=-1 / max(layer.tokens, 1))
+        return self.objective.of_activations(C)
+
+    def _entries(self, what: str, M: Tensor, through: Tensor | None) -> Entries:
+        level = _level(M)
+        more = (DAMPING - PRICED) * level  # times 1: what errors are said to cost without
+        side = self._side(what, _seen(_damped(M, DAMPING * level), through))
+        return Entries(*side.by_entry(more if through is None else more * through.mT @ through))
 
     def _side(self, what: str, M: Tensor) -> Side:
         M = M if M.any() else _NOTHING * torch.eye(len(M))
@@ -92,7 +117,18 @@ class Sides:
 
 
 def _left(M: Tensor, entries: Tensor | None) -> Tensor:
-    return M if entries is None else M[entries][:, entries]
+    if entries is not None:
+        M = M[entries[:, None], entries] if M.ndim == 2 else M[entries]
+    return M.double()
+
+
+def _damped(M: Tensor, by: Tensor) -> Tensor:
+    M.diagonal().add_(by)
+    return M
+
+
+def _seen(M: Tensor, through: Tensor | None) -> Tensor:
+    return M if through is None else through.mT @ M @ through
 
 
 def _level(M: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitlr.anatomy.visibility import visible
 from vitlr.data.batches import call
 from vitlr.nn import Int8Linear, QuantizedLinear, ResidualLowRankLinear
 from vitlr.runtime import compact
@@ -79,7 +80,7 @@ def count_macs_of(model: nn.Module, inputs: Any, names: Iterable[str]) -> dict[s
 def _counted(model: nn.Module, inputs: Any) -> FlopCounterMode:
     counter = FlopCounterMode(display=False)
     # Frozen as well: the counter asks views of parameters for a gradient function, which no_grad keeps from them.
-    with evaluation_mode(model), frozen_parameters(model), torch.no_grad(), counter:
+    with visible(model), evaluation_mode(model), frozen_parameters(model), torch.no_grad(), counter:
         call(model, inputs)
     return counter
 

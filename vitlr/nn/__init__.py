@@ -7,6 +7,8 @@ from vitlr.nn.int8_mlp import Int8MLP
 from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
+from vitlr.nn.multihead_linears import MultiheadLinears
+from vitlr.nn.pointwise_conv import PointwiseConv
 from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 from vitlr.nn.selected_linear import SelectedLinear
@@ -19,6 +21,8 @@ __all__ = [
     "LowRankGLU",
     "LowRankLinear",
     "LowRankMLP",
+    "MultiheadLinears",
+    "PointwiseConv",
     "QuantizedLinear",
     "ResidualLowRankLinear",
     "SelectedLinear",

@@ -7,7 +7,8 @@ compensated width loses is uncorrelated with what it keeps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,19 +22,29 @@ from vitlr.planning.forms import Sizes
 from vitlr.planning.knapsack import Prices, choose
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import Planning
+from vitlr.planning.pace import Pace
 from vitlr.planning.plans import Plan
 from vitlr.planning.rows import planned
+from vitlr.planning.timed import TimedOffers
 
 PROMISE = 0.1  # share of bits' loss that a mix has to save: with less it lost 3 to 6 % more, held-out images say
 
 
-def allocate(spectra: Spectra, sizes: Sizes, budget: Budget | None, options: Planning) -> Plan:
+def allocate(
+    spectra: Spectra,
+    sizes: Sizes,
+    budget: Budget | None,
+    options: Planning,
+    pace: Pace | None = None,
+    bytes_loss: Mapping[str, float] = MappingProxyType({}),
+) -> Plan:
     """Choose a rank, or dense, for every layer, and a width for everything that `spectra` has widths of.
 
     `options.method`: "lowrank" (or None) changes ranks only, "widths" widths only, "widths+ranks" widths of MLPs and
     ranks of everything else (arXiv 2203.13444); "joint" offers MLPs every combination; "bits" rounds weights.
     Ranks are multiples of `rank_step` from `min_rank` up to where low rank stops being smaller than dense; widths
     multiples of `width_step`, and at least one step of everything stays. Equal spectra give an equal plan.
+    A budget of milliseconds counts by `pace`, and linears that `bytes_loss` names may multiply bytes.
 
     Raises `InputError` where the budget cannot be reached, saying what can be, and for bad arguments.
     """
@@ -41,17 +52,20 @@ def allocate(spectra: Spectra, sizes: Sizes, budget: Budget | None, options: Pla
     if not spectra.layers:
         raise InputError("there is no layer to compress")
     quantity = budget.quantity if budget else "bytes" if options.settled == "bits" else "params"
-    offers = Offers(spectra, sizes, quantity, options, options.matching(list(spectra.layers)))
+    common = (spectra, sizes, quantity, options, options.matching(list(spectra.layers)))
+    offers = Offers(*common) if pace is None else TimedOffers(*common, pace, bytes_loss)
     if options.ranks is not None:
         chosen = by_hand(offers, options.ranks)
     else:
-        items = list(offers.items())
+        items = [*offers.items(), *offers.matrices()]
         chosen = _within(offers, items if options.prune_rate is None else _at_rate(items, options.prune_rate), budget)
     if options.stored and not offers.rounds:
         chosen = [offers.rounded(item) for item in chosen]
     plan = planned(offers, chosen, budget)
-    kept, whole = getattr(plan, f"{quantity}_kept"), getattr(plan, quantity)
-    if budget is not None and kept > budget.limit(whole) + 0.5:
+    if budget is None or plan.latency is not None:
+        return plan
+    kept = getattr(plan, f"{quantity}_kept")
+    if kept > budget.limit(offers.whole) + 0.5:
         raise InputError(f"the ranks given keep {kept:,} {quantity}, over the budget {budget}")
     return plan
 
@@ -60,7 +74,7 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     """Every item with its one choice, in what the budget leaves to them; `InputError` where nothing fits."""
     if budget is None:
         return [item.only([int(np.argmin(item.prices.cost))]) for item in items]
-    options, whole = offers.options, float(getattr(offers.sizes.total, budget.quantity))
+    options, whole = offers.options, offers.whole
     outside = offers.outside(items)
     room = budget.limit(whole) - outside
     if options.uniform:
@@ -81,7 +95,7 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     other = "" if offers.method in ("joint", "bits", "mix") else ", or use method='joint'"
     raise InputError(
         f"budget {budget} cannot be reached with method={offers.method!r}: the smallest plan keeps {least / whole:.2%} "
-        f"({least:,.0f} of {whole:,.0f} {budget.quantity}; {outside / whole:.2%} lie outside the compressible layers); "
+        f"({offers.said(least)} of {offers.said(whole)}; {outside / whole:.2%} lie outside the compressible layers); "
         f"raise the budget, or take {steps.get(offers.method, 'smaller rank and width steps')}{other}"
     )
 

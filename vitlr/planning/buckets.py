@@ -38,9 +38,10 @@ def bucketed(offers: Offers, items: Sequence[Item], room: float, buckets: int) -
 
 
 def _ranks(item: Item) -> list[int]:
-    return [form.rank for _, (form,) in item.choices if form.rank is not None]
+    return [form.rank for choice in item.choices for form in choice.forms if form.rank is not None]
 
 
 def _within(item: Item, ranks: Collection[int]) -> Item:
     """A linear with these ranks, or dense."""
-    return item.only([i for i, (_, (form,)) in enumerate(item.choices) if form.rank is None or form.rank in ranks])
+    forms = [choice.forms[0] for choice in item.choices]
+    return item.only([i for i, form in enumerate(forms) if form.rank is None or form.rank in ranks])

@@ -1,4 +1,4 @@
-"""What may be kept, as users write it: `params:40%`, `params:2.5M`, `macs:50%`, `bytes:10MB`."""
+"""What may be kept, as users write it: `params:40%`, `params:2.5M`, `macs:50%`, `bytes:10MB`, `latency:12ms`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from dataclasses import dataclass
 
 from vitlr.errors import InputError
 
-QUANTITIES = ("params", "macs", "bytes")
+QUANTITIES = ("params", "macs", "bytes")  # counted; milliseconds are measured
+LATENCY = "latency"
+_MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
-_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*(%|[kmg]i?b?|b)?", re.IGNORECASE)
-_EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G or bytes:10MB"
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*(%|[uµm]?s|[kmg]i?b?|b)?", re.IGNORECASE)
+_EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G, bytes:10MB, latency:50% or latency:12ms"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `amount` of `quantity` is kept: in units or, where `relative`, as a share of the dense model."""
+    """At most `amount` of `quantity` is kept: in units or, where `relative`, as a share of the dense model.
+
+    The unit of latency is a millisecond for one batch.
+    """
 
     quantity: str
     amount: float
@@ -28,7 +33,20 @@ class Budget:
     def __str__(self) -> str:
         if self.relative:
             return f"{self.quantity}:{self.amount * 100:.10g}%"
-        return f"{self.quantity}:{self.amount:.10g}"
+        return f"{self.quantity}:{self.amount:.10g}{'ms' * (self.quantity == LATENCY)}"
+
+
+def is_timed(budget: str | Budget | None) -> bool:
+    """Whether a budget counts milliseconds."""
+    return budget is not None and parse_budget(budget).quantity == LATENCY
+
+
+def counted(text: str | Budget) -> Budget:
+    """Read a budget of what is counted; `InputError` for one of milliseconds, too."""
+    budget = parse_budget(text)
+    if budget.quantity == LATENCY:
+        raise InputError(f"{budget} is measured, and one of many is not: give it to vitlr compress, or count macs here")
+    return budget
 
 
 def parse_budget(text: str | Budget) -> Budget:
@@ -38,12 +56,17 @@ def parse_budget(text: str | Budget) -> Budget:
     quantity, colon, rest = str(text).strip().partition(":")
     quantity = quantity.strip().lower()
     match = _NUMBER.fullmatch(rest.strip())
-    if quantity not in QUANTITIES or not colon or match is None:
+    if quantity not in (*QUANTITIES, LATENCY) or not colon or match is None:
         raise InputError(f"budget {text!r} cannot be read; {_EXPECTED}")
     unit = (match[3] or "").lower()
     number = float(f"{match[1]}e{match[2] or 0}")
     if unit == "%":
         amount, relative = number / 100, True
+    elif (unit in _MS) != (quantity == LATENCY):
+        what = f"{match[3]} is no unit of {quantity}" if unit else f"write latency:{number:g}ms or latency:{number:g}%"
+        raise InputError(f"budget {text!r}: {what}; {_EXPECTED}")
+    elif unit in _MS:
+        amount, relative = number * _MS[unit], False
     else:
         if unit.endswith("b") and quantity != "bytes":
             raise InputError(f"budget {text!r}: {match[3]} is a unit of bytes, not of {quantity}; {_EXPECTED}")

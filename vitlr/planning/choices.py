@@ -17,6 +17,7 @@ class Form(NamedTuple):
 
     rank: int | None = None  # None stays dense
     level: int | None = None  # that it is rounded to; None leaves its numbers as they are
+    int8: bool = False  # whether it multiplies bytes
 
 
 DENSE = Form()
@@ -27,16 +28,21 @@ class Choice(NamedTuple):
 
     width: int | None  # of an MLP or attention; a linear alone has none
     forms: tuple[Form, ...]  # of each of its linears
+    bits: int | None = None  # a row of a matrix beside the linears
 
 
 @dataclass(frozen=True)
 class Item:
-    """An MLP or attention with its linears, or a linear outside of any, and what each choice costs and loses."""
+    """An MLP or attention with its linears, or a linear outside of any, and what each choice costs and loses.
+
+    One without linears is a `matrix` beside them all, which bits may be chosen for.
+    """
 
     linears: tuple[str, ...]
     narrowing: Narrowing | None
     choices: list[Choice]
     prices: Prices
+    matrix: str = ""
 
     def only(self, indices: Collection[int] | Array) -> Item:
         """The same with these choices alone."""

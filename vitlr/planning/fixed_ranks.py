@@ -59,4 +59,4 @@ def _sizes(offers: Offers, item: Item) -> tuple[int, list[int]]:
     """How many weights a linear has, and what is kept of them at its ranks, ascending; dense comes after those."""
     (name,) = item.linears
     N, K = offers.shape(None, name, None)
-    return N * K, [form.rank * (N + K) for _, (form,) in item.choices if form.rank is not None]
+    return N * K, [form.rank * (N + K) for choice in item.choices for form in choice.forms if form.rank is not None]

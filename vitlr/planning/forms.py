@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from vitlr.decomposition.matrices import Bits
 from vitlr.decomposition.spectra import Narrowing, Spectra
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost
@@ -27,6 +28,7 @@ class Sizes:
     itemsize: Mapping[str, int]
     has_bias: Mapping[str, bool]
     rest: int = 0  # bytes that all else takes where weights are rounded
+    matrices: Mapping[str, Bits] = field(default_factory=dict)  # of all else, those whose bits may be chosen
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Forms:
         rounded = {form.rank for form in forms if form.level is not None}
         ladders = {rank: self.ladder(name, width, rank) for rank in rounded}
         cost, loss = np.zeros(len(forms)), np.zeros(len(forms))
-        for i, (rank, level) in enumerate(forms):
+        for i, (rank, level, _) in enumerate(forms):
             cost[i], loss[i] = self.cost(narrowing, name, shape, rank), 0.0 if rank is None else scale * errors[rank]
             if level is not None:
                 size, lost = ladders[rank][level]

@@ -30,6 +30,14 @@ class Offers(Forms):
             elif name == narrowing.second:
                 yield self._narrowed(narrowing)
 
+    def matrices(self) -> list[Item]:
+        """One for every matrix beside the linears whose bits may be chosen, where weights are rounded within bytes."""
+        found = []
+        for name, known in self.sizes.matrices.items() if self.rounds else ():
+            cost, loss = (np.array(each) for each in zip(*known.values(), strict=True))
+            found.append(Item((), None, [Choice(None, (), bits) for bits in known], Prices(cost, loss), name))
+        return found
+
     def linear(self, name: str, forms: Sequence[Form] | None = None) -> Item:
         """One linear, with the forms given or those that make it smaller, and as it is."""
         start = Item((), None, [Choice(None, ())], Prices(np.zeros(1), np.zeros(1)))
@@ -39,6 +47,8 @@ class Offers(Forms):
 
     def bits_alone(self, item: Item) -> Item:
         """The same part of the model with what neither narrows it nor gives it ranks."""
+        if item.matrix:
+            return item
         if item.narrowing is not None:
             return self._at_width(item.narrowing, item.narrowing.full_width, ranked=False)
         (name,) = item.linears
@@ -46,7 +56,7 @@ class Offers(Forms):
 
     def rounded(self, item: Item) -> Item:
         """An item that has one choice, with a level for every linear that may change: bits on top of another budget."""
-        ((width, forms),) = item.choices
+        width, forms, _ = item.choices[0]
         pairs = zip(item.linears, forms, strict=True)
         found = tuple(
             form._replace(level=self.levels(item.narrowing, name, width, form.rank)[0]) if name in self.wanted else form
@@ -54,11 +64,20 @@ class Offers(Forms):
         )
         return replace(item, choices=[Choice(width, found)])
 
+    @property
+    def whole(self) -> float:
+        """The dense model's total."""
+        return float(getattr(self.sizes.total, self.quantity))
+
+    def said(self, amount: float) -> str:
+        """An amount in the message of a budget that is out of reach."""
+        return f"{amount:,.0f} {self.quantity}"
+
     def outside(self, items: Collection[Item]) -> float:
         """What lies outside of all items: as it is, or as it will be where weights are rounded."""
         if self.rounds:
             return self.sizes.rest
-        return float(getattr(self.sizes.total, self.quantity)) - sum(self.dense(item) for item in items)
+        return self.whole - sum(self.dense(item) for item in items)
 
     def dense(self, item: Item) -> float:
         """Cost of an item with nothing changed."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vitlr.calibration.options import ROUNDING
 from vitlr.decomposition.options import GRAINS, Decomposition, check_objective
 from vitlr.errors import InputError
-from vitlr.planning.budgets import Budget
+from vitlr.planning.budgets import Budget, is_timed
 from vitlr.runtime.fields import option
 
 METHODS = ("lowrank", "widths", "widths+ranks", "joint", "bits", "mix")
@@ -63,6 +63,12 @@ class Planning(Decomposition):
         "(16: or left as they are). Without a budget all else stays; under params or macs it comes on top.",
         metavar="N",
     )
+    batch_size: int | None = option(
+        None, "Under a budget of latency: images in the batch that it counts for. [default: 1]", low=1, flag=""
+    )
+    threads: int | None = option(
+        None, "Under latency: threads that it counts for. [default: those of torch]", low=1, metavar="N"
+    )
     include: str | Sequence[str] | None = option(
         None, "Only layers whose name matches; may be repeated.", metavar="REGEX"
     )
@@ -73,6 +79,11 @@ class Planning(Decomposition):
     def rounds(self, quantity: str) -> bool:
         """Whether the budget counts bytes of rounded weights."""
         return self.settled in ROUNDED or (self.bits is not None and quantity == "bytes")
+
+    @property
+    def images_a_batch(self) -> int:
+        """Of the batch that a budget of latency counts for."""
+        return self.batch_size or 1
 
     @property
     def settled(self) -> str | None:
@@ -136,6 +147,7 @@ class Planning(Decomposition):
 
     def check_budget(self, budget: Budget | None) -> None:
         """Raise `InputError` where these options need a budget, or leave no place for one."""
+        self._check_latency(budget)
         kept = [bits for bits in self.stored if bits != 16]
         if len(self.stored) > 1 and (budget is None or budget.quantity != "bytes"):
             raise InputError(f"bits={self.bits!r} leaves a choice: give a budget of bytes, or one number from {kept}")
@@ -154,6 +166,27 @@ class Planning(Decomposition):
         if self.method in ROUNDED and budget is not None and budget.quantity != "bytes":
             method = f"method={self.method!r}"
             raise InputError(f"{method} changes bytes only: give a budget such as bytes:20%, not {budget}")
+
+    def _check_latency(self, budget: Budget | None) -> None:
+        """Raise `InputError` for what only milliseconds go with, and for what they do not go with."""
+        if not is_timed(budget):
+            for name in ("batch_size", "threads"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name}= goes with a budget of latency, such as latency:50%")
+            return
+        if self.stored or self.method in ROUNDED:
+            given = f"bits={self.bits!r}" if self.stored else f"method={self.method!r}"
+            raise InputError(f"{given} counts stored bytes, and codes run no faster; leave it out, or give bytes:20%")
+        if self.attention not in (None, "none"):
+            raise InputError(f"attention={self.attention!r} is not timed; leave it out, or give a budget of macs")
+        for given, asked in (
+            ("uniform=True", self.uniform),
+            ("ranks=", self.ranks is not None),
+            ("rank_buckets=", self.rank_buckets),
+            ("prune_rate=", self.prune_rate is not None),
+        ):
+            if asked:
+                raise InputError(f"{given} does not go with a budget of latency, which chooses by measured times alone")
 
     def matching(self, names: Sequence[str]) -> set[str]:
         """The names that some `include` pattern finds (all, where none is given) and no `exclude` pattern does."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vitlr.calibration.options import OBJECTIVES
+from vitlr.planning.latency import LATENCY
+from vitlr.runtime import compact
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, whole
 
 LEVELS = 1000  # of rounding, either way
@@ -21,6 +23,8 @@ LAYER: dict[str, Any] = {
     "kept_in?": _SIZE | NONE,
     "kept_out?": _SIZE | NONE,
     "level?": whole(-LEVELS, LEVELS) | NONE,
+    "int8?": FLAG,
+    "ms?": number(0, 1e12),
     "bits?": PLAIN,  # `BITS`, said in its own words
 }
 WIDTH: dict[str, Any] = {
@@ -31,6 +35,7 @@ WIDTH: dict[str, Any] = {
     "reason": _REASON,
     "kind?": NAME,
 }
+OTHER: dict[str, Any] = {"name": NAME, "bits": whole(compact.BITS[-1], compact.BITS[0]), "error": number()}
 PLAN: dict[str, Any] = {
     "schema": whole(1),
     "budget": _REASON,
@@ -39,6 +44,7 @@ PLAN: dict[str, Any] = {
     "damping": number(0),
     "layers": [LAYER],
     "widths?": [WIDTH],
+    "others?": [OTHER],
     "fingerprint": NAME,
     "params": _TOTAL,
     "params_kept": _TOTAL,
@@ -49,4 +55,5 @@ PLAN: dict[str, Any] = {
     "method?": NAME,
     "compensated?": FLAG,
     "ridge?": number(0),
+    "latency?": LATENCY,
 }

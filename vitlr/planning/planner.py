@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from vitlr.anatomy import visibility
 from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.levels import measured_linears
+from vitlr.decomposition.matrices import matrix_bits
 from vitlr.decomposition.mlp_widths import measured_mlps
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
@@ -19,19 +21,23 @@ from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.measuring.losses import certain
+from vitlr.measuring.times import Times
 from vitlr.planning.allocation import allocate
-from vitlr.planning.budgets import Budget, parse_budget
+from vitlr.planning.budgets import Budget, is_timed, parse_budget
 from vitlr.planning.forms import Sizes
+from vitlr.planning.nats import nats_of_bytes
 from vitlr.planning.options import NARROWING, ROUNDED, Planning
+from vitlr.planning.pace import Pace, check_times, clocked, shapes_of
 from vitlr.planning.plans import Plan
+from vitlr.runtime.compact import BITS
 from vitlr.runtime.fields import keywords
-from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress
 
 _logger = logging.getLogger("vitlr")
 
 
 @keywords(Planning)
+@visibility.seeing
 def plan(
     model: nn.Module,
     stats: Statistics,
@@ -39,6 +45,7 @@ def plan(
     *,
     options: Planning | None = None,
     spectra: Spectra | None = None,
+    times: Times | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Plan:
@@ -55,14 +62,21 @@ def plan(
     `hidden="attention"`.
     `bits` are those that rounded weights may be stored in: 8 alone rounds all of them so and needs no budget, (8, 4)
     leaves the choice to a budget of bytes; under a budget of params or MACs what is left is rounded on top.
+    Under a budget of latency (`latency:60%`, `latency:12ms`) costs are times that were measured on this machine, for
+    `batch_size` images on `threads`, in the model's dtype; from statistics with the extra "ranges" layers may multiply
+    bytes as well (`Plan.bytes_layers`). `times` are `Plan.times` of an earlier plan, or `clocked`'s.
     `spectra` of an earlier plan (`plan.spectra`) save solving again.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
-    model = uncompiled(model)
     wanted = None if budget is None else parse_budget(budget)
     options = Planning.of(options, **changes)
     options.check_budget(wanted)
-    parts = read(model)
+    parts, pace = read(model), None
+    if is_timed(wanted):
+        check_times(times, options)
+        times = times or clocked(model, stats, options)
+        options = replace(options, attention="none")  # shorter queries and keys are not timed
+        pace = Pace(times, shapes_of(parts, stats, times.batch_size))
     objective = Objective.of(stats, options, spectra)
     if objective.by_gradient and (doubt := stats.notes.get("certain")) is not None:
         _logger.warning("%s", certain(float(doubt)))
@@ -77,7 +91,9 @@ def plan(
     elif failed:
         why += f"; {len(failed)} left as wide as they are ({failed[0]})"
         options = options if spectra.widths or options.method == "mix" else replace(options, method="lowrank")
-    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds), wanted, options)
+    bytes_loss = {} if pace is None else nats_of_bytes(parts, stats)
+    free = objective if options.method in ROUNDED and not options.stored else None
+    chosen = allocate(spectra, sizes(model, stats, "rounding" in kinds, free), wanted, options, pace, bytes_loss)
     return replace(chosen, why=why, image=stats.image)
 
 
@@ -128,13 +144,19 @@ def _roundable(options: Planning, stats: Statistics, objective: Objective) -> bo
         return False
 
 
-def sizes(model: nn.Module, stats: Statistics, rounded: bool = False) -> Sizes:
-    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; and of all else."""
+def sizes(model: nn.Module, stats: Statistics, rounded: bool = False, free: Objective | None = None) -> Sizes:
+    """Totals of the dense model, and tokens per image, bytes per weight and bias of every layer; and of all else.
+
+    Where an objective is `free` to choose, so are the bits of the matrices among all else.
+    """
+    matrices = {} if free is None else matrix_bits(model, stats, free)
+    chosen_for = sum(round(known[BITS[0]][0]) for known in matrices.values())
     linears = {name: linear for name, linear in read(model).linears.items() if name in stats.layers}
     return Sizes(
         total=Cost(count_params(model), stats.macs, count_bytes(model)),
         tokens={name: layer.tokens / max(stats.images, 1) for name, layer in stats.layers.items()},
         itemsize={name: linear.weight.element_size() for name, linear in linears.items()},
         has_bias={name: linear.bias is not None for name, linear in linears.items()},
-        rest=count_rest(model, stats.layers) if rounded else 0,
+        rest=count_rest(model, stats.layers) - chosen_for if rounded else 0,
+        matrices=matrices,
     )

@@ -10,16 +10,18 @@ from typing import Any
 
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
+from vitlr.measuring.times import Times
+from vitlr.planning.latency import Latency
 from vitlr.planning.options import METHODS, ROUNDED, WORDS
 from vitlr.planning.plan_kinds import BITS, PLAN
+from vitlr.planning.tables import KINDS, shown_plan
 from vitlr.runtime.kinds import check, read_json, shown, whole
 from vitlr.runtime.places import atomic_path, is_file
 
-SCHEMA = 4  # 2 knows widths, 3 those of attention, 4 levels; plans without them are written as they always were
-KINDS = {"mlp": "width", "channels": "value", "heads": "heads", "query_keys": "q·k"}  # of widths, and the table's words
+SCHEMA = 5  # 2 knows widths, 3 those of attention, 4 levels and bits, 5 times; plans without them are written as always
 _MAX_BYTES = 16 * 2**20
-_ROWS = ("layers", "widths")
-_OWN = ("why", "spectra", "image")  # of a plan just made, in no file
+_ROWS = ("layers", "widths", "others")
+_OWN = ("why", "spectra", "image", "times", "latency")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
 
@@ -41,6 +43,8 @@ class LayerPlan:
     kept_out: int | None = None
     level: int | None = None  # its weight is rounded, at a loss of 4^(level / 8) / 12 for every entry
     bits: float | None = None  # of the file for each of its weights, as predicted
+    int8: bool | None = None  # it multiplies bytes
+    ms: float | None = None  # that it takes for a batch, under a budget of latency
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,10 +80,20 @@ class WidthPlan:
 
 
 @dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix beside the linears (embedding, positions, head): bits a row, and the predicted error of that alone."""
+
+    name: str
+    bits: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
-    `spectra`, `image`, `why` travel with a plan that was just made; one read from JSON is applied with the statistics.
+    `spectra`, `image`, `times`, `why` travel with a plan that was just made; one read from JSON is applied with the
+    statistics.
     """
 
     budget: str
@@ -96,11 +110,14 @@ class Plan:
     bytes_kept: int
     method: str = "lowrank"
     widths: tuple[WidthPlan, ...] = ()
+    others: tuple[MatrixPlan, ...] = ()  # all other matrices take 7 bits where weights are rounded
     compensated: bool = True  # the second linears make up for the neurons that are gone
     ridge: float = 0.0
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
     image: Any = field(default=None, compare=False, repr=False)  # shape and dtype of one
+    latency: Latency | None = None  # what it promises, under a budget of latency
+    times: Times | None = field(default=None, compare=False, repr=False)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -113,14 +130,20 @@ class Plan:
         return {layer.name: layer.level for layer in self.layers if layer.level is not None}
 
     @property
+    def bytes_layers(self) -> list[str]:
+        """The layers that multiply bytes."""
+        return [layer.name for layer in self.layers if layer.int8]
+
+    @property
     def rounds_rest(self) -> bool:
-        """Whether all other weights and biases are rounded as well, to 7 bits a row and to float16."""
+        """Whether all else is rounded as well: matrices to 7 bits a row or what `others` says, vectors to float16."""
         return bool(self.levels) or (self.method in ROUNDED and self.bytes_kept < self.bytes)
 
     @property
     def error(self) -> float:
-        """Predicted error of the whole model: the sum over layers and widths."""
-        return sum(layer.error for layer in self.layers) + sum(row.error for row in self.widths)
+        """Predicted error of the whole model: the sum over layers, widths and other matrices."""
+        rows: tuple[LayerPlan | WidthPlan | MatrixPlan, ...] = (*self.layers, *self.widths, *self.others)
+        return sum(row.error for row in rows)
 
     @property
     def narrowed(self) -> dict[str, int]:
@@ -135,11 +158,11 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything at all is to be done."""
-        return bool(self.ranks or self.narrowed or self.levels or self.rounds_rest)
+        return bool(self.ranks or self.narrowed or self.levels or self.bytes_layers or self.rounds_rest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
-        new = _NEW if self.method == "lowrank" and not self.levels else ()
+        new = _NEW if self.method == "lowrank" and not self.levels and self.latency is None else ()
         body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, *_OWN, *new)}
         layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
         if new:
@@ -148,8 +171,11 @@ class Plan:
         if self.attention is None:
             for row in widths:
                 del row["kind"]
-        schema = SCHEMA if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
-        return {"schema": schema, **body, "layers": layers, "widths": widths}
+        if self.latency is not None:
+            return {"schema": SCHEMA, **body, "layers": layers, "widths": widths, "latency": self.latency.to_dict()}
+        others = {"others": [asdict(row) for row in self.others]} if self.others else {}
+        schema = 4 if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
+        return {"schema": schema, **body, "layers": layers, "widths": widths, **others}
 
     def to_json(self) -> str:
         """The same plan gives the same bytes."""
@@ -170,7 +196,9 @@ class Plan:
             values = {name: body[name] for name in names}
             if "method" in values:
                 values["method"] = _word(values["method"])
-            plan = cls(layers=layers, widths=widths, **values)
+            latency = Latency(**body["latency"]) if "latency" in body else None
+            others = tuple(MatrixPlan(**row) for row in body.get("others", ()))
+            plan = cls(layers=layers, widths=widths, others=others, latency=latency, **values)
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
         plan._check()
@@ -223,43 +251,7 @@ class Plan:
             raise InputError(f"cannot read the plan {path}: {cause}") from cause
 
     def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=5)
-        rounded = self.method in ROUNDED or bool(self.levels)
-        ranked = not rounded or bool(self.ranks)
-        own = "  ".join([f"{'rank':>5}"] * ranked + [f"{'bits':>5}  {'level':>5}"] * rounded)
-        lines = [f"{'layer':<{width}}  {'W':>11}  {own}  {'error':>9}  {'params':>10}  {'MACs':>8}  why"]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape))
-            rank = f"{'dense' if layer.rank is None else layer.rank:>5}"
-            bits = f"{'as is':>5}  {'':>5}" if layer.level is None else f"{layer.bits or 0:>5.2f}  {layer.level:>5}"
-            own = "  ".join([rank] * ranked + [bits] * rounded)
-            lines.append(
-                f"{layer.name:<{width}}  {shape:>11}  {own}  {layer.error:>9.3g}  {layer.params:>10,}  "
-                f"{layer.macs / 1e6:>7.1f}M  {layer.reason}"
-            )
-        for row in self.widths:
-            kept = f"{row.width}/{row.full_width}"
-            lines.append(
-                f"{row.name:<{width}}  {kept:>11}  {KINDS[row.kind]:>5}  {row.error:>9.3g}  {'':>10}  {'':>8}  "
-                f"{row.reason}"
-            )
-        narrowed = ""
-        for what, rows in (
-            ("MLPs", [row for row in self.widths if row.kind == "mlp"]),
-            ("attentions", [row for row in self.widths if row.kind != "mlp"]),
-        ):
-            if rows:
-                narrowed += f"{sum(row.width < row.full_width for row in rows)} of {len(rows)} {what} narrowed, "
-        if self.why:
-            lines.append(f"method {self.method}: {self.why}")
-        done = f"{len(self.levels)} of {len(self.layers)} layers rounded, " if rounded else ""
-        done += f"{len(self.ranks)} of {len(self.layers)} layers factorised, " if ranked else ""
-        lines.append(f"{self.budget}, objective {self.objective}: {done}{narrowed}predicted error {self.error:.4g}")
-        for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
-            before, after = getattr(self, what), getattr(self, f"{what}_kept")
-            share = after / max(before, 1)
-            lines.append(f"  {what:<6} {before / scale:9.3f} {unit} -> {after / scale:9.3f} {unit}  ({share:.1%} kept)")
-        return "\n".join(lines)
+        return shown_plan(self)
 
 
 def _word(value: Any) -> Any:

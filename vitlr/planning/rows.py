@@ -6,24 +6,28 @@ from collections.abc import Iterator, Sequence
 
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.budgets import QUANTITIES, Budget
-from vitlr.planning.choices import Form, Item
+from vitlr.planning.choices import DENSE, Form, Item
 from vitlr.planning.offers import Offers
 from vitlr.planning.options import NARROWING
-from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
+from vitlr.planning.plans import LayerPlan, MatrixPlan, Plan, WidthPlan
+from vitlr.planning.timed import TimedOffers
 
 
 def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Plan:
     """The plan of items that have one choice each."""
     spectra, options, sizes = offers.spectra, offers.options, offers.sizes
+    timed = offers if isinstance(offers, TimedOffers) else None
     rows = {row.name: row for item in chosen for row in _layers(offers, item)}
     layers = tuple(rows[name] for name in spectra.layers)
     widths = tuple(row for item in chosen for row in _widths(offers, item))
     extra = {quantity: sum(_extra(item, quantity) for item in chosen) for quantity in QUANTITIES}
     totals = {quantity: getattr(sizes.total, quantity) for quantity in QUANTITIES}
     saved = _saved(offers, layers)
+    others: tuple[MatrixPlan, ...] = ()
     room = float("inf") if budget is None or not offers.rounds else totals["bytes"] - budget.limit(totals["bytes"])
     if (offers.rounds and room > 0) or any(row.level is not None for row in layers):
         saved["bytes"] = totals["bytes"] - round(sizes.rest + sum(_bytes(offers, item) for item in chosen))
+        others = tuple(_matrix(item) for item in chosen if item.matrix)
     narrows = offers.method in NARROWING
     without = "ranks given" if options.prune_rate is None else f"prune rate {options.prune_rate:g}"
     without = f"bits {options.stored[0]}" if options.stored and options.prune_rate is None else without
@@ -36,23 +40,33 @@ def planned(offers: Offers, chosen: Sequence[Item], budget: Budget | None) -> Pl
         fingerprint=spectra.fingerprint,
         method=offers.method,
         widths=widths,
+        others=others,
         compensated=options.compensate if narrows else True,
         ridge=options.ridge if narrows else 0.0,
         spectra=spectra,
+        latency=None if timed is None else timed.promised(chosen),
+        times=None if timed is None else timed.pace.times,
         **totals,
         **{f"{q}_kept": totals[q] - saved[q] + round(extra[q]) for q in QUANTITIES},
     )
 
 
+def _matrix(item: Item) -> MatrixPlan:
+    """The row of a matrix beside the linears."""
+    return MatrixPlan(item.matrix, item.choices[0].bits or 0, float(item.prices.loss[0]))
+
+
 def _bytes(offers: Offers, item: Item) -> float:
-    ((width, forms),) = item.choices
+    if item.matrix:
+        return float(item.prices.cost[0])
+    width, forms, _ = item.choices[0]
     pairs = zip(item.linears, forms, strict=True)
     return sum(offers.bytes_of(item.narrowing, name, width, form) for name, form in pairs)
 
 
 def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
     """A row for each of its linears."""
-    ((width, forms),) = item.choices
+    width, forms, _ = item.choices[0]
     for name, form in zip(item.linears, forms, strict=True):
         spectrum = offers.spectra.layers[name]
         N, K = offers.shape(item.narrowing, name, width)
@@ -69,6 +83,8 @@ def _layers(offers: Offers, item: Item) -> Iterator[LayerPlan]:
             kept_in=K if spectrum.in_features != K else None,
             kept_out=N if spectrum.out_features != N else None,
             level=form.level,
+            int8=form.int8 or None,
+            ms=round(offers.ms(item.narrowing, name, width, form), 4) if isinstance(offers, TimedOffers) else None,
             bits=round(8 * offers.bytes_of(item.narrowing, name, width, form) / weights, 3) if rounded else None,
         )
 
@@ -95,11 +111,22 @@ def _saved(offers: Offers, rows: Sequence[LayerPlan]) -> dict[str, int]:
         if offers.sizes.has_bias[row.name]:
             bias = row.out_features - N
         else:
-            bias = -N if offers.spectra.centred and row.rank is not None else 0
+            bias = -N if row.int8 or (offers.spectra.centred and row.rank is not None) else 0
+        if row.int8:  # factors of bytes have a bias each
+            bias -= row.rank or 0
         saved["params"] += weights - row.params + bias
         saved["macs"] += round(weights * row.tokens) - row.macs
-        saved["bytes"] += (weights - row.params + bias) * offers.sizes.itemsize[row.name]
+        own = 0 if row.int8 else (weights - row.params + bias) * offers.sizes.itemsize[row.name]
+        saved["bytes"] += _saved_by_bytes(offers, row) if row.int8 else own
     return saved
+
+
+def _saved_by_bytes(offers: Offers, row: LayerPlan) -> int:
+    """Bytes that a linear of bytes saves: a code a weight, four floats a column and a row in place of a bias."""
+    itemsize, (N, K) = offers.sizes.itemsize[row.name], row.shape
+    before = (row.in_features * row.out_features + row.out_features * offers.sizes.has_bias[row.name]) * itemsize
+    linears = [(N, K)] if row.rank is None else [(row.rank, K), (N, row.rank)]
+    return before - sum(rows * columns + 8 * (rows + columns) for rows, columns in linears)
 
 
 def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> str:
@@ -116,6 +143,8 @@ def _why_width(offers: Offers, item: Item, narrowing: Narrowing, width: int) -> 
 
 
 def _why(offers: Offers, item: Item, name: str, form: Form) -> str:
+    if isinstance(offers, TimedOffers):
+        return _why_timed(offers, item, name, form)
     bits = offers.options.bits
     if form.level is None or not offers.rounds:
         why = _why_left(offers, name) if offers.rounds else _why_rank(offers, item, name, form.rank)
@@ -126,6 +155,16 @@ def _why(offers: Offers, item: Item, name: str, form: Form) -> str:
         return "both factors rounded: saves most for its error"
     coarsest = [*offers.ladder(name, item.choices[0].width, None)][-1]
     return "rounded: at the coarsest level" if form.level == coarsest else "rounded: saves most for its error"
+
+
+def _why_timed(offers: TimedOffers, item: Item, name: str, form: Form) -> str:
+    if name not in offers.wanted:
+        return "dense: left out by include/exclude"
+    own = "int8" if form.int8 else "dense" if form.rank is None else "low rank"
+    slower = offers.slower(item, name, form)
+    if slower is not None:
+        return f"{own}: {slower} is slower here"
+    return f"{own}: " + ("saves most time for its error" if form != DENSE else "worth its time within the budget")
 
 
 def _why_left(offers: Offers, name: str) -> str:

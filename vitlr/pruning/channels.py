@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vitlr.anatomy import visibility
 from vitlr.anatomy.mlps import read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import SelectedLinear
@@ -35,6 +36,7 @@ def remove_channels(
         raise InputError(f"{unknown[0]!r} is no site of this model")
     if not inplace:
         model = duplicate(model)
+    visibility.make_visible(model)
     columns: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for name, kept in keep.items():
@@ -50,6 +52,7 @@ def remove_channels(
             rows[writer] = _rows_left(site, kept, int(model.get_submodule(writer).out_features))  # type: ignore[arg-type]
     for name in dict.fromkeys([*columns, *rows]):
         put(model, name, SelectedLinear.from_linear(model.get_submodule(name), columns.get(name), rows.get(name)))
+    visibility.put_back(model)
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn import LowRankLinear
 from vitlr.nn._plain import has_hooks
@@ -63,12 +63,12 @@ def add_gates(model: nn.Module, kinds: str | Iterable[str] = KINDS, *, inplace: 
     """
     if gates(model):
         raise InputError("this model has gates already; take them off first (remove_gates)")
-    found = sites(model, kinds)
-    hooked = [name for site in found.values() for name in site.readers if has_hooks(model.get_submodule(name))]
-    if hooked:
-        raise InputError(f"layer {hooked[0]} has hooks, and gates would change what they see; take them off first")
-    model = model if inplace else duplicate(model)
-    linears.make_visible(model)
+    with visibility.visible(model, keep=inplace):
+        found = sites(model, kinds)
+        hooked = [name for site in found.values() for name in site.readers if has_hooks(model.get_submodule(name))]
+        if hooked:
+            raise InputError(f"layer {hooked[0]} has hooks, and gates would change what they see; take them off first")
+        model = model if inplace else duplicate(model)
     for site in found.values():
         like = next(model.get_submodule(site.name).parameters())
         gate = Gate(site, like.device, like.dtype)
@@ -115,4 +115,5 @@ def remove_gates(model: nn.Module, *, fold: bool = True, inplace: bool = False) 
             assert isinstance(reads, nn.Linear)
             reads.weight.mul_(module.gate.a)
         put(model, name, linear.train(module.training))
+    visibility.put_back(model)
     return model

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import SUPPORTED, attention_names, attentions
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
@@ -139,6 +139,7 @@ def hybrid(
     return small.eval()
 
 
+@visibility.seeing
 def _attention(model: nn.Module) -> dict[str, nn.Linear]:
     """The attention linears that can be factorised; `InputError` with what is supported where there is none."""
     targets = linears.targets(model)

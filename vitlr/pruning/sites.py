@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import SUPPORTED as ATTENTIONS
 from vitlr.anatomy.attention import attentions
 from vitlr.anatomy.mlps import SUPPORTED as MLPS
@@ -48,6 +48,7 @@ class Site:
         return self.readers[0]
 
 
+@visibility.seeing
 def sites(model: nn.Module, kinds: str | Iterable[str] = KINDS) -> dict[str, Site]:
     """All sites of these kinds by name, in module order. Raises `InputError` with reasons where a model has none."""
     asked = parse_kinds(kinds)

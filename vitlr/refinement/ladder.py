@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import fewer_heads
 from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.data.batches import to_model
@@ -83,7 +84,9 @@ def refine(
         "rungs": list(wanted),
         "recipe": asdict(recipe),
     }
-    _attach(model, _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), progress))
+    with visibility.visible(reference):  # layers are known by the names that the compressed model has
+        report = _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), progress)
+    _attach(model, report)
     return model
 
 

@@ -14,19 +14,19 @@ from vitlr.runtime.coding import pack, unpack
 HALF, NEAR, CODES, EXPONENT = "half", "near", "codes", "exponent"  # after a "|" in the names of a file's tensors
 STEPS = 8  # of an exponent in a factor of two
 _LEAST = 4096  # entries of a matrix that this is worth it for
-_TOP = 63  # of a code: 7 bits a row of embeddings and heads cost 0.0006 nats on a ViT-Ti (docs/method.md)
+BITS = (7, 6, 5, 4, 3)  # of a matrix's codes; 7 for all of them cost 0.0006 nats on a ViT-Ti (docs/method.md)
 _NEAR = 127
 
 
-def rounded(value: Tensor) -> Tensor:
-    """float32 to what few bytes hold: matrices to 7 bits a row, `q · 2^(e / 8)`, all else to float16.
+def rounded(value: Tensor, bits: int = BITS[0]) -> Tensor:
+    """float32 to what few bytes hold: matrices to so many bits a row, `q · 2^(e / 8)`, all else to float16.
 
     What is of another dtype, or beyond float16, stays as it is.
     """
     if value.dtype != torch.float32 or not torch.isfinite(value).all():
         return value
     if is_matrix(value):
-        return value if _found_rows(value)[2] else _from_rows(*_by_rows(value), value.shape)
+        return value if _found_rows(value) else _from_rows(*_by_rows(value, _top(bits)), value.shape)
     half = value.half()
     return half.float() if torch.isfinite(half).all() else value
 
@@ -48,9 +48,9 @@ def stored(value: Tensor) -> dict[str, Tensor]:
         if torch.equal(half.float(), value):
             return {f"|{HALF}": half}
         if torch.isfinite(value).all() and is_matrix(value):
-            codes, exponent, exact = _found_rows(value)
-            if exact:
-                return {f"|{CODES}": pack(codes), f"|{EXPONENT}": exponent}
+            found = _found_rows(value)
+            if found is not None:
+                return {f"|{CODES}": pack(found[0]), f"|{EXPONENT}": found[1]}
     return {"": value}
 
 
@@ -107,6 +107,11 @@ def _restored(name: str, found: Mapping[str, Tensor], shape: tuple[int, ...] | N
     return _from_rows(codes, exponent, shape)
 
 
+def is_coded(value: Tensor) -> bool:
+    """Whether `rounded` makes codes of it."""
+    return value.dtype == torch.float32 and is_matrix(value) and bool(torch.isfinite(value).all())
+
+
 def is_matrix(value: Tensor) -> bool:
     return value.ndim > 1 and value.numel() >= _LEAST and value.numel() > 16 * _rows(tuple(value.shape))[0]
 
@@ -117,34 +122,45 @@ def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, math.prod(shape) // max(rows, 1)
 
 
-def _matrix(value: Tensor) -> Tensor:
+def by_row(value: Tensor) -> Tensor:
+    """A matrix as the rows that share an exponent."""
     return value.reshape(len(value), -1) if len(value) > 1 else value.reshape(-1, value.shape[-1]).mT
 
 
-def _by_rows(value: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes `[rows, columns]` and the least exponents that keep them within ±63."""
-    largest = _matrix(value).double().abs().amax(1).clamp_min(2.0**-110)
-    exponent = (STEPS * (largest / _TOP).log2()).ceil().to(torch.int16)
-    return _codes(_matrix(value), exponent), exponent
+def _by_rows(value: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes `[rows, columns]` and the least exponents that keep them within ±top."""
+    rows = by_row(value).double()
+    largest = rows.abs().amax(1).clamp_min(2.0**-110)
+    exponent = (STEPS * (largest / top).log2()).ceil().to(torch.int16)
+    return _codes(rows, exponent, top), exponent
 
 
-def _found_rows(value: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Codes and exponents of what `rounded` gave, and whether they are it.
+def _found_rows(value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Codes and exponents of what `rounded` gave, of the fewest bits that give it; None of all else.
 
-    The least exponent may be one off where the largest code is 63 (by float32) or 57 or 58 (rounded from 57.8).
+    The least exponent may be one off where the largest code is the top (by float32) or next to it (rounded).
     """
-    rows, (_, least) = _matrix(value), _by_rows(value)
-    exponent, exact = least.clone(), torch.zeros(len(least), dtype=torch.bool)
-    for off in (0, -1, 1):
-        tried = _codes(rows, least + off) * power(least + off)[:, None]
-        same = (tried == rows).all(1) & ~exact
-        exponent[same] = least[same] + off
-        exact |= same
-    return _codes(rows, exponent), exponent, bool(exact.all())
+    rows = by_row(value)
+    for top in map(_top, reversed(BITS)):
+        _, least = _by_rows(value, top)
+        exponent, exact = least.clone(), torch.zeros(len(least), dtype=torch.bool)
+        for off in (0, -1, 1):
+            tried = _codes(rows, least + off, top) * power(least + off)[:, None]
+            same = (tried == rows).all(1) & ~exact
+            exponent[same] = least[same] + off
+            exact |= same
+        if exact.all():
+            return _codes(rows, exponent, top), exponent
+    return None
 
 
-def _codes(rows: Tensor, exponent: Tensor) -> Tensor:
-    return (rows / power(exponent).double()[:, None]).round().clamp(-_TOP, _TOP).to(torch.int8)
+def _codes(rows: Tensor, exponent: Tensor, top: int) -> Tensor:
+    return (rows / power(exponent).double()[:, None]).round().clamp(-top, top).to(torch.int8)
+
+
+def _top(bits: int) -> int:
+    """The largest code of so many bits."""
+    return 2 ** (bits - 1) - 1
 
 
 def _from_rows(codes: Tensor, exponent: Tensor, shape: tuple[int, ...]) -> Tensor:

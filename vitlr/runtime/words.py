@@ -29,3 +29,33 @@ def newer(word: str, names: Mapping[str, str]) -> str:
 @functools.cache
 def _note(old: str, new: str) -> None:
     logging.getLogger("vitlr").warning("%r is called %r now; the old word is still understood", old, new)
+
+
+def numbered(name: str) -> tuple[str, int | None]:
+    """A dotted name without its last inner number, `blocks.*.mlp.fc1`, and the number; None where it has none."""
+    parts = name.split(".")
+    place = max((index for index, part in enumerate(parts[:-1]) if part.isdecimal()), default=None)
+    if place is None or len(parts[place]) > 6:
+        return name, None
+    return ".".join([*parts[:place], "*", *parts[place + 1 :]]), int(parts[place])
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3,7` of 0, 1, 2, 3 and 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def gathered(pattern: str, numbers: Sequence[int]) -> str:
+    """One name for all of `numbered`: `blocks.{0-3,7}.mlp.fc1`."""
+    return pattern.replace("*", f"{{{ranges(numbers)}}}" if len(numbers) > 1 else str(numbers[0]), 1)
+
+
+def tail(name: str, longest: int) -> str:
+    """A name, without its beginning where it is too long."""
+    return name if len(name) <= longest else f"…{name[len(name) - longest + 1 :]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import Attention, attentions
 from vitlr.anatomy.mlps import Mlp, find_mlps, read_mlp
 from vitlr.anatomy.reading import read
@@ -55,18 +55,9 @@ def replace_layers(
         raise InputError(
             f"the plan is of weights {plan.fingerprint}, the spectra of {spectra.fingerprint}; make the plan again"
         )
-    modules = dict(model.named_modules())
-    taken = _check_widths(model, plan)
-    for row in plan.layers:
-        linear, shape = modules.get(row.name), (row.out_features, row.in_features)
-        if type(linear) is not nn.Linear or linear.weight.shape != shape:
-            raise InputError(f"the plan is of another model: no linear {shape[0]}x{shape[1]} at {row.name!r}")
-        changed = row.rank is not None or row.level is not None or row.name in taken
-        if changed and has_hooks(linear):
-            raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
-    if not inplace:
-        model = duplicate(model)
-    linears.make_visible(model)
+    with visibility.visible(model, keep=inplace):
+        _check(model, plan)
+        model = model if inplace else duplicate(model)
     factors = _narrow(model, plan, spectra)
     for done, (name, rank) in enumerate(plan.ranks.items(), 1):
         place = f"{name}.linear" if isinstance(model.get_submodule(name), SelectedLinear) else name  # of an attention
@@ -81,7 +72,21 @@ def replace_layers(
         if progress is not None:
             progress(done, len(plan.ranks))
     round_weights(model, plan, spectra, progress)
+    visibility.put_back(model)
     return model
+
+
+def _check(model: nn.Module, plan: Plan) -> None:
+    """`InputError` where a layer, MLP or attention is not as planned, or has hooks."""
+    modules = dict(model.named_modules())
+    taken = _check_widths(model, plan)
+    for row in plan.layers:
+        linear, shape = modules.get(row.name), (row.out_features, row.in_features)
+        if type(linear) is not nn.Linear or linear.weight.shape != shape:
+            raise InputError(f"the plan is of another model: no linear {shape[0]}x{shape[1]} at {row.name!r}")
+        changed = row.rank is not None or row.level is not None or row.name in taken
+        if changed and has_hooks(linear):
+            raise InputError(f"layer {row.name} has hooks, which would vanish with it; take them off first")
 
 
 def _check_widths(model: nn.Module, plan: Plan) -> set[str]:
@@ -138,15 +143,21 @@ def apply(
     """Carry a plan out: a new model (the same one if `inplace`) with MLPs and attentions narrowed and
     `LowRankLinear`s or `QuantizedLinear`s as planned.
 
+    Layers that the plan has multiply bytes (`Plan.bytes_layers`) stay floats: the ranges of their inputs are those of
+    the model that comes out here, and are measured of it (`promises.multiply_planned`; `vitlr.compress` does so).
+
     A plan read from JSON has no spectra and needs the statistics it was made from. A run on one image of noise proves
     that what is new is called and counts. Raises `InputError` where plan, statistics and model do not belong together,
     where the model cannot be copied, and where the proof fails.
     """
     model = uncompiled(model)
-    modules = dict(model.named_modules())
-    weights = {row.name: module.weight for row in plan.layers if isinstance(module := modules.get(row.name), nn.Linear)}
-    if len(weights) != len(plan.layers) or fingerprint(weights) != plan.fingerprint:
-        raise InputError("this plan is of another model or of other weights; make the plan for the model as it is now")
+    with visibility.visible(model):
+        held = dict(model.named_modules())
+        weights = {row.name: layer.weight for row in plan.layers if isinstance(layer := held.get(row.name), nn.Linear)}
+        if len(weights) != len(plan.layers) or fingerprint(weights) != plan.fingerprint:
+            raise InputError(
+                "this plan is of another model or of other weights; make the plan for the model as it is now"
+            )
     spectra = plan.spectra
     if spectra is None:
         if stats is None:
@@ -165,6 +176,7 @@ def apply(
     return small
 
 
+@visibility.seeing
 def _solved_again(model: nn.Module, plan: Plan, stats: Statistics) -> Spectra:
     """The spectra that a plan was made from."""
     options = Decomposition(

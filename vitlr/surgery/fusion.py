@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.nn import (
@@ -40,6 +40,7 @@ def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
             swap(model, name, module.to_linear().train(module.training))
+    visibility.put_back(model)
     unguard(model)
     return model
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vitlr.decomposition.spectra import Spectra
+from vitlr.errors import InputError
 from vitlr.measuring.cost import rest
 from vitlr.nn import LowRankLinear
 from vitlr.ops.linalg.threads import in_threads
@@ -35,5 +36,9 @@ def round_weights(model: nn.Module, plan: Plan, spectra: Spectra, progress: Prog
         if progress is not None:
             progress(min(start + threads, len(names)), len(names))
     if plan.rounds_rest:
+        known = dict(model.named_parameters())
+        if strange := [row.name for row in plan.others if row.name not in known]:
+            raise InputError(f"the plan is of another model: no parameter {strange[0]!r}")
+        bits = {id(known[row.name]): row.bits for row in plan.others}
         for tensor in rest(model, {layer.name for layer in plan.layers}):
-            tensor.copy_(compact.rounded(tensor.detach()))
+            tensor.copy_(compact.rounded(tensor.detach(), bits.get(id(tensor), compact.BITS[0])))

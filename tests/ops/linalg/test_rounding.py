@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vitlr.errors import NumericalError
+from vitlr.ops.backends import native
 from vitlr.ops.linalg.rounding import Side, reference, round_to_steps
 
 
@@ -79,6 +80,33 @@ def test_codes_stay_within_the_largest_and_what_is_cut_off_is_made_up_for():
     assert loss(E, rows, columns) == pytest.approx(float((rows.D[:, None] * columns.D * A**2).sum()))
     cut = (W / step * 8).round().clamp(-7, 7) * step / 8 - W
     assert loss(E, rows, columns) < loss(cut, rows, columns)
+
+
+@pytest.mark.parametrize("who", ["torch", "cpu"])
+def test_each_entry_may_have_bounds_of_its_own(who, monkeypatch):
+    if who == "cpu" and not native.available():
+        pytest.skip(f"native extension: {native.why_not()}")
+    monkeypatch.setenv("VITLR_ROUNDING", who)
+    W, step, rows, columns = case(21, 70)
+    least = -torch.arange(21 * 70).remainder(3).view(21, 70).double()
+    codes, A = round_to_steps(W, step, rows, columns, least + 3, least)
+    assert ((codes >= least) & (codes <= least + 3)).all() and codes.unique().tolist() == [-2, -1, 0, 1, 2, 3]
+    expected, errors = reference(W, step, rows, columns, least + 3, least)
+    assert torch.equal(codes, expected)
+    torch.testing.assert_close(A, errors, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"native extension: {native.why_not()}")
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (64, 64), (63, 129), (200, 65)])
+def test_tiles_in_cpp_give_the_codes_of_those_in_torch(N, K, monkeypatch):
+    W, step, rows, columns = case(N, K)
+    largest = torch.arange(K).remainder(5) + 1
+    found = {}
+    for who in ("torch", "cpu"):
+        monkeypatch.setenv("VITLR_ROUNDING", who)
+        found[who] = round_to_steps(W.float(), step.float(), rows, columns, largest)
+    assert torch.equal(found["cpu"][0], found["torch"][0])
+    torch.testing.assert_close(found["cpu"][1], found["torch"][1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_singular_moment_is_damped_and_no_moment_is_refused():

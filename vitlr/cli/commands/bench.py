@@ -11,16 +11,20 @@ from vitlr.cli.options import (
     MACHINE,
     AsJson,
     Checkpoint,
+    ClassMap,
+    Data,
     Device,
     FileOrModel,
     ImgSize,
+    Limit,
     ModelKwargs,
     NumClasses,
     Precision,
+    Workers,
     model_arguments,
 )
 from vitlr.cli.result import Result, table
-from vitlr.errors import InputError, RunError
+from vitlr.errors import InputError
 
 
 def bench(
@@ -32,7 +36,19 @@ def bench(
         ),
     ] = None,
     checkpoint: Checkpoint = None,
+    data: Data = None,
+    class_map: ClassMap = None,
+    limit: Limit = None,
     as_json: AsJson = False,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Time it in these, in turns: torch, compile, onnxruntime, openvino, vitlr, or all. With --data "
+            "its accuracy in each, too.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     batch_size: Annotated[
         str,
         typer.Option("--batch-size", "-b", metavar="N,N", help="One or more, in turn.", rich_help_panel=MACHINE),
@@ -54,6 +70,7 @@ def bench(
         int,
         typer.Option(metavar="N", min=1, help="Measurements of each; the fastest counts.", rich_help_panel=MACHINE),
     ] = 10,
+    workers: Workers = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
@@ -65,20 +82,39 @@ def bench(
     sizes = _sizes(batch_size)
     if torchcompile and kernels:
         raise InputError("--kernels switches kernels off and on between calls, a compiled graph keeps them; drop one")
+    alone = {"--vs": vs, "--torchcompile": torchcompile or None, "--kernels": kernels}
+    for flag, given in alone.items() if engines is not None else ():
+        if given is not None:
+            raise InputError(f"--engines names all that the model runs in, and {flag} is none of them; leave one out")
+    judged = {"--data": data, "--class-map": class_map, "--limit": limit, "--workers": workers}
+    for flag, value in judged.items():
+        if value is not None and (engines is None or data is None):
+            raise InputError(f"{flag} is for accuracy in --engines, which takes --data; vitlr validate tells it alone")
     args = model_arguments(img_size, num_classes, model_kwargs)
     import torch
 
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
     from vitlr.cli.plain_torch import PlainTorch
+    from vitlr.cli.timed import throughputs
+    from vitlr.data.loader import open_data
     from vitlr.data.preprocessing import input_size
-    from vitlr.measuring import cost, timing
+    from vitlr.measuring import cost
     from vitlr.ops.backends import native
-    from vitlr.runtime.progress import bar
     from vitlr.surgery import fusion
 
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
+    if engines is not None:
+        from vitlr.cli.commands.bench_engines import by_engine, parse_engines
+
+        names = parse_engines(engines)
+        if device is not None and where.type != "cpu":
+            raise InputError(f"--engines are timed on the CPU, not on {device}; leave --device out")
+        network = open_model(model, source, device=torch.device("cpu"), weights=data is not None)
+        read: dict[str, Any] = {"class_map": class_map, "workers": workers, "limit": limit}
+        loader = None if data is None else open_data(data, network, need_labels=True, **read)
+        return by_engine(model, network, names, sizes, precision=precision, repeats=repeats, loader=loader)
     only_vs = names_a_file(model) and vs is not None and not names_a_file(vs)
     networks = {"model": open_model(model, Source() if only_vs else source, device=where, weights=False).to(dtype)}
     if vs is not None:
@@ -93,19 +129,8 @@ def bench(
     runners: Any = {n: torch.compile(net, dynamic=False) for n, net in networks.items()} if torchcompile else networks
     if kernels or (kernels is None and not torchcompile and structure(networks["model"])):
         runners = {**runners, "plain": PlainTorch(networks["model"]), "fused": fusion.fuse(networks["model"])}
-    rows: list[dict[str, Any]] = []
-    with bar("measuring", len(sizes), "batch sizes") as progress:
-        for size in sizes:
-            try:
-                times = timing.throughput(runners, size, input_size=shapes["model"], repeats=repeats)
-            except Exception as cause:
-                if torchcompile and type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                    raise RunError(
-                        f"torch.compile failed: {str(cause).strip().splitlines()[0]}; leave --torchcompile out"
-                    ) from cause
-                raise
-            rows.append({"batch_size": size, **_flat(times)})
-            progress(len(rows), len(sizes))
+    times = throughputs(runners, sizes, shapes["model"], repeats, "--torchcompile")
+    rows = [{"batch_size": size, **_flat(found)} for size, found in zip(sizes, times, strict=True)]
     values: dict[str, Any] = {
         "model": model,
         "vs": vs,

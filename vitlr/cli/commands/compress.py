@@ -15,9 +15,9 @@ from vitlr.calibration.options import Calibration
 from vitlr.cli.command import flags_of, in_flags, takes
 from vitlr.cli.options import (
     DATA,
+    MACHINE,
     OUTPUT,
     AsJson,
-    BatchSize,
     Checkpoint,
     ClassMap,
     Data,
@@ -34,9 +34,10 @@ from vitlr.cli.options import (
 from vitlr.cli.result import Result, resumable
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
+from vitlr.planning.budgets import is_timed, parse_budget
 from vitlr.planning.options import Planning
 from vitlr.refinement.recipe import Recipe, parse_rungs
-from vitlr.runtime.fields import taken
+from vitlr.runtime.fields import own, taken
 
 MEASURE, REPAIR = "Measuring", "Repairing the error"
 
@@ -48,7 +49,7 @@ def compress(
         str,
         typer.Option(
             metavar="Q:N",
-            help="What is KEPT of the whole model: params:40%, macs:1.2G, bytes:10MB.",
+            help="What is KEPT of the whole model: params:40%, macs:1.2G, bytes:10MB, latency:50%, latency:12ms.",
             rich_help_panel=DATA,
         ),
     ],
@@ -94,13 +95,30 @@ def compress(
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            "-b",
+            metavar="N",
+            min=1,
+            help="Images in one batch; under latency the batch that it counts for. [default: 64; under latency 1]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     workers: Workers = None,
     device: Device = None,
 ) -> Result:
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
-    from vitlr.anatomy import linears
+    parse_budget(budget)  # what needs no torch is refused before it is there
+    for cls in (Planning, Calibration):
+        cls.of(**own(cls, options))
+    if out is None and not plan_only:
+        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
+    if data is None and (stats is None or not stats.exists()):
+        raise InputError("--data is missing: give a few hundred images, a folder, a .tar or hfds/NAME")
+    from vitlr.anatomy import linears, visibility
     from vitlr.checkpoint import files, origins
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
@@ -108,21 +126,23 @@ def compress(
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
+    timed = is_timed(budget)
+    if timed and batch_size is not None:
+        options["batch_size"] = batch_size
     read_options(budget, **how, changes=options)
     _check_refinement(refine, resume, data, plan_only, options)
     if rounds > 1 and (data is None or plan_out is not None):
         missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
         raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
-    if out is None and not plan_only:
-        raise InputError("--out is missing: name the file to write, or ask for --plan-only")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
-    network = open_model(model, source, device=parse_device(device))
+    network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
+    visibility.make_visible(network)
     linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
-    read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
+    read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size or 64, "workers": workers, "limit": limit}
     read |= images_as
     images = None if data is None else open_data(data, network, **read)
 
@@ -156,6 +176,7 @@ def compress(
         text += [f"wrote {out}: {size / 1e6:.3f} MB"]
     kept = {"params_kept": plan.params_kept, "macs": plan.macs, "macs_kept": plan.macs_kept, "bytes": size}
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
+    values |= {} if plan.latency is None else {"latency": plan.latency.to_dict()}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
     text += [] if images is None else [images.made]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))

@@ -5,8 +5,8 @@ Nothing is downloaded. `run` is what a user writes (calibrate, plan, apply, save
 
 from __future__ import annotations
 
-import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vitlr.calibration.loop import calibrate
 from vitlr.checkpoint import files
 from vitlr.checkpoint.creation import create_model
+from vitlr.cli.result import table
 from vitlr.errors import InputError, RunError
 from vitlr.measuring import cost, timing
 from vitlr.measuring.evaluation import evaluate
@@ -46,7 +47,7 @@ class Settings:
     budgets: tuple[str, ...] = ("params:50%", "params:25%")
     batch_sizes: tuple[int, ...] = (1, 64)
     repeats: int = 30
-    threads: int | None = None  # None leaves torch's setting
+    threads: int = 1  # matrices this small gain nothing from more, and waiting for one on a busy machine costs minutes
 
     @property
     def args(self) -> dict[str, Any]:
@@ -55,8 +56,7 @@ class Settings:
         return {**shape, "embed_dim": self.width, "depth": self.depth, "num_heads": self.heads}
 
 
-# Matrices this small gain nothing from a second thread, and waiting for one on a busy machine costs minutes.
-QUICK = Settings(width=96, depth=2, heads=3, epochs=6, calibration=128, batch_sizes=(64,), threads=1)
+QUICK = Settings(width=96, depth=2, heads=3, epochs=6, calibration=128, batch_sizes=(64,))
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ def run(*, quick: bool = False, out: Path | None = None, json: bool = False) -> 
         models = {"dense": dense}
         with bar("calibrating", settings.calibration) as progress:
             stats = calibrate(dense, digits.train[: settings.calibration].split(_BATCH), progress=progress)
-        plans = {budget: plan(dense, stats, budget) for budget in settings.budgets}
-        models |= {budget: apply(dense, chosen) for budget, chosen in plans.items()}
+        plans = {}
+        for budget in settings.budgets:
+            with bar(f"{budget}: planning", None, "layers") as progress:
+                plans[budget] = plan(dense, stats, budget, progress=progress)
+            models[budget] = apply(dense, plans[budget])
         paths = {name: folder / f"{name.replace(':', '_').replace('%', '')}.safetensors" for name in models}
         for name, model in models.items():
             files.save(model, paths[name], plan=plans.get(name))
@@ -154,10 +157,11 @@ def train(model: nn.Module, digits: Digits, epochs: int, *, lr: float = 1e-3, se
 def measure(models: dict[str, nn.Module], digits: Digits, settings: Settings) -> list[dict[str, Any]]:
     """Accuracy on the test images, agreement with dense, cost, and speed relative to dense, measured in turns."""
     loader = list(zip(digits.test.split(_BATCH), digits.test_labels.split(_BATCH), strict=True))
-    speeds = {
-        size: timing.throughput(models, size, input_size=SHAPE, repeats=settings.repeats)
-        for size in settings.batch_sizes
-    }
+    speeds = {}
+    with bar("timing", len(settings.batch_sizes), "batch sizes") as progress:
+        for done, size in enumerate(settings.batch_sizes, 1):
+            speeds[size] = timing.throughput(models, size, input_size=SHAPE, repeats=settings.repeats)
+            progress(done, len(settings.batch_sizes))
     rows = []
     for name, model in models.items():
         found = evaluate(model, loader, models["dense"])
@@ -184,9 +188,9 @@ def _folder(out: Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -200,40 +204,28 @@ def _check_identical(model: nn.Module, loaded: nn.Module, images: Tensor, path: 
 
 
 def _show(result: dict[str, Any], settings: Settings) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     dense = result["rows"][0]
-    table = Table(
-        title=f"ViT of width {settings.width}, {settings.depth} blocks, on {result['test_images']} test digits"
-    )
-    table.add_column("model", no_wrap=True)
-    for heading in ("top-1 %", "95 %", "agree %", "params", "MB", "MMACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for size in settings.batch_sizes:
-        table.add_column(f"speed b{size}", justify="right", no_wrap=True)
+    header = ["model", "top-1 (95 %)", "agree", "params", "MB", "MMACs", *(f"b{size}" for size in settings.batch_sizes)]
+    rows = []
     for row in result["rows"]:
-        share = "" if row is dense else f" ({row['params'] / dense['params']:.0%})"
-        cells = [row["model"], f"{row['top1']:.2f}", f"{row['top1_low']:.1f}-{row['top1_high']:.1f}"]
-        cells += [f"{row['agreement']:.2f}", f"{row['params'] / 1e6:.2f}M{share}", f"{row['bytes'] / 1e6:.1f}"]
-        cells += [f"{row['macs'] / 1e6:.1f}", *(f"{ratio:.2f}x" for ratio in row["speedup"].values())]
-        table.add_row(*cells)
-    # A log or a pipe has no width; rich would take 80 columns and cut the figures.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
-    console.print(table)
+        cells = [row["model"], f"{row['top1']:.2f} ({row['top1_low']:.1f}-{row['top1_high']:.1f})"]
+        cells += [f"{row['agreement']:.1f}", f"{row['params'] / 1e6:.2f}M {row['params'] / dense['params']:.0%}"]
+        cells += [f"{row['bytes'] / 1e6:.1f}", f"{row['macs'] / 1e6:.1f}"]
+        rows.append([*cells, *(f"{ratio:.2f}x" for ratio in row["speedup"].values())])
+    sizes = " and ".join(map(str, settings.batch_sizes))
     easy = (
         "Digits are easy and this model is far too large for them: a pretrained ViT loses more, see docs/measured.md."
     )
     small = "--quick shows that everything works; the model is too small for low rank to pay."
-    console.print(
+    words = (
         f"Trained on {result['train_images']} images, calibrated on {result['calibration_images']} of them without "
-        f"labels, not trained after compression.\nReloaded files give bit-identical logits. Speed against dense, "
-        f"batches of {' and '.join(map(str, settings.batch_sizes))}, threads: {result['threads']}, fastest of "
-        f"{settings.repeats} turns.\n{small if result['quick'] else easy}\n{result['seconds']:.0f} s in all.",
-        highlight=False,
-        soft_wrap=True,
+        f"labels, not trained after compression. agree: same answer as dense, %. b: speed against dense in batches of "
+        f"{sizes}, threads: {result['threads']}, fastest of {settings.repeats} turns. "
+        "Reloaded files give bit-identical logits."
     )
+    title = f"ViT of width {settings.width}, {settings.depth} blocks, on {result['test_images']} test digits"
+    lines = [title, "", table(header, rows), "", textwrap.fill(words, 80)]
+    lines += [textwrap.fill(small if result["quick"] else easy, 80), f"{result['seconds']:.0f} s in all."]
     if result["out"]:
-        console.print(
-            f"The files are in {result['out']}: try `vitlr bench` on one of them.", highlight=False, soft_wrap=True
-        )
+        lines.append(f"The files are in {result['out']}: try `vitlr bench` on one of them.")
+    print("\n".join(lines))

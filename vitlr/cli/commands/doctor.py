@@ -14,7 +14,7 @@ from vitlr.runtime.machine import cores, processor
 from vitlr.runtime.words import one_line
 
 _PACKAGES = ("vitlr", "torch", "torchvision", "triton", "timm", "safetensors", "numpy", "typer", "rich")
-_OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao")
+_OPTIONAL = ("scikit-learn", "datasets", "peft", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino")
 _VARIABLES = ("VITLR_BACKEND", "VITLR_CPU_ISA", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _ROWS, _WIDTH, _HIDDEN, _BLOCKS, _RANK = 8 * 197, 768, 3072, 12, 192  # eight images through a block of ViT-B
 
@@ -36,8 +36,8 @@ def diagnose() -> dict[str, Any]:
     }
 
 
-def render(found: dict[str, Any]) -> str:
-    """The same for people."""
+def render(found: dict[str, Any], kernels: bool = True) -> str:
+    """The same for people, with a table for every operation, or in one line what runs them."""
     lines = [f"python       {found['python']}"]
     for name, version in found["packages"].items():
         lines.append(f"{name:<12} {version or 'not installed'}")
@@ -71,9 +71,23 @@ def render(found: dict[str, Any]) -> str:
         lines.append(f"             {cuda['state']}")
     if cuda["why_not"]:
         lines.append(f"{'' if cuda['built'] else 'cuda':<12} {cuda['why_not']}")
+    if not kernels:
+        return "\n".join([*lines, *_chosen(found["ops"])])
     for op in found["ops"]:
         lines += ["", op["table"] if op["problem"] is None else f"{op['op']} on {op['device']}: {op['problem']}"]
     return "\n".join(lines)
+
+
+def _chosen(ops: list[dict[str, Any]]) -> list[str]:
+    """A line a device: how many operations run on what."""
+    lines = []
+    for device in dict.fromkeys(op["device"] for op in ops):
+        chosen = [op["chosen"] for op in ops if op["device"] == device and op["problem"] is None]
+        said = ", ".join(f"{chosen.count(name)} by {name}" for name in sorted(set(chosen)))
+        problems = [op["problem"] for op in ops if op["device"] == device and op["problem"] is not None]
+        lines.append(f"kernels      on {device}: {said or 'none'}; --kernels says which, and why")
+        lines += [f"             {problem}" for problem in dict.fromkeys(problems)]
+    return lines
 
 
 def _version(package: str) -> str | None:
@@ -149,13 +163,14 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "lowrank_residual_linear": {**layer, "N": 3 * _WIDTH, "r": _RANK, "form": "int8", "group_size": 64},
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
         "lowrank_glu": {**layer, "D": _HIDDEN * 2 // 3, "N": _WIDTH, "rg": _RANK, "rv": _RANK, "r2": _RANK},
+        "round_to_steps": {"N": 3 * _WIDTH, "K": _WIDTH, "device": device},
         "int8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
     }
 
 
 def _explained(op: str, device: dict[str, str]) -> dict[str, Any]:
     from vitlr.ops import explain
-    from vitlr.ops.linalg import gram  # noqa: F401 (gram registers its op)
+    from vitlr.ops.linalg import gram, rounding  # noqa: F401 (they register their ops)
 
     where = torch.device(device["name"])
     answer: dict[str, Any] = {"op": op, "device": device["name"], "chosen": None, "candidates": [], "problem": None}

@@ -6,7 +6,10 @@ from typing import Any
 
 from vitlr.cli.options import AsJson, Checkpoint, FileOrModel, ImgSize, ModelKwargs, NumClasses, model_arguments
 from vitlr.cli.result import Result, table
+from vitlr.runtime.words import gathered, numbered, tail
 
+MANY = 24  # rows beyond which those that are alike are summed up
+Cells = tuple[str, str, str, int, str]  # layer, what becomes of it, size, parameters, note
 _BYPASSED = "read past by the model; made visible exactly"
 
 
@@ -21,7 +24,7 @@ def inspect(
     """Show which linears are compressible, which are bypassed, and what share of the parameters they hold."""
     import torch
 
-    from vitlr.anatomy import linears
+    from vitlr.anatomy import linears, visibility
     from vitlr.anatomy.attention import fewer_heads
     from vitlr.anatomy.mlps import narrowed_mlps
     from vitlr.checkpoint import origins
@@ -32,7 +35,8 @@ def inspect(
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     with origins.unfilled():  # nothing here looks at a value
         network = open_model(model, source, device=torch.device("cpu"), weights=False)
-    survey, bypassed = linears.survey(network), linears.bypassed(network)
+    bypassed = visibility.make_visible(network)
+    survey = linears.survey(network)
     total = cost.count_params(network)
     targets = [
         _row(name, m.out_features, m.in_features, m.weight.numel(), _BYPASSED if name in bypassed else "")
@@ -80,7 +84,8 @@ def inspect(
         "kept": kept,
         "hidden": hidden,
     }
-    return Result(values, _text(values))
+    order = [name for name, _ in network.named_modules()]
+    return Result(values, _text({**values, "order": order}))
 
 
 def _row(name: str, n: int, k: int, params: int, note: str) -> dict[str, Any]:
@@ -89,36 +94,62 @@ def _row(name: str, n: int, k: int, params: int, note: str) -> dict[str, Any]:
 
 def _text(values: dict[str, Any]) -> str:
     total = max(values["params"], 1)
-    rows = []
     headings = {"targets": "compressible", "low_rank": "low rank", "rounded": "rounded"}
     headings |= {"kept": "stays dense", "hidden": "out of reach"}
-    for key, heading in headings.items():
-        for row in values[key]:
-            shape = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""
-            note = f"rank {row['rank']}" if "rank" in row else row["reason"]
-            cells = (row["name"], heading, shape, f"{row['params']:,}", f"{row['params'] / total:.1%}", note)
-            rows.append(cells)
-    lines = [table(("layer", "", "W", "params", "share", "note"), rows, left=2)] if rows else []
+    found = [(row, heading) for key, heading in headings.items() for row in values[key]]
+    order = {name: index for index, name in enumerate(values["order"])}
+    rows = [_cells(row, heading) for row, heading in sorted(found, key=lambda pair: order.get(pair[0]["name"], 10**9))]
+    widths = [(row["name"], f"{row['width']} of {row['full_width']}") for row in values["narrowed"]]
+    rows += [(name, "narrowed", size, 0, "hidden width kept") for name, size in widths]
+    rows += [
+        (row["name"], "narrowed", f"{row['heads']} of {row['full_heads']}", 0, "heads kept") for row in values["heads"]
+    ]
+    rows += [(row["name"], "narrowed", _channels(row), 0, "channels kept") for row in values["selected"]]
+    rows = _summed(rows) if len(rows) > MANY else rows
+    shown = [
+        (
+            tail(name, 24),
+            heading,
+            size,
+            f"{params / 1e6:.3f}M" if params else "",
+            f"{params / total:.1%}" if params else "",
+            note,
+        )
+        for name, heading, size, params, note in rows
+    ]
+    lines = [table(("layer", "", "W", "params", "share", "note"), shown, left=2)] if rows else []
     counts = {key: sum(row["params"] for row in values[key]) for key in headings}
     rest = values["params"] - sum(counts.values())
     lines.append(f"{values['model']}: {values['params']:,} parameters; weights of linears:")
     for key, heading in headings.items():
         if values[key]:
             lines.append(f"  {heading:<13} {len(values[key]):>4}  {counts[key]:>14,}  {counts[key] / total:6.1%}")
-    widths = [f"{row['name']} {row['width']} of {row['full_width']}" for row in values["narrowed"]]
-    if widths:
-        lines.append(f"  hidden widths kept: {', '.join(widths)}")
-    heads = [f"{row['name']} {row['heads']} of {row['full_heads']}" for row in values["heads"]]
-    if heads:
-        lines.append(f"  heads kept: {', '.join(heads)}")
-    channels = [
-        f"{row['name']} {row['inputs'] or row['in_features']} of {row['in_features']} in, "
-        f"{row['outputs'] or row['out_features']} of {row['out_features']} out"
-        for row in values["selected"]
-    ]
-    if channels:
-        lines.append(f"  channels kept: {'; '.join(channels)}")
     lines.append(f"  everything else     {rest:>14,}  {rest / total:6.1%}")
     if not values["targets"]:
         lines.append("nothing here can be compressed")
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], heading: str) -> Cells:
+    size = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""
+    return row["name"], heading, size, row["params"], f"rank {row['rank']}" if "rank" in row else row["reason"]
+
+
+def _channels(row: dict[str, Any]) -> str:
+    """What is left of the inputs and outputs of a layer that lost some."""
+    n, k = (f"{row[f'{side}puts'] or row[f'{side}_features']}/{row[f'{side}_features']}" for side in ("out", "in"))
+    return f"{n} x {k}"
+
+
+def _summed(rows: list[Cells]) -> list[Cells]:
+    """Rows that differ in one number of their names only as one, in the first one's place."""
+    groups: dict[tuple[str, ...], list[Cells]] = {}
+    for row in rows:
+        name, heading, size, _, note = row
+        groups.setdefault((numbered(name)[0], heading, size, note), []).append(row)
+    found = []
+    for (pattern, heading, size, note), some in groups.items():
+        numbers = [number for row in some if (number := numbered(row[0])[1]) is not None]
+        name = gathered(pattern, numbers) if len(numbers) == len(some) else some[0][0]
+        found.append((name, heading, size, sum(row[3] for row in some), note))
+    return found

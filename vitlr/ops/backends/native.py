@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,25 @@ def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
     assert _C is not None, why_not()
     pointer = 0 if weight is None else weight.data_ptr()
     _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), isa_used())
+
+
+def round_tile(
+    W: torch.Tensor,
+    step: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    sides: tuple[torch.Tensor, torch.Tensor],
+    asked: tuple[torch.Tensor, torch.Tensor],
+    found: Sequence[torch.Tensor],
+) -> None:
+    """Rounds one tile W [m, n] to steps [m, n], all in fp64 on the CPU, rows contiguous.
+
+    bounds: the least and the largest codes [m, n]. sides: L of the outputs [m, m] and of the inputs [n, n] within the
+    tile. asked: what lies to the right and below asks of it, [m, n] each, used up; the first contiguous. found: errors
+    E, F, A and codes, written. step, the second of asked and found have the strides of W.
+    """
+    assert _C is not None, why_not()
+    pointers = [X.data_ptr() for X in (W, step, *bounds, *sides, *asked, *found)]
+    _C.round_tile(*W.shape, pointers, *(X.stride(0) for X in (W, *bounds, *sides)))
 
 
 def pack(W: torch.Tensor, isa: str) -> torch.Tensor:

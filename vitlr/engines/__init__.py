@@ -1,0 +1,1 @@
+"""Models in other engines: ONNX files, ONNX Runtime and OpenVINO."""

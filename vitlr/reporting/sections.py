@@ -1,0 +1,143 @@
+"""The sections of the page: all files in one table, then each file by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitlr.planning.plans import Plan
+from vitlr.planning.tables import KINDS
+from vitlr.reporting import page
+from vitlr.reporting.disagreement import Disagreement, thumbnail
+from vitlr.reporting.figures import share
+from vitlr.reporting.layers import by_kind
+from vitlr.reporting.rows import Row
+from vitlr.reporting.subjects import Subject
+from vitlr.runtime.machine import processor
+
+LINES = {
+    "kept": "Where the budget went: what is kept of every linear layer, block by block.",
+    "losses": "What that is predicted to cost, in the unit of the plan's objective; predictions rank choices.",
+    "spectra": "Spectra: the share of a layer's loss left at every rank, deeper ones darker, a dot for the plan.",
+}
+
+
+def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | None, texts: dict[str, Any]) -> list[str]:
+    """The body of the page."""
+    parts = [_table(rows), page.words(_how(rows, texts), soft=True)]
+    if overview is not None:
+        parts.append(page.figure(overview, "accuracy against megabytes and milliseconds"))
+    for subject in subjects:
+        parts += _one(subject, texts)
+    return parts
+
+
+def _table(rows: Sequence[Row]) -> str:
+    header = ["", "MB", "params, M", "MACs, G"]
+    judged = [key for key in ("top1", "agreement", "kl", "cosine") if any(getattr(r, key) is not None for r in rows)]
+    heads = {"top1": "top-1, % (95 %)", "agreement": "agreement, %", "kl": "KL, nats", "cosine": "cosine"}
+    header += [*(heads[key] for key in judged), "ms", "speed"]
+    lines = []
+    for row in rows:
+        cells = [row.name, f"{row.bytes / 1e6:.2f}", _number(row.params, 1e6, ".2f"), _number(row.macs, 1e9, ".3f")]
+        cells += [_judged(row, key) for key in judged]
+        cells += [_number(row.ms, 1, ".1f"), "" if row.speedup is None else f"{row.speedup:.2f}x"]
+        lines.append(cells)
+    return page.table(header, lines)
+
+
+def _number(value: float | None, unit: float, form: str) -> str:
+    return "" if value is None else format(value / unit, form)
+
+
+def _judged(row: Row, key: str) -> str:
+    value = getattr(row, key)
+    if value is None:
+        return ""
+    if key == "top1":
+        return f"{value:.1f} ({row.top1_low:.1f} to {row.top1_high:.1f})"
+    return format(value, {"agreement": ".1f", "kl": ".4f", "cosine": ".4f"}[key])
+
+
+def _how(rows: Sequence[Row], texts: dict[str, Any]) -> str:
+    images = max(row.images for row in rows)
+    judged = f"Judged on {images} images; the interval is Wilson's, of 95 %. " if images else "No images were given. "
+    return (
+        f"{judged}MB are those of the file, of dense its weights. ms: one image, the faster of the model as it is and "
+        f"fused, in turns with dense, {texts['threads']} thread(s) of {processor()}."
+    )
+
+
+def _one(subject: Subject, texts: dict[str, Any]) -> Iterator[str]:
+    """One file."""
+    yield page.heading(subject.name)
+    plan = subject.plan
+    if plan is None:
+        yield page.words("This file holds no plan, so where its budget went is not known.")
+    else:
+        yield page.words(_summary(subject, plan))
+        for kind, path in subject.drawn.items():
+            yield page.words(LINES[kind], soft=True)
+            yield page.figure(path, LINES[kind])
+        yield _blocks(plan)
+        yield page.folded("Every layer, and why", _layers(plan))
+    yield page.heading("Time", 3)
+    names = {"dense": "dense", "small": "as it is", "fused": "fused"}
+    there = [name for name in names if name in subject.times[1]]
+    lines = [[f"{batch} at once", *(f"{ms[name]:.2f}" for name in there)] for batch, ms in subject.times.items()]
+    yield page.table(["ms an image", *(names[name] for name in there)], lines)
+    if subject.spotted:
+        yield page.heading("Where it disagrees with dense most", 3)
+        yield page.words("By KL(dense, small) in nats; the share that each gives to its first five classes.", soft=True)
+        yield page.cards(_card(one, texts) for one in subject.spotted)
+
+
+def _summary(subject: Subject, plan: Plan) -> str:
+    done = [f"{len(plan.levels)} of {len(plan.layers)} layers rounded"] * bool(plan.levels)
+    done += [f"{len(plan.ranks)} factorised"] * bool(plan.ranks)
+    done += [f"{len(plan.narrowed)} of {len(plan.widths)} widths narrower"] * bool(plan.narrowed)
+    images = subject.recipe.get("images")
+    seen = f", from {images} images" if isinstance(images, int) else ""
+    totals = [("parameters", plan.params, plan.params_kept, 1e6, "M"), ("MACs", plan.macs, plan.macs_kept, 1e9, "G")]
+    totals.append(("bytes", plan.bytes, plan.bytes_kept, 1e6, "MB"))
+    kept = ", ".join(f"{name} {a / unit:.2f} to {b / unit:.2f} {word}" for name, a, b, unit, word in totals)
+    made = f"Budget {plan.budget}, method {plan.method}, objective {plan.objective}{seen}"
+    return f"{made}: {', '.join(done) or 'no change'}; {kept}. Predicted error {plan.error:.4g}."
+
+
+def _blocks(plan: Plan) -> str:
+    """What became of every layer, a row a block."""
+    kinds = by_kind(plan.layers)
+    count = 1 + max((block for rows in kinds.values() for block, _ in rows), default=0)
+    cells: list[list[tuple[str, float] | None]] = [[None] * len(kinds) for _ in range(count)]
+    for column, rows in enumerate(kinds.values()):
+        for block, row in rows:
+            what = "x".join(map(str, row.shape)) if row.kept_in or row.kept_out else "dense"
+            what = f"rank {row.rank}" if row.rank is not None else what
+            bits = "" if row.level is None else f"{row.bits or 0:.1f} bits"
+            text = bits if bits and what == "dense" else f"{what} {bits}".strip()
+            cells[block][column] = (text, share(plan, row))
+    return page.heat(["block", *kinds], [(str(block), row) for block, row in enumerate(cells)])
+
+
+def _layers(plan: Plan) -> str:
+    lines = []
+    for row in plan.layers:
+        rank, bits = ("" if value is None else f"{value:g}" for value in (row.rank, row.bits))
+        shape = "x".join(map(str, row.shape))
+        lines.append([row.name, shape, rank, bits, f"{row.params:,}", f"{row.error:.3g}", row.reason])
+    for width in plan.widths:
+        size, kind = f"{width.width} of {width.full_width}", KINDS.get(width.kind, width.kind)
+        lines.append([width.name, size, kind, "", "", f"{width.error:.3g}", width.reason])
+    return page.table(["layer", "size", "rank", "bits", "weights", "predicted", "why"], lines, long=6)
+
+
+def _card(one: Disagreement, texts: dict[str, Any]) -> str:
+    names = texts["classes"]
+
+    def said(pairs: Sequence[tuple[int, float]]) -> list[str]:
+        return [f"{names[c] if names is not None else f'class {c}'} {share:.0%}" for c, share in pairs]
+
+    picture = thumbnail(one.image, *texts["normal"])
+    return page.card(picture, f"KL {one.distance:.2f}", [("dense", said(one.dense)), ("small", said(one.small))])
