@@ -1,6 +1,6 @@
 """Accuracy against milliseconds: ViT-Ti in torch, OpenVINO and ONNX Runtime, quantised by NNCF and by us, in turns.
 
-    pip install nncf openvino onnxruntime onnxscript
+    pip install nncf openvino onnxruntime onnxscript matplotlib
     python -m bench.compare.engines [--only NAME ...] [--again] [--data FOLDER] [--out docs/results]
 
 All see the same 300 calibration images and are judged by the same validation images. Models and accuracies are kept, a
@@ -23,6 +23,7 @@ from torch import nn
 
 import vitlr
 from bench.common import BUILD, CODE, ROOT, data_folder, machine, parser, write_json
+from bench.compare.engines_figure import draw
 from bench.compare.frontier.rivals import SUBSET, converted, data
 from bench.compare.frontier.subjects import SUBJECTS, Subject
 from vitlr.engines.export import export
@@ -156,6 +157,7 @@ def main(args: argparse.Namespace) -> None:
     body["clock"] = "processor time" if args.cpu_time else "time"
     write_json(path, body)
     (args.out / f"{NAME}.md").write_text(markdown(body))
+    draw(body["rows"], args.out / f"{NAME}.svg")
 
 
 def markdown(body: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vitlr.calibration.statistics import Statistics
 from vitlr.data.batches import noise_images
-from vitlr.decomposition.byte_steps import int8_linear
+from vitlr.decomposition.byte_steps import byte_inputs
 from vitlr.errors import InputError
 from vitlr.measuring import clock
 from vitlr.measuring.specimens import bytes_like
@@ -65,10 +65,8 @@ def bytes_names(model: nn.Module, plan: Plan) -> list[str]:
 @torch.no_grad()
 def multiply_planned(model: nn.Module, stats: Statistics) -> None:
     """Put an `Int8Linear` in place of every linear that `stats` measured, in place: the plan has weighed them all."""
-    for name, layer in stats.layers.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        swap(model, name, int8_linear(linear, layer)[0].train(linear.training))
+    for name, inputs in byte_inputs(dict(model.named_modules()), stats.layers).items():
+        swap(model, name, inputs.layer().train(inputs.linear.training))
 
 
 def _tried(model: nn.Module, plan: Plan) -> nn.Module:
