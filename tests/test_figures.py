@@ -177,3 +177,23 @@ def test_candidates():
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")][1:]
     said = {op.strip(" `"): set(re.findall(r"`([\w.]+)`", names)) for _, op, _, names in lines}
     assert said == {op: {c.name for c in registry.candidates(op)} - {"torch"} for op in registry._ops}
+
+
+def test_the_page_of_engines_is_made_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    engines = pytest.importorskip("bench.compare.engines", reason="bench/ is not beside the documents")
+    folder = ROOT / "docs" / "results"
+    body = json.loads((folder / "engines.json").read_text())
+    assert (folder / "engines.md").read_text() == engines.markdown(body)
+
+
+def test_budgets_of_milliseconds_are_the_table_that_their_run_left():
+    kept = json.loads((ROOT / "docs" / "results" / "latency.json").read_text())["rows"]
+    page = MEASURED.read_text()
+    for row in kept:
+        told = row["latency"]
+        share = told["measured_ms"] / told["measured_dense_ms"]
+        promised = told["promised_ms"] / told["dense_ms"]
+        assert share / promised - 1 == pytest.approx(row["off"], abs=1e-6)
+        cells = f"| {row['budget']} | {promised:.1%} | {share:.1%} ({told['measured_ms']:.1f} ms) | {row['off']:+.1%} |"
+        assert cells in page and f"| {row['top1']:.2f} | {row['kl']:.4f} | {row['predicted_error']:.4f} |" in page

@@ -46,6 +46,11 @@ def test_short_functions_are_called_often_enough():
     assert 0 < found.min < 1e-4
 
 
+def test_by_the_clock_of_the_processor_waiting_takes_no_time():
+    found = compare({"waits": lambda: time.sleep(0.05)}, repeats=2, warmup=1, clock=time.process_time)["waits"]
+    assert found.min < 0.02
+
+
 def test_nothing_to_time_is_refused():
     for wrong in ({}, {"repeats": 0}, {"warmup": 0}):
         with pytest.raises(InputError, match="expected at least 1 of each"):

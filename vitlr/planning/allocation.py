@@ -82,7 +82,7 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     elif options.rank_buckets:
         chosen = bucketed(offers, items, room, options.rank_buckets)
     else:
-        chosen = best(items, room) if offers.method != "mix" else _mixed(offers, items, room)
+        chosen = _mixed(offers, items, room) if offers.rounds else best(items, room)
     if chosen is not None:
         return chosen
     least = outside + sum(item.prices.cost.min() for item in items)
@@ -101,7 +101,7 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
 
 
 def _mixed(offers: Offers, items: Sequence[Item], room: float) -> list[Item] | None:
-    """The knapsack; of bits alone, where ranks and widths promise too little beside them."""
+    """The knapsack; of the linears' bits alone, where ranks, widths and bits of all else promise too little beside."""
     chosen, alone = best(items, room), best([offers.bits_alone(item) for item in items], room)
     if chosen is None or alone is None:
         return chosen

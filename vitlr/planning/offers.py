@@ -46,9 +46,9 @@ class Offers(Forms):
         return self._extended(start, name, forms)
 
     def bits_alone(self, item: Item) -> Item:
-        """The same part of the model with what neither narrows it nor gives it ranks."""
+        """The same part of the model with what neither narrows it nor gives it ranks; a matrix with the most bits."""
         if item.matrix:
-            return item
+            return item.only([0])
         if item.narrowing is not None:
             return self._at_width(item.narrowing, item.narrowing.full_width, ranked=False)
         (name,) = item.linears

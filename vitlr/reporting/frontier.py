@@ -162,6 +162,9 @@ class _Run:
         if found is not None:
             return found
         small, size, more = make()
+        if self.judge.replays and self.judge.recorded is None:  # its row was kept, its answers were not
+            with self.watch(DENSE, self.images, "images") as progress:
+                self.judge.of_dense(progress)
         with self.watch(name, self.images, "images") as progress:
             judged = self.judge.of(small, progress)
         row = Row(name, kind, size, **judged.to_dict(), key=key, params=cost.count_params(small))

@@ -78,6 +78,11 @@ class Judge:
     recorded: Recorded | None = field(default=None, repr=False)
     logits: bool | None = None
 
+    @property
+    def replays(self) -> bool:
+        """Whether the images are the same at every pass, so that the dense model need not see them twice."""
+        return isinstance(self.images, (Loader, list, tuple))
+
     def of_dense(self, progress: Progress | None = None) -> Judged:
         """The dense model itself."""
         self.recorded = Recorded(self.dense)
@@ -86,7 +91,7 @@ class Judge:
     def of(self, model: nn.Module, progress: Progress | None = None) -> Judged:
         """A model made of it."""
         reference = self.dense
-        if isinstance(self.images, (Loader, list, tuple)):  # the same batches at every pass
+        if self.replays:
             if self.recorded is None:
                 self.of_dense()
             assert self.recorded is not None

@@ -19,6 +19,13 @@ FAMILIES = {  # what a row's name begins with: its colour, mark and line; the la
 }
 
 
+def style(salt: str) -> dict[str, Any]:
+    """Words as text, in grey; the same file from the same figures."""
+    words = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    fonts = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9}
+    return {**fonts, **dict.fromkeys(words, GREY)}
+
+
 def draw(body: dict[str, Any], path: Path) -> None:
     """Write an SVG on no background, whose words are text in whatever font there is."""
     import matplotlib
@@ -26,9 +33,7 @@ def draw(body: dict[str, Any], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "frontier", "font.family": "sans-serif", "font.size": 9}
-    style |= dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GREY)
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style("frontier")):
         size = (4.6 * len(body), 3.4)
         figure, panels = plt.subplots(1, len(body), figsize=size, squeeze=False, layout="constrained")
         for axes, of in zip(panels[0], body.values(), strict=True):
