@@ -82,7 +82,8 @@ void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride
                        nullptr,
                        floats(4),
                        static_cast<vitlr::Activation>(fields[5].cast<int>()),
-                       {floats(6), floats(7), pointer<const int32_t>(fields[8].cast<uintptr_t>()), fields[9].cast<int64_t>()}});
+                       {floats(6), floats(7), pointer<const int32_t>(fields[8].cast<uintptr_t>()),
+                        fields[9].cast<int64_t>()}});
     const vitlr::Bytes& input = chained.back().input;
     const int64_t channels = chained.back().weight.K - input.more;
     for (int64_t e = 0; e < input.more; ++e)

@@ -63,7 +63,8 @@ float value_of(uint16_t half) {
 bool check(const ChainKernel& kernel, bool bf16, int threads) {
   const int64_t M = pick({0, 1, 2, 7, 13, 31, 33, 64, 197}), K = pick({1, 2, 15, 31, 64, 129, 258, 300, 700});
   const int64_t D = pick({1, 3, 16, 17, 33, 64, 530}), N = pick({1, 7, 16, 31, 32, 47, 65, 96});
-  const Linear first(kernel, D, K, pick({0, 0, 1, 5, 40}), true), second(kernel, N, D, pick({0, 0, 1, 5, 40}), false);
+  const Linear first(kernel, D, K, pick({0, 0, 1, 5, 40}), true);
+  const Linear second(kernel, N, D, pick({0, 0, 1, 5, 40}), false);
   const std::unique_ptr<char[]> x(new char[M * K * kernel.bytes]), y(new char[M * N * kernel.bytes]);
   std::vector<float> numbers(M * K);
   for (int64_t i = 0; i < M * K; ++i) {

@@ -38,13 +38,13 @@ def test_opcheck(monkeypatch, backend):
     if backend == "cpu" and not native.available():
         pytest.skip(str(native.why_not()))
     monkeypatch.setenv("VITLR_BACKEND", backend)
-    steps = [step(8, 12), step(12, 5)]
+    steps = [step(8, 12, 2), step(12, 5)]
     args = (unambiguous(6, steps[0]).view(2, 3, 8), *columns(steps), torch.randn(2, 3, 5), ["gelu", "none"])
     torch.library.opcheck(torch.ops.vitlr.int8_chain.default, args)
 
 
 def test_compiled_for_any_number_of_rows():
-    steps = [step(24, 40), step(40, 16)]
+    steps = [step(24, 40), step(40, 16, 3)]
     run = torch.compile(
         lambda x: int8_chain(x, steps, ["gelu", "none"]), fullgraph=True, dynamic=True, backend="aot_eager"
     )
@@ -64,6 +64,8 @@ def test_operations_are_counted():
     told = ops.explain("int8_chain", M=10, widths=(8, 12, 5), acts=("gelu", "none"))
     assert told.roofline.flops == 2 * 10 * (8 * 12 + 12 * 5)
     assert told.roofline.bytes == 4 * 10 * (8 + 5) + 8 * 12 + 12 * 5
+    more = ops.explain("int8_chain", M=10, widths=(8, 12, 5), acts=("gelu", "none"), more=(0, 3))
+    assert more.roofline.flops == 2 * 10 * (8 * 12 + 15 * 5)
 
 
 def one(**changes):
@@ -80,6 +82,13 @@ def one(**changes):
         (torch.zeros(3, 8), one(scale=torch.zeros(8)), ["none"], r"scale 0 is torch.float32 \[8\], expected .* \[4\]"),
         (torch.zeros(3, 8), one(shift=torch.zeros(8).half()), ["none"], "shift 0 is torch.float16"),
         (torch.zeros(3, 8), one(bias=torch.zeros(4, device="meta")), ["none"], "step 0 is on"),
+        (
+            torch.zeros(3, 8),
+            one(wide=torch.zeros(2)),
+            ["none"],
+            r"wide 0 is torch.float32 \[2\], expected torch.int32 \[R\]",
+        ),
+        (torch.zeros(3, 8), one(wide=torch.zeros(2, dtype=torch.int32)), ["none"], r"expected int8 \[N, 10\]"),
         (torch.zeros(3, 8), one(), ["swish"], "unknown act 'swish'"),
         (torch.zeros(3, 8), one(), ["none", "none"], "1 codes and 2 acts"),
         (torch.zeros(3, 8), [*one(), *one()], ["none", "none"], r"codes 1 .* expected int8 \[N, 4\]"),
