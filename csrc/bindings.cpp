@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -68,7 +69,7 @@ void chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
 }
 
-// layers: [(packed, scales, N, K, bias, act, multiplier, shift)], the last four of every layer in fp32
+// layers: [(packed, scales, N, K, bias, act, multiplier, shift, wide, how many)], those of floats in fp32
 void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int64_t column_stride, uintptr_t y,
                 uintptr_t residual, int64_t residual_stride, const py::list& layers, int threads,
                 const std::string& isa) {
@@ -81,7 +82,13 @@ void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride
                        nullptr,
                        floats(4),
                        static_cast<vitlr::Activation>(fields[5].cast<int>()),
-                       {floats(6), floats(7)}});
+                       {floats(6), floats(7), pointer<const int32_t>(fields[8].cast<uintptr_t>()), fields[9].cast<int64_t>()}});
+    const vitlr::Bytes& input = chained.back().input;
+    const int64_t channels = chained.back().weight.K - input.more;
+    for (int64_t e = 0; e < input.more; ++e)
+      if (input.wide[e] < (e ? input.wide[e - 1] : 0) || input.wide[e] >= channels)
+        throw std::invalid_argument("int8_chain: wide is no rising list of channels from 0 to " +
+                                    std::to_string(channels - 1));
   }
   const ChainKernel& kernel = int8_chain_kernel(isa, bf16);
   py::gil_scoped_release release;

@@ -70,6 +70,14 @@ inline void put_bytes(Word* p, Integers bytes) {
 #endif
 }
 
+// `count` elements of a block, at most kLanes.
+inline void put_some_bytes(Word* p, Integers bytes, int64_t count) {
+  if (count >= kLanes) return put_bytes(p, bytes);
+  Word all[kLanes];
+  put_bytes(all, bytes);
+  __builtin_memcpy(p, all, static_cast<uint64_t>(count * 4 / Int8::elements));
+}
+
 // kLanes floats from p, of which `count` exist.
 inline Vector load_some(const float* p, int64_t count) {
   if (count >= kLanes) return load(p);
@@ -106,11 +114,26 @@ inline void pack_bytes(const void* W, int64_t row_stride, int64_t column_stride,
   }
 }
 
-// block = the bytes of x [rows, K] in fp32 or bf16.
+// Columns K + e.. of row m of a block, `count` of them and at most kLanes, of the values of their channels.
+inline void put_wide(void* block, int64_t rows, int64_t m, int64_t K, Bytes bytes, int64_t e, int64_t count,
+                     const float* values) {
+  const Vector v = load(values) * load_some(bytes.multiplier + K + e, count) + load_some(bytes.shift + K + e, count);
+  const Integers all = nearest_bytes(v);
+  alignas(64) char elements[4 * kLanes];
+  constexpr int64_t size = 4 / Int8::elements;
+  put_bytes(reinterpret_cast<Word*>(elements), all);
+  for (int64_t l = 0; l < count; ++l) {  // they need not begin where a word does
+    const int64_t k = K + e + l;
+    __builtin_memcpy(reinterpret_cast<char*>(block_row<Int8>(block, rows, m, k)) + k % Int8::elements * size,
+                     elements + l * size, size);
+  }
+}
+
+// block = the bytes of x [rows, K] in fp32 or bf16, and of the channels that have further columns.
 template <class T>
 void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes bytes,
                 void* block) {
-  for (int64_t m = 0; m < rows; ++m)
+  for (int64_t m = 0; m < rows; ++m) {
     for (int64_t k = 0; k < K; k += kLanes) {
       Vector v;
       if (column_stride == 1 && k + kLanes <= K) {
@@ -124,6 +147,13 @@ void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_
       v = v * load_some(bytes.multiplier + k, K - k) + load_some(bytes.shift + k, K - k);
       put_bytes(block_row<Int8>(block, rows, m, k), nearest_bytes(v));
     }
+    for (int64_t e = 0; e < bytes.more; e += kLanes) {
+      const int64_t count = smaller(kLanes, bytes.more - e);
+      float values[kLanes] = {};
+      for (int64_t l = 0; l < count; ++l) values[l] = element<T>(x, m * row_stride + bytes.wide[e + l] * column_stride);
+      put_wide(block, rows, m, K, bytes, e, count, values);
+    }
+  }
 }
 
 }  // namespace

@@ -26,13 +26,11 @@ struct Plan {
   int64_t row_words = 0, panel_words = 0, most_rows = kEnoughRows;
 };
 
-Plan plan_of(const ChainKernel& kernel, int64_t K, const Layer* layers, int count) {
+Plan plan_of(const ChainKernel& kernel, const Layer* layers, int count) {
   Plan plan;
-  int64_t width = K;
   for (int i = 0; i < count; ++i) {
-    plan.words.push_back(block_words(width, kernel));
+    plan.words.push_back(block_words(layers[i].weight.K, kernel));
     plan.row_words += plan.words.back();
-    width = layers[i].weight.N;
     int64_t panel = 0;
     for (const Weight* weight : {&layers[i].weight, layers[i].residual})
       if (weight) {
@@ -108,7 +106,7 @@ const ChainKernel& chain_kernel(Isa isa, bool bf16) {
 
 void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers, int count, int threads) {
   if (rows.M <= 0 || count <= 0) return;
-  const Plan plan = plan_of(kernel, rows.K, layers, count);
+  const Plan plan = plan_of(kernel, layers, count);
   // Tiles of rows, as many to a block as fit, and blocks in equal shares for the threads.
   const int64_t tiles = (rows.M + kernel.rows - 1) / kernel.rows;
   const int64_t fit = std::min(plan.most_rows, kBlockBytes / (plan.row_words * 4)) / kernel.rows;

@@ -30,9 +30,12 @@ struct Weight {
   Form form;
 };
 
-// How the input of a layer of integers becomes bytes: round(x multiplier + shift) in every column, from 0 to 255.
+// How the input of a layer of integers becomes bytes: round(x multiplier + shift) in every column, from 0 to 255. The
+// last `more` of the K columns read the channels `wide` of x again, all others one each.
 struct Bytes {
   const float *multiplier, *shift;  // [K]
+  const int32_t* wide;              // [more], rising
+  int64_t more;
 };
 
 // Of a layer of integers the scales are [N], one for each row of W, and the bias is in fp32 and never null.

@@ -21,23 +21,39 @@ constexpr int64_t kTileRows = kRows;
 // What a panel needs of its columns beside the weights; 0 where there is no column.
 struct Columns {
   float scale[kColumns] = {}, bias[kColumns] = {}, multiplier[kColumns] = {}, shift[kColumns] = {};
+  int64_t wide = 0, end = 0;  // of the next layer's `wide`, what lies in this panel
 };
+
+// The further columns e.. of the next layer, whose channels lie among those of v, n.. of row m.
+inline void put_wide_of(const Panel& panel, int64_t m, int64_t n, int64_t e, int64_t count, Vector v) {
+  float all[kLanes], values[kLanes] = {};
+  store(all, v);
+  for (int64_t l = 0; l < count; ++l) values[l] = all[panel.next_input.wide[e + l] - n];
+  put_wide(panel.next, panel.rows, m, panel.weights[0]->N, panel.next_input, e, count, values);
+}
 
 // Columns n.. of `rows` rows: int32 sums to floats, activation, then bytes for the next layer, or residual and store.
 template <class T, int ACT>
 void finish(const Panel& panel, int64_t first, int64_t rows, const void* int32_sums, const Columns& columns, int64_t n,
             int64_t width) {
   const Word* sums = static_cast<const Word*>(int32_sums);
+  int64_t wide = columns.wide;
   for (int64_t c = 0; c < width; c += kLanes) {
     const Vector scale = load(columns.scale + c), bias = load(columns.bias + c);
     const Vector multiplier = load(columns.multiplier + c), shift = load(columns.shift + c);
+    const int64_t from = wide;
+    while (wide < columns.end && panel.next_input.wide[wide] < n + c + kLanes) ++wide;
     for (int64_t i = 0; i < rows; ++i) {
       const Vector sum = __builtin_convertvector((Integers)load(sums + i * kColumns + c), Vector);
       const Vector v = activate<ACT, T::bf16>(sum * scale + bias);
-      if (panel.next)
-        put_bytes(block_row<Int8>(panel.next, panel.rows, first + i, n + c), nearest_bytes(v * multiplier + shift));
-      else
+      if (!panel.next) {
         put_output<T>(panel, first + i, n + c, width - c, v);
+        continue;
+      }
+      put_some_bytes(block_row<Int8>(panel.next, panel.rows, first + i, n + c), nearest_bytes(v * multiplier + shift),
+                     width - c);
+      for (int64_t e = from; e < wide; e += kLanes)
+        put_wide_of(panel, first + i, n + c, e, smaller(kLanes, wide - e), v);
     }
   }
 }
@@ -68,6 +84,11 @@ void panel(const Panel& call) {
     columns.scale[c] = weight.scales[n + c], columns.bias[c] = static_cast<const float*>(call.bias)[n + c];
     if (call.next)
       columns.multiplier[c] = call.next_input.multiplier[n + c], columns.shift[c] = call.next_input.shift[n + c];
+  }
+  if (call.next) {
+    const Bytes& next = call.next_input;
+    while (columns.wide < next.more && next.wide[columns.wide] < n) ++columns.wide;
+    for (columns.end = columns.wide; columns.end < next.more && next.wide[columns.end] < n + width;) ++columns.end;
   }
 #if defined(__AMX_INT8__)
   alignas(64) int32_t sums[kMostRows * kColumns];

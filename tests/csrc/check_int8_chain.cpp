@@ -1,5 +1,6 @@
 // Calls the chains of integers over ragged shapes and compares them with naive loops; buffers are exactly as large as what
 // lies in them, so that AddressSanitizer sees a read or write beside them. Built and run by test_sanitizers.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -28,16 +29,23 @@ std::unique_ptr<float[]> floats(int64_t count, float low, float high) {
   return values;
 }
 
+// A layer that reads `more` of its channels, any of them, in a further column.
 struct Linear {
-  Linear(const ChainKernel& kernel, int64_t N, int64_t K, bool exact)
-      : codes(new int8_t[N * K]), packed(new char[kernel.packed_bytes(N, K, kInt8)]), scale(floats(N, 0, 1e-3f)),
-        bias(floats(N, -1, 1)), multiplier(floats(K, 30, 60)), shift(floats(K, 100, 150)) {
+  Linear(const ChainKernel& kernel, int64_t N, int64_t channels, int64_t more, bool exact)
+      : K(channels + more), wide(new int32_t[more]), codes(new int8_t[N * K]),
+        packed(new char[kernel.packed_bytes(N, K, kInt8)]), scale(floats(N, 0, 1e-3f)), bias(floats(N, -1, 1)),
+        multiplier(floats(K, 30, 60)), shift(floats(K, 100, 150)) {
     for (int64_t i = 0; i < N * K; ++i) codes[i] = static_cast<int8_t>(generator());
     // 32 x + 120 is the same in fp32 and fp64, down to which of its halves are rounded up.
     for (int64_t k = 0; exact && k < K; ++k) multiplier[k] = 32, shift[k] = 120;
+    for (int64_t e = 0; e < more; ++e) wide[e] = static_cast<int32_t>(generator() % static_cast<uint64_t>(channels));
+    std::sort(wide.get(), wide.get() + more);
     kernel.pack(codes.get(), K, 1, N, K, packed.get());
-    layer = {{packed.get(), scale.get(), N, K, 1, kInt8}, nullptr, bias.get(), kNone, {multiplier.get(), shift.get()}};
+    layer = {{packed.get(), scale.get(), N, K, 1, kInt8}, nullptr, bias.get(), kNone,
+             {multiplier.get(), shift.get(), wide.get(), more}};
   }
+  int64_t K;
+  std::unique_ptr<int32_t[]> wide;
   std::unique_ptr<int8_t[]> codes;
   std::unique_ptr<char[]> packed;
   std::unique_ptr<float[]> scale, bias, multiplier, shift;
@@ -55,7 +63,7 @@ float value_of(uint16_t half) {
 bool check(const ChainKernel& kernel, bool bf16, int threads) {
   const int64_t M = pick({0, 1, 2, 7, 13, 31, 33, 64, 197}), K = pick({1, 2, 15, 31, 64, 129, 258, 300, 700});
   const int64_t D = pick({1, 3, 16, 17, 33, 64, 530}), N = pick({1, 7, 16, 31, 32, 47, 65, 96});
-  const Linear first(kernel, D, K, true), second(kernel, N, D, false);
+  const Linear first(kernel, D, K, pick({0, 0, 1, 5, 40}), true), second(kernel, N, D, pick({0, 0, 1, 5, 40}), false);
   const std::unique_ptr<char[]> x(new char[M * K * kernel.bytes]), y(new char[M * N * kernel.bytes]);
   std::vector<float> numbers(M * K);
   for (int64_t i = 0; i < M * K; ++i) {
@@ -70,6 +78,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
     double loose = 0;  // what bytes between the layers do whose rounding is a matter of the last bit
     for (const Linear* linear : {&first, &second}) {
       std::vector<double> next(linear->layer.weight.N);
+      for (int64_t e = 0, more = linear->K - int64_t(row.size()); e < more; ++e) row.push_back(row[linear->wide[e]]);
       for (size_t n = 0; n < next.size(); ++n) {
         int64_t sum = 0, flips = 0;
         for (size_t k = 0; k < row.size(); ++k) {

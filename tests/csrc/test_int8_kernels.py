@@ -68,6 +68,32 @@ def test_one_step(isa, threads, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("more", [1, 3, 20, 64])
+@pytest.mark.parametrize("shape", [(1, 33, 70), (13, 129, 17), (197, 192, 64)], ids=str)
+def test_channels_with_further_columns(isa, threads, shape, more, dtype):
+    M, K, N = shape
+    one = step(K, N, more)
+    check(unambiguous(M, one, dtype), [one], ["none"])
+
+
+@pytest.mark.parametrize("more", [1, 20, 64])
+@pytest.mark.parametrize("widths", [(33, 70, 21), (64, 129, 80), (192, 768, 192)], ids=str)
+def test_further_columns_are_written_by_the_step_before(isa, threads, widths, more):
+    K, D, N = widths
+    steps = [step(K, D, more), step(D, N, more)]
+    x, residual = torch.randn(197, K), torch.randn(197, N)
+    y = run(run(x, steps[:1], ["gelu"]), steps[1:], ["none"], residual)
+    assert torch.equal(run(x, steps, ["gelu", "none"], residual), y)
+
+
+@pytest.mark.parametrize("wrong", [[0, 40], [-1, 3], [5, 3]], ids=str)
+def test_channels_that_are_not_there_are_told(wrong):
+    one = step(40, 8, 2)._replace(wide=torch.tensor(wrong, dtype=torch.int32))
+    with pytest.raises(InputError, match="wide is no rising list of channels from 0 to 39"):
+        run(torch.randn(3, 40), [one], ["none"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations(isa, act, dtype):
     one = step(70, 45)
@@ -137,7 +163,7 @@ def test_strides(isa):
     }
     for name, other in layouts.items():
         assert torch.equal(run(other, [one], ["gelu"]), whole), name
-    twisted = op.Step(one.codes.mT.contiguous().mT, *(torch.stack([t, t], 1)[:, 0] for t in one[1:]))
+    twisted = op.Step(one.codes.mT.contiguous().mT, *(torch.stack([t, t], 1)[:, 0] for t in one[1:5]))
     assert torch.equal(run(x, [twisted], ["gelu"]), whole)
     residual = torch.randn(34, 21).mT
     assert torch.equal(run(x, [one], ["none"], residual), run(x, [one], ["none"], residual.contiguous()))

@@ -20,8 +20,8 @@ def x():
     return torch.randn(50, K) * torch.logspace(-2, 1, K) + torch.linspace(-5, 5, K)  # channels as ViTs have them
 
 
-def of(linear: nn.Linear, x) -> Int8Linear:
-    return Int8Linear.from_weight(linear.weight, linear.bias, x.amin(0), x.amax(0), x.mean(0))
+def of(linear: nn.Linear, x, times=None) -> Int8Linear:
+    return Int8Linear.from_weight(linear.weight, linear.bias, x.amin(0), x.amax(0), x.mean(0), times)
 
 
 @pytest.fixture
@@ -64,6 +64,63 @@ def test_a_state_is_loaded_with_its_dtypes_or_not_at_all(x, dense):
     assert torch.equal(other(x), layer(x))
     with pytest.raises(InputError, match=r"scale is torch.float16, expected torch.float32"):
         other.load_state_dict({**layer.state_dict(), "scale": layer.scale.half()})
+
+
+@pytest.fixture
+def huge(x, dense):
+    """Inputs of which two channels are now and then huge, and the layer that gives them several columns."""
+    x = x.clone()
+    x[::10, 5] += 800
+    x[::10, 20] -= 300
+    times = torch.ones(K, dtype=torch.int64)
+    times[5], times[20] = 60, 20
+    return x, of(dense, x, times)
+
+
+def test_wide_channels_have_as_many_steps_as_their_columns_together(huge, dense):
+    x, layer = huge
+    assert layer.wide.tolist() == [5] * 59 + [20] * 19 and layer.codes.shape == (N, K + 78)
+    plain = x[torch.arange(len(x)) % 10 > 0]  # all others suffer from the step of one
+    one, several = ((f(plain) - dense(plain)).std(0).norm() for f in (of(dense, x), layer))
+    assert several < 0.1 * one
+    levels = x[:, 5] * layer.multiplier[5] + layer.shift[5]
+    assert levels.max() > 15000 and levels.min() > -1
+
+
+def test_a_wide_layer_means_what_its_dense_layer_does(huge):
+    x, layer = huge
+    layer.check("layer")
+    top = 255 * torch.bincount(torch.cat([torch.arange(K), layer.wide]), minlength=K)
+    q = torch.minimum((x * layer.multiplier[:K] + layer.shift[:K]).round().clamp_min(0), top)
+    expected = layer.to_linear()((q - layer.shift[:K]) / layer.multiplier[:K])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_state_says_how_many_columns_there_are(huge, dense, x):
+    many, layer = huge
+    other = of(dense, x)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(many), layer(many))
+    other.load_state_dict(of(dense, x).state_dict())
+    assert other.wide is None and torch.equal(other(x), of(dense, x)(x))
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "told"),
+    [
+        ("wide", lambda t: t.flip(0), "wide is no rising list of channels from 0 to 23"),
+        ("wide", lambda t: t + K, "wide is no rising list"),
+        ("shift", lambda t: t.index_fill(0, torch.tensor(K + 3), 1.0), "shift of its wide channels does not go on"),
+        ("multiplier", lambda t: t.index_fill(0, torch.tensor(K + 3), 1.0), "multiplier of its wide channels differ"),
+        ("codes", lambda t: t.index_fill(1, torch.tensor(K + 3), 1), "codes of its wide channels differ"),
+        ("codes", lambda t: t[:, 1:], r"codes is torch.int8 \[40, 101\], expected torch.int8 \[40, 102\]"),
+    ],
+)
+def test_columns_that_belong_to_nothing_are_refused(huge, part, wrong, told):
+    _, layer = huge
+    setattr(layer, part, wrong(getattr(layer, part)))
+    with pytest.raises(InputError, match=told):
+        layer.check("layer")
 
 
 @pytest.mark.parametrize("wrong", [torch.inf, torch.nan])

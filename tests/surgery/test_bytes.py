@@ -13,9 +13,11 @@ import vitlr
 from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint import files
+from vitlr.decomposition import byte_steps
 from vitlr.errors import InputError
 from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
 from vitlr.runtime.modules import swap
+from vitlr.surgery import bytes as surgery
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
 
@@ -178,17 +180,50 @@ def test_ranges_are_the_extremes_of_all_images_in_any_order(model, images, stats
         torch.testing.assert_close(layer.input_high.float(), seen[0].flatten(0, -2).amax(0), rtol=1e-5, atol=1e-6)
 
 
+def spiked(model, images, size):
+    """The model with one neuron that is huge for some tokens, and matters; and its statistics."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[1].mlp.fc1.weight[5] *= size
+        other.blocks[1].mlp.fc2.weight[:, 5] *= 3
+    return other, vitlr.calibrate(other, images.split(8), extras=("ranges",))
+
+
+@torch.no_grad()
+def test_a_neuron_that_is_now_and_then_huge_gets_columns_of_its_own(tmp_path, known, images, monkeypatch):
+    huge, stats = spiked(known, images, 30)
+    monkeypatch.setattr(surgery, "_SHARE", 1)  # that neuron makes all before it dear too
+    small = fuse(huge, bits=8, stats=stats)
+    assert {n for n, m in small.named_modules() if isinstance(m, Int8Linear)} == set(stats.layers)
+    wide = {name: small.get_submodule(name).wide for name in stats.layers}
+    assert wide["blocks.1.mlp.fc2"].tolist() == [5] * 4
+    assert sum(len(w) for w in wide.values() if w is not None) < 16  # only where it matters
+    vitlr.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(vitlr.load(tmp_path / "small.safetensors")(images), small(images))
+    monkeypatch.setattr(byte_steps, "_MOST", 0)
+    errors = [(f(images) - huge(images)).norm() for f in (small, fuse(huge, bits=8, stats=stats))]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_a_layer_that_costs_most_of_all_stays_in_floats(model, images):
-    spiked = copy.deepcopy(model)
-    with torch.no_grad():  # one neuron is huge for some tokens, and matters
-        spiked.blocks[1].mlp.fc1.weight[5] *= 300
-        spiked.blocks[1].mlp.fc2.weight[:, 5] *= 3
-    stats = vitlr.calibrate(spiked, images.split(8), extras=("ranges",))
-    small = fuse(spiked, bits=8, stats=stats)
+    huge, stats = spiked(model, images, 300)
+    small = fuse(huge, bits=8, stats=stats)
     floats = [name for name in stats.layers if not isinstance(small.get_submodule(name), Int8Linear)]
-    assert floats == ["blocks.1.mlp.fc2"] and torch.equal(
-        small.blocks[1].mlp.fc2.weight, spiked.blocks[1].mlp.fc2.weight
-    )
+    assert floats == ["blocks.1.mlp.fc2"]
+    assert torch.equal(small.blocks[1].mlp.fc2.weight, huge.blocks[1].mlp.fc2.weight)
+
+
+def test_a_neuron_that_slept_has_the_range_of_others():
+    low = torch.tensor([-0.17, -0.1, -0.17, -0.17, -0.1]).double()
+    high = torch.tensor([3.0, 0.2, 4.0, 3.5, 0.0]).double()
+    mean = torch.tensor([0.0, -0.1, 0.1, 0.0, -0.1]).double()
+    V = torch.tensor([0.1, 0.01, 0.1, 0.1, 0.5]).double()
+    least, most = byte_steps._foreseen(low, high, mean, V)
+    assert torch.equal(least[[0, 2, 3]], low[[0, 2, 3]]) and torch.equal(most[[0, 2, 3]], high[[0, 2, 3]])
+    width = most - least
+    torch.testing.assert_close(width[1], 4.17 * (V[1] / V[2]).sqrt())  # as many deviations as the third has
+    torch.testing.assert_close(width[4], width[0])  # the middle one
+    assert bool((least >= low.min()).all()) and bool((least <= low).all())
 
 
 def test_statistics_come_back_from_a_file(tmp_path, stats):

@@ -25,6 +25,7 @@ Entry = Mapping[str, Any]
 Do = Callable[[], Any]  # what is left to do once all is checked
 
 _SIZES = {"in_features": whole(0), "out_features": whole(0), "bias": FLAG}
+_MOST_WIDE = 2**12  # columns that wide channels may have more
 ENTRIES: dict[str, dict[str, Any]] = {
     "width": {"width": PLAIN},
     "heads": {"heads": PLAIN},
@@ -38,7 +39,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "twice?": [whole(0)],
         **_SIZES,
     },
-    "int8": {"int8": FLAG, **_SIZES},
+    "int8": {"int8": FLAG, "wide?": whole(1, _MOST_WIDE), **_SIZES},
 }
 """What an entry of each kind holds; what is left of a model, and whether it fits, is for the change itself to say."""
 
@@ -50,7 +51,8 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
     its `"residual"` (the form) and `"group_size"` as well, those of integers `"factors": "quantized"`. Dense layers of
-    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`.
+    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`, and how many further columns
+    their `"wide"` channels have.
     """
     layers = {
         name: {
@@ -84,7 +86,13 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, QuantizedLinear) and id(module) not in factors
     }
     layers |= {
-        name: {"int8": True, "in_features": module.in_features, "out_features": module.out_features, "bias": True}
+        name: {
+            "int8": True,
+            "in_features": module.in_features,
+            "out_features": module.out_features,
+            "bias": True,
+            **({} if module.wide is None else {"wide": len(module.wide)}),
+        }
         for name, module in model.named_modules()
         if isinstance(module, Int8Linear)
     }
@@ -240,7 +248,8 @@ def _multiply_bytes(dense: _Dense, name: str, entry: Entry) -> Do:
     expected = {**dense.sizes(linear), "int8": True, "bias": True}
     if {key: entry.get(key) for key in expected} != expected:
         raise InputError(f"layer {name}: expected {expected}, the file says {entry!r:.200}")
-    return lambda: swap(dense.model, name, _like(linear, Int8Linear, entry["in_features"], entry["out_features"]))
+    shape, wide = (entry["in_features"], entry["out_features"]), entry.get("wide", 0)
+    return lambda: swap(dense.model, name, _like(linear, Int8Linear, *shape, wide=wide))
 
 
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {

@@ -18,15 +18,18 @@ _MULTIPLIES_BYTES = ("avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_in
 
 def _chain(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
-    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], residual: Tensor | None, acts: Sequence[str],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Tensor | None], residual: Tensor | None,
+    acts: Sequence[str],
 ) -> Tensor:  # fmt: skip
     isa = native.isa_used()
     layers, kept = [], []
-    for W, *floats, act in zip(codes, scales, biases, multipliers, shifts, acts, strict=True):
+    for W, *floats, wide, act in zip(codes, scales, biases, multipliers, shifts, wides, acts, strict=True):
         scale, bias, multiplier, shift = (t.contiguous() for t in floats)
         panels = packed.int8(W, isa)
-        kept += [panels, scale, bias, multiplier, shift]
-        pointers = (bias.data_ptr(), ACTIVATIONS[act], multiplier.data_ptr(), shift.data_ptr())
+        wide = None if wide is None else wide.contiguous()
+        kept += [panels, scale, bias, multiplier, shift, wide]
+        more = (0, 0) if wide is None else (wide.data_ptr(), len(wide))
+        pointers = (bias.data_ptr(), ACTIVATIONS[act], multiplier.data_ptr(), shift.data_ptr(), *more)
         layers.append((panels.fields[0], scale.data_ptr(), *W.shape, *pointers))
     N = codes[-1].shape[0]
     if residual is not None:

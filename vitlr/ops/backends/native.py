@@ -130,14 +130,18 @@ def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Ten
     """x [M, K] through layers of integers, the last N wide, + residual [M, N] -> [M, N].
 
     A layer is (pointer of packed codes, of scales, N, K, of a bias, index of an activation, pointers of multipliers and
-    shifts). x in any strides, residual with rows in one piece.
+    shifts, of the channels that its last columns read again or 0, how many). x in any strides, residual with rows in
+    one piece. Raises InputError for channels that are not there.
     """
     assert _C is not None, why_not()
     M, K = x.shape
     y = x.new_empty((M, N))
     more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
     bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-    _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+    try:
+        _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+    except ValueError as cause:
+        raise InputError(str(cause)) from cause
     return y
 
 

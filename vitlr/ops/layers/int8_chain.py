@@ -5,7 +5,10 @@
     multiplier, shift [K]    fp32: column k of x is (q - shift) / multiplier, for q from 0 to 255
 
 So each column has a step and a zero point of its own, which cost nothing: they are applied where the input is read, or
-where the layer before writes it. A linear is one step, a linear of low rank two, an MLP two to four.
+where the layer before writes it. A channel of x that 255 steps do not suit is read by several columns: `wide` [R] int32
+are the channels, in rising order, that the last R of the K columns read again. With the same multiplier and codes and a
+shift that is less by 255, such a column counts on where the one before ended.
+A linear is one step, a linear of low rank two, an MLP two to four.
 """
 
 from __future__ import annotations
@@ -38,18 +41,25 @@ class Step(NamedTuple):
     bias: Tensor
     multiplier: Tensor
     shift: Tensor
+    wide: Maybe = None
+
+    @property
+    def channels(self) -> int:
+        """Of x, each of which has a column, and some have several."""
+        return self.codes.shape[-1] - (0 if self.wide is None else len(self.wide))
 
 
 def reference(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
-    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], residual: Maybe, acts: Sequence[str],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Maybe], residual: Maybe,
+    acts: Sequence[str],
 ) -> Tensor:  # fmt: skip
     """The specification, in plain torch: fp32, or fp64 where x is."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
-    for step, act in zip(
-        map(Step._make, zip(codes, scales, biases, multipliers, shifts, strict=True)), acts, strict=True
-    ):
+    for parts in zip(codes, scales, biases, multipliers, shifts, wides, acts, strict=True):
+        step, act = Step(*parts[:-1]), parts[-1]
+        y = y if step.wide is None else torch.cat([y, y[..., step.wide]], -1)
         q = (y * step.multiplier.to(dtype) + step.shift.to(dtype)).round().clamp(0, LARGEST)
         y = ACTIVATIONS[act][0](F.linear(q, step.codes.to(dtype)) * step.scale.to(dtype) + step.bias.to(dtype))
     return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
@@ -67,7 +77,10 @@ def int8_chain(x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: 
 
 
 class Key(NamedTuple):
-    """What dispatch knows of a call: `widths` are K, what each step puts out, and N last; M is None while unknown."""
+    """What dispatch knows of a call: `widths` are K, what each step puts out, and N last; M is None while unknown.
+
+    `more`: how many columns each step has beside those.
+    """
 
     M: int | None
     widths: tuple[int, ...]
@@ -75,11 +88,13 @@ class Key(NamedTuple):
     residual: bool = False
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
+    more: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
         """Elements of all W."""
-        return sum(a * b for a, b in pairwise(self.widths))
+        more = self.more or (0,) * len(self.acts)
+        return sum((K + R) * N for (K, N), R in zip(pairwise(self.widths), more, strict=True))
 
 
 def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
@@ -91,17 +106,21 @@ def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Ro
 
 def _describe(
     M: int | None, x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
-    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], residual: Maybe, acts: Sequence[str],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Maybe], residual: Maybe,
+    acts: Sequence[str],
 ) -> Key:  # fmt: skip
     if x.dim() == 0 or not x.is_floating_point():
         raise InputError(f"{OP}: x is {x.dtype} {list(x.shape)}, expected floating point [..., K]")
-    if not len(codes) == len(scales) == len(biases) == len(multipliers) == len(shifts) == len(acts) > 0:
+    if not len(codes) == len(scales) == len(biases) == len(multipliers) == len(shifts) == len(wides) == len(acts) > 0:
         raise InputError(f"{OP}: {len(codes)} codes and {len(acts)} acts, expected as many of each, and one at least")
-    widths = [x.shape[-1]]
-    for i, W in enumerate(codes):
+    widths, more = [x.shape[-1]], []
+    for i, (W, wide) in enumerate(zip(codes, wides, strict=True)):
         check_activation(OP, acts[i])
-        if W.dtype != torch.int8 or W.dim() != 2 or W.shape[1] != widths[-1] or not 0 < W.shape[1] <= LIMIT:
-            K = widths[-1]
+        if wide is not None and (wide.dtype != torch.int32 or wide.dim() != 1 or len(wide) == 0):
+            raise InputError(f"{OP}: wide {i} is {wide.dtype} {list(wide.shape)}, expected torch.int32 [R], or None")
+        more.append(0 if wide is None else len(wide))
+        K = widths[-1] + more[-1]
+        if W.dtype != torch.int8 or W.dim() != 2 or W.shape[1] != K or not 0 < K <= LIMIT:
             raise InputError(f"{OP}: codes {i} are {W.dtype} {list(W.shape)}, expected int8 [N, {K}], K up to {LIMIT}")
         N, K = W.shape
         named = {"scale": (scales, N), "bias": (biases, N), "multiplier": (multipliers, K), "shift": (shifts, K)}
@@ -109,11 +128,14 @@ def _describe(
             t = tensors[i]
             if t.dtype != torch.float32 or t.shape != (size,):
                 raise InputError(f"{OP}: {name} {i} is {t.dtype} {list(t.shape)}, expected torch.float32 [{size}]")
-        if any(t.device != x.device for t in (W, scales[i], biases[i], multipliers[i], shifts[i])):
+        if any(
+            t.device != x.device
+            for t in (W, scales[i], biases[i], multipliers[i], shifts[i], *([] if wide is None else [wide]))
+        ):
             raise InputError(f"{OP}: step {i} is on {W.device}, x on {x.device}")
         widths.append(N)
     check_added(OP, x, widths[-1], residual)
-    return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device)
+    return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device, tuple(more))
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
@@ -135,7 +157,7 @@ def _refuse(ctx: Any, g: Tensor) -> None:
 
 define(
     "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
-    "Tensor? residual, str[] acts) -> Tensor",
+    "Tensor?[] wides, Tensor? residual, str[] acts) -> Tensor",
     fake=_fake,
     run=_run,
     flops=_flops,
