@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -95,6 +96,21 @@ def test_a_model_of_bytes_multiplies_bytes_in_every_engine(vit, many, stats, tmp
     quantisers = [node for node in onnx.load(tmp_path / "int8.onnx").graph.node if node.op_type == "QuantizeLinear"]
     made = {output: node for node in onnx.load(tmp_path / "int8.onnx").graph.node for output in node.output}
     assert Counter(made[node.input[0]].op_type for node in quantisers) == {"LayerNormalization": 2, "Add": 2}
+
+
+@torch.no_grad()
+def test_channels_of_several_columns_are_read_as_often(vit, many, tmp_path):
+    huge = copy.deepcopy(vit)
+    huge.blocks[0].mlp.fc1.weight[5] *= 10  # one neuron that is now and then huge
+    stats = vitlr.calibrate(huge, many.split(8), hidden=False, extras=("ranges",))
+    small = vitlr.unfuse(vitlr.fuse(huge, bits=8, stats=stats))
+    wide = [m.wide for m in small.modules() if isinstance(m, Int8Linear) and m.wide is not None]
+    assert any(5 in w.tolist() for w in wide)
+    done = export(small, tmp_path / "int8.onnx", images=many[:4])
+    noise = difference(vitlr.to_dense(small)(many), small(many))
+    for name in done.differences:
+        assert difference(ENGINES[name](tmp_path / "int8.onnx", threads=1)(many), small(many)) < noise
+    assert operations(tmp_path / "int8.onnx")["Concat"] >= len(wide)
 
 
 @torch.no_grad()

@@ -25,19 +25,32 @@ _WORTH = 10  # a share of all products has to take off ten times that share of t
 _TINY = 1e-30  # where all is zero
 
 
+@torch.no_grad()
+def byte_inputs(linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStatistics]) -> dict[str, Inputs]:
+    """The inputs of all layers that were measured, in steps and columns that suit all of them together."""
+    layers = {}
+    for name, layer in stats.items():
+        linear = linears[name]
+        assert isinstance(linear, nn.Linear)
+        layers[name] = Inputs.of(linear, layer)
+    for name, columns in spread(layers).items():
+        layers[name].columns = columns
+    return layers
+
+
 def spread(layers: Mapping[str, Inputs]) -> dict[str, int]:
     """How many further columns each layer's wide channels get: where `log(loss) + 10 log(products)` is least.
 
     Both are those of all layers together, so one that hardly counts gets none.
     """
-    products = sum(inputs.W.numel() for inputs in layers.values())
+    products = sum(inputs.linear.weight.numel() for inputs in layers.values())
     columns = dict.fromkeys(layers, 0)
     total = torch.inf
     while (now := sum(inputs.choice(columns[name]).cost for name, inputs in layers.items())) < total:
         total = now  # the less all cost, the more what is left of one counts
         price = _WORTH * total / products
         for name, inputs in layers.items():
-            columns[name] = inputs.cheapest(price * len(inputs.W), columns[name])
+            columns[name] = inputs.cheapest(price * inputs.linear.out_features, columns[name])
     return columns
 
 
@@ -60,11 +73,11 @@ class Inputs:
         self, linear: nn.Linear, low: Tensor, high: Tensor, mean: Tensor, costs: tuple[Tensor, Tensor, Tensor]
     ) -> None:
         self.linear, self.low, self.high, self.mean = linear, low, high, mean
-        self.W = linear.weight.double()
         self.V, self.H, self.S = costs
         self.ratio = (self.V / self.H).pow(0.25)
         width = high - low
         self.least = width.clamp_min(1e-6 * width.mean()).clamp_min(_TINY) / LARGEST  # a channel may never have changed
+        self.columns = 0  # that its wide channels get
         self._choices: dict[int, Choice] = {}
 
     @classmethod
@@ -73,8 +86,18 @@ class Inputs:
         device = linear.weight.device
         low, high = (stats.sum(key).to(device) for key in ("input_low", "input_high"))
         mean = stats.sum("input_sum").to(device) / max(stats.tokens, 1)
-        costs = _costs(linear.weight.double(), mean, stats)
+        costs = _costs(linear.weight.detach().double(), mean, stats)
         return cls(linear, *_foreseen(low, high, mean, costs[0]), mean, costs)
+
+    @property
+    def W(self) -> Tensor:
+        """In fp64, which all layers at once would not fit in."""
+        return self.linear.weight.detach().double()
+
+    @property
+    def cost(self) -> float:
+        """What the layer of bytes loses a token."""
+        return self.choice(self.columns).cost
 
     def choice(self, columns: int) -> Choice:
         """The steps with at most so many further columns."""
@@ -107,9 +130,10 @@ class Inputs:
             low, high = (low, middle) if int(_over(u, middle).sum()) <= columns else (middle, high)
         return 1 + _over(u, high)
 
-    def layer(self, columns: int) -> Int8Linear:
-        """The layer of bytes with these columns."""
-        s, times, _ = self.choice(columns)
+    @torch.no_grad()
+    def layer(self) -> Int8Linear:
+        """The layer of bytes."""
+        s, times, _ = self.choice(self.columns)
         middle, half = (self.low + self.high) / 2, s * times * LARGEST / 2
         return Int8Linear.from_weight(self.W, self.linear.bias, middle - half, middle + half, self.mean, times)
 

@@ -29,6 +29,8 @@ class SpokenInt8(nn.Module):
     bias: Tensor
     multiplier: Tensor
     shift: Tensor
+    wide: Tensor | None
+    further: Tensor | None
     step: Tensor
     zero: Tensor
 
@@ -36,13 +38,20 @@ class SpokenInt8(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("codes", layer.codes.t().contiguous())
-        for name in ("scale", "bias", "multiplier", "shift"):
+        for name in ("scale", "bias"):
             self.register_buffer(name, getattr(layer, name).clone())
+        for name in ("multiplier", "shift"):
+            self.register_buffer(name, getattr(layer, name)[: layer.in_features].clone())
+        wide = None if layer.wide is None else layer.wide.long()
+        self.register_buffer("wide", wide)  # its columns count on where the ones before end
+        self.register_buffer("further", None if wide is None else layer.shift[layer.in_features :] - layer.shift[wide])
         self.register_buffer("step", torch.ones(()))
         self.register_buffer("zero", torch.zeros((), dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.multiplier + self.shift
+        if self.wide is not None and self.further is not None:
+            x = torch.cat([x, x[..., self.wide] + self.further], -1)
         q = _said("QuantizeLinear", [x, self.step, self.zero], x, torch.uint8)
         x = _said("DequantizeLinear", [q, self.step, self.zero], x, torch.float32)
         return x @ _weight(self.codes, self.scale) + self.bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vitlr.anatomy.reading import Parts
 from vitlr.calibration.options import RANGES
 from vitlr.calibration.statistics import Statistics
-from vitlr.decomposition.byte_steps import Inputs, spread
+from vitlr.decomposition.byte_steps import byte_inputs
 
 
 def nats_of_bytes(parts: Parts, stats: Statistics) -> dict[str, float]:
@@ -16,9 +16,9 @@ def nats_of_bytes(parts: Parts, stats: Statistics) -> dict[str, float]:
     """
     if RANGES not in stats.extras:
         return {}
-    plain = {name: Inputs.of(parts.linears[name], layer) for name, layer in stats.layers.items()}
-    columns, found = spread(plain), {}
+    found = {}
+    inputs = byte_inputs(parts.linears, stats.layers)
     for name, layer in stats.layers.items():
         half = 1.0 if layer.gradient is None else 2.0 * stats.samples
-        found[name] = plain[name].choice(columns[name]).cost * layer.tokens / max(stats.images, 1) / half
+        found[name] = inputs[name].cost * layer.tokens / max(stats.images, 1) / half
     return found

@@ -69,7 +69,7 @@ def draw_kept(plan: Plan, path: Path) -> None:
 
 def draw_losses(plan: Plan, path: Path) -> None:
     """What is lost where, as predicted: a bar a block, a colour a kind of layer, widths on top."""
-    lines = by_kind(plan.layers)
+    lines = by_kind([*plan.layers, *plan.widths])
     with drawn(path, 7.5, 3.0) as (axes,):
         heights: dict[Any, float] = {}
         for index, (kind, rows) in enumerate(lines.items()):

@@ -8,7 +8,7 @@ from torch import nn
 from vitlr.anatomy import visibility
 from vitlr.calibration.options import RANGES
 from vitlr.calibration.statistics import Statistics
-from vitlr.decomposition.byte_steps import Inputs, spread
+from vitlr.decomposition.byte_steps import byte_inputs
 from vitlr.errors import InputError
 from vitlr.runtime.modules import swap
 
@@ -28,10 +28,9 @@ def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
     visibility.make_visible(model)
     found = dict(model.named_modules())
     stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
-    plain = {name: Inputs.of(found[name], layer) for name, layer in stats.layers.items()}
-    columns = spread(plain)
-    limit = _SHARE * sum(inputs.choice(columns[name]).cost for name, inputs in plain.items())
-    names = [name for name, inputs in plain.items() if inputs.choice(columns[name]).cost <= limit]
+    layers = byte_inputs(found, stats.layers)
+    limit = _SHARE * sum(layer.cost for layer in layers.values())
+    names = [name for name, layer in layers.items() if layer.cost <= limit]
     for name in names:
-        swap(model, name, plain[name].layer(columns[name]).train(found[name].training))
+        swap(model, name, layers[name].layer().train(found[name].training))
     return names

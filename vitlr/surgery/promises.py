@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vitlr.anatomy.reading import read
 from vitlr.calibration.statistics import Statistics
 from vitlr.data.batches import noise_images
-from vitlr.decomposition.byte_steps import Inputs, spread
+from vitlr.decomposition.byte_steps import byte_inputs
 from vitlr.errors import InputError
 from vitlr.measuring import clock
 from vitlr.measuring.specimens import bytes_like
@@ -66,11 +65,8 @@ def bytes_names(model: nn.Module, plan: Plan) -> list[str]:
 @torch.no_grad()
 def multiply_planned(model: nn.Module, stats: Statistics) -> None:
     """Put an `Int8Linear` in place of every linear that `stats` measured, in place: the plan has weighed them all."""
-    linears = read(model).linears
-    plain = {name: Inputs.of(linears[name], layer) for name, layer in stats.layers.items()}
-    columns = spread(plain)
-    for name, inputs in plain.items():
-        swap(model, name, inputs.layer(columns[name]).train(inputs.linear.training))
+    for name, inputs in byte_inputs(dict(model.named_modules()), stats.layers).items():
+        swap(model, name, inputs.layer().train(inputs.linear.training))
 
 
 def _tried(model: nn.Module, plan: Plan) -> nn.Module:
