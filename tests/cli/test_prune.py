@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from commandline import NAME, TINY, nothing_left
@@ -43,7 +45,8 @@ def test_it_writes_a_smaller_model_and_says_what_went(run, prune, tmp_path):
     assert run("validate", tmp_path / "pruned.safetensors", "--data", tmp_path / "labelled").status == 0
     seen = run("inspect", tmp_path / "pruned.safetensors")
     kept = values["cut"]["widths"]["blocks.0.attn.qkv"]
-    assert seen.status == 0 and f"channels kept: blocks.0.attn.qkv {kept} of 32 in, " in seen.out
+    line = rf"^blocks\.0\.attn\.qkv +narrowed +\d+/\d+ x {kept}/32 +channels kept$"
+    assert seen.status == 0 and re.search(line, seen.out, re.MULTILINE)
 
 
 def test_people_read_a_table(run, prune):

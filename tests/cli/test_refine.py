@@ -64,7 +64,7 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         ({"refine": "none"}, "--steps goes with --refine"),
         ({"refine": "none", "steps": None}, "--lr goes with --refine"),
         ({"refine": "regrow"}, "--steps goes with --refine distil"),
-        ({"data": None}, "--refine needs images"),
+        ({"data": None}, "--data is missing"),
         ({"minutes": -1}, "--minutes -1"),
         ({"lr": -1}, "--lr -1"),
     ],
@@ -77,6 +77,7 @@ def test_more_bad_usage(refused, refine, squeeze, tmp_path, unread):
     assert "--plan-only makes none" in refused(*refine("--plan-only", out=None))
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(*refine(resume=tmp_path / "file"))
+    assert "--refine needs images" in refused(*refine(data=None, stats=tmp_path / "file"))
 
 
 def test_too_few_images(run, refine):
