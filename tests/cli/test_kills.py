@@ -117,3 +117,29 @@ def test_an_interrupt_within_an_exec_of_a_string_ends_with_130_too(tmp_path):
     )
     done = subprocess.run([sys.executable, "-m", "interrupted"], cwd=tmp_path, stderr=subprocess.PIPE)
     assert done.returncode == 130 and b"interrupted" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_other_code_swallows_is_raised_again(tmp_path, number):
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal, sys, time\n"
+        "import vitlr.cli.app as shell\n"
+        "def swallow():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(30)\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        "    try:\n"
+        "        time.sleep(30)\n"
+        "    finally:  # what cleans up is left to end, however long it takes\n"
+        "        time.sleep(1.5)\n"
+        "        print('cleaned', file=sys.stderr)\n"
+        "shell.app = swallow\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "shell.main()\n"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "swallowing"], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == 130 and time.monotonic() - began < 25
+    assert b"cleaned" in done.stderr and b"interrupted" in done.stderr and b"Traceback" not in done.stderr

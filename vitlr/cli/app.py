@@ -7,13 +7,13 @@ to stderr. Nothing heavy is imported before a command runs.
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vitlr.cli import interrupts
 from vitlr.cli.command import Command
 from vitlr.cli.commands.bench import bench
 from vitlr.cli.commands.compress import compress
@@ -118,21 +118,14 @@ for _command in (inspect, frontier, compress, prune, finetune, validate, report,
 
 def main() -> Any:
     """Run the command line; SIGTERM ends it as an interrupt does, with no partial file."""
-    signal.signal(signal.SIGTERM, _terminated)
+    interrupts.arm()
     try:
         return app()
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(130)
-    finally:  # all is written: the interpreter would die of a signal that comes while it shuts down
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        # One that interrupts exec() of a string leaves CPython a note to die of SIGINT at the end; this takes it back.
-        exec("")
-
-
-def _terminated(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    finally:
+        interrupts.disarm()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""SIGINT and SIGTERM as an interrupt that arrives, also where code of others swallows the first one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+AGAIN = 0.5  # seconds after which an interrupt that nothing unwinds from is raised once more
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_TIMED = hasattr(signal, "setitimer")
+
+
+def arm() -> None:
+    """Let both signals raise `KeyboardInterrupt`, and again until it unwinds: imports may catch whatever is raised.
+
+    SIGINT stays ignored where it was, as shells have it for what runs in the background.
+    """
+    own = os.getpid()
+
+    def interrupted(number: int, frame: Any) -> None:
+        if _TIMED and os.getpid() == own:  # not in workers that were forked
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        raise KeyboardInterrupt
+
+    def again(number: int, frame: Any) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        if not _unwinding():
+            raise KeyboardInterrupt
+
+    for number in _NUMBERS:
+        if number != signal.SIGINT or signal.getsignal(number) is signal.default_int_handler:
+            signal.signal(number, interrupted)
+    if _TIMED:
+        signal.signal(signal.SIGALRM, again)
+
+
+def disarm() -> None:
+    """Ignore both: all is written, and the interpreter would die of one that comes while it shuts down."""
+    if _TIMED:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+    # One that interrupts exec() of a string leaves CPython a note to die of SIGINT at the end; this takes it back.
+    exec("")
+
+
+def _unwinding() -> bool:
+    """Whether an interrupt, or what came of one, is being handled: what cleans up is left to end."""
+    error = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            return True
+        error = error.__context__
+    return False
