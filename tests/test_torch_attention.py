@@ -145,6 +145,18 @@ def test_a_padding_mask_that_torch_would_nest_reaches_the_linears():
     torch.testing.assert_close(opened, answers(lambda t: slow(t, padding), x), rtol=1e-4, atol=1e-5)
 
 
+def test_an_attention_that_somebody_listens_to_stays_as_it_is():
+    model, x, heard = make("torchvision"), images(), []
+    attention = model.encoder.layers[0].self_attention
+    attention.register_forward_hook(lambda *_: heard.append(1))
+    small = vitlr.compress(model, x.split(8), "bytes:40%")
+    assert type(small.encoder.layers[0].self_attention) is nn.MultiheadAttention
+    assert isinstance(small.encoder.layers[1].self_attention, MultiheadLinears)
+    heard.clear()
+    answers(small, x)
+    assert heard
+
+
 def test_visible_within_visible_puts_back_once():
     model = make("encoder")
     with visibility.visible(model) as outer:

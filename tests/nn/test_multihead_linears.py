@@ -118,15 +118,15 @@ def test_what_cannot_be_made_of_linears_is_said():
     class Own(nn.MultiheadAttention):
         pass
 
-    hooked = nn.MultiheadAttention(E, H)
-    hooked.out_proj.register_forward_hook(lambda *_: None)
+    hooked, within = nn.MultiheadAttention(E, H), nn.MultiheadAttention(E, H)
+    hooked.register_forward_hook(lambda *_: None)
+    within.out_proj.register_forward_hook(lambda *_: None)
     cases = {
         "not exactly nn.MultiheadAttention": Own(E, H),
         "a width of their own": nn.MultiheadAttention(E, H, kdim=8),
         "adds a key and a value": nn.MultiheadAttention(E, H, add_bias_kv=True),
-        "has hooks": hooked,
     }
-    for reason, module in cases.items():
+    for reason, module in (*cases.items(), ("has hooks", hooked), ("has hooks", within)):
         with pytest.raises(InputError, match=reason):
             MultiheadLinears.from_dense(module)
     with pytest.raises(InputError, match="is_causal=True says what attn_mask is"):

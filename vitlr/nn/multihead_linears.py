@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._plain import has_hooks
 
 
 class MultiheadLinears(nn.Module):
@@ -46,8 +47,10 @@ class MultiheadLinears(nn.Module):
             return "it adds a key and a value of its own"
         if type(module.in_proj_weight) is not nn.Parameter or not module.in_proj_weight.is_floating_point():
             return "its in_proj_weight is no plain floating-point parameter"
-        if type(module.out_proj.weight) is not nn.Parameter or module.out_proj._forward_hooks:
-            return "its out_proj is computed, or has hooks, which would never fire"
+        if type(module.out_proj.weight) is not nn.Parameter:
+            return "its out_proj.weight is no plain parameter"
+        if has_hooks(module) or has_hooks(module.out_proj):
+            return "it has hooks, which would vanish with it"
         return None
 
     @classmethod

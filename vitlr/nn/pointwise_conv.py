@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._plain import has_hooks
 
 
 class PointwiseConv(nn.Module):
@@ -30,8 +31,8 @@ class PointwiseConv(nn.Module):
             return "it reads more than one place, or not all of the channels there"
         if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
             return "its weight is no plain floating-point parameter"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "it has hooks"
+        if has_hooks(module):
+            return "it has hooks, which would vanish with it"
         return None
 
     @classmethod

@@ -140,8 +140,8 @@ def compress(
     network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold
-    visibility.make_visible(network)
-    linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
+    with visibility.visible(network):
+        linears.targets(network, options.get("include"), options.get("exclude"))  # before images are looked for
     read: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size or 64, "workers": workers, "limit": limit}
     read |= images_as
     images = None if data is None else open_data(data, network, **read)
