@@ -183,3 +183,10 @@ def test_images_without_classes_are_compared_with_a_reference(run, refused, sque
     assert "agreement" in text and "top-1" not in text and "images as 3x32x32" in text
     text = run("validate", small, "--data", flat, *given, "--mean", "0.1,0.2,0.3", "--std", "0.4").out
     assert "mean 0.1, 0.2, 0.3, std 0.4, 0.4, 0.4" in text
+
+
+def test_inspect_tells_the_stages_of_a_hierarchy_apart_in_eighty_columns(run):
+    small = ["--num-classes", "5", "--model-kwargs", "dims=(8,16,24,32)", "depths=(1,1,1,1)"]
+    lines = run("inspect", "convnext_atto", *small).out.splitlines()
+    opened = [line.split()[0] for line in lines if line.endswith("opened")]
+    assert len(opened) == len(set(opened)) == 8 and max(map(len, lines)) <= 80

@@ -108,7 +108,7 @@ def _text(values: dict[str, Any]) -> str:
     rows = _summed(rows) if len(rows) > MANY else rows
     shown = [
         (
-            tail(name, 24),
+            tail(name, 27),  # so much tells the stages of ConvNeXt apart
             heading,
             size,
             f"{params / 1e6:.3f}M" if params else "",
@@ -132,7 +132,8 @@ def _text(values: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any], heading: str) -> Cells:
     size = f"{row['out_features']}x{row['in_features']}" if "in_features" in row else ""
-    return row["name"], heading, size, row["params"], f"rank {row['rank']}" if "rank" in row else row["reason"]
+    note = f"rank {row['rank']}" if "rank" in row else row["reason"]
+    return row["name"], heading, size, row["params"], "opened" if note == _BYPASSED else note
 
 
 def _channels(row: dict[str, Any]) -> str:
