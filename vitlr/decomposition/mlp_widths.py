@@ -33,7 +33,7 @@ class MlpSpectrum(WidthSpectrum):
         return dict.fromkeys(self.first, rows)
 
 
-def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomposition) -> MlpSpectrum:
+def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomposition, step: int = 0) -> MlpSpectrum:
     """All widths of one of `measured_mlps`. Raises `NumericalError` naming it."""
     *first, second = mlp.linears
     return MlpSpectrum.solved(
@@ -44,6 +44,7 @@ def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomp
         stats.layers[second],
         objective,
         options,
+        step=step,
         packed=mlp.packed,
     )
 

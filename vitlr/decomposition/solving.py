@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -21,6 +21,7 @@ from vitlr.decomposition.spectra import LayerSpectrum, Levels, Narrowing, Spectr
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
+from vitlr.ops.linalg.threads import each_in_threads
 from vitlr.runtime.progress import Progress
 
 
@@ -55,6 +56,7 @@ def solve(
     kinds: Collection[str] = (),
     options: Decomposition | None = None,
     *,
+    step: int = 0,
     known: Spectra | None = None,
     device: str | torch.device = "cpu",
     skip: Callable[[NumericalError], None] | None = None,
@@ -63,6 +65,7 @@ def solve(
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
     Of the kind "rounding" are the levels that weights may be rounded to, and with "factors" those of ranks as well.
+    With a `step` the ranks of second linears are solved along with widths, at those of its multiples offered so.
 
     `known` ones are kept. What cannot be solved is refused before anything is; an MLP or attention whose numbers fail
     is left out where `skip` is there to be told. Raises `InputError` for statistics of another model and those that
@@ -73,7 +76,7 @@ def solve(
         return known
     options = options or Decomposition()
     layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
-    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
+    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options, step)}
     levels = {} if known is None else dict(known.levels)
     roundable = measured_linears(stats, objective) if "rounding" in kinds else []
     missing = [
@@ -81,7 +84,7 @@ def solve(
         for kind in kinds
         if kind not in ("rounding", "factors") and all(width.kind != kind for width in widths.values())
     ]
-    tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
+    tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options, step)]
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
     solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, _done(tasks, skip))
@@ -110,32 +113,39 @@ def _known(levels: Levels | None, narrowing: Narrowing | None, spectrum: LayerSp
 
 
 def _done(
-    tasks: Iterable[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
+    tasks: Sequence[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
 ) -> Iterator[Narrowing]:
     """What tasks give, without those whose numbers fail where `skip` is told of them."""
-    for task in tasks:
+
+    def tried(task: Callable[[], Narrowing]) -> Narrowing | NumericalError:
         try:
-            yield task()
+            return task()
         except NumericalError as cause:
-            if skip is None:
-                raise
-            skip(cause)
+            return cause
+
+    for found in each_in_threads(tried, tasks):
+        if not isinstance(found, NumericalError):
+            yield found
+        elif skip is None:
+            raise found
+        else:
+            skip(found)
 
 
 def _tasks(
-    kind: str, parts: Parts, stats: Statistics, objective: Objective, options: Decomposition
+    kind: str, parts: Parts, stats: Statistics, objective: Objective, options: Decomposition, step: int
 ) -> list[Callable[[], Narrowing]]:
     """What there is to solve of one kind; `InputError` where there is nothing, or it was not measured."""
     if kind == "mlp":
         mlps = measured_mlps(parts, stats, objective)
-        return [partial(solve_mlp, mlp, stats, objective, options) for mlp in mlps.values()]
+        return [partial(solve_mlp, mlp, stats, objective, options, step) for mlp in mlps.values()]
     if kind == "query_keys":
         found = measured_query_keys(parts, stats, objective)
         return [partial(solve_query_keys, attention, stats, objective) for attention in found.values()]
     found = measured_values(parts, stats, objective)
     macs = macs_between(parts, stats, found)
     return [
-        partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options)
+        partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options, step)
         for name, attention in found.items()
     ]
 

@@ -79,6 +79,7 @@ def solve_values(
     grain: str,
     macs: float | None,
     options: Decomposition,
+    step: int = 0,
 ) -> ValueSpectrum:
     """All widths of one of `measured_values`, with what `macs_between` says of it. `NumericalError` naming it."""
     return ValueSpectrum.solved(
@@ -89,6 +90,7 @@ def solve_values(
         stats.layers[attention.output],
         objective,
         options,
+        step=step,
         group=attention.head_dim if grain == "heads" else 1,
         attention=attention,
         loses_heads=macs is not None,

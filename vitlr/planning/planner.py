@@ -83,7 +83,10 @@ def plan(
     failed: list[NumericalError] = []
     asked = options.method is not None
     options, kinds, why = settle(options, wanted, parts, stats, objective)
-    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=failed.append, progress=progress)
+    ranked = options.method == "joint" and not options.rounds(wanted.quantity if wanted else "params")
+    step = options.width_step if ranked else 0
+    how: dict[str, Any] = {"step": step, "known": spectra, "skip": failed.append, "progress": progress}
+    spectra = solve(parts, stats, objective, kinds, options, **how)
     if failed and asked and not spectra.widths:  # who asks for widths hears what failed, not another plan
         raise failed[0]
     if failed and asked:
