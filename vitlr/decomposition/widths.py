@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,17 @@ from vitlr.ops.linalg.eigenproblems import solve
 from vitlr.ops.linalg.elimination import compensate, eliminate_alone, eliminate_groups
 
 S = TypeVar("S", bound="WidthSpectrum")
+
+
+class Solved(NamedTuple):
+    """What takes long to find of a `WidthSpectrum`."""
+
+    order: Tensor
+    """`[D]`, the most important first."""
+    errors: Tensor
+    """The loss of every width, `[D + 1]`."""
+    second: dict[int, Tensor]
+    """By width, the loss of every rank of the second linear, where it is known."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,11 +79,13 @@ class WidthSpectrum:
         *,
         step: int = 0,
         group: int = 1,
+        known: Solved | None = None,
         **own: Any,
     ) -> S:
         """All widths of what `linear`, the second one, reads. Raises `NumericalError` naming the MLP or attention.
 
         With a `step` the ranks at those of its multiples that are offered with ranks are known as well, at little cost.
+        What is `known` already is taken as it is.
         """
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach().cpu()
@@ -81,10 +94,12 @@ class WidthSpectrum:
         metric, free = _metric(layer, weight.double(), objective, moments)
         ranked = spread(choices(weight.shape[1], step))[:-1] if step and options.compensate and group == 1 else []
         try:
-            order, errors, second = _eliminated(weight.double(), metric, moments, options.compensate, group, ranked)
+            if known is None:
+                known = _eliminated(weight.double(), metric, moments, options.compensate, group, ranked)
         except (NumericalError, torch.linalg.LinAlgError) as cause:
             what = "MLP" if kind == "mlp" else "attention"
             raise NumericalError(f"{what} {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        order, errors, second = known
         return cls(
             name=name,
             kind=kind,
@@ -103,6 +118,11 @@ class WidthSpectrum:
             _second={width: torch.zeros_like(lost) if free else lost for width, lost in second.items()},
             **own,
         )
+
+    @property
+    def solution(self) -> Solved:
+        """What it would take long to find again."""
+        return Solved(self.order, self.errors, self._second)
 
     @property
     def full_width(self) -> int:
@@ -187,7 +207,7 @@ def _metric(layer: LayerStatistics, W: Tensor, objective: Objective, moments: Hi
 
 def _eliminated(
     W: Tensor, metric: Tensor, moments: HiddenMoments, compensated: bool, group: int, ranked: Collection[int]
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+) -> Solved:
     """The order in which neurons stay, the loss of every width, and that of every rank at some of them."""
     second: dict[int, Tensor] = {}
     L, info = torch.linalg.cholesky_ex(metric + 1e-12 * metric.diagonal().mean() * torch.eye(len(W)))
@@ -202,4 +222,4 @@ def _eliminated(
         order, errors, second = eliminate_ranked(moments, G, ranked)
     if not torch.isfinite(errors).all():
         raise NumericalError("its losses hold NaN or Inf")
-    return order, errors, second
+    return Solved(order, errors, second)
