@@ -66,6 +66,7 @@ def calibrate(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
 ) -> Statistics: ...
 def compress(
     model: nn.Module,
@@ -112,6 +113,7 @@ def compress(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     lr: float = 0.0001,

@@ -46,11 +46,7 @@ class Tap:
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
         self.gradient_seen = False
         self.forward(0)
-        words = {*collect, stats.side}
-        for word, holds in (("loss", "fisher" in words), ("owner", stats.owner == stats.name), ("queries", queries)):
-            if holds:
-                words.add(word)
-        self.wanted = frozenset(key for key, row in SUMS.items() if row.asked(words))
+        self.wanted = stats.keys(collect, queries is not None)
         self.by_image = "image_moment" in self.wanted
         for key in self.wanted:
             old, shape = stats.held.get(key), stats.shape(key, *(queries or ()))
