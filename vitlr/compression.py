@@ -173,7 +173,8 @@ def compressed(
     if plan_only:
         return Compressed(small, chosen, None, measured, images)
 
-    small = apply(small, chosen, inplace=inplace or rounds > 1)
+    with watch("changing", None, "layers") as advance:
+        small = apply(small, chosen, inplace=inplace or rounds > 1, progress=advance)
     record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
