@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
-from vitlr.checkpoint import contents, likeness
+from vitlr.checkpoint import contents, folders, likeness
 from vitlr.checkpoint.bounds import Held
 from vitlr.checkpoint.contents import casts
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
@@ -72,6 +72,8 @@ def save(
         "versions": _versions(),
         "answer": likeness.answer(model, likeness.image_of(model)),
     }
+    if getattr(model, "vitlr_base", None) is not None:
+        header["base"] = model.vitlr_base
     if header["origin"] is None:
         header["blueprint"] = likeness.blueprint(model)
     contents.check_dtypes(model, tensors)
@@ -94,12 +96,13 @@ def load(
 ) -> nn.Module:
     """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
 
+    `path` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as `save_pretrained` and `push_to_hub` wrote them.
     `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
     Shapes are compared before memory is taken, a digest over header and tensors after reading; then what the modules
     are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
-    path, device = Path(path), _there(device)
+    path, device = folders.path_of(path), _there(device)
     header = load_header(path, kind="model", schema=SCHEMA)
     try:
         return _load(path, header, model).to(device)
@@ -143,6 +146,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
         rebuilt.vitlr_origin = origin
         if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
             rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
+    rebuilt.vitlr_base = header.get("base")  # type: ignore[assignment]
     keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
     info = {key: header.get(key) for key in keys}
     rebuilt.vitlr_info = {**info, "image": (header.get("answer") or {}).get("image")}  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -99,7 +100,7 @@ def _folder(place: Path) -> Path:
 def _draw(subject: Subject, place: Path, reference: nn.Module | None, stats: Statistics | None) -> None:
     if subject.plan is None:
         return
-    stem = subject.path.stem
+    stem = re.sub(r"[^\w.-]+", "_", subject.name.removesuffix(".safetensors"))
     subject.drawn = {kind: place / f"{stem}_{kind}.svg" for kind in ("kept", "losses")}
     figures.draw_kept(subject.plan, subject.drawn["kept"])
     figures.draw_losses(subject.plan, subject.drawn["losses"])

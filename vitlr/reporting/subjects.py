@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitlr.checkpoint import files as checkpoint
+from vitlr.checkpoint import folders
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError
@@ -45,7 +46,7 @@ class Subject:
 
 def opened(path: Path, name: str) -> Subject:
     """A file, and its model rebuilt."""
-    model = checkpoint.load(path)
+    model, path = checkpoint.load(path), folders.path_of(path)
     info: dict[str, Any] = model.vitlr_info  # type: ignore[assignment]
     try:
         plan = None if info.get("plan") is None else Plan.from_dict(info["plan"])
