@@ -40,7 +40,7 @@ ISAS = {
     "avx512": (AVX512, [GRAM, CHAIN, ATTENTION, INT8]),
     "avx512_vnni": ([*AVX512, "-mavx512vnni"], [INT8]),
     "avx512_bf16": (BF16, [CHAIN, ATTENTION, INT8]),
-    "amx_int8": ([*BF16, "-mamx-tile", "-mamx-int8"], [INT8]),
+    "amx_int8": ([*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"], [ATTENTION, INT8]),  # every CPU with one has both
 }
 
 

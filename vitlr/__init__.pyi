@@ -171,6 +171,7 @@ def plan(
     options: Planning | None = None,
     spectra: Spectra | None = None,
     times: Times | None = None,
+    beside: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     objective: str | None = None,
     centred: bool | None = None,

@@ -61,6 +61,16 @@ inline Vector exponential(Vector z) {
   return polynomial(series, f) * (Vector)(exponent << 23);
 }
 
+// 2ᵗ for t <= 1, by the Taylor series of 2ᶠ, |f| <= 1/2 (error 4e-5: a fiftieth of a bf16 rounding); next to 0 below -125.
+inline Vector power_bf16(Vector t) {
+  static constexpr float series[] = {1.0f, 0.69314718f, 0.24022651f, 0.05550411f, 0.00961813f};
+  const Vector low = splat(-125.0f), shift = splat(12582912.0f);
+  t = t < low ? low : t;
+  const Vector shifted = t + shift;
+  const Vector f = t - (shifted - shift);
+  return (Vector)((Integers)polynomial(series, f) + ((Integers)shifted << 23));  // n, added to the exponent
+}
+
 inline Vector silu(Vector x) { return x / (exponential(-x) + 1.0f); }
 
 inline Vector sigmoid(Vector x) { return 1.0f / (exponential(-x) + 1.0f); }

@@ -1,7 +1,7 @@
-// Products of blocks of bytes with panels of int8 in the tile registers of AMX: 32 rows by 32 columns at a time.
+// Products of blocks with panels in the tile registers of AMX, of bytes or of bf16: 32 rows by 32 columns at a time.
 //
-// The layouts are those of VNNI: sixteen words of a block's row are a row of a tile, and so are sixteen columns of a word
-// of a panel, which TDPBUSD multiplies to int32.
+// The layouts are those of the vectors: sixteen words of a block's row are a row of a tile, and so are sixteen columns of
+// a word of a panel, which TDPBUSD multiplies to int32 and TDPBF16PS to fp32.
 #pragma once
 #include "cpu/bytes.h"
 
@@ -32,11 +32,20 @@ inline void shape_tiles(int64_t rows) {
   _tile_loadconfig(&config);
 }
 
-// sums [.][kColumns] of int32 (+)= block x panel over the words of one chunk.
-template <bool LOWER, bool RIGHT>
-void multiply_tiles(const Word* block, int64_t words, const Word* panel, int32_t* sums, bool add) {
+// Tile C += tile A x tile B. Which tiles is a part of the instruction.
+#define VITLR_MULTIPLY(C, A, B)      \
+  do {                               \
+    if constexpr (T::elements == 2)  \
+      _tile_dpbf16ps(C, A, B);       \
+    else                             \
+      _tile_dpbusd(C, A, B);         \
+  } while (false)
+
+// sums [.][kColumns] of int32 or fp32 (+)= block x panel over the words of one chunk.
+template <class T, bool LOWER, bool RIGHT>
+void multiply_tiles(const Word* block, int64_t words, const Word* panel, Word* sums, bool add) {
   constexpr int64_t width = RIGHT ? 2 * kTile : kTile;
-  int32_t* const lower = sums + kTile * kColumns;
+  Word* const lower = sums + kTile * kColumns;
   written();
   if (add) {
     _tile_loadd(0, sums, kColumns * 4);
@@ -52,15 +61,15 @@ void multiply_tiles(const Word* block, int64_t words, const Word* panel, int32_t
   for (int64_t k = 0; k < words; k += kTile, panel += kTile * width) {
     _tile_loadd(6, panel, width * 4);
     _tile_loadd(4, block + k, kChunk * 4);
-    _tile_dpbusd(0, 4, 6);
+    VITLR_MULTIPLY(0, 4, 6);
     if (LOWER) {
       _tile_loadd(5, block + kTile * kChunk + k, kChunk * 4);
-      _tile_dpbusd(2, 5, 6);
+      VITLR_MULTIPLY(2, 5, 6);
     }
     if (RIGHT) {
       _tile_loadd(7, panel + kTile, width * 4);
-      _tile_dpbusd(1, 4, 7);
-      if (LOWER) _tile_dpbusd(3, 5, 7);
+      VITLR_MULTIPLY(1, 4, 7);
+      if (LOWER) VITLR_MULTIPLY(3, 5, 7);
     }
   }
   _tile_stored(0, sums, kColumns * 4);
@@ -69,17 +78,17 @@ void multiply_tiles(const Word* block, int64_t words, const Word* panel, int32_t
   if (LOWER && RIGHT) _tile_stored(3, lower + kTile, kColumns * 4);
 }
 
-// sums [rows][kColumns] of int32 = block x panel, whose last words meet zeros. Chunk by chunk: that of the panel, 16 KiB,
-// stays in L1 for all rows, since tiles eat 64 bytes a cycle, twice what L2 gives.
-inline void multiply_block(const Word* block, int64_t rows, int64_t words, const Word* panel, int32_t* sums, bool wide) {
+// sums [rows][kColumns] of int32 = block x panel of bytes, whose last words meet zeros. Chunk by chunk: that of the panel,
+// 16 KiB, stays in L1 for all rows, since tiles eat 64 bytes a cycle, twice what L2 gives.
+inline void multiply_block(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, bool wide) {
   int64_t shaped = 0;
   for (int64_t k = 0; k < words; k += kChunk) {
     const int64_t depth = smaller(kChunk, words - k);
     for (int64_t m = 0; m < rows; m += 2 * kTile) {
       const int64_t count = smaller(2 * kTile, rows - m);
       if (count != shaped) shape_tiles(shaped = count);
-      const auto multiply = count > kTile ? (wide ? multiply_tiles<true, true> : multiply_tiles<true, false>)
-                                          : (wide ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+      const auto multiply = count > kTile ? (wide ? multiply_tiles<Int8, true, true> : multiply_tiles<Int8, true, false>)
+                                          : (wide ? multiply_tiles<Int8, false, true> : multiply_tiles<Int8, false, false>);
       multiply(block + k * rows + m * kChunk, depth, panel + k * (wide ? kColumns : kLanes), sums + m * kColumns, k > 0);
     }
   }

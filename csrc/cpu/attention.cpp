@@ -11,6 +11,9 @@
 namespace vitlr {
 
 const AttentionKernel& attention_kernel(Isa isa, bool bf16) {
+#ifdef VITLR_WITH_AMX_INT8
+  if (isa >= kAmxInt8 && bf16) return attention_bf16_amx_int8();
+#endif
 #ifdef VITLR_WITH_AVX512_BF16
   if (isa >= kAvx512Bf16) return bf16 ? attention_bf16_avx512_bf16() : attention_fp32_avx512_bf16();
 #endif

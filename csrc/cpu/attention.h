@@ -33,6 +33,7 @@ const AttentionKernel& attention_fp32_avx512();
 const AttentionKernel& attention_bf16_avx512();
 const AttentionKernel& attention_fp32_avx512_bf16();
 const AttentionKernel& attention_bf16_avx512_bf16();
+const AttentionKernel& attention_bf16_amx_int8();
 
 const AttentionKernel& attention_kernel(Isa isa, bool bf16);
 

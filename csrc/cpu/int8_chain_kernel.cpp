@@ -91,7 +91,7 @@ void panel(const Panel& call) {
     for (columns.end = columns.wide; columns.end < next.more && next.wide[columns.end] < n + width;) ++columns.end;
   }
 #if defined(__AMX_INT8__)
-  alignas(64) int32_t sums[kMostRows * kColumns];
+  alignas(64) Word sums[kMostRows * kColumns];  // of int32
   multiply_block(block, call.rows, words, panel, sums, wide);
   finish<T>(call, 0, call.rows, sums, columns, n, width);
 #else

@@ -25,7 +25,8 @@ namespace {
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long ask = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return has_bit(0, 'd', 24) && has_bit(0, 'd', 25) && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+  const bool tiles = has_bit(0, 'd', 24), bytes = has_bit(0, 'd', 25), bf16 = has_bit(0, 'd', 22);
+  return tiles && bytes && bf16 && syscall(SYS_arch_prctl, ask, tile_data) == 0;
 #else
   return false;
 #endif

@@ -38,6 +38,26 @@ inline Vector load(const void* p) { return *static_cast<const AnyVector*>(p); }
 inline void store(void* p, Vector v) { *static_cast<AnyVector*>(p) = v; }
 inline Vector splat(float value) { return Vector{} + value; }
 
+// The largest entry, of those that are no NaN, and the sum of all.
+inline float largest_of(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float top = v[0];
+  for (int l = 1; l < kLanes; ++l) top = v[l] > top ? v[l] : top;
+  return top;
+#endif
+}
+inline float sum_of(Vector v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = v[0];
+  for (int l = 1; l < kLanes; ++l) sum += v[l];
+  return sum;
+#endif
+}
+
 // GCC converts vectors of short integers entry by entry, or in several steps, where one instruction does it.
 inline Words widened(Halves h) {
 #if defined(__AVX512F__)

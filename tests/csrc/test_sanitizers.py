@@ -29,7 +29,7 @@ ISAS = {
     "avx512": AVX512,
     "avx512_vnni": VNNI,
     "avx512_bf16": [*VNNI, "-mavx512bf16"],
-    "amx_int8": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8"],
+    "amx_int8": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 OF_FLOATS = ("portable", "avx2", "avx512", "avx512_bf16")
 
@@ -46,7 +46,7 @@ def run(command: list[str], **env: str) -> str:
     [
         ("chain", 8, {"chain": OF_FLOATS}),
         ("rounding", 60, {"rounding": ()}),
-        ("attention", 15, {"attention": OF_FLOATS}),
+        ("attention", 15, {"attention": (*OF_FLOATS, "amx_int8")}),
         ("int8_chain", 15, {"chain": OF_FLOATS, "int8_chain": tuple(ISAS)}),
     ],
     ids=str,

@@ -173,8 +173,6 @@ def _residual_worth(key: lowrank_residual_linear.Key) -> str | None:
 
 
 def _attention_worth(key: attention.Key) -> str | None:
-    if _outdone(key.dtype):
-        return _OUTDONE
     if key.dtype == torch.float32 and key.S is not None and key.S < 32:
         return "below 32 keys torch is as fast in fp32"
     work = None if key.M is None or key.S is None else key.M * key.S
