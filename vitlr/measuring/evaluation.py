@@ -14,7 +14,7 @@ from vitlr.data.batches import call, first_tensor, labels_of, tensors, to_model
 from vitlr.errors import InputError, NumericalError, VitlrError
 from vitlr.measuring.losses import agreeing, kl
 from vitlr.runtime.contexts import evaluation_mode
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.words import one_line
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -49,6 +49,7 @@ class Metrics:
         return ", ".join([*parts, f"{self.images} images"]) + (f" ({self.skipped} skipped)" if self.skipped else "")
 
 
+@shows("evaluating")
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],

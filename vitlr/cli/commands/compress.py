@@ -187,9 +187,11 @@ def _check_refinement(
 ) -> None:
     """Refuse what cannot be refined before anything is read."""
     rungs = parse_rungs(refine)
-    for name in ("steps", "minutes", "lr"):
-        if name in options and "distil" not in rungs:
-            raise InputError(f"--{name} goes with --refine distil")
+    for name in ("steps", "minutes"):
+        if name in options and not rungs:
+            raise InputError(f"--{name} goes with --refine refit, regrow or distil")
+    if "lr" in options and "distil" not in rungs:
+        raise InputError("--lr goes with --refine distil")
     if not rungs:
         if resume is not None:
             raise InputError("--resume goes with --refine refit, regrow or distil")
@@ -211,7 +213,7 @@ def _watched(
 
     try:
         with bar(label, total, unit) as progress:
-            if label == "refining":
+            if label.startswith("refining"):
                 with resumable(resume):
                     yield progress
             else:
