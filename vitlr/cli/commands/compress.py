@@ -31,7 +31,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result, resumable
+from vitlr.cli.result import Result, resumable, wrapped
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
 from vitlr.planning.budgets import is_timed, parse_budget
@@ -178,7 +178,7 @@ def compress(
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
     values |= {} if plan.latency is None else {"latency": plan.latency.to_dict()}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
-    text += [] if images is None else [images.made]
+    text += [] if images is None else [wrapped(images.made)]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))
 
 
