@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy.linears import classifier_names
-from vitlr.checkpoint import folders
+from vitlr.checkpoint import folders, libraries
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
@@ -97,9 +97,19 @@ def _repository(model: nn.Module, name: str, pretrained: bool) -> str | None:
 
 
 def origin(model: nn.Module) -> dict[str, Any] | None:
-    """What `create_model` was called with, as {library, name, args}; None for a model made elsewhere."""
+    """What made the model, as {library, name, args}: `create_model`, or the file it came from; None for others."""
     found = getattr(model, "vitlr_origin", None)
     return found if isinstance(found, dict) else None
+
+
+def remade(model: nn.Module) -> nn.Module | None:
+    """The dense model that it came from, with random weights; None where that is not known."""
+    found = origin(model)
+    if found is None:
+        return None
+    if found["library"] != "timm":
+        return libraries.build(libraries.check(found)).eval()
+    return create_model(found["name"], **found["args"])
 
 
 def load_weights(

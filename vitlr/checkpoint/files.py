@@ -49,8 +49,9 @@ def save(
 
     `model_args`: what timm's `create_model` was called with besides the name; known for models made by
     `vitlr.create_model`, guessed otherwise (classes, channels, image size, pooling). The model is rebuilt from
-    them and compared before anything is written. False stores no origin: such a file, and one of a model that timm does
-    not know, is read with `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
+    them and compared before anything is written; models of transformers and torchvision say it themselves. False
+    stores no origin: such a file, and one of a model that none of these libraries rebuilds, is read with
+    `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
@@ -74,14 +75,19 @@ def save(
     }
     if getattr(model, "vitlr_base", None) is not None:
         header["base"] = model.vitlr_base
-    if header["origin"] is None:
-        header["blueprint"] = likeness.blueprint(model)
     contents.check_dtypes(model, tensors)
     schema = SCHEMA if is_rounded(model) else 1
     if schema > 1:
         tensors = {name + form: part for name, t in tensors.items() for form, part in compact.stored(t).items()}
-    if header["origin"] is not None:
-        _verify(model, header, _held(tensors))
+    if header["origin"] is not None and (problem := _not_rebuilt(model, header, _held(tensors))) is not None:
+        if header["origin"]["library"] == "timm":
+            raise InputError(
+                f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
+                "arguments it was created with, or model_args=False to load it with load(path, model=...)"
+            )
+        header["origin"] = None
+    if header["origin"] is None:
+        header["blueprint"] = likeness.blueprint(model)
     try:
         header = json.loads(json.dumps(header))
     except (TypeError, ValueError, RecursionError) as cause:
@@ -190,20 +196,16 @@ def _held(tensors: Mapping[str, Tensor]) -> Held:
     return Held.of({name: tuple(t.shape) for name, t in tensors.items()}, sum(t.nbytes for t in tensors.values()))
 
 
-def _verify(model: nn.Module, header: dict[str, Any], held: Held) -> None:
-    """Rebuild as `load` will and refuse what differs."""
+def _not_rebuilt(model: nn.Module, header: dict[str, Any], held: Held) -> str | None:
+    """Rebuild as `load` will, and say what differs; None where nothing does."""
     try:
         held.check_depth(header["origin"]["args"])
         twin = _reshape(build(header["origin"], "cpu", held), header)
         problem = differences(model, twin)
         held.check_tables(sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(twin)))
     except InputError as cause:
-        problem = str(cause)
-    if problem is not None:
-        raise InputError(
-            f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
-            "arguments it was created with, or model_args=False to load it with load(path, model=...)"
-        )
+        return str(cause)
+    return problem
 
 
 def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.creation import remade
 from vitlr.data.preprocessing import input_size
 from vitlr.decomposition.solving import decompose
 from vitlr.errors import InputError
@@ -23,7 +24,7 @@ from vitlr.reporting.judging import Judge, Judged
 from vitlr.reporting.layers import by_kind
 from vitlr.reporting.page import MOST, page
 from vitlr.reporting.rows import DENSE, VITLR, Row
-from vitlr.reporting.subjects import Subject, judge_subject, names_of, opened, original, time_subject
+from vitlr.reporting.subjects import Subject, judge_subject, names_of, opened, time_subject
 from vitlr.runtime.places import atomic_path
 from vitlr.runtime.progress import Progress, Watch, alone, shown
 
@@ -61,7 +62,7 @@ def report(
     watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
     subjects = [opened(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
     place = _folder(Path(folder))
-    dense = reference if reference is not None else original(subjects[0].model)
+    dense = reference if reference is not None else remade(subjects[0].model)
     judge = None if reference is None or validation is None else Judge(reference, validation)
     judged_dense = None
     if judge is not None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from vitlr.checkpoint import files as checkpoint
 from vitlr.checkpoint import folders
-from vitlr.checkpoint.creation import create_model, origin
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError
 from vitlr.measuring import cost
@@ -61,12 +60,6 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     """The files' names, with their folders where two are alike."""
     alone = len({path.name for path in paths}) == len(paths)
     return [path.name if alone else str(path) for path in paths]
-
-
-def original(model: nn.Module) -> nn.Module | None:
-    """The dense model that it came from, with random weights, to be timed; None where that is not known."""
-    found = origin(model)
-    return None if found is None else create_model(found["name"], **found["args"])
 
 
 def judge_subject(subject: Subject, judge: Judge | None, images: Any, count: int, progress: Progress | None) -> None:
