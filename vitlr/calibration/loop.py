@@ -40,7 +40,7 @@ from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
 
@@ -48,6 +48,7 @@ _DOUBT = 1e-4  # of a model's least certain answer, below which gradients say no
 _logger = logging.getLogger(__name__)
 
 
+@shows("calibrating")
 @keywords(Calibration)
 def calibrate(
     model: nn.Module,

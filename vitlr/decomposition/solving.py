@@ -24,9 +24,10 @@ from vitlr.decomposition.widths import Solved
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.threads import each_in_threads
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 
 
+@shows("solving", "layers")
 def decompose(
     model: nn.Module,
     stats: Statistics,

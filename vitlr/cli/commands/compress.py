@@ -31,7 +31,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result, resumable
+from vitlr.cli.result import Result, resumable, wrapped
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
 from vitlr.planning.budgets import is_timed, parse_budget
@@ -181,7 +181,7 @@ def compress(
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
     values |= {} if plan.latency is None else {"latency": plan.latency.to_dict()}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
-    text += [] if images is None else [images.made]
+    text += [] if images is None else [wrapped(images.made)]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))
 
 
@@ -190,9 +190,11 @@ def _check_refinement(
 ) -> None:
     """Refuse what cannot be refined before anything is read."""
     rungs = parse_rungs(refine)
-    for name in ("steps", "minutes", "lr"):
-        if name in options and "distil" not in rungs:
-            raise InputError(f"--{name} goes with --refine distil")
+    for name in ("steps", "minutes"):
+        if name in options and not rungs:
+            raise InputError(f"--{name} goes with --refine refit, regrow or distil")
+    if "lr" in options and "distil" not in rungs:
+        raise InputError("--lr goes with --refine distil")
     if not rungs:
         if resume is not None:
             raise InputError("--resume goes with --refine refit, regrow or distil")
@@ -214,7 +216,7 @@ def _watched(
 
     try:
         with bar(label, total, unit) as progress:
-            if label == "refining":
+            if label.startswith("refining"):
                 with resumable(resume):
                     yield progress
             else:
