@@ -76,6 +76,7 @@ def calibrate(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
 ) -> Statistics: ...
 def compress(
     model: nn.Module,
@@ -122,6 +123,7 @@ def compress(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     lr: float = 0.0001,

@@ -160,7 +160,7 @@ def compressed(
         with watch("timing", None, "shapes") as advance:
             times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
-        beside = stats if measure is None and small is model else None  # a narrowed model's are of no file
+        beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
         chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
     if stages.timed and stages.budget is not None and not plan_only:
         same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}

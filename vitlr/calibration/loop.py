@@ -22,6 +22,7 @@ from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_l
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
+from vitlr.calibration.wants import Wants
 from vitlr.data.batches import (
     call,
     count_images,
@@ -146,14 +147,10 @@ def calibrate(
                 run = stats or fresh
                 heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
-                own = set(extras) - {HIDDEN, VALUES}
-                pruned = {"input_moment", HIDDEN}
-                collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
-                if ROUNDING in extras:  # on the input side `moment` is that of the inputs
-                    for name in targets:
-                        collect[name] |= {"input_moment"} if run.layers[name].side == "output" else set()
+                wants = Wants(run.layers, queries, objectives, extras, frozenset(widths))
+                wants.check_fits(wanted.most)
                 taps += [
-                    Tap(run.layers[name], targets[name], collect[name], found.leading[name], queries.get(name))
+                    Tap(run.layers[name], targets[name], wants.of(name), found.leading[name], queries.get(name))
                     for name in targets
                 ]
                 if ROUNDING in extras and by_gradient:

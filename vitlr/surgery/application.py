@@ -123,7 +123,7 @@ def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, Factors
                 A, B, b = spectra.layers[first].factors(linear.weight, plan.ranks[first], linear.bias)  # type: ignore[arg-type]
                 factors[first] = A[rows], B, None if b is None else b[rows]
         if spectrum.second in plan.ranks:
-            second = spectrum.second_spectrum(width)
+            second = spectrum.second_spectrum(width, weight)
             factors[spectrum.second] = second.factors(weight, plan.ranks[spectrum.second], bias)
         if isinstance(spectrum, ValueSpectrum):
             narrow_attention(model, spectrum.attention, keep, weight=weight, bias=bias)

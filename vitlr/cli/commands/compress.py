@@ -123,6 +123,7 @@ def compress(
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
+    from vitlr.decomposition.spectra_file import place
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
@@ -135,7 +136,9 @@ def compress(
         missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
         raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
-    check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
+    outputs = {"--out": out, "--stats": stats, "--plan-out": plan_out}
+    outputs |= {} if stats is None else {"the spectra of --stats": place(stats)}
+    check_destinations(outputs, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
