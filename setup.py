@@ -26,7 +26,8 @@ CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "rounding", "chain", "int8_chain", "attention")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "rounding", "chain", "int8_chain")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("attention", "int8_attention")),
 ]
 # The same source, compiled once for each instruction set and chosen at run time.
 GRAM, CHAIN, ATTENTION, INT8 = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention", "int8_chain"))

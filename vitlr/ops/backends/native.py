@@ -126,12 +126,23 @@ def int8_pack(W: torch.Tensor, isa: str) -> torch.Tensor:
     return out
 
 
-def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor | None, isa: str) -> torch.Tensor:
+NO_NORM = (0, 0, 0.0)
+
+
+def int8_chain(
+    x: torch.Tensor,
+    layers: list[tuple],
+    N: int,
+    residual: torch.Tensor | None,
+    isa: str,
+    norm: tuple[int, int, float] = NO_NORM,
+) -> torch.Tensor:
     """x [M, K] through layers of integers, the last N wide, + residual [M, N] -> [M, N].
 
     A layer is (pointer of packed codes, of scales, N, K, of a bias, index of an activation, pointers of multipliers and
     shifts, of the channels that its last columns read again or 0, how many). x in any strides, residual with rows in
-    one piece. Raises InputError for channels that are not there.
+    one piece. norm: pointers of gamma and beta in the dtype of x, eps. Raises InputError for channels that are not
+    there.
     """
     assert _C is not None, why_not()
     M, K = x.shape
@@ -139,7 +150,33 @@ def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Ten
     more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
     bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     try:
-        _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+        _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, norm, threads, isa)
+    except ValueError as cause:
+        raise InputError(str(cause)) from cause
+    return y
+
+
+def int8_attention(
+    x: torch.Tensor,
+    heads: int,
+    width: int,
+    layers: tuple[list[tuple], ...],
+    N: int,
+    residual: torch.Tensor | None,
+    isa: str,
+    norm: tuple[int, int, float] = NO_NORM,
+) -> torch.Tensor:
+    """x [B, L, K] contiguous through qkv, attention of so many heads and proj, + residual [B L, N] -> [B, L, N].
+
+    Layers of both, norm and residual are as those of `int8_chain`.
+    """
+    assert _C is not None, why_not()
+    y = x.new_empty((*x.shape[:2], N))
+    more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    try:
+        sizes = (*x.shape, heads, width)
+        _C.int8_attention(bf16, x.data_ptr(), sizes, y.data_ptr(), *more, *layers, norm, threads, isa)
     except ValueError as cause:
         raise InputError(str(cause)) from cause
     return y

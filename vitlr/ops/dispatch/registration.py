@@ -39,19 +39,21 @@ def define(
 
 def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of an op, after what all ops ask of their tensors."""
-    op: Any = None
+    arguments: list[tuple[str, bool]] = []  # name, and whether it must be a tensor: the schema takes µs to say so
 
     @functools.wraps(function)
     def checked(*args: Any) -> Any:
-        nonlocal op
-        op = op or getattr(torch.ops.vitlr, name).default._schema.arguments
-        for said, value in zip(op, args, strict=True):
-            if value is None and str(said.type) == "Tensor":
-                raise InputError(f"{name}: {said.name} is None, expected a tensor")
+        if not arguments:
+            schema = getattr(torch.ops.vitlr, name).default._schema
+            arguments.extend((said.name, str(said.type) == "Tensor") for said in schema.arguments)
+        for (said, must), value in zip(arguments, args, strict=True):
+            if value is None and must:
+                raise InputError(f"{name}: {said} is None, expected a tensor")
             if isinstance(value, Tensor) and value.layout != torch.strided:
-                raise InputError(f"{name}: {said.name} has layout {value.layout}, expected a dense tensor")
+                raise InputError(f"{name}: {said} has layout {value.layout}, expected a dense tensor")
         if args[0].dtype not in DTYPES:
-            raise InputError(f"{name}: {op[0].name} is {args[0].dtype}, expected one of {', '.join(map(str, DTYPES))}")
+            first = arguments[0][0]
+            raise InputError(f"{name}: {first} is {args[0].dtype}, expected one of {', '.join(map(str, DTYPES))}")
         return function(*args)
 
     return checked
