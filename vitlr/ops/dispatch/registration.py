@@ -59,6 +59,28 @@ def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def short_way(op: torch._ops.OpOverload, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls of `op` that leave out torch's dispatcher where it would do nothing but pass them on to `run`.
+
+    It takes 30 to 60 µs for lists of tensors, as long as the products of a hundred rows of bytes.
+    """
+    checked = _checked(op._schema.name.partition("::")[2], run)
+
+    def call(x: Tensor, *rest: Any) -> Any:
+        return checked(x, *rest) if _unwatched(x) else op(x, *rest)
+
+    return call
+
+
+def _unwatched(x: Tensor) -> bool:
+    """Whether x is a plain tensor on the CPU, and no gradient, graph, mode or profiler asks for the call."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    graphs = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return not (modes or graphs or torch.autograd._profiler_enabled())
+
+
 def register_layer_op(
     schema: str,
     reference: Callable[..., Tensor],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import define
+from vitlr.ops.dispatch.registration import define, short_way
 from vitlr.ops.layers import attention, int8_chain
 from vitlr.ops.layers.factors import Maybe, check_added
 from vitlr.ops.layers.int8_chain import Norm, Step
@@ -59,7 +59,7 @@ def int8_attention(
     """
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
     sides = ([part for step in side for part in step] for side in (qkv, proj))
-    return torch.ops.vitlr.int8_attention.default(x, gamma_beta, *sides, residual, heads, eps)
+    return _call(x, gamma_beta, *sides, residual, heads, eps)
 
 
 class Key(NamedTuple):
@@ -138,12 +138,15 @@ def _refuse(ctx: Any, g: Tensor) -> None:
     raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
 
 
-define(
-    "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, float eps) "
-    "-> Tensor",
-    fake=_fake,
-    run=_run,
-    flops=_flops,
+_call = short_way(
+    define(
+        "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, float eps) "
+        "-> Tensor",
+        fake=_fake,
+        run=_run,
+        flops=_flops,
+    ),
+    _run,
 )
 torch.library.register_autograd(f"vitlr::{OP}", _refuse)
 registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

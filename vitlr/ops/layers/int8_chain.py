@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import define
+from vitlr.ops.dispatch.registration import define, short_way
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
 from vitlr.ops.layers.factors import Maybe, check_added
 
@@ -87,7 +87,7 @@ def int8_chain(
     """
     columns = [list(column) for column in zip(*steps, strict=True)]
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
-    return torch.ops.vitlr.int8_chain.default(x, *columns, residual, list(acts), gamma_beta, eps)
+    return _call(x, *columns, residual, list(acts), gamma_beta, eps)
 
 
 class Key(NamedTuple):
@@ -188,12 +188,15 @@ def _refuse(ctx: Any, g: Tensor) -> None:
     raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
 
 
-define(
-    "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
-    "Tensor?[] wides, Tensor? residual, str[] acts, Tensor[] norm, float eps) -> Tensor",
-    fake=_fake,
-    run=_run,
-    flops=_flops,
+_call = short_way(
+    define(
+        "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
+        "Tensor?[] wides, Tensor? residual, str[] acts, Tensor[] norm, float eps) -> Tensor",
+        fake=_fake,
+        run=_run,
+        flops=_flops,
+    ),
+    _run,
 )
 torch.library.register_autograd(f"vitlr::{OP}", _refuse)
 registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))
