@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -83,6 +84,7 @@ class BuildNative(build_ext):
         ext.extra_compile_args = [*COMMON, *openmp]
         ext.extra_link_args = [*openmp]
         ext.define_macros = [(f"VITLR_WITH_{isa.upper()}", "1") for isa in isas]
+        ext.define_macros.append(("VITLR_BINDINGS", f"{zlib.crc32(Path(SOURCES[0]).read_bytes())}u"))
         for isa in isas:
             flags, sources = ISAS[isa]
             ext.extra_objects += self.compiler.compile(

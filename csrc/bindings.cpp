@@ -215,6 +215,9 @@ py::dict build_info() {
   info["compiler"] = "GCC " __VERSION__;
 #endif
   info["isa_compiled"] = py::tuple(isas);
+#ifdef VITLR_BINDINGS
+  info["bindings"] = VITLR_BINDINGS;  // a checksum of this file
+#endif
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

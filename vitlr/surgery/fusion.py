@@ -25,6 +25,7 @@ from vitlr.nn import (
 from vitlr.nn._fused import Fused, StandIn
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap, uncompiled
+from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
@@ -62,6 +63,7 @@ def fuse(
     fold: bool = True,
     bits: int | None = None,
     stats: Statistics | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
 
@@ -72,6 +74,7 @@ def fuse(
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`.
+    `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
     if bits not in (None, 8):
@@ -82,7 +85,7 @@ def fuse(
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
-        multiply_bytes(model, stats)
+        multiply_bytes(model, stats, progress)
     _gather(model)
     if fold:
         folding.fold(model)

@@ -6,7 +6,9 @@ They take raw pointers, so everything about a tensor is checked by the callers i
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,10 +22,23 @@ from vitlr.errors import InputError
 _FAILURE = Path(__file__).parents[2] / "_build_failure.txt"  # written by setup.py
 _CUDA_FAILURE = _FAILURE.with_name("_cuda_build_failure.txt")
 
+_BINDINGS = Path(__file__).parents[3] / "csrc" / "bindings.cpp"  # there in a source tree only
+
+
+def _outdated(extension: Any) -> str | None:
+    """Why an extension does not belong to the sources that it lies in, as after a pull; None where it does."""
+    if not _BINDINGS.is_file() or extension.build_info().get("bindings") == zlib.crc32(_BINDINGS.read_bytes()):
+        return None
+    return "vitlr._C is older than its sources: build it again, pip install -e . --no-build-isolation"
+
+
 _C: Any = None
 _import_error: ImportError | None = None
 try:
     _C = importlib.import_module("vitlr._C")
+    if (_why := _outdated(_C)) is not None:
+        logging.getLogger("vitlr").warning("%s; until then plain torch runs", _why)
+        _C, _import_error = None, ImportError(_why)
 except ImportError as cause:
     _import_error = cause
 
@@ -41,7 +56,8 @@ def why_not() -> str | None:
         return f"vitlr._C was not built: {_FAILURE.read_text().strip()}"
     if isinstance(_import_error, ModuleNotFoundError):
         return "vitlr._C was not built (VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree without an install)"
-    return f"vitlr._C was built but does not load: {_import_error}"
+    told = str(_import_error)
+    return told if told.startswith("vitlr._C is older") else f"vitlr._C was built but does not load: {told}"
 
 
 def build_info() -> dict[str, Any]:

@@ -140,8 +140,8 @@ def _refuse(ctx: Any, g: Tensor) -> None:
 
 _call = short_way(
     define(
-        "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, float eps) "
-        "-> Tensor",
+        "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, "
+        "float eps) -> Tensor",
         fake=_fake,
         run=_run,
         flops=_flops,
