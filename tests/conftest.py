@@ -9,6 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores, also with the commands that they start: pools of threads that spin slow everyone down.
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
 import torch
 
 if not torch.cuda.is_available():

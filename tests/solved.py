@@ -6,6 +6,6 @@ from vitlr.decomposition.options import Decomposition
 from vitlr.decomposition.solving import solve
 
 
-def solved(model, stats, kind, objective=None, **options):
+def solved(model, stats, kind, objective=None, step=0, **options):
     options = Decomposition(objective=objective, **options)
-    return solve(read(model), stats, Objective.of(stats, options), [kind], options).widths
+    return solve(read(model), stats, Objective.of(stats, options), [kind], options, step=step).widths

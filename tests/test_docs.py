@@ -6,9 +6,7 @@ import contextlib
 import importlib.util
 import io
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,23 +108,3 @@ def test_the_two_commands_of_the_readme():
     shown = [code for language, code, _ in snippets(ROOT / "README.md") if language == "bash"]
     assert any(code.startswith('pip install ".[demo]" && vitlr demo\n') for code in shown)
     assert 'pip install -e ".[test]" && pytest\n' in shown
-
-
-def test_example_own_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(ROOT / "examples" / "own_model.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert "the same logits after loading: True" in shown and re.search(r"blocks\.2\.3: \d+ -> \d+ -> 96", shown)
-    assert "tokens" not in shown
-
-
-def test_example_many_budgets(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace)
-    budgets = ["params:80%", "params:50%"]
-    given = ["vit_tiny_patch16_224", "train", "--checkpoint", "vit_tiny.safetensors", "--budgets", *budgets]
-    monkeypatch.setattr(sys, "argv", ["many_budgets.py", *given])
-    runpy.run_path(str(ROOT / "examples" / "many_budgets.py"), run_name="__main__")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    assert [row[0] for row in rows] == budgets
-    kept, errors = ([float(row[i].replace(",", "")) for row in rows] for i in (1, 3))
-    assert kept[1] < kept[0] and errors[1] > errors[0] > 0

@@ -36,6 +36,7 @@ _HOMES = {
     "pruning.hybrids": ("hybrid",),
     "refinement.ladder": ("refine",),
     "reporting.frontier": ("Frontier", "frontier"),
+    "reporting.hub": ("from_pretrained", "push_to_hub", "save_pretrained"),
     "reporting.report": ("report",),
     "surgery.application": ("apply",),
     "surgery.fusion": ("fuse", "to_dense", "unfuse"),

@@ -36,6 +36,9 @@ from vitlr.pruning.options import Blending, Gating
 from vitlr.refinement.recipe import Recipe
 from vitlr.reporting.frontier import Frontier as Frontier
 from vitlr.reporting.frontier import frontier as frontier
+from vitlr.reporting.hub import from_pretrained as from_pretrained
+from vitlr.reporting.hub import push_to_hub as push_to_hub
+from vitlr.reporting.hub import save_pretrained as save_pretrained
 from vitlr.reporting.report import report as report
 from vitlr.runtime.progress import Progress
 from vitlr.surgery.application import apply as apply
@@ -168,6 +171,7 @@ def plan(
     options: Planning | None = None,
     spectra: Spectra | None = None,
     times: Times | None = None,
+    beside: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     objective: str | None = None,
     centred: bool | None = None,

@@ -98,9 +98,10 @@ def compressed(
     """Calibrate, plan, apply and, with `rungs`, refine; takes the options of all four, as values or as keywords.
 
     `stats` names a file of statistics: used if it is there and fits, written otherwise, gone on from where it was cut
-    short (`calibrate(resume=)`); `resume` a folder of snapshots of the refinement. More `rounds` ("widths" and "joint")
-    narrow MLPs part of the way, calibrate what is left and go on, each at the price of a calibration. `rungs` are those
-    of `refine`: "none", "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
+    short (`calibrate(resume=)`), with the spectra solved from it beside it (`plan(beside=)`); `resume` a folder of
+    snapshots of the refinement. More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is
+    left and go on, each at the price of a calibration. `rungs` are those of `refine`: "none", "refit", "regrow" or
+    "distil". A `seed` goes to calibration and refinement.
 
     `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
     `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.
@@ -160,7 +161,8 @@ def compressed(
         with watch("timing", None, "shapes") as advance:
             times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
-        chosen = plan(small, measured, left, options=options, times=times, progress=advance)
+        beside = stats if measure is None and small is model else None  # a narrowed model's are of no file
+        chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
     if stages.timed and stages.budget is not None and not plan_only:
         same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
         chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))

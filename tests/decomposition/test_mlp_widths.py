@@ -9,6 +9,8 @@ from solved import solved
 
 import vitlr
 from vitlr.calibration.statistics import BY_IMAGE_HIDDEN, Statistics
+from vitlr.decomposition.options import Decomposition
+from vitlr.decomposition.ranked_widths import spread
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.losses import image_seeds, sampled_losses
 from vitlr.pruning import find_mlps, narrow_mlp
@@ -115,6 +117,26 @@ def test_the_second_linear_is_factorised_as_it_is_at_a_width(double):
         delta = z @ V.mT - z @ B.mT @ A.mT
         measured = float(((delta @ spectrum.metric) * delta).sum()) / stats.images
         assert float(second.errors()[rank]) == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["fisher", "loss", "output"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_ranks_solved_along_with_widths_are_those_solved_at_each(double, objective, has_bias):
+    model, batches = double
+    if not has_bias:
+        model.blocks[0].mlp.fc2.bias = None
+    stats = vitlr.calibrate(model, batches, objective=objective, hidden=True)
+    ahead = solved(model, stats, "mlp", step=16)["blocks.0.mlp"]
+    alone = solved(model, stats, "mlp")["blocks.0.mlp"]
+    widths = spread(ahead.choices(16))[:-1]
+    assert widths == [16, 32, 48, 64, 80, 96, 112] and not alone._second
+    assert (
+        ahead.fits(Decomposition(), 16) and not ahead.fits(Decomposition(), 8) and not alone.fits(Decomposition(), 16)
+    )
+    for width in widths:
+        expected = alone.second_spectrum(width).errors()
+        found = ahead._second[width]
+        assert torch.allclose(found, expected, rtol=1e-7, atol=1e-9 * float(expected[0]))
 
 
 def test_without_compensation_weights_stay(double):

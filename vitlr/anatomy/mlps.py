@@ -82,6 +82,10 @@ class Mlp:
         """Remember the width before anything was removed."""
         setattr(self._owner, _MARK, full_width)
 
+    def unmark(self) -> None:
+        """Forget it: nothing is missing."""
+        vars(self._owner).pop(_MARK, None)
+
 
 def find_mlps(model: nn.Module) -> dict[str, Mlp]:
     """The MLPs whose hidden neurons can be removed, by name, in module order; `refused_mlps` says what is left out."""

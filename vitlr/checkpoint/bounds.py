@@ -19,6 +19,7 @@ _CALLS = 1_500_000
 _RESULT = 32 * 2**20  # bytes
 _RESULTS = 320_000_000  # entries
 _TABLES = 64 * 2**20  # bytes
+_DEPTHS = frozenset({"depth", "depths", "num_hidden_layers", "num_layers"})
 _FREE = frozenset(
     {"__get__", "view", "reshape", "detach", "transpose", "unsqueeze", "expand", "flatten", "permute", "__getitem__"}
 )  # views, and memory that nobody touches
@@ -40,11 +41,14 @@ class Held:
 
     def check_depth(self, args: Mapping[str, Any]) -> None:
         """Raise `InputError` for a depth beyond the number of tensors: every block holds some that are not empty."""
-        for key in ("depth", "depths"):
-            value = args.get(key, 0)
-            values = value if isinstance(value, tuple) else (value,)
+        for key in _DEPTHS & args.keys():
+            value = args[key]
+            values = value if isinstance(value, (tuple, list)) else (value,)
             if not all(type(v) is int for v in values) or sum(values) > self.tensors:
                 raise InputError(f"the model argument {key}={value!r} does not fit a file of {self.tensors} tensors")
+        for inner in args.values():
+            if isinstance(inner, Mapping):
+                self.check_depth(inner)
 
     def check_tables(self, taken: int) -> None:
         """Raise `InputError` for more bytes of tables than a model of this size computes."""

@@ -40,6 +40,7 @@ HEADER: dict[str, Any] = {
     "visible": [NAME],
     "tied": {"*": NAME},
     "buffers": {"*": among(*DTYPES)},
+    "base?": text(160) | NONE,
     "dtype?": among("None", *DTYPES),
     "data": {"*": PLAIN},
     "versions?": {"*": NAME},

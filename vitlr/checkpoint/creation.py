@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy.linears import classifier_names
+from vitlr.checkpoint import folders, libraries
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
 _logger = logging.getLogger(__name__)
-_ELSEWHERE = ("hf-hub:", "local-dir:")  # timm's words for a repository and a folder with a config beside the weights
 _NOT_ARCHITECTURE = {"cache_dir", "device", "dtype"}  # where and in what, not which model
 _WRAPPERS = ("state_dict_ema", "model_ema", "model_state_dict", "state_dict", "model")  # of training scripts
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "base_model.", "student.")
@@ -37,16 +37,21 @@ def create_model(
 ) -> nn.Module:
     """Make the timm model `name` in eval mode, with weights from `checkpoint` where one is given.
 
-    `name` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, which bring their weights. `args` go to
-    `timm.create_model` (num_classes, img_size, depth, ...); name and args are kept in
-    `model.vitlr_origin`. A checkpoint is a safetensors file or one that `torch.load(weights_only=True)` reads: no
-    pickled code ever runs. Raises `InputError` for an unknown name (with close matches), arguments the model does not
-    take, and a file that does not fit (naming what is missing, unexpected or of another shape).
+    `name` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, which bring their weights, from the Hub safetensors
+    only. `args` go to `timm.create_model` (num_classes, img_size, depth, ...); name and args are kept in
+    `model.vitlr_origin`, the repository that pretrained weights are of in `model.vitlr_base`. A checkpoint is a
+    safetensors file or one that `torch.load(weights_only=True)` reads: no pickled code ever runs. Raises `InputError`
+    for an unknown name (with close matches), a folder that is not there, arguments the model does not take, and a file
+    that does not fit (naming what is missing, unexpected or of another shape).
     """
     import timm
 
-    elsewhere = name.startswith(_ELSEWHERE)
-    if not elsewhere:
+    elsewhere, called = folders.is_folder_name(name), name
+    if elsewhere:
+        bare = checkpoint is not None or name.startswith(folders.LOCAL)  # whose weights may be of any plain kind
+        files = (folders.CONFIG,) if bare else (folders.CONFIG, folders.WEIGHTS)
+        name = f"{folders.LOCAL}{folders.folder(name, *files)}"
+    else:
         _check_name(name)
     if "checkpoint_path" in args:
         raise InputError("checkpoint_path= is timm's name for it; pass checkpoint= instead")
@@ -54,34 +59,57 @@ def create_model(
     try:
         model = timm.create_model(name, pretrained=pretrained or (elsewhere and checkpoint is None), **args)
     except Exception as cause:  # timm's constructors and downloads raise whatever they like
-        what = "download the weights of" if pretrained or elsewhere else "make"
+        what = "download the weights of" if pretrained and not elsewhere else "make"
         hint = "; use checkpoint= to read weights from a file" if pretrained else ""
+        if elsewhere and folders.is_ours(called):
+            hint = "; it was written by vitlr: open it with vitlr.load"
         given = f" with {', '.join(f'{k}={v!r}' for k, v in args.items())}" if args else ""
-        raise InputError(f"could not {what} {name}{given}: {one_line(cause)}{hint}") from cause
+        raise InputError(f"could not {what} {called}{given}: {one_line(cause)}{hint}") from cause
     if checkpoint is not None:
         load_weights(model, checkpoint, name=name, new_head=new_head)
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
     if elsewhere:  # a file names timm's architecture, with what its config says on top
-        name, told = _config_elsewhere(name)
+        name, told = _config_in(name.removeprefix(folders.LOCAL))
         kept = {"num_classes": model.num_classes, **told, **kept}
+    if checkpoint is None:
+        model.vitlr_base = _repository(model, called, pretrained)  # type: ignore[assignment]
     model.vitlr_origin = {"library": "timm", "name": name, "args": kept}  # type: ignore[assignment]
     return model.eval()
 
 
-def _config_elsewhere(name: str) -> tuple[str, dict[str, Any]]:
-    """The architecture that a folder or repository is of, and its arguments there."""
+def _config_in(folder: str) -> tuple[str, dict[str, Any]]:
+    """The architecture that a folder is of, and its arguments there."""
     from timm.models import _hub
 
-    kind, _, place = name.partition(":")
-    read = _hub.load_model_config_from_hf if kind == "hf-hub" else _hub.load_model_config_from_path
-    _, architecture, args = read(place)
+    _, architecture, args = _hub.load_model_config_from_path(folder)
     return architecture, dict(args or {})
 
 
+def _repository(model: nn.Module, name: str, pretrained: bool) -> str | None:
+    """The repository on the Hub that the weights are of; None where they are of none, or nobody knows."""
+    if folders.is_folder_name(name):
+        return name.removeprefix(folders.HUB).partition("@")[0] if name.startswith(folders.HUB) else None
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    found, tag = config.get("hf_hub_id"), config.get("tag")
+    if not pretrained or not isinstance(found, str):
+        return None
+    return found + config["architecture"] + (f".{tag}" if tag else "") if found.endswith("/") else found
+
+
 def origin(model: nn.Module) -> dict[str, Any] | None:
-    """What `create_model` was called with, as {library, name, args}; None for a model made elsewhere."""
+    """What made the model, as {library, name, args}: `create_model`, or the file it came from; None for others."""
     found = getattr(model, "vitlr_origin", None)
     return found if isinstance(found, dict) else None
+
+
+def remade(model: nn.Module) -> nn.Module | None:
+    """The dense model that it came from, with random weights; None where that is not known."""
+    found = origin(model)
+    if found is None:
+        return None
+    if found["library"] != "timm":
+        return libraries.build(libraries.check(found)).eval()
+    return create_model(found["name"], **found["args"])
 
 
 def load_weights(
@@ -149,7 +177,10 @@ def _check_name(name: str) -> None:
     import timm
 
     if "/" in name or "\\" in name or ":" in name:
-        raise InputError(f"unknown model {name!r}: expected a timm name such as vit_tiny_patch16_224; pass files apart")
+        raise InputError(
+            f"unknown model {name!r}: expected a timm name such as vit_tiny_patch16_224, hf-hub:OWNER/NAME or "
+            "local-dir:FOLDER; pass files apart"
+        )
     if timm.is_model(name):
         return
     base = name.split(".", 1)[0]

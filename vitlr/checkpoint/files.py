@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy import timm
-from vitlr.checkpoint import contents, likeness
+from vitlr.checkpoint import contents, folders, likeness
 from vitlr.checkpoint.bounds import Held
 from vitlr.checkpoint.contents import casts
 from vitlr.checkpoint.origins import build, check_origin, describe, differences, find_origin, hidden_buffers, unfilled
@@ -49,8 +49,9 @@ def save(
 
     `model_args`: what timm's `create_model` was called with besides the name; known for models made by
     `vitlr.create_model`, guessed otherwise (classes, channels, image size, pooling). The model is rebuilt from
-    them and compared before anything is written. False stores no origin: such a file, and one of a model that timm does
-    not know, is read with `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
+    them and compared before anything is written; models of transformers and torchvision say it themselves. False
+    stores no origin: such a file, and one of a model that none of these libraries rebuilds, is read with
+    `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
@@ -72,14 +73,21 @@ def save(
         "versions": _versions(),
         "answer": likeness.answer(model, likeness.image_of(model)),
     }
-    if header["origin"] is None:
-        header["blueprint"] = likeness.blueprint(model)
+    if getattr(model, "vitlr_base", None) is not None:
+        header["base"] = model.vitlr_base
     contents.check_dtypes(model, tensors)
     schema = SCHEMA if is_rounded(model) else 1
     if schema > 1:
         tensors = {name + form: part for name, t in tensors.items() for form, part in compact.stored(t).items()}
-    if header["origin"] is not None:
-        _verify(model, header, _held(tensors))
+    if header["origin"] is not None and (problem := _not_rebuilt(model, header, _held(tensors))) is not None:
+        if header["origin"]["library"] == "timm":
+            raise InputError(
+                f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
+                "arguments it was created with, or model_args=False to load it with load(path, model=...)"
+            )
+        header["origin"] = None
+    if header["origin"] is None:
+        header["blueprint"] = likeness.blueprint(model)
     try:
         header = json.loads(json.dumps(header))
     except (TypeError, ValueError, RecursionError) as cause:
@@ -94,12 +102,13 @@ def load(
 ) -> nn.Module:
     """Rebuild the model that `save` wrote, in eval mode on `device`; `model.vitlr_info` says what the file says of it.
 
+    `path` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, as `save_pretrained` and `push_to_hub` wrote them.
     `model`: a dense model of the same architecture, where the file names no origin; it is copied, not changed.
     Shapes are compared before memory is taken, a digest over header and tensors after reading; then what the modules
     are and hold, and the answer to an image of noise, with those that were saved.
     Raises `InputError` for a file that is missing, cut short, foreign, of a newer schema, damaged, or of another model.
     """
-    path, device = Path(path), _there(device)
+    path, device = folders.path_of(path), _there(device)
     header = load_header(path, kind="model", schema=SCHEMA)
     try:
         return _load(path, header, model).to(device)
@@ -143,6 +152,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
         rebuilt.vitlr_origin = origin
         if isinstance(getattr(rebuilt, "pretrained_cfg", None), dict):
             rebuilt.pretrained_cfg.update({k: _tuples(v) for k, v in header["data"].items()})  # type: ignore[operator,union-attr]
+    rebuilt.vitlr_base = header.get("base")  # type: ignore[assignment]
     keys = ("plan", "recipe", "metrics", "data", "dtype", "versions")
     info = {key: header.get(key) for key in keys}
     rebuilt.vitlr_info = {**info, "image": (header.get("answer") or {}).get("image")}  # type: ignore[assignment]
@@ -186,20 +196,16 @@ def _held(tensors: Mapping[str, Tensor]) -> Held:
     return Held.of({name: tuple(t.shape) for name, t in tensors.items()}, sum(t.nbytes for t in tensors.values()))
 
 
-def _verify(model: nn.Module, header: dict[str, Any], held: Held) -> None:
-    """Rebuild as `load` will and refuse what differs."""
+def _not_rebuilt(model: nn.Module, header: dict[str, Any], held: Held) -> str | None:
+    """Rebuild as `load` will, and say what differs; None where nothing does."""
     try:
         held.check_depth(header["origin"]["args"])
         twin = _reshape(build(header["origin"], "cpu", held), header)
         problem = differences(model, twin)
         held.check_tables(sum(buffer.nbytes for _, _, _, buffer in hidden_buffers(twin)))
     except InputError as cause:
-        problem = str(cause)
-    if problem is not None:
-        raise InputError(
-            f"{describe(header['origin'])} does not rebuild this model ({problem}); pass model_args= with the "
-            "arguments it was created with, or model_args=False to load it with load(path, model=...)"
-        )
+        return str(cause)
+    return problem
 
 
 def _reshape(model: nn.Module, header: Mapping[str, Any]) -> nn.Module:

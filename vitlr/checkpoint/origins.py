@@ -1,4 +1,4 @@
-"""A timm model from its name and plain arguments: found out, built without weights, compared with the one at hand."""
+"""A model from its name and plain arguments: found out, built without weights, compared with the one at hand."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitlr.checkpoint import libraries
 from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line
 
 Origin = dict[str, Any]
-"""{"library": "timm", "name": str, "args": {str: plain value}}"""
+"""{"library": "timm" or one of `libraries`, "name": str, "args": {str: plain value}}"""
 
 # fmt: off
 ARGUMENTS = frozenset({
@@ -37,8 +38,9 @@ ARGUMENTS = frozenset({
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
-# How, not what, a module computes; and the number of classes, which the shape of the head tells.
-_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn", "num_classes"})
+_SAID = 8  # arguments that messages show
+# How, not what, a module computes; the number of classes, which the shape of the head tells; the guard of `alien`.
+_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn", "num_classes", "save_pretrained"})
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -60,14 +62,18 @@ class _Unfilled(TorchFunctionMode):
 
 
 def check_origin(origin: Any) -> Origin:
-    """Return `origin` with lists as tuples if it names a known timm model and whitelisted plain arguments only.
+    """Return `origin` with lists as tuples if it names a known model and whitelisted plain arguments only.
 
     Raises `InputError` for anything else: what comes from a file is never built, looked up or downloaded unchecked.
     """
     import timm
 
-    if not isinstance(origin, dict) or set(origin) != {"library", "name", "args"} or origin["library"] != "timm":
-        raise InputError("the origin is not a timm model's name and arguments")
+    if not isinstance(origin, dict) or set(origin) != {"library", "name", "args"}:
+        raise InputError("the origin is not a model's library, name and arguments")
+    if isinstance(origin["library"], str) and origin["library"] in libraries.LIBRARIES:
+        return libraries.check(origin)
+    if origin["library"] != "timm":
+        raise InputError(f"the origin is of {str(origin['library'])[:80]!r}, no library that models are rebuilt by")
     name, args = origin["name"], origin["args"]
     if not isinstance(name, str) or not _NAME.fullmatch(name) or not timm.is_model(name):
         raise InputError(f"{str(name)[:80]!r} is not a model that timm {timm.__version__} knows")
@@ -77,13 +83,16 @@ def check_origin(origin: Any) -> Origin:
 
 
 def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -> Origin | None:
-    """Return where `model` came from, or None for a model that no registry knows.
+    """Return where `model` came from, or None for a model that no library knows.
 
-    In this order: `model.vitlr_origin` (with `model_args` in place of its arguments where given); timm's own
-    `pretrained_cfg`, with the arguments that can be read off the model. Unlisted arguments are left out: whether the
-    rest suffices is for `differences` to say. Raises `InputError` where `model_args` are not plain, whitelisted values.
+    By the configuration of transformers, by the names of torchvision; else, in this order: `model.vitlr_origin` (with
+    `model_args` in place of its arguments where given); timm's own `pretrained_cfg`, with the arguments that can be
+    read off the model. Unlisted arguments are left out: whether the rest suffices is for `differences` to say.
+    Raises `InputError` where `model_args` are not plain, whitelisted values.
     """
     origin = getattr(model, "vitlr_origin", None)
+    if model_args is None and (found := libraries.find(model)) is not None:
+        return check_origin(found)
     named = isinstance(origin, dict) and _NAME.fullmatch(str(origin.get("name"))) is not None
     name = str(origin["name"]) if named and origin is not None else _registered_name(model)
     if name is None:
@@ -100,10 +109,10 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
 
 
 def why_not_rebuilt(model: nn.Module) -> str | None:
-    """Why a file of this dense model would not rebuild it, in one line; None where it would, or names no origin."""
+    """Why a file of this timm model would not rebuild it, in one line; None where it would, or names no origin."""
     try:
         origin = find_origin(model)
-        problem = None if origin is None else differences(model, build(origin, "cpu"))
+        problem = None if origin is None or origin["library"] != "timm" else differences(model, build(origin, "cpu"))
     except InputError as cause:
         return str(cause)
     return None if problem is None or origin is None else f"{describe(origin)} does not rebuild it ({problem})"
@@ -120,7 +129,11 @@ def build(origin: Origin, device: str, held: Held | None = None) -> nn.Module:
     try:
         bounded = nullcontext() if held is None else Bounded(held)
         with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled(), bounded:
+            if origin["library"] != "timm":
+                return libraries.build(origin)
             return timm.create_model(origin["name"], pretrained=False, **origin["args"])
+    except InputError:
+        raise
     except Exception as cause:  # an architecture may raise anything on arguments it was not made for
         raise InputError(f"timm cannot build {describe(origin)}: {one_line(cause)}") from cause
 
@@ -131,8 +144,9 @@ def unfilled() -> TorchFunctionMode:
 
 
 def describe(origin: Origin) -> str:
-    """Return the origin as a call: `vit_tiny_patch16_224(num_classes=10)`."""
-    return f"{origin['name']}({', '.join(f'{key}={value!r}' for key, value in origin['args'].items())})"
+    """Return the origin as a call: `vit_tiny_patch16_224(num_classes=10)`; of many arguments the first."""
+    said = [f"{key}={value!r:.40}" for key, value in origin["args"].items()]
+    return f"{origin['name']}({', '.join([*said[:_SAID], *['...'] * (len(said) > _SAID)])})"
 
 
 def differences(model: nn.Module, twin: nn.Module) -> str | None:

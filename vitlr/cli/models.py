@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vitlr.checkpoint import files as checkpoint_file
+from vitlr.checkpoint import folders
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.errors import InputError
 
@@ -29,7 +30,9 @@ class Source:
 
 
 def names_a_file(name: str) -> bool:
-    """Whether `name` is meant as a file rather than as a timm name."""
+    """Whether `name` is meant as a file that rebuilds itself, alone or in a folder, rather than as a timm name."""
+    if folders.is_folder_name(name):
+        return folders.is_ours(name)
     return Path(name).is_file() or Path(name).suffix in _WEIGHT_FILES
 
 

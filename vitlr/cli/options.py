@@ -14,18 +14,22 @@ from vitlr.errors import InputError
 
 DATA, OUTPUT, MODEL, MACHINE = "Data", "Output", "Model", "Machine"  # sections of the help
 _OWN_FLAGS = {"name": "MODEL", "checkpoint": "--checkpoint", "checkpoint_path": "--checkpoint", "pretrained": "MODEL"}
+_ELSEWHERE = "; hf-hub:OWNER/NAME and local-dir:FOLDER name either, elsewhere."
 
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A timm model name, or a file that vitlr wrote.", show_default=False, rich_help_panel=DATA
+        metavar="MODEL",
+        help=f"A timm model name, or a file that vitlr wrote{_ELSEWHERE}",
+        show_default=False,
+        rich_help_panel=DATA,
     ),
 ]
 FileOrModel = Annotated[
     str,
     typer.Argument(
         metavar="F_OR_MODEL",
-        help="A file that vitlr wrote, or a timm model name.",
+        help=f"A file that vitlr wrote, or a timm model name{_ELSEWHERE}",
         show_default=False,
         rich_help_panel=DATA,
     ),

@@ -38,8 +38,7 @@ class HiddenMoments:
         """Σ `[D, D]`: M about the mean where a bias can carry it, with its ridge."""
         self._check_varies()
         covariance = self.M(centred=self.with_bias)
-        level = covariance.diagonal().mean().clamp_min(_TINY)
-        covariance.diagonal().add_(self.ridge * level)
+        covariance.diagonal().add_(self.ridge * covariance.diagonal().mean().clamp_min(_TINY))
         return covariance
 
     def _check_varies(self) -> None:
@@ -55,31 +54,46 @@ class HiddenMoments:
         `centred` puts `h − mean h` in the place of h. The halves are scaled so that either has a trace of ½ about the
         mean (about zero without a bias): their sizes are in F.
         """
+        M = self._sum("input_moment") * self._of_tokens
+        if self.by_image:
+            M.add_(self._sum("image_input_moment"), alpha=self._of_images)
+        if centred:
+            U, S = self.about_mean
+            M.addmm_(U, S @ U.mT, alpha=-1)
+        return M
+
+    @cached_property
+    def about_mean(self) -> tuple[Tensor, Tensor]:
+        """U `[D, k]` and S `[k, k]`: M about zero is M about the mean and `U S Uᵀ`."""
+        per_image = self._of_tokens * self.layer.tokens
         if not self.by_image:
-            return self._tokens(centred)
-        of_tokens, of_images = self.traces
-        return self._tokens(centred).div_(2 * of_tokens).add_(self._images(centred), alpha=1 / (2 * of_images))
+            return self.mean[:, None], torch.full((1, 1), per_image, dtype=torch.float64)
+        squares = float(self._sum("image_output_gradient")) * self._of_images
+        S = torch.tensor([[per_image - squares, self._of_images], [self._of_images, 0.0]], dtype=torch.float64)
+        return torch.stack([self.mean, self._sum("image_input_sum")], 1), S
 
     @cached_property
     def traces(self) -> tuple[float, float]:
-        """Of both halves, about the mean where a bias can carry it."""
-        of_tokens, of_images = (float(half(self.with_bias).trace()) for half in (self._tokens, self._images))
+        """Of both sums, over an image and over all of them, about the mean where a bias can carry it."""
+        mean, layer = self.mean, self.layer
+        of_tokens = float(self._sum("input_moment").trace()) / self.images
+        of_images = float(self._sum("image_input_moment").trace())
+        if self.with_bias:  # with ḡ = Σ_tokens g, `P − mean ḡᵀ` stands for P
+            square = float(mean @ mean)
+            of_tokens -= square * layer.tokens / self.images
+            of_images -= 2 * float(mean @ self._sum("image_input_sum"))
+            of_images += square * float(self._sum("image_output_gradient"))
         return max(of_tokens, _TINY), max(of_images, _TINY)
 
-    def _tokens(self, centred: bool) -> Tensor:
-        moment = self._sum("input_moment") / self.images
-        if centred:
-            moment -= torch.outer(self.mean, self.mean) * (self.layer.tokens / self.images)
-        return moment
+    @cached_property
+    def _of_tokens(self) -> float:
+        """What M holds of `Σ h hᵀ`."""
+        return 1 / self.images / (2 * self.traces[0] if self.by_image else 1)
 
-    def _images(self, centred: bool) -> Tensor:
-        """`Σ_images P Pᵀ`; about the mean, `P − mean ḡᵀ` stands for P."""
-        moment = self._sum("image_input_moment")
-        if centred:
-            mean, cross = self.mean, self._sum("image_input_sum")
-            moment = moment - torch.outer(cross, mean) - torch.outer(mean, cross)
-            moment += torch.outer(mean, mean) * self._sum("image_output_gradient")
-        return moment
+    @cached_property
+    def _of_images(self) -> float:
+        """What M holds of `Σ P Pᵀ`."""
+        return 1 / (2 * self.traces[1])
 
     def _sum(self, key: str) -> Tensor:
         return self.layer.sum(key).to("cpu", torch.float64)

@@ -13,7 +13,7 @@ from vitlr.anatomy.reading import Parts
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition, check_objective
-from vitlr.decomposition.widths import WidthSpectrum
+from vitlr.decomposition.widths import Solved, WidthSpectrum
 from vitlr.errors import InputError
 
 
@@ -33,7 +33,14 @@ class MlpSpectrum(WidthSpectrum):
         return dict.fromkeys(self.first, rows)
 
 
-def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomposition) -> MlpSpectrum:
+def solve_mlp(
+    mlp: Mlp,
+    stats: Statistics,
+    objective: Objective,
+    options: Decomposition,
+    step: int = 0,
+    known: Solved | None = None,
+) -> MlpSpectrum:
     """All widths of one of `measured_mlps`. Raises `NumericalError` naming it."""
     *first, second = mlp.linears
     return MlpSpectrum.solved(
@@ -44,6 +51,8 @@ def solve_mlp(mlp: Mlp, stats: Statistics, objective: Objective, options: Decomp
         stats.layers[second],
         objective,
         options,
+        step=step,
+        known=known,
         packed=mlp.packed,
     )
 

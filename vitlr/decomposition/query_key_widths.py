@@ -69,7 +69,7 @@ class QueryKeySpectrum:
         ascending = self.energies.flatten().sort().values
         return torch.cat([ascending.new_zeros(1), ascending.cumsum(0)]).flip(0)
 
-    def fits(self, options: Decomposition) -> bool:
+    def fits(self, options: Decomposition, step: int) -> bool:
         """Nothing is made up for, so no option changes it."""
         return True
 

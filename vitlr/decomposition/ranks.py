@@ -10,7 +10,6 @@ M may be singular; F is damped first. On a CPU one thread solves one layer, on a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +22,7 @@ from vitlr.decomposition.spectra import LayerSpectrum
 from vitlr.errors import NumericalError
 from vitlr.ops.linalg.eigenproblems import solve, solve_batch
 from vitlr.ops.linalg.eigh import BatchError
+from vitlr.ops.linalg.threads import each_in_threads
 
 BATCH = 2**26  # entries of the matrices that a GPU solves at once: 113 of 768 x 768, half a GiB in fp64
 
@@ -81,16 +81,7 @@ def _one_by_one(prepare: Callable[[str], _Problem], layers: Mapping[str, LayerSt
         except torch.linalg.LinAlgError as cause:
             raise problem.failed(cause) from cause
 
-    threads = torch.get_num_threads()
-    if threads == 1 or len(layers) == 1:
-        yield from map(task, layers)
-        return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield from pool.map(task, layers)
-    finally:
-        torch.set_num_threads(threads)
+    return each_in_threads(task, [*layers])
 
 
 def _in_batches(prepare: Callable[[str], _Problem], layers: Mapping[str, LayerStatistics]) -> Iterator[LayerSpectrum]:

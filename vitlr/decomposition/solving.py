@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -19,8 +20,10 @@ from vitlr.decomposition.query_key_widths import measured_query_keys, solve_quer
 from vitlr.decomposition.ranks import solve_ranks
 from vitlr.decomposition.spectra import LayerSpectrum, Levels, Narrowing, Spectra
 from vitlr.decomposition.value_widths import macs_between, measured_values, solve_values
+from vitlr.decomposition.widths import Solved
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
+from vitlr.ops.linalg.threads import each_in_threads
 from vitlr.runtime.progress import Progress
 
 
@@ -55,7 +58,9 @@ def solve(
     kinds: Collection[str] = (),
     options: Decomposition | None = None,
     *,
+    step: int = 0,
     known: Spectra | None = None,
+    at_hand: Mapping[tuple[str, str], Solved] = MappingProxyType({}),
     device: str | torch.device = "cpu",
     skip: Callable[[NumericalError], None] | None = None,
     progress: Progress | None = None,
@@ -63,17 +68,19 @@ def solve(
     """The spectra of all layers and of all `kinds` of what gets narrower: "mlp", "query_keys", "channels" or "heads".
 
     Of the kind "rounding" are the levels that weights may be rounded to, and with "factors" those of ranks as well.
+    With a `step` the ranks of second linears are solved along with widths, at those of its multiples offered so.
 
-    `known` ones are kept. What cannot be solved is refused before anything is; an MLP or attention whose numbers fail
-    is left out where `skip` is there to be told. Raises `InputError` for statistics of another model and those that
-    lack what a kind needs, `NumericalError` naming the layer, MLP or attention.
+    `known` ones are kept, and widths that are `at_hand`, by kind and name, are not solved. What cannot be solved is
+    refused before anything is; an MLP or attention whose numbers fail is left out where `skip` is there to be told.
+    Raises `InputError` for statistics of another model and those that lack what a kind needs, `NumericalError` naming
+    the layer, MLP or attention.
     """
     check_fits(parts, stats)
     if known is not None and not kinds:
         return known
     options = options or Decomposition()
     layers, widths = ({}, {}) if known is None else (dict(known.layers), dict(known.widths))
-    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options)}
+    widths = {name: width for name, width in widths.items() if width.kind in kinds and width.fits(options, step)}
     levels = {} if known is None else dict(known.levels)
     roundable = measured_linears(stats, objective) if "rounding" in kinds else []
     missing = [
@@ -81,7 +88,7 @@ def solve(
         for kind in kinds
         if kind not in ("rounding", "factors") and all(width.kind != kind for width in widths.values())
     ]
-    tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options)]
+    tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options, step, at_hand)]
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
     solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, _done(tasks, skip))
@@ -110,32 +117,57 @@ def _known(levels: Levels | None, narrowing: Narrowing | None, spectrum: LayerSp
 
 
 def _done(
-    tasks: Iterable[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
+    tasks: Sequence[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
 ) -> Iterator[Narrowing]:
     """What tasks give, without those whose numbers fail where `skip` is told of them."""
-    for task in tasks:
+
+    def tried(task: Callable[[], Narrowing]) -> Narrowing | NumericalError:
         try:
-            yield task()
+            return task()
         except NumericalError as cause:
-            if skip is None:
-                raise
-            skip(cause)
+            return cause
+
+    for found in each_in_threads(tried, tasks):
+        if not isinstance(found, NumericalError):
+            yield found
+        elif skip is None:
+            raise found
+        else:
+            skip(found)
 
 
 def _tasks(
-    kind: str, parts: Parts, stats: Statistics, objective: Objective, options: Decomposition
+    kind: str,
+    parts: Parts,
+    stats: Statistics,
+    objective: Objective,
+    options: Decomposition,
+    step: int,
+    at_hand: Mapping[tuple[str, str], Solved],
 ) -> list[Callable[[], Narrowing]]:
     """What there is to solve of one kind; `InputError` where there is nothing, or it was not measured."""
     if kind == "mlp":
         mlps = measured_mlps(parts, stats, objective)
-        return [partial(solve_mlp, mlp, stats, objective, options) for mlp in mlps.values()]
+        how = stats, objective, options, step
+        return [partial(solve_mlp, mlp, *how, at_hand.get((kind, name))) for name, mlp in mlps.items()]
     if kind == "query_keys":
         found = measured_query_keys(parts, stats, objective)
         return [partial(solve_query_keys, attention, stats, objective) for attention in found.values()]
     found = measured_values(parts, stats, objective)
     macs = macs_between(parts, stats, found)
     return [
-        partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options)
+        partial(
+            solve_values,
+            attention,
+            parts,
+            stats,
+            objective,
+            kind,
+            macs.get(name),
+            options,
+            step,
+            at_hand.get((kind, name)),
+        )
         for name, attention in found.items()
     ]
 

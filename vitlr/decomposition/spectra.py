@@ -39,8 +39,7 @@ class LayerSpectrum:
 
     def errors(self) -> Tensor:
         """Loss of keeping r ranks, for r = 0 … n: `error[r] = Σ_{i ≥ r} energies[i]`, shape [n + 1], float64."""
-        tail = self.energies.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
+        return tails(self.energies)
 
     def factors(self, weight: Tensor, rank: int, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The balanced factors `A [N, r]`, `B [r, K]` of `W_r` and the bias that goes with them, in float64.
@@ -59,6 +58,12 @@ class LayerSpectrum:
             shift = W @ self.mean - A @ (B @ self.mean)
             bias = shift if bias is None else bias.detach().to(shift) + shift
         return *balance(A, B), bias
+
+
+def tails(energies: Tensor) -> Tensor:
+    """What dropping all from r on costs, for r = 0 … n, `[n + 1]`."""
+    tail = energies.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail, tail.new_zeros(1)])
 
 
 class Narrowing(Protocol):
@@ -103,8 +108,8 @@ class Narrowing(Protocol):
     def errors(self) -> Tensor:
         """Loss of keeping w, for w = 0 … full width."""
 
-    def fits(self, options: Decomposition) -> bool:
-        """Whether solving with these options would give the same."""
+    def fits(self, options: Decomposition, step: int) -> bool:
+        """Whether solving with these options would give the same, with the ranks at multiples of a step or, 0, none."""
 
     def choices(self, step: int) -> list[int]:
         """The widths that are offered, the full one last."""

@@ -17,7 +17,7 @@ from vitlr.anatomy.reading import Parts
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition, check_objective
-from vitlr.decomposition.widths import WidthSpectrum
+from vitlr.decomposition.widths import Solved, WidthSpectrum
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn.selected_linear import INDEX_BYTES
@@ -79,6 +79,8 @@ def solve_values(
     grain: str,
     macs: float | None,
     options: Decomposition,
+    step: int = 0,
+    known: Solved | None = None,
 ) -> ValueSpectrum:
     """All widths of one of `measured_values`, with what `macs_between` says of it. `NumericalError` naming it."""
     return ValueSpectrum.solved(
@@ -89,6 +91,8 @@ def solve_values(
         stats.layers[attention.output],
         objective,
         options,
+        step=step,
+        known=known,
         group=attention.head_dim if grain == "heads" else 1,
         attention=attention,
         loses_heads=macs is not None,

@@ -7,8 +7,9 @@ With M and Σ of `HiddenMoments` and F the gradient moment of its output (`objec
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,24 @@ from vitlr.calibration.statistics import LayerStatistics
 from vitlr.decomposition.hidden_moments import HiddenMoments
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.options import Decomposition
+from vitlr.decomposition.ranked_widths import eliminate_ranked, spread
 from vitlr.decomposition.spectra import LayerSpectrum
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import solve
-from vitlr.ops.linalg.elimination import compensate, eliminate, eliminate_alone, eliminate_groups
+from vitlr.ops.linalg.elimination import compensate, eliminate_alone, eliminate_groups
 
 S = TypeVar("S", bound="WidthSpectrum")
+
+
+class Solved(NamedTuple):
+    """What takes long to find of a `WidthSpectrum`."""
+
+    order: Tensor
+    """`[D]`, the most important first."""
+    errors: Tensor
+    """The loss of every width, `[D + 1]`."""
+    second: dict[int, Tensor]
+    """By width, the loss of every rank of the second linear, where it is known."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,6 +60,7 @@ class WidthSpectrum:
     bias: Tensor | None = field(repr=False)
     metric: Tensor = field(repr=False)  # F [N, N]
     moments: HiddenMoments = field(repr=False)
+    step: int = 0  # at the spread multiples of which the ranks of the second linear are known
     _second: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     factored = True
@@ -63,20 +77,29 @@ class WidthSpectrum:
         objective: Objective,
         options: Decomposition,
         *,
+        step: int = 0,
         group: int = 1,
+        known: Solved | None = None,
         **own: Any,
     ) -> S:
-        """All widths of what `linear`, the second one, reads. Raises `NumericalError` naming the MLP or attention."""
+        """All widths of what `linear`, the second one, reads. Raises `NumericalError` naming the MLP or attention.
+
+        With a `step` the ranks at those of its multiples that are offered with ranks are known as well, at little cost.
+        What is `known` already is taken as it is.
+        """
         assert isinstance(linear, nn.Linear)
         weight = linear.weight.detach().cpu()
         bias = None if linear.bias is None else linear.bias.detach().cpu()
         moments = HiddenMoments(layer, objective.images, bias is not None, objective.by_image, options.ridge)
         metric, free = _metric(layer, weight.double(), objective, moments)
+        ranked = spread(choices(weight.shape[1], step))[:-1] if step and options.compensate and group == 1 else []
         try:
-            order, errors = _eliminated(weight.double(), metric, moments, options.compensate, group)
+            if known is None:
+                known = _eliminated(weight.double(), metric, moments, options.compensate, group, ranked)
         except (NumericalError, torch.linalg.LinAlgError) as cause:
             what = "MLP" if kind == "mlp" else "attention"
             raise NumericalError(f"{what} {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+        order, errors, second = known
         return cls(
             name=name,
             kind=kind,
@@ -91,17 +114,25 @@ class WidthSpectrum:
             bias=bias,
             metric=metric,
             moments=moments,
+            step=step,
+            _second={width: torch.zeros_like(lost) if free else lost for width, lost in second.items()},
             **own,
         )
+
+    @property
+    def solution(self) -> Solved:
+        """What it would take long to find again."""
+        return Solved(self.order, self.errors, self._second)
 
     @property
     def full_width(self) -> int:
         """D, how many there are."""
         return len(self.order)
 
-    def fits(self, options: Decomposition) -> bool:
-        """Whether solving with these options would give the same."""
-        return (self.compensated, self.moments.ridge) == (options.compensate, options.ridge)
+    def fits(self, options: Decomposition, step: int) -> bool:
+        """Whether solving with these options would give the same, ranks at multiples of a step included."""
+        same = (self.compensated, self.moments.ridge) == (options.compensate, options.ridge)
+        return same and step in (0, self.step)
 
     def keep(self, width: int) -> Tensor:
         """What is kept at a width, in ascending order. Raises `InputError` for a width outside 1 … D."""
@@ -111,7 +142,7 @@ class WidthSpectrum:
 
     def choices(self, step: int) -> list[int]:
         """Multiples of the step below the full width, and that."""
-        return [*range(step, self.full_width, step), self.full_width]
+        return choices(self.full_width, step)
 
     def extra(self, width: int, quantity: str) -> float:
         """What a width costs besides its linears' weights and biases, against the full one."""
@@ -136,7 +167,7 @@ class WidthSpectrum:
         """The low-rank spectrum of the second linear as it is at this width (see `vitlr.decomposition.ranks`)."""
         V, _ = self.weights(width)
         keep = self.keep(width)
-        energies, P, Q = solve(V @ self.moments.M()[keep][:, keep] @ V.mT, self.metric)
+        energies, P, Q = solve(V @ self.moments.M()[keep[:, None], keep] @ V.mT, self.metric)
         if self.free:
             energies = torch.zeros_like(energies)
         return LayerSpectrum(self.second, width, len(V), "output", energies, P, Q)
@@ -148,6 +179,11 @@ class WidthSpectrum:
         if width not in self._second:
             self._second[width] = self.second_spectrum(width).errors()
         return self._second[width]
+
+
+def choices(full_width: int, step: int) -> list[int]:
+    """Multiples of the step below the full width, and that."""
+    return [*range(step, full_width, step), full_width]
 
 
 def _metric(layer: LayerStatistics, W: Tensor, objective: Objective, moments: HiddenMoments) -> tuple[Tensor, bool]:
@@ -170,9 +206,10 @@ def _metric(layer: LayerStatistics, W: Tensor, objective: Objective, moments: Hi
 
 
 def _eliminated(
-    W: Tensor, metric: Tensor, moments: HiddenMoments, compensated: bool, group: int
-) -> tuple[Tensor, Tensor]:
-    """The order in which neurons stay, and the loss of every width."""
+    W: Tensor, metric: Tensor, moments: HiddenMoments, compensated: bool, group: int, ranked: Collection[int]
+) -> Solved:
+    """The order in which neurons stay, the loss of every width, and that of every rank at some of them."""
+    second: dict[int, Tensor] = {}
     L, info = torch.linalg.cholesky_ex(metric + 1e-12 * metric.diagonal().mean() * torch.eye(len(W)))
     if int(info):
         raise NumericalError("the gradient moment of its output is not positive semidefinite")
@@ -182,7 +219,7 @@ def _eliminated(
     elif group > 1:
         order, errors = eliminate_groups(moments.covariance(), G, group)
     else:
-        order, errors = eliminate(moments.covariance(), G)
+        order, errors, second = eliminate_ranked(moments, G, ranked)
     if not torch.isfinite(errors).all():
         raise NumericalError("its losses hold NaN or Inf")
-    return order, errors
+    return Solved(order, errors, second)

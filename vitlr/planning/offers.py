@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from vitlr.decomposition.ranked_widths import spread
 from vitlr.decomposition.spectra import Narrowing
 from vitlr.planning.choices import Choice, Form, Item
 from vitlr.planning.forms import Forms
 from vitlr.planning.knapsack import Prices, worth_having
 from vitlr.planning.options import NARROWING
-
-FACTORED = 16  # so many widths of an MLP are offered with ranks as well: each takes a solve of its second linear
 
 
 class Offers(Forms):
@@ -92,8 +91,7 @@ class Offers(Forms):
         linears = (*narrowing.first, narrowing.second)
         wanted = set(linears) <= set(self.wanted)
         widths = narrowing.choices(self.options.width_step) if wanted else [narrowing.full_width]
-        count = min(FACTORED, len(widths)) if narrowing.factored else 0
-        ranked = {widths[round(i)] for i in np.linspace(0, len(widths) - 1, count)} | {narrowing.full_width}
+        ranked = {*(spread(widths) if narrowing.factored else ()), narrowing.full_width}
         if self.method not in ("joint", "mix"):
             ranked = set()
         elif self.rounds:  # what it gains beyond is little, and takes a solve a width

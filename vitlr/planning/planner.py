@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,6 +20,7 @@ from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
 from vitlr.decomposition.solving import solve
 from vitlr.decomposition.spectra import Spectra
+from vitlr.decomposition.spectra_file import SpectraFile
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.cost import Cost, count_bytes, count_params, count_rest
 from vitlr.measuring.losses import certain
@@ -46,6 +49,7 @@ def plan(
     options: Planning | None = None,
     spectra: Spectra | None = None,
     times: Times | None = None,
+    beside: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Plan:
@@ -65,7 +69,8 @@ def plan(
     Under a budget of latency (`latency:60%`, `latency:12ms`) costs are times that were measured on this machine, for
     `batch_size` images on `threads`, in the model's dtype; from statistics with the extra "ranges" layers may multiply
     bytes as well (`Plan.bytes_layers`). `times` are `Plan.times` of an earlier plan, or `clocked`'s.
-    `spectra` of an earlier plan (`plan.spectra`) save solving again.
+    `spectra` of an earlier plan (`plan.spectra`) save solving again, and so do those that are kept `beside` the file
+    from which the statistics are (`F.spectra.safetensors` for `F.safetensors`): used where they fit, written otherwise.
     Raises `InputError` for budgets that cannot be read or reached and statistics of another model.
     """
     wanted = None if budget is None else parse_budget(budget)
@@ -83,7 +88,15 @@ def plan(
     failed: list[NumericalError] = []
     asked = options.method is not None
     options, kinds, why = settle(options, wanted, parts, stats, objective)
-    spectra = solve(parts, stats, objective, kinds, options, known=spectra, skip=failed.append, progress=progress)
+    ranked = options.method == "joint" and not options.rounds(wanted.quantity if wanted else "params")
+    step = options.width_step if ranked else 0
+    how: dict[str, Any] = {"step": step, "skip": failed.append, "progress": progress}
+    kept = None if beside is None or spectra is not None else SpectraFile(Path(beside), stats, objective, options, step)
+    if kept is not None:
+        spectra, how["at_hand"] = kept.spectra, kept.widths
+    spectra = solve(parts, stats, objective, kinds, options, known=spectra, **how)
+    if kept is not None:
+        kept.keep(spectra)
     if failed and asked and not spectra.widths:  # who asks for widths hears what failed, not another plan
         raise failed[0]
     if failed and asked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint.creation import remade
 from vitlr.data.preprocessing import input_size
 from vitlr.decomposition.solving import decompose
 from vitlr.errors import InputError
@@ -23,7 +25,7 @@ from vitlr.reporting.judging import Judge, Judged
 from vitlr.reporting.layers import by_kind
 from vitlr.reporting.page import MOST, page
 from vitlr.reporting.rows import DENSE, VITLR, Row
-from vitlr.reporting.subjects import Subject, judge_subject, names_of, opened, original, time_subject
+from vitlr.reporting.subjects import Subject, judge_subject, names_of, opened, time_subject
 from vitlr.runtime.places import atomic_path
 from vitlr.runtime.progress import Progress
 
@@ -61,7 +63,7 @@ def report(
     watch = watch or (lambda *_: nullcontext(progress))
     subjects = [opened(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
     place = _folder(Path(folder))
-    dense = reference if reference is not None else original(subjects[0].model)
+    dense = reference if reference is not None else remade(subjects[0].model)
     judge = None if reference is None or validation is None else Judge(reference, validation)
     judged_dense = None
     if judge is not None:
@@ -99,7 +101,7 @@ def _folder(place: Path) -> Path:
 def _draw(subject: Subject, place: Path, reference: nn.Module | None, stats: Statistics | None) -> None:
     if subject.plan is None:
         return
-    stem = subject.path.stem
+    stem = re.sub(r"[^\w.-]+", "_", subject.name.removesuffix(".safetensors"))
     subject.drawn = {kind: place / f"{stem}_{kind}.svg" for kind in ("kept", "losses")}
     figures.draw_kept(subject.plan, subject.drawn["kept"])
     figures.draw_losses(subject.plan, subject.drawn["losses"])

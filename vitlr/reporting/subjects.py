@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vitlr.checkpoint import files as checkpoint
-from vitlr.checkpoint.creation import create_model, origin
+from vitlr.checkpoint import folders
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError
 from vitlr.measuring import cost
@@ -45,7 +45,7 @@ class Subject:
 
 def opened(path: Path, name: str) -> Subject:
     """A file, and its model rebuilt."""
-    model = checkpoint.load(path)
+    model, path = checkpoint.load(path), folders.path_of(path)
     info: dict[str, Any] = model.vitlr_info  # type: ignore[assignment]
     try:
         plan = None if info.get("plan") is None else Plan.from_dict(info["plan"])
@@ -60,12 +60,6 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     """The files' names, with their folders where two are alike."""
     alone = len({path.name for path in paths}) == len(paths)
     return [path.name if alone else str(path) for path in paths]
-
-
-def original(model: nn.Module) -> nn.Module | None:
-    """The dense model that it came from, with random weights, to be timed; None where that is not known."""
-    found = origin(model)
-    return None if found is None else create_model(found["name"], **found["args"])
 
 
 def judge_subject(subject: Subject, judge: Judge | None, images: Any, count: int, progress: Progress | None) -> None:

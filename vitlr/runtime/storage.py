@@ -79,6 +79,13 @@ def load_header(path: str | os.PathLike[str], *, kind: str, schema: int) -> dict
     return header
 
 
+def digest_told(path: str | os.PathLike[str], *, kind: str, schema: int) -> str | None:
+    """The digest that a file of `save_tensors` says its content has; None for files of earlier versions."""
+    path = Path(path)
+    with _open(path) as file:
+        return _header(path, file.metadata(), kind, schema).get(_DIGEST)
+
+
 def load_tensors(
     path: str | os.PathLike[str], *, kind: str, schema: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

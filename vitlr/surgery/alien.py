@@ -38,8 +38,8 @@ def _save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **options
     if options.get("state_dict") is None:
         raise InputError(
             "save_pretrained writes no compressed model: from_pretrained would read it as a dense one with random "
-            "weights, and refuse one whose MLPs are narrower; use vitlr.save and vitlr.load(path, model=), or, for "
-            "ranks alone, save_pretrained of vitlr.to_dense(model)"
+            "weights, and refuse one whose MLPs are narrower; use vitlr.save and vitlr.load(path, model=), or "
+            "save_pretrained of vitlr.to_dense(model, full_width=True)"
         )
     _logger.warning("from_pretrained cannot read the compressed model in %s; load_state_dict of it can", save_directory)
     return getattr(type(self), _SAVE)(self, save_directory, *args, **options)

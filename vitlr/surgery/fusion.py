@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from vitlr.anatomy import linears, visibility
+from vitlr.anatomy.attention import fewer_heads
+from vitlr.anatomy.mlps import narrowed_mlps
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.nn import (
@@ -29,19 +31,28 @@ from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
+from vitlr.surgery.mlps import widen_mlp
 
 FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention, Int8Block)
 
 
-def to_dense(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = False) -> nn.Module:
     """Multiply all factors out, `W = A B` or `A B + R`, and all steps: the same function on plain `nn.Linear`s.
 
-    Channels that were taken out of a layer (`SelectedLinear`) come back as zeros.
+    Channels that were taken out of a layer (`SelectedLinear`) come back as zeros, and with `full_width` hidden neurons
+    too: the shapes are then those of the architecture, so that timm and others open the weights by its name. Raises
+    `InputError` where that cannot be, because whole heads are gone.
     """
+    if full_width and (gone := fewer_heads(model)):
+        raise InputError(
+            f"{next(iter(gone))} lost whole heads, which have no zeros to come back as; use full_width=False"
+        )
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
             swap(model, name, module.to_linear().train(module.training))
+    for mlp in narrowed_mlps(model).values() if full_width else ():
+        widen_mlp(mlp)
     visibility.put_back(model)
     unguard(model)
     return model

@@ -1,4 +1,4 @@
-"""Removing hidden neurons for good: fewer rows in the first linears, fewer columns in the second."""
+"""Removing hidden neurons for good: fewer rows in the first linears, fewer columns in the second, or zeros for them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,26 @@ def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = No
         _replace(out, "bias", bias)
     second.in_features = into.in_features = width
     mlp.mark(full)
+
+
+@torch.no_grad()
+def widen_mlp(mlp: Mlp) -> None:
+    """Give an MLP of plain linears its full width back, in place: the neurons that went read and write nothing."""
+    full, width = mlp.full_width, mlp.width
+    keep, more = torch.arange(width), full - width
+    for linear in mlp.fc1:
+        assert isinstance(linear, nn.Linear)
+        rows = torch.cat([keep, keep + full]) if mlp.packed else keep
+        linear.out_features += 2 * more if mlp.packed else more
+        for key, size in (("weight", (linear.out_features, linear.in_features)), ("bias", (linear.out_features,))):
+            value = getattr(linear, key)
+            if value is not None:
+                _replace(linear, key, value.new_zeros(size).index_copy(0, rows.to(value.device), value))
+    second = mlp.fc2
+    assert isinstance(second, nn.Linear)
+    second.in_features = full
+    _replace(second, "weight", nn.functional.pad(second.weight, (0, more)))
+    mlp.unmark()
 
 
 def _checked(mlp: Mlp, keep: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

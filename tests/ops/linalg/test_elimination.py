@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from vitlr.errors import NumericalError
-from vitlr.ops.linalg.elimination import compensate, eliminate, eliminate_alone
+from vitlr.ops.linalg import elimination
+from vitlr.ops.linalg.elimination import Elimination, compensate, eliminate, eliminate_alone
 
 
 def case(D: int, N: int = 5, tokens: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,7 +22,7 @@ def least(H: Tensor, W: Tensor, R: Tensor, keep: Tensor) -> float:
     return float(((target - H[:, keep] @ V) @ R.mT).square().sum())
 
 
-@pytest.mark.parametrize("D", [7, 64, 65, 150])  # below, at and above the block of removals
+@pytest.mark.parametrize("D", [7, 64, 65, 150, 300])  # below, at and above the block of removals; with candidates
 def test_losses_of_all_widths_are_those_of_least_squares(D):
     H, W, R = case(D)
     order, errors = eliminate(H.mT @ H, R @ W)
@@ -39,6 +40,34 @@ def test_every_step_takes_the_cheapest_neuron():
     for width in range(8, 0, -1):
         tries = {int(j): least(H, W, R, order[: width + 1][order[: width + 1] != j]) for j in order[: width + 1]}
         assert min(tries, key=tries.get) == int(order[width])
+
+
+def test_the_cheapest_are_found_among_candidates(monkeypatch):
+    monkeypatch.setattr(elimination, "BLOCK", 16)
+    H = torch.randn(400, 40, dtype=torch.float64) @ torch.randn(40, 300, dtype=torch.float64)
+    H += torch.randn(400, 300, dtype=torch.float64)
+    H, W = H * torch.rand(300).exp(), torch.randn(5, 300, dtype=torch.float64)
+    R = torch.randn(5, 5, dtype=torch.float64)
+    found = []
+    for candidates in (300, 64):
+        monkeypatch.setattr(elimination, "CANDIDATES", candidates)
+        found.append(eliminate(H.mT @ H, R @ W))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=0)
+
+
+def test_weights_and_what_neurons_add_are_known_on_the_way_down():
+    H, W, R = case(150)
+    M, G = H.mT @ H, R @ W
+    going = Elimination(M, G)
+    going.down_to(90)
+    keep, weights = going.alive.clone(), going.rows.mT.clone()
+    assert torch.allclose(weights, R @ compensate(W, M, keep), rtol=1e-8, atol=1e-8)
+    going.down_to(0)
+    assert set(going.order[:90].tolist()) == set(keep.tolist())
+    left = going.added[:90]
+    assert torch.allclose(left.mT @ left, weights @ M[keep][:, keep] @ weights.mT, rtol=1e-8)
+    assert torch.equal(M, H.mT @ H) and torch.equal(G, R @ W), "what was given was written over"
 
 
 def test_copies_cost_nothing():

@@ -152,13 +152,13 @@ def _original(model: Any) -> tuple[Any, str]:
 
     Where no origin is known: what the factors multiply to, which is as narrow as the model, and is called so.
     """
-    from vitlr.checkpoint.creation import create_model, origin
+    from vitlr.checkpoint.creation import origin, remade
     from vitlr.surgery import fusion
 
-    found = origin(model)
-    if found is None:
+    found, dense = origin(model), remade(model)
+    if found is None or dense is None:
         return fusion.to_dense(model), "itself multiplied out"
-    return create_model(found["name"], **found["args"]), found["name"]
+    return dense, found["name"]
 
 
 def _sizes(text: str) -> list[int]:

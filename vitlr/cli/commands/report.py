@@ -22,8 +22,13 @@ _MOST = 2**24  # bytes of a file of names
 @takes({DATA: Preprocessing})
 def report(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="F...", help="Files that vitlr wrote.", show_default=False, rich_help_panel=DATA),
+        list[str],
+        typer.Argument(
+            metavar="F...",
+            help="Files that vitlr wrote, or folders and repositories with one.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
     ],
     data: Data = None,
     class_map: ClassMap = None,

@@ -15,63 +15,124 @@ from torch import Tensor
 from vitlr.errors import NumericalError
 
 BLOCK = 64  # removals between two updates of the whole matrices
+CANDIDATES = (
+    4 * BLOCK
+)  # the cheapest at its start, among which a block chooses: as all would, at 3072 neurons (docs/method.md)
+
+
+class Elimination:
+    """Neurons removed one by one, each time the cheapest with the others making up for it.
+
+    `covariance [D, D]` is Σ, positive definite; `G [N, D] = R W` with `F = Rᵀ R`; both float64. O(D³), most of it in
+    matrix products. Raises `NumericalError` where Σ is not positive definite.
+    """
+
+    def __init__(self, covariance: Tensor, G: Tensor) -> None:
+        self._P = _inverse(covariance, "hidden neurons")
+        self._rows = G.mT.clone(memory_format=torch.contiguous_format)  # [D, N]: a neuron is a row
+        self._alive = torch.arange(len(G.mT), device=G.device)
+        self._gone: list[Tensor] = []
+        self._added: list[Tensor] = []
+
+    @property
+    def alive(self) -> Tensor:
+        """The neurons that are left, in no order."""
+        return self._alive
+
+    @property
+    def rows(self) -> Tensor:
+        """`(R V)ᵀ`, the weights on them, a row each; to be used before more of them go."""
+        return self._rows
+
+    @property
+    def order(self) -> Tensor:
+        """Those that are gone, the last one first: with all gone, `order[:h]` is kept at width h."""
+        return torch.cat(self._gone).flip(0)
+
+    @property
+    def added(self) -> Tensor:
+        """What each of these adds to the outputs `R W h` beside those before it, `[gone, N]`.
+
+        Over the neurons kept at width h, `Σ_j added_j added_jᵀ = R V Σ_kk Vᵀ Rᵀ`.
+        """
+        return torch.cat(self._added).flip(0)
+
+    @property
+    def errors(self) -> Tensor:
+        """The loss of every width up to the number of those gone, `errors[h] = Σ_{j ≥ h} ‖added_j‖²`."""
+        lost = torch.cat(self._added).square().sum(1).cumsum(0).flip(0)
+        return torch.cat([lost, lost.new_zeros(1)])
+
+    def down_to(self, width: int) -> None:
+        """Remove neurons until only so many are left."""
+        while len(self._alive) > width:
+            self._remove(_cheapest(self._P, self._rows, min(BLOCK, len(self._alive) - width)))
+
+    def _remove(self, gone: Tensor) -> None:
+        """A block at once: with `P_gg = L Lᵀ` and `U = P_:g L⁻ᵀ`, `P ← P − U Uᵀ` and `rows ← rows − U L⁻¹ rows_g`."""
+        P, rows = self._P, self._rows
+        L = torch.linalg.cholesky(P[gone[:, None], gone])
+        added = torch.linalg.solve_triangular(L, rows[gone], upper=False)
+        U = torch.linalg.solve_triangular(L, P[gone], upper=False).mT
+        self._gone.append(self._alive[gone])
+        self._added.append(added)
+        # In place: what stays of the last ones moves to where others went, and the rest is a view.
+        left = len(P) - len(gone)
+        last = torch.ones(len(gone), dtype=torch.bool, device=P.device)
+        last[gone[gone >= left] - left] = False
+        holes, movers = gone[gone < left], last.nonzero()[:, 0] + left
+        for matrix in (P, rows, U, self._alive):
+            matrix[holes] = matrix[movers]
+        P[:, holes] = P[:, movers]
+        U = U[:left]
+        self._P = P[:left, :left].addmm_(U, U.mT, alpha=-1)
+        self._rows = rows[:left].addmm_(U, added, alpha=-1)
+        self._alive = self._alive[:left]
 
 
 def eliminate(covariance: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove neurons one by one, each time the cheapest with the others making up for it.
+    """The order `[D]` in which all neurons go, the last to go first, and the loss of every width, `errors [D + 1]`.
 
-    `covariance [D, D]` is Σ, positive definite; `G [N, D] = R W` with `F = Rᵀ R`; both float64. Returns the order
-    `[D]`, the last to go first, so that `order[:h]` is kept at width h, and the loss of every width, `errors [D + 1]`:
-    `errors[h] = min_V tr(F (W − V E_k) Σ (W − V E_k)ᵀ)`, `errors[D] = 0`. O(D³) with most of it in matrix products.
-    Raises `NumericalError` where Σ is not positive definite.
+    `errors[h] = min_V tr(F (W − V E_k) Σ (W − V E_k)ᵀ)` for `k = order[:h]`, `errors[D] = 0` (see `Elimination`).
     """
+    going = Elimination(covariance, G)
+    going.down_to(0)
+    return going.order, going.errors
+
+
+def _inverse(covariance: Tensor, what: str) -> Tensor:
+    """Σ⁻¹; `NumericalError` where there is none."""
     L, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) or not (torch.isfinite(covariance).all() and torch.isfinite(G).all()):
-        raise NumericalError("the moment of the hidden neurons is not positive definite, or holds NaN or Inf")
-    P = torch.cholesky_inverse(L)
-    rows = G.mT.contiguous()  # [D, N]: a neuron is a row
-    alive = torch.arange(len(P), device=P.device)
-    removed: list[Tensor] = []
-    costs: list[Tensor] = []
-    while len(alive):
-        gone, cost, P, rows = _block(P, rows, min(BLOCK, len(alive)))
-        removed.append(alive[gone])
-        costs.append(cost)
-        stays = torch.ones(len(alive), dtype=torch.bool, device=P.device)
-        stays[gone] = False
-        alive = alive[stays]
-    order = torch.cat(removed).flip(0)
-    errors = torch.cat(costs).clamp_min(0).cumsum(0).flip(0)
-    return order, torch.cat([errors, errors.new_zeros(1)])
+    if int(info) or not torch.isfinite(L).all():
+        raise NumericalError(f"the moment of the {what} is not positive definite, or holds NaN or Inf")
+    return torch.cholesky_inverse(L)
 
 
-def _block(P: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`size` removals: indices and costs in order, and P [n, n] and rows [n, N] of what stays.
+def _cheapest(P: Tensor, rows: Tensor, size: int) -> Tensor:
+    """The next `size` to go, in order, among the `CANDIDATES` that are cheapest now.
 
-    Within the block both are `P − U Uᵀ` and `rows − V Tᵀ`: a removal then reads one column of each, not all of them.
+    With `H = rows rowsᵀ` a removal changes `H ← H − a sᵀ − s aᵀ + a_j s sᵀ`, a its column j and `s = P_:j / P_jj`: only
+    columns of the candidates' P and H are brought up to date.
     """
-    n = len(P)
-    U, V, T = P.new_zeros(n, size), P.new_zeros(n, size), rows.new_zeros(rows.shape[1], size)
-    diagonal = P.diagonal().clone()
-    weight = rows.square().sum(1)  # v_jᵀ F v_j
-    gone, cost = torch.empty(size, dtype=torch.int64, device=P.device), P.new_empty(size)
+    score = torch.linalg.vector_norm(rows, dim=1).square_() / P.diagonal()
+    among = score.topk(min(CANDIDATES, len(P)), largest=False).indices.sort().values
+    P, rows = P[among[:, None], among], rows[among]
+    H = rows @ rows.mT
+    U, S, A = (P.new_zeros(len(P), size) for _ in range(3))
+    pivots = P.new_zeros(size)
+    diagonal, weight = P.diagonal().clone(), H.diagonal().clone()
+    gone = torch.empty(size, dtype=torch.int64, device=P.device)
     for t in range(size):
-        score = weight / diagonal
-        j = int(score.argmin())
-        gone[t], cost[t] = j, score[j]
-        column = P[j] - U[:, :t] @ U[j, :t]
-        own = rows[j] - T[:, :t] @ V[j, :t]
-        share = column / column[j]
-        across = rows @ own - V[:, :t] @ (T[:, :t].mT @ own)
-        weight = weight - 2 * across * share + own.square().sum() * share.square()
-        diagonal = diagonal - column * share
-        U[:, t], V[:, t], T[:, t] = column / column[j].sqrt(), share, own
+        j = int((weight / diagonal).argmin())
+        gone[t] = j
+        p = P[j] - U[:, :t] @ U[j, :t]
+        a = H[j] - A[:, :t] @ S[j, :t] - S[:, :t] @ (A[j, :t] - pivots[:t] * S[j, :t])
+        s = p / p[j]
+        weight += s * (a[j] * s - 2 * a)
+        diagonal -= p * s
+        U[:, t], S[:, t], A[:, t], pivots[t] = p / p[j].sqrt(), s, a, a[j]
         weight[gone[: t + 1]], diagonal[gone[: t + 1]] = float("inf"), 1.0
-    stays = torch.ones(n, dtype=torch.bool, device=P.device)
-    stays[gone] = False
-    U, V = U[stays], V[stays]
-    P = P[stays][:, stays]
-    return gone, cost, P.addmm_(U, U.mT, alpha=-1), rows[stays].addmm_(V, T.mT, alpha=-1)
+    return among[gone]
 
 
 def eliminate_groups(covariance: Tensor, G: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -80,10 +141,7 @@ def eliminate_groups(covariance: Tensor, G: Tensor, size: int) -> tuple[Tensor, 
     With g the group and P_gg its block, removing it costs `tr(F V_g P_gg⁻¹ V_gᵀ)`, and `V ← V − V_g P_gg⁻¹ P_g:`,
     `P ← P − P_:g P_gg⁻¹ P_g:`. `errors` between two whole numbers of groups are those of the lower one.
     """
-    L, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) or not (torch.isfinite(covariance).all() and torch.isfinite(G).all()):
-        raise NumericalError("the moment of the channels is not positive definite, or holds NaN or Inf")
-    P, V = torch.cholesky_inverse(L), G
+    P, V = _inverse(covariance, "channels"), G
     alive = torch.arange(len(P), device=P.device).view(-1, size)
     removed, costs = [], []
     while len(alive):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,9 +14,15 @@ R = TypeVar("R")
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """`[function(item) for item in items]` on torch's thread count, each call on one thread, in the caller's modes."""
+    return list(each_in_threads(function, items))
+
+
+def each_in_threads(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """The same one by one, in their order, as they are done."""
     threads = torch.get_num_threads()
     if threads == 1 or len(items) < 2:
-        return [function(item) for item in items]
+        yield from map(function, items)
+        return
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     def call(item: T) -> R:
@@ -25,6 +31,6 @@ def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
     try:
         with ThreadPoolExecutor(min(threads, len(items)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(call, items))
+            yield from pool.map(call, items)
     finally:
         torch.set_num_threads(threads)  # what threads to come start with is set by whoever set it last

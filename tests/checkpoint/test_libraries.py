@@ -1,0 +1,104 @@
+"""Files of transformers' and torchvision's models load alone, and what a file names is checked before it is built."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import vitlr
+from bench.families import families
+from vitlr.checkpoint import files, libraries
+from vitlr.checkpoint.creation import remade
+from vitlr.data.batches import first_tensor
+from vitlr.errors import InputError
+
+ALONE = [
+    "transformers/ViT",
+    "transformers/DINOv2",
+    "transformers/Swin",
+    "transformers/SegFormer",
+    "transformers/SigLIP",
+    "transformers/CLIP, vision",
+    "torchvision/vit",
+]
+
+
+def small(name):
+    """A compressed model of the family, and two images."""
+    found = families()
+    if name not in found:
+        pytest.skip(f"{name.partition('/')[0]} is not installed")
+    model, x = found[name].make(), torch.randn(8, *found[name].shape)
+    stats = vitlr.calibrate(model, [x], objective="loss", hidden=False)
+    return vitlr.apply(model, vitlr.plan(model, stats, "params:90%", method="lowrank")), x[:2]
+
+
+@torch.no_grad()
+def answer(model, x):
+    return first_tensor(model(x))
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_file_loads_alone_and_gives_the_same_bits(name, tmp_path):
+    model, x = small(name)
+    vitlr.save(model, tmp_path / "m.safetensors")
+    loaded = vitlr.load(tmp_path / "m.safetensors")
+    assert type(loaded) is type(model) and torch.equal(answer(loaded, x), answer(model, x))
+    assert answer(remade(loaded), x).shape == answer(model, x).shape
+    vitlr.save(loaded, tmp_path / "again.safetensors")
+    assert torch.equal(answer(vitlr.load(tmp_path / "again.safetensors"), x), answer(model, x))
+
+
+def test_names_of_classes_come_back():
+    transformers = pytest.importorskip("transformers")
+    args = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**args, image_size=32, id2label={0: "tench, Tinca tinca", 1: "goldfish"})
+    origin = libraries.find(transformers.ViTForImageClassification(config))
+    assert libraries.build(libraries.check(json.loads(json.dumps(origin)))).config.id2label == config.id2label
+
+
+def put(key, value):
+    return lambda origin: origin["args"].__setitem__(key, value)
+
+
+TAMPERED = {
+    "another class": (lambda o: o.__setitem__("name", "AutoModel"), "not a model of images"),
+    "a model of text": (lambda o: o.__setitem__("name", "BertModel"), "not a model of images"),
+    "a function": (lambda o: o.__setitem__("name", "pipeline"), "not a model of images"),
+    "a path in a name": (lambda o: o.__setitem__("name", "models.vit.ViTModel"), "not a model of images"),
+    "another model's weights": (put("backbone", "resnet50"), "no file may set"),
+    "other weights beside it": (put("use_timm_backbone", True), "no file may set"),
+    "code of a repository": (put("auto_map", {"AutoModel": "evil.Model"}), "no file may set"),
+    "a name to read from": (put("_name_or_path", "/etc"), "no file may set"),
+    "a kernel of a repository": (put("attn_implementation", "someone/kernel"), "expected eager or sdpa"),
+    "a kernel, nested": (put("vision_config", {"_attn_implementation": "someone/kernel"}), "no file may set"),
+    "an address": (put("hidden_act", "http://x/y"), "not a plain value"),
+    "endless depth": (put("num_hidden_layers", 900_000), "does not fit a file"),
+    "huge width": (put("hidden_size", 900_000), ""),
+    "huge images": (put("image_size", 900_000), ""),
+    "a million labels": (put("id2label", {str(i): "x" for i in range(100_001)}), ""),
+    "labels that are none": (put("id2label", ["a"]), "id2label"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "m.safetensors"
+    vitlr.save(small("transformers/ViT")[0], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_what_a_file_may_not_ask_for_is_refused(kind, saved, tmp_path):
+    with safe_open(saved, framework="pt") as file:
+        header = json.loads(file.metadata()["vitlr"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    tamper, word = TAMPERED[kind]
+    tamper(header["origin"])
+    header["digest"] = files._digest(tensors, {k: v for k, v in header.items() if k != "digest"})
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path, {"vitlr": json.dumps(header)})
+    with pytest.raises(InputError, match=word):
+        vitlr.load(path)
