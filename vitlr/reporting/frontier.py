@@ -192,7 +192,9 @@ class _Run:
 
     def bytes(self) -> Made:
         """The dense model multiplying bytes, in the ranges that calibration saw."""
-        small = fuse(self.model, bits=8, stats=self.calibrated())
+        stats = self.calibrated()
+        with self.watch("rounding to bytes", len(stats.layers), "layers") as progress:
+            small = fuse(self.model, bits=8, stats=stats, progress=progress)
         return small, cost.count_bytes(small), {"rounds_only": True}
 
     def calibrated(self) -> Statistics:
