@@ -60,7 +60,7 @@ def shown(
     """`progress` where it is a function; where nothing is said a bar, if stderr is a terminal and no bar is there."""
     if callable(progress):
         yield progress
-    elif progress is False or _drawn or not sys.stderr.isatty():
+    elif progress is False or _drawn or sys.stderr is None or not sys.stderr.isatty():
         yield _silent
     else:
         with bar(label, total, unit) as draw:
