@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,7 +27,8 @@ CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "rounding", "chain", "int8_chain", "attention")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "rounding", "chain", "int8_chain")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("attention", "int8_attention")),
 ]
 # The same source, compiled once for each instruction set and chosen at run time.
 GRAM, CHAIN, ATTENTION, INT8 = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention", "int8_chain"))
@@ -82,6 +84,7 @@ class BuildNative(build_ext):
         ext.extra_compile_args = [*COMMON, *openmp]
         ext.extra_link_args = [*openmp]
         ext.define_macros = [(f"VITLR_WITH_{isa.upper()}", "1") for isa in isas]
+        ext.define_macros.append(("VITLR_BINDINGS", f"{zlib.crc32(Path(SOURCES[0]).read_bytes())}u"))
         for isa in isas:
             flags, sources = ISAS[isa]
             ext.extra_objects += self.compiler.compile(

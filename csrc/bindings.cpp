@@ -11,6 +11,7 @@
 #include "cpu/attention.h"
 #include "cpu/chain.h"
 #include "cpu/gram.h"
+#include "cpu/int8_attention.h"
 #include "cpu/rounding.h"
 #include "cpu/team.h"
 
@@ -69,10 +70,9 @@ void chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
 }
 
-// layers: [(packed, scales, N, K, bias, act, multiplier, shift, wide, how many)], those of floats in fp32
-void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int64_t column_stride, uintptr_t y,
-                uintptr_t residual, int64_t residual_stride, const py::list& layers, int threads,
-                const std::string& isa) {
+// layers: [(packed, scales, N, K, bias, act, multiplier, shift, wide, how many)], those of floats in fp32; norm: (gamma, beta,
+// eps) of the input of the first of them, null where there is none
+std::vector<vitlr::Layer> int8_layers(const char* op, const py::list& layers, const py::tuple& norm) {
   std::vector<vitlr::Layer> chained;
   for (const auto& item : layers) {
     const auto fields = item.cast<py::tuple>();
@@ -83,18 +83,43 @@ void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride
                        floats(4),
                        static_cast<vitlr::Activation>(fields[5].cast<int>()),
                        {floats(6), floats(7), pointer<const int32_t>(fields[8].cast<uintptr_t>()),
-                        fields[9].cast<int64_t>()}});
+                        fields[9].cast<int64_t>(), {}}});
     const vitlr::Bytes& input = chained.back().input;
     const int64_t channels = chained.back().weight.K - input.more;
     for (int64_t e = 0; e < input.more; ++e)
       if (input.wide[e] < (e ? input.wide[e - 1] : 0) || input.wide[e] >= channels)
-        throw std::invalid_argument("int8_chain: wide is no rising list of channels from 0 to " +
+        throw std::invalid_argument(std::string(op) + ": wide is no rising list of channels from 0 to " +
                                     std::to_string(channels - 1));
   }
+  chained.at(0).input.norm = {pointer(norm[0].cast<uintptr_t>()), pointer(norm[1].cast<uintptr_t>()),
+                              norm[2].cast<float>()};
+  return chained;
+}
+
+void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride, int64_t column_stride, uintptr_t y,
+                uintptr_t residual, int64_t residual_stride, const py::list& layers, const py::tuple& norm, int threads,
+                const std::string& isa) {
+  const std::vector<vitlr::Layer> chained = int8_layers("int8_chain", layers, norm);
   const ChainKernel& kernel = int8_chain_kernel(isa, bf16);
   py::gil_scoped_release release;
   const vitlr::Rows rows{pointer(x), M, K, row_stride, column_stride, pointer(y), pointer(residual), residual_stride};
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
+}
+
+// sizes: images, tokens, K, heads, width of a head
+void int8_attention(bool bf16, uintptr_t x, const py::tuple& sizes, uintptr_t y, uintptr_t residual,
+                    int64_t residual_stride, const py::list& qkv, const py::list& proj, const py::tuple& norm, int threads,
+                    const std::string& isa) {
+  const std::vector<vitlr::Layer> before = int8_layers("int8_attention", qkv, norm);
+  const std::vector<vitlr::Layer> after = int8_layers("int8_attention", proj, py::make_tuple(0, 0, 0.0f));
+  const ChainKernel& kernel = int8_chain_kernel(isa, bf16);
+  const vitlr::AttentionKernel& attention = vitlr::attention_kernel(vitlr::select_isa(isa.c_str()), bf16);
+  const auto size = [&](size_t i) { return sizes[i].cast<int64_t>(); };
+  const vitlr::Int8Attention call{pointer(x), before.data(), after.data(), static_cast<int>(before.size()),
+                                  static_cast<int>(after.size()), size(0), size(1), size(2), size(3), size(4),
+                                  pointer(residual), residual_stride, pointer(y)};
+  py::gil_scoped_release release;
+  vitlr::run_int8_attention(kernel, attention, call, threads);
 }
 
 // q, k, v: (address, strides of image, head and row); y [images, queries, heads, width]
@@ -190,6 +215,9 @@ py::dict build_info() {
   info["compiler"] = "GCC " __VERSION__;
 #endif
   info["isa_compiled"] = py::tuple(isas);
+#ifdef VITLR_BINDINGS
+  info["bindings"] = VITLR_BINDINGS;  // a checksum of this file
+#endif
 #ifdef _OPENMP
   info["openmp"] = true;
 #else
@@ -218,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
     return vitlr::fingerprint(pointer(W), bytes, N, K, row_stride, column_stride, samples);
   });
   m.def("int8_chain", &int8_chain);
+  m.def("int8_attention", &int8_attention);
   m.def("int8_pack", &int8_pack);
   m.def("int8_packed_bytes", [](int64_t N, int64_t K, const std::string& isa) {
     return int8_chain_kernel(isa, false).packed_bytes(N, K, vitlr::kInt8);

@@ -25,19 +25,42 @@ def step(K: int, N: int, more: int = 0) -> Step:
 
 def unambiguous(M: int, first: Step, dtype: torch.dtype = torch.float32) -> Tensor:
     """x [M, K] whose `multiplier ⊙ x + shift` lies well within half of an integer, some of them beyond 0 and 255."""
-    K, wide = first.channels, [] if first.wide is None else first.wide.tolist()
+    K = first.channels
     drawn = lambda: ((128 + 60 * torch.randn(M, K) - first.shift[:K]) / first.multiplier[:K]).to(dtype)  # noqa: E731
     x = drawn()
     for _ in range(200):  # bf16 cannot hold any number: draw again where one lies between two integers
-        q = x[:, [*range(K), *wide]].double() * first.multiplier + first.shift
-        apart = (q - q.round()).abs() > 0.45
-        near = apart[:, :K].clone()
-        for e, k in enumerate(wide):
-            near[:, k] |= apart[:, K + e]
+        near = between_integers(x.double(), first)
         if not near.any():
             return x
         x = torch.where(near, drawn(), x)
     raise AssertionError("no such input was found")
+
+
+def normal_and_unambiguous(
+    M: int, first: Step, gamma: Tensor, beta: Tensor, eps: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """x [M, K] that is so after a LayerNorm, whatever channel is redrawn moves all of its row: rows are."""
+    K = first.channels
+    drawn = lambda: torch.randn(M, K).to(dtype)  # noqa: E731
+    x = drawn()
+    for _ in range(2000):
+        n = torch.nn.functional.layer_norm(x.double(), (K,), gamma.double(), beta.double(), eps)
+        near = between_integers(n, first, 0.4999).any(1)
+        if not near.any():
+            return x
+        x = torch.where(near[:, None], drawn(), x)
+    raise AssertionError("no such input was found")
+
+
+def between_integers(x: Tensor, first: Step, off: float = 0.45) -> Tensor:
+    """[M, K]: which channels of x a step rounds to bytes from further off than `off`."""
+    K, wide = first.channels, [] if first.wide is None else first.wide.tolist()
+    q = x[:, [*range(K), *wide]] * first.multiplier + first.shift
+    apart = (q - q.round()).abs() > off
+    near = apart[:, :K].clone()
+    for e, k in enumerate(wide):
+        near[:, k] |= apart[:, K + e]
+    return near
 
 
 def columns(steps: list[Step]) -> list[list[Tensor]]:

@@ -129,31 +129,67 @@ inline void put_wide(void* block, int64_t rows, int64_t m, int64_t K, Bytes byte
   }
 }
 
-// block = the bytes of x [rows, K] in fp32 or bf16, and of the channels that have further columns.
+// Channels k.. of a row of x of K channels; `rest` beyond them.
 template <class T>
-void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes bytes,
+inline Vector channels(const void* x, int64_t row, int64_t column_stride, int64_t k, int64_t K, float rest) {
+  if (column_stride == 1 && k + kLanes <= K) return elements<T>(x, row + k);
+  float values[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) values[l] = k + l < K ? element<T>(x, row + (k + l) * column_stride) : rest;
+  return load(values);
+}
+
+// What LayerNorm makes of the row that begins at `row`: every channel less `mean`, times `rate`, before gamma and beta.
+struct Moments {
+  float mean, rate;
+};
+
+template <class T>
+inline Moments moments_of(const void* x, int64_t row, int64_t column_stride, int64_t K, float eps) {
+  Vector sum = {}, squares = {};
+  for (int64_t k = 0; k < K; k += kLanes) sum += channels<T>(x, row, column_stride, k, K, 0.0f);
+  const float mean = sum_of(sum) / static_cast<float>(K);
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const Vector off = channels<T>(x, row, column_stride, k, K, mean) - mean;
+    squares += off * off;
+  }
+  return {mean, 1.0f / __builtin_sqrtf(sum_of(squares) / static_cast<float>(K) + eps)};
+}
+
+// block = the bytes of x [rows, K] in fp32 or bf16, normalised if asked for, and of the channels with further columns.
+template <class T, bool NORMED>
+void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, const Bytes& bytes,
                 void* block) {
+  const Norm& norm = bytes.norm;
   for (int64_t m = 0; m < rows; ++m) {
+    const int64_t row = m * row_stride;
+    const Moments moments = NORMED ? moments_of<T>(x, row, column_stride, K, norm.eps) : Moments{};
     for (int64_t k = 0; k < K; k += kLanes) {
-      Vector v;
-      if (column_stride == 1 && k + kLanes <= K) {
-        v = elements<T>(x, m * row_stride + k);
-      } else {
-        float values[kLanes] = {};
-        for (int64_t l = 0; l < kLanes && k + l < K; ++l)
-          values[l] = element<T>(x, m * row_stride + (k + l) * column_stride);
-        v = load(values);
-      }
+      Vector v = channels<T>(x, row, column_stride, k, K, 0.0f);
+      if (NORMED)
+        v = (v - moments.mean) * moments.rate * channels<T>(norm.gamma, 0, 1, k, K, 0.0f) +
+            channels<T>(norm.beta, 0, 1, k, K, 0.0f);
       v = v * load_some(bytes.multiplier + k, K - k) + load_some(bytes.shift + k, K - k);
       put_bytes(block_row<Int8>(block, rows, m, k), nearest_bytes(v));
     }
     for (int64_t e = 0; e < bytes.more; e += kLanes) {
       const int64_t count = smaller(kLanes, bytes.more - e);
       float values[kLanes] = {};
-      for (int64_t l = 0; l < count; ++l) values[l] = element<T>(x, m * row_stride + bytes.wide[e + l] * column_stride);
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t k = bytes.wide[e + l];
+        values[l] = element<T>(x, row + k * column_stride);
+        if (NORMED)
+          values[l] = (values[l] - moments.mean) * moments.rate * element<T>(norm.gamma, k) + element<T>(norm.beta, k);
+      }
       put_wide(block, rows, m, K, bytes, e, count, values);
     }
   }
+}
+
+template <class T>
+void fill_bytes(const void* x, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t K, Bytes bytes,
+                void* block) {
+  const auto fill = bytes.norm.gamma ? fill_bytes<T, true> : fill_bytes<T, false>;
+  fill(x, row_stride, column_stride, rows, K, bytes, block);
 }
 
 }  // namespace

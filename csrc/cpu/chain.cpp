@@ -114,14 +114,14 @@ void run_chain(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
   const int64_t shares = tiles < threads && ends_widest(layers, count) ? (threads + tiles - 1) / tiles : 1;
   const int team = team_of(threads, tiles * shares);
   blocks = std::min(tiles, (blocks + team - 1) / team * team);
-  const int64_t most = (rows.M + blocks - 1) / blocks;
+  const int64_t most = (tiles + blocks - 1) / blocks * kernel.rows;
   const int64_t bytes = (plan.panel_words + most * plan.row_words) * 4;
   std::atomic<bool> failed{false};
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
   for (int64_t task = 0; task < blocks * shares; ++task) {
     char* const memory = scratch.reserve(bytes);
     const int64_t b = task / shares;
-    const int64_t first = rows.M * b / blocks, end = rows.M * (b + 1) / blocks;
+    const int64_t first = tiles * b / blocks * kernel.rows, end = std::min(rows.M, tiles * (b + 1) / blocks * kernel.rows);
     if (memory)
       run_block(kernel, rows, layers, count, plan, first, end - first, {task % shares, shares}, memory);
     else

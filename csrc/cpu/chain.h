@@ -30,12 +30,19 @@ struct Weight {
   Form form;
 };
 
+// LayerNorm of a row of x: (x - mean) / sqrt(variance + eps) gamma + beta, both in the dtype of x; none where gamma is null.
+struct Norm {
+  const void *gamma, *beta;
+  float eps;
+};
+
 // How the input of a layer of integers becomes bytes: round(x multiplier + shift) in every column, from 0 to 255. The
 // last `more` of the K columns read the channels `wide` of x again, all others one each.
 struct Bytes {
   const float *multiplier, *shift;  // [K]
   const int32_t* wide;              // [more], rising
   int64_t more;
+  Norm norm;  // of x before that, at the first layer of a chain only
 };
 
 // Of a layer of integers the scales are [N], one for each row of W, and the bias is in fp32 and never null.

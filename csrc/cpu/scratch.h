@@ -20,5 +20,6 @@ struct Scratch {
   }
 };
 inline thread_local Scratch scratch;
+inline thread_local Scratch between;  // of what lies between calls that each use the other one
 
 }  // namespace vitlr

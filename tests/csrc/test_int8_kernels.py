@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from int8_steps import columns, step, unambiguous
+from int8_steps import columns, normal_and_unambiguous, step, unambiguous
 from tolerance import assert_close_to
 
 from vitlr.errors import InputError
@@ -74,6 +74,29 @@ def test_channels_with_further_columns(isa, threads, shape, more, dtype):
     M, K, N = shape
     one = step(K, N, more)
     check(unambiguous(M, one, dtype), [one], ["none"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("more", [0, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 7), (5, 31, 47), (33, 64, 32), (197, 300, 130)], ids=str)
+def test_a_norm_before_the_first_step(isa, threads, shape, more, dtype):
+    M, K, N = shape
+    one, eps = step(K, N, more), 1e-5
+    gamma, beta = (0.5 + torch.rand(K)).to(dtype), torch.randn(K).to(dtype)
+    x = normal_and_unambiguous(M, one, gamma, beta, eps, dtype)
+    norm = ([gamma, beta], eps)
+    exact = op.reference(x.double(), *columns([one]), None, ["none"], [gamma.double(), beta.double()], eps)
+    y = cpu_int8._chain(x, *columns([one]), None, ["none"], *norm)
+    assert_close_to(y, op.reference(x, *columns([one]), None, ["none"], *norm), exact)
+    apart = torch.cat([x, torch.full_like(x, torch.nan)], 1)[:, :K]
+    for other in (apart, x.mT.contiguous().mT):
+        assert torch.equal(cpu_int8._chain(other, *columns([one]), None, ["none"], *norm), y)
+
+
+def test_a_row_that_is_constant_is_normalised_to_beta(isa):
+    one, beta = step(40, 8), torch.randn(40)
+    y = cpu_int8._chain(torch.full((3, 40), 7.0), *columns([one]), None, ["none"], [torch.ones(40), beta], 1e-6)
+    torch.testing.assert_close(y, run(beta.expand(3, 40), [one], ["none"]))
 
 
 @pytest.mark.parametrize("more", [1, 20, 64])

@@ -49,6 +49,12 @@ def test_every_measured_linear_multiplies_bytes_and_the_answer_stays(model, imag
     assert not any(isinstance(m, Int8Linear) for m in model.modules())  # a copy was taken
 
 
+def test_how_far_it_is_is_told_layer_by_layer(model, stats):
+    told = []
+    fuse(model, bits=8, stats=stats, progress=lambda done, total: told.append((done, total)))
+    assert told == [(i + 1, len(stats.layers)) for i in range(len(stats.layers))]
+
+
 @torch.no_grad()
 def test_unfused_it_multiplies_bytes_and_dense_it_does_not(model, images, stats):
     small = fuse(model, bits=8, stats=stats)

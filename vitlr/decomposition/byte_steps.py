@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitlr.calibration.statistics import LayerStatistics
 from vitlr.nn import Int8Linear
 from vitlr.ops.layers.int8_chain import LARGEST
+from vitlr.runtime.progress import Progress
 
 _MOST = 64  # columns that wide channels of a layer get: what AMX multiplies at once
 _WORTH = 10  # a share of all products has to take off ten times that share of the loss
@@ -26,13 +27,18 @@ _TINY = 1e-30  # where all is zero
 
 
 @torch.no_grad()
-def byte_inputs(linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStatistics]) -> dict[str, Inputs]:
+def byte_inputs(
+    linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStatistics], progress: Progress | None = None
+) -> dict[str, Inputs]:
     """The inputs of all layers that were measured, in steps and columns that suit all of them together."""
     layers = {}
     for name, layer in stats.items():
         linear = linears[name]
         assert isinstance(linear, nn.Linear)
         layers[name] = Inputs.of(linear, layer)
+        _ = layers[name].cost  # the longest of it, and kept
+        if progress is not None:
+            progress(len(layers), len(stats))
     for name, columns in spread(layers).items():
         layers[name].columns = columns
     return layers

@@ -27,6 +27,7 @@ from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.places import atomic_path, check_writable
+from vitlr.runtime.progress import Progress
 from vitlr.runtime.words import one_line
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
@@ -73,14 +74,15 @@ def export(
     dynamic_size: bool = False,
     images: Tensor | None = None,
     input_size: tuple[int, int, int] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write `model` to a file that ONNX Runtime, OpenVINO and others run, once they answer as it does.
 
     `to`: "onnx" or "openvino", by default as the path ends. The graph takes any number of images (`batch_size`: that
     many only) of one size (`dynamic_size`: of any that the model takes). Low rank is two MatMuls; codes of quantised
     weights stay bytes, dequantised in the graph; layers of int8 are QDQ, u8 inputs by s8 weights in rows, all else
-    float32. `bits=8` with `stats` makes such layers first, as `vitlr.fuse` does. Logits are compared on `images`
-    [B, C, H, W], by default two of noise, and on the first alone and at twice its size where the file takes that:
+    float32. `bits=8` with `stats` makes such layers first, as `vitlr.fuse` does, with its `progress`. Logits are
+    compared on `images` [B, C, H, W], by default two of noise, on the first alone and at twice its size if it may be:
     `‖theirs - ours‖ ≤ 0.001 ‖ours‖`, and of int8 layers what rounding their inputs moves logits by. The file is written
     whole or not at all; numbers above 1.8 GB lie beside it, in `.data`.
 
@@ -93,7 +95,7 @@ def export(
         raise InputError(f"batch_size={batch_size}, expected at least 1, or None for any number of images")
     model = uncompiled(model)
     if bits is not None or stats is not None:
-        model = fuse(model, bits=bits, stats=stats)
+        model = fuse(model, bits=bits, stats=stats, progress=progress)
     model = unfuse(model).cpu().float()
     shown = _shown(model, images, batch_size, input_size)
     inputs = [shown, *[shown[:1]] * (batch_size is None)]

@@ -2,6 +2,7 @@
 
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
+from vitlr.nn.int8_block import Int8Block
 from vitlr.nn.int8_linear import Int8Linear
 from vitlr.nn.int8_mlp import Int8MLP
 from vitlr.nn.lowrank_glu import LowRankGLU
@@ -16,6 +17,7 @@ from vitlr.nn.selected_linear import SelectedLinear
 __all__ = [
     "FoldedScale",
     "FusedAttention",
+    "Int8Block",
     "Int8Linear",
     "Int8MLP",
     "LowRankGLU",

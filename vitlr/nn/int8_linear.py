@@ -52,7 +52,7 @@ class Int8Linear(Weightless):
     @property
     def step(self) -> op.Step:
         """What the op takes."""
-        return op.Step(self.codes, self.scale, self.bias, self.multiplier, self.shift, self.wide)
+        return op.Step(*map(self._buffers.get, op.Step._fields))  # type: ignore[arg-type] # past a slow __getattr__
 
     def forward(self, x: Tensor) -> Tensor:
         return op.int8_chain(x, [self.step], ["none"])

@@ -2,7 +2,15 @@
 
 from vitlr.ops import backends  # noqa: F401 (registers the candidates)
 from vitlr.ops.dispatch.registry import Candidate, Explanation, candidates, explain, register, select, unregister
-from vitlr.ops.layers import attention, int8_chain, lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear
+from vitlr.ops.layers import (
+    attention,
+    int8_attention,
+    int8_chain,
+    lowrank_glu,
+    lowrank_linear,
+    lowrank_mlp,
+    lowrank_residual_linear,
+)
 from vitlr.ops.linalg import batched_solve, gram, weighted_gram_chain
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "candidates",
     "explain",
     "gram",
+    "int8_attention",
     "int8_chain",
     "lowrank_glu",
     "lowrank_linear",

@@ -11,12 +11,13 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.byte_steps import byte_inputs
 from vitlr.errors import InputError
 from vitlr.runtime.modules import swap
+from vitlr.runtime.progress import Progress
 
 _SHARE = 1 / 3  # of what all layers cost together that one may
 
 
 @torch.no_grad()
-def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
+def multiply_bytes(model: nn.Module, stats: Statistics, progress: Progress | None = None) -> list[str]:
     """Put an `Int8Linear` in place of the linears that `stats` measured, in place; their names.
 
     Channels whose range is too wide get further columns, where what that takes off the loss of all layers is worth it.
@@ -28,7 +29,7 @@ def multiply_bytes(model: nn.Module, stats: Statistics) -> list[str]:
     visibility.make_visible(model)
     found = dict(model.named_modules())
     stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
-    layers = byte_inputs(found, stats.layers)
+    layers = byte_inputs(found, stats.layers, progress)
     limit = _SHARE * sum(layer.cost for layer in layers.values())
     names = [name for name, layer in layers.items() if layer.cost <= limit]
     for name in names:

@@ -14,6 +14,7 @@ from vitlr.errors import InputError
 from vitlr.nn import (
     FoldedScale,
     FusedAttention,
+    Int8Block,
     Int8Linear,
     Int8MLP,
     LowRankGLU,
@@ -26,12 +27,13 @@ from vitlr.nn import (
 from vitlr.nn._fused import Fused, StandIn
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap, uncompiled
+from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
 from vitlr.surgery.bytes import multiply_bytes
 from vitlr.surgery.mlps import widen_mlp
 
-FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention)
+FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention, Int8Block)
 
 
 def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = False) -> nn.Module:
@@ -72,6 +74,7 @@ def fuse(
     fold: bool = True,
     bits: int | None = None,
     stats: Statistics | None = None,
+    progress: Progress | None = None,
 ) -> nn.Module:
     """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
 
@@ -81,6 +84,8 @@ def fuse(
     which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
+    timm's blocks in which all linears do become an `Int8Block`.
+    `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
     if bits not in (None, 8):
@@ -91,13 +96,18 @@ def fuse(
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
-        multiply_bytes(model, stats)
+        multiply_bytes(model, stats, progress)
+    _gather(model)
+    if fold:
+        folding.fold(model)
+    _gather(model)  # blocks, of what was fused and folded
+    return model
+
+
+def _gather(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if name and any(kind.why_not(module) is None for kind in FUSED):
             swap(model, name, fused(module))
-    if fold:
-        folding.fold(model)
-    return model
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -111,7 +121,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def fused_names(model: nn.Module) -> list[str]:
-    """Names of the MLPs and attentions that are fused and of the layer scales that are folded."""
+    """Names of the MLPs, attentions and blocks that are fused and of the layer scales that are folded."""
     return [name for name, module in model.named_modules() if isinstance(module, StandIn)]
 
 
@@ -120,7 +130,7 @@ def fuse_again(model: nn.Module, names: Iterable[str]) -> None:
 
     Raises `InputError` for a module that cannot be fused.
     """
-    for name in names:
+    for name in reversed(list(names)):  # a block after what it holds
         module = dict(model.named_modules()).get(name)
         try:
             if module is None or not name:

@@ -35,11 +35,19 @@ def no_override(monkeypatch):
 @fast
 def test_an_mlp_of_vit_b_is_chosen_and_a_tiny_one_is_not():
     for dtype in (torch.float32, torch.bfloat16):
-        told = ops.explain("lowrank_mlp", M=197, dtype=dtype, **BASE)
+        told = ops.explain("lowrank_mlp", M=1576, dtype=dtype, **BASE)
         outdone = dtype == torch.bfloat16 and native.best_isa() == "amx_int8"
         assert told.chosen == ("torch" if outdone else "cpu") and ("in tiles of AMX" in str(told)) == outdone
     told = ops.explain("lowrank_mlp", M=4, K=24, D=40, N=16, r1=6, r2=5)
     assert told.chosen == "torch" and "a call costs more" in str(told)
+
+
+@fast
+def test_an_mlp_whose_rank_is_so_large_that_torch_is_faster_is_left_to_it():
+    large = ops.explain("lowrank_mlp", M=1576, **{**BASE, "r1": 512, "r2": 512})
+    assert large.chosen == "torch" and "above r = 256" in str(large)
+    few = ops.explain("lowrank_mlp", M=197, **BASE)
+    assert few.chosen == ("torch" if native.best_isa() == "amx_int8" else "cpu")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from int8_steps import columns, step, unambiguous
 from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops.backends import native
-from vitlr.ops.layers.int8_chain import LIMIT, Step, int8_chain, reference
+from vitlr.ops.layers.int8_chain import LIMIT, Norm, Step, int8_chain, reference
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,9 @@ def test_opcheck(monkeypatch, backend):
         pytest.skip(str(native.why_not()))
     monkeypatch.setenv("VITLR_BACKEND", backend)
     steps = [step(8, 12, 2), step(12, 5)]
-    args = (unambiguous(6, steps[0]).view(2, 3, 8), *columns(steps), torch.randn(2, 3, 5), ["gelu", "none"])
+    norm = [torch.rand(8), torch.randn(8)]
+    x, residual = unambiguous(6, steps[0]).view(2, 3, 8), torch.randn(2, 3, 5)
+    args = (x, *columns(steps), residual, ["gelu", "none"], norm, 1e-5)
     torch.library.opcheck(torch.ops.vitlr.int8_chain.default, args)
 
 
@@ -66,6 +68,23 @@ def test_operations_are_counted():
     assert told.roofline.bytes == 4 * 10 * (8 + 5) + 8 * 12 + 12 * 5
     more = ops.explain("int8_chain", M=10, widths=(8, 12, 5), acts=("gelu", "none"), more=(0, 3))
     assert more.roofline.flops == 2 * 10 * (8 * 12 + 15 * 5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "match"),
+    [
+        (
+            Norm(torch.ones(7), torch.zeros(8), 1e-5),
+            r"gamma is torch.float32 \[7\] on cpu, expected torch.float32 \[8\]",
+        ),
+        (Norm(torch.ones(8), torch.zeros(8).half(), 1e-5), "beta is torch.float16"),
+        (Norm(torch.ones(8), torch.zeros(8), -1.0), "eps is -1.0, expected 0 or more"),
+    ],
+    ids=["gamma", "beta", "eps"],
+)
+def test_a_norm_that_does_not_fit_is_told(norm, match):
+    with pytest.raises(InputError, match=match):
+        int8_chain(torch.zeros(3, 8), one(), ["none"], norm=norm)
 
 
 def one(**changes):

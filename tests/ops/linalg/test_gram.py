@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -166,6 +168,29 @@ def test_without_the_extension_torch_runs(monkeypatch):
     monkeypatch.setenv("VITLR_BACKEND", "cpu")
     with pytest.raises(InputError, match="not built"):
         gram_update_(zeros(4), torch.randn(10, 4))
+
+
+def test_an_extension_older_than_its_sources_is_told_with_the_command(tmp_path, monkeypatch):
+    class Built:
+        def __init__(self, **info):
+            self.build_info = lambda: info
+
+    sources = tmp_path / "bindings.cpp"
+    monkeypatch.setattr(native, "_BINDINGS", sources)
+    assert native._outdated(Built()) is None  # an installed wheel: there are no sources
+    sources.write_bytes(b"int main() {}")
+    assert native._outdated(Built(bindings=zlib.crc32(b"int main() {}"))) is None
+    for other in (Built(), Built(bindings=1)):
+        why = native._outdated(other)
+        assert "older than its sources" in why and "pip install -e ." in why
+        monkeypatch.setattr(native, "_C", None)
+        monkeypatch.setattr(native, "_import_error", ImportError(why))
+        assert native.why_not() == why
+
+
+@pytest.mark.skipif(not native.available(), reason="no native extension")
+def test_the_extension_that_is_loaded_is_of_these_sources():
+    assert native._outdated(native._C) is None
 
 
 def test_a_failed_build_is_told(monkeypatch, tmp_path):

@@ -164,6 +164,14 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
         "lowrank_mlp": {**layer, "D": _HIDDEN, "N": _WIDTH, "r1": _RANK, "r2": _RANK},
         "lowrank_glu": {**layer, "D": _HIDDEN * 2 // 3, "N": _WIDTH, "rg": _RANK, "rv": _RANK, "r2": _RANK},
         "round_to_steps": {"N": 3 * _WIDTH, "K": _WIDTH, "device": device},
+        "int8_attention": {
+            "M": _ROWS,
+            "L": 197,
+            "before": (_WIDTH, 3 * _WIDTH),
+            "after": (_WIDTH,) * 2,
+            "heads": 12,
+            **on,
+        },
         "int8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
     }
 

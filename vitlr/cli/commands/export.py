@@ -115,5 +115,6 @@ def export(
             )
         if loader is not None:
             how["images"] = next(iter(loader.subset(range(8))))[0]
-    done = engines.export(network, out, to=to, bits=bits, stats=measured, **how)
+    with bar("rounding to bytes", unit="layers") as progress:
+        done = engines.export(network, out, to=to, bits=bits, stats=measured, **how, progress=progress)
     return Result(done.to_dict(), str(done))

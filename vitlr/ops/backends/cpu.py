@@ -16,6 +16,7 @@ _RAN_ON = ("Zen 4 (AVX-512, AVX2)",)
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4, "sigmoid": 5}
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLOW = "without AVX2 torch's own GEMM is faster"
+_MOST_RANK = 256
 _OUTDONE = "torch multiplies bf16 in tiles of AMX, this kernel in vectors"
 
 
@@ -140,9 +141,14 @@ def _too_little(M: int | None, weights: int, dtype: torch.dtype, least: int | No
     return None
 
 
+def _has_tiles() -> bool:
+    """Whether this is a CPU with AMX: of Intel's, on which torch's GEMMs are better than elsewhere."""
+    return native.best_isa() == "amx_int8"
+
+
 def _outdone(dtype: torch.dtype) -> bool:
     """Whether torch has better instructions for products in bf16: every CPU with AMX for bytes has it for bf16."""
-    return dtype == torch.bfloat16 and native.best_isa() == "amx_int8"
+    return dtype == torch.bfloat16 and _has_tiles()
 
 
 def _linear_worth(key: lowrank_linear.Key) -> str | None:
@@ -159,6 +165,11 @@ def _linear_worth(key: lowrank_linear.Key) -> str | None:
 def _mlp_worth(key: lowrank_mlp.Key) -> str | None:
     if _outdone(key.dtype):
         return _OUTDONE
+    rank = max(key.r1 or 0, key.r2 or 0)
+    if key.dtype == torch.float32 and rank > _MOST_RANK:
+        return f"above r = {_MOST_RANK} blocks hold few rows, and torch's fp32 GEMMs are as fast"
+    if key.dtype == torch.float32 and rank >= 128 and key.M is not None and key.M < 512 and _has_tiles():
+        return "from r = 128 on and below 512 rows torch's fp32 GEMMs are faster on CPUs with AMX"
     first = key.K * key.D if key.r1 is None else key.r1 * (key.K + key.D)
     second = key.D * key.N if key.r2 is None else key.r2 * (key.D + key.N)
     too_little = _too_little(key.M, first + second, key.dtype)

@@ -1,8 +1,9 @@
-"""Chains of integers on the CPU: the same blocks of rows in cache, of bytes."""
+"""Chains of integers on the CPU, and attention between two of them: blocks of rows in cache, of bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from vitlr.ops.backends import native, packed
 from vitlr.ops.backends.cpu import ACTIVATIONS
 from vitlr.ops.dispatch import registry
-from vitlr.ops.layers import int8_chain
+from vitlr.ops.layers import int8_attention, int8_chain
 
 _RAN_ON = ("Sapphire Rapids (AMX, AVX-512, AVX-VNNI, AVX2)",)
 _MULTIPLIES_BYTES = ("avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8")
@@ -19,27 +20,58 @@ _MULTIPLIES_BYTES = ("avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_in
 def _chain(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
     multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Tensor | None], residual: Tensor | None,
-    acts: Sequence[str],
+    acts: Sequence[str], norm: Sequence[Tensor] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     isa = native.isa_used()
-    layers, kept = [], []
-    for W, *floats, wide, act in zip(codes, scales, biases, multipliers, shifts, wides, acts, strict=True):
-        scale, bias, multiplier, shift = (t.contiguous() for t in floats)
-        panels = packed.int8(W, isa)
-        wide = None if wide is None else wide.contiguous()
-        kept += [panels, scale, bias, multiplier, shift, wide]
-        more = (0, 0) if wide is None else (wide.data_ptr(), len(wide))
-        pointers = (bias.data_ptr(), ACTIVATIONS[act], multiplier.data_ptr(), shift.data_ptr(), *more)
-        layers.append((panels.fields[0], scale.data_ptr(), *W.shape, *pointers))
+    kept: list[Any] = []  # alive for as long as the call lasts
+    steps = map(int8_chain.Step, codes, scales, biases, multipliers, shifts, wides)
+    layers = [_layer(step, act, isa, kept) for step, act in zip(steps, acts, strict=True)]
     N = codes[-1].shape[0]
-    if residual is not None:
-        residual = residual.reshape(-1, N)
-        residual = residual if residual.stride(1) == 1 else residual.contiguous()
     rows = x.reshape(-1, x.shape[-1])
-    return native.int8_chain(rows, layers, N, residual, isa).view(*x.shape[:-1], N)
+    y = native.int8_chain(rows, layers, N, _rows(residual, N), isa, _norm(norm, eps, kept))
+    return y.view(*x.shape[:-1], N)
 
 
-def _supports(key: int8_chain.Key) -> str | None:
+def _attention(
+    x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor | None], proj: Sequence[Tensor | None],
+    residual: Tensor | None, heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    isa = native.isa_used()
+    kept: list[Any] = []
+    before, after = int8_attention.steps(qkv), int8_attention.steps(proj)
+    layers = tuple([_layer(step, "none", isa, kept) for step in side] for side in (before, after))
+    width, N = before[-1].codes.shape[0] // (3 * heads), after[-1].codes.shape[0]
+    x, residual = x.contiguous(), _rows(residual, N)
+    return native.int8_attention(x, heads, width, layers, N, residual, isa, _norm(norm, eps, kept))
+
+
+def _layer(step: int8_chain.Step, act: str, isa: str, kept: list[Any]) -> tuple:
+    W, *floats = step[:-1]
+    scale, bias, multiplier, shift = (t.contiguous() for t in floats)
+    panels = packed.int8(W, isa)
+    wide = None if step.wide is None else step.wide.contiguous()
+    kept += [panels, scale, bias, multiplier, shift, wide]
+    more = (0, 0) if wide is None else (wide.data_ptr(), len(wide))
+    pointers = (bias.data_ptr(), ACTIVATIONS[act], multiplier.data_ptr(), shift.data_ptr(), *more)
+    return (panels.fields[0], scale.data_ptr(), *W.shape, *pointers)
+
+
+def _norm(norm: Sequence[Tensor], eps: float, kept: list[Any]) -> tuple[int, int, float]:
+    if not norm:
+        return native.NO_NORM
+    gamma, beta = (t.contiguous() for t in norm)
+    kept += [gamma, beta]
+    return gamma.data_ptr(), beta.data_ptr(), eps
+
+
+def _rows(residual: Tensor | None, N: int) -> Tensor | None:
+    if residual is None:
+        return None
+    residual = residual.reshape(-1, N)
+    return residual if residual.stride(1) == 1 else residual.contiguous()
+
+
+def _supports(key: int8_chain.Key | int8_attention.Key) -> str | None:
     if key.device.type != "cpu":
         return f"x is on {key.device}, the kernel runs on the CPU"
     if key.dtype not in (torch.float32, torch.bfloat16):
@@ -48,3 +80,4 @@ def _supports(key: int8_chain.Key) -> str | None:
 
 
 registry.register(int8_chain.OP, registry.Candidate("cpu", _supports, _chain, _RAN_ON))
+registry.register(int8_attention.OP, registry.Candidate("cpu", _supports, _attention, _RAN_ON))

@@ -6,7 +6,9 @@ They take raw pointers, so everything about a tensor is checked by the callers i
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -20,10 +22,23 @@ from vitlr.errors import InputError
 _FAILURE = Path(__file__).parents[2] / "_build_failure.txt"  # written by setup.py
 _CUDA_FAILURE = _FAILURE.with_name("_cuda_build_failure.txt")
 
+_BINDINGS = Path(__file__).parents[3] / "csrc" / "bindings.cpp"  # there in a source tree only
+
+
+def _outdated(extension: Any) -> str | None:
+    """Why an extension does not belong to the sources that it lies in, as after a pull; None where it does."""
+    if not _BINDINGS.is_file() or extension.build_info().get("bindings") == zlib.crc32(_BINDINGS.read_bytes()):
+        return None
+    return "vitlr._C is older than its sources: build it again, pip install -e . --no-build-isolation"
+
+
 _C: Any = None
 _import_error: ImportError | None = None
 try:
     _C = importlib.import_module("vitlr._C")
+    if (_why := _outdated(_C)) is not None:
+        logging.getLogger("vitlr").warning("%s; until then plain torch runs", _why)
+        _C, _import_error = None, ImportError(_why)
 except ImportError as cause:
     _import_error = cause
 
@@ -41,7 +56,8 @@ def why_not() -> str | None:
         return f"vitlr._C was not built: {_FAILURE.read_text().strip()}"
     if isinstance(_import_error, ModuleNotFoundError):
         return "vitlr._C was not built (VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree without an install)"
-    return f"vitlr._C was built but does not load: {_import_error}"
+    told = str(_import_error)
+    return told if told.startswith("vitlr._C is older") else f"vitlr._C was built but does not load: {told}"
 
 
 def build_info() -> dict[str, Any]:
@@ -126,12 +142,23 @@ def int8_pack(W: torch.Tensor, isa: str) -> torch.Tensor:
     return out
 
 
-def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Tensor | None, isa: str) -> torch.Tensor:
+NO_NORM = (0, 0, 0.0)
+
+
+def int8_chain(
+    x: torch.Tensor,
+    layers: list[tuple],
+    N: int,
+    residual: torch.Tensor | None,
+    isa: str,
+    norm: tuple[int, int, float] = NO_NORM,
+) -> torch.Tensor:
     """x [M, K] through layers of integers, the last N wide, + residual [M, N] -> [M, N].
 
     A layer is (pointer of packed codes, of scales, N, K, of a bias, index of an activation, pointers of multipliers and
     shifts, of the channels that its last columns read again or 0, how many). x in any strides, residual with rows in
-    one piece. Raises InputError for channels that are not there.
+    one piece. norm: pointers of gamma and beta in the dtype of x, eps. Raises InputError for channels that are not
+    there.
     """
     assert _C is not None, why_not()
     M, K = x.shape
@@ -139,7 +166,33 @@ def int8_chain(x: torch.Tensor, layers: list[tuple], N: int, residual: torch.Ten
     more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
     bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     try:
-        _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, threads, isa)
+        _C.int8_chain(bf16, x.data_ptr(), M, K, *x.stride(), y.data_ptr(), *more, layers, norm, threads, isa)
+    except ValueError as cause:
+        raise InputError(str(cause)) from cause
+    return y
+
+
+def int8_attention(
+    x: torch.Tensor,
+    heads: int,
+    width: int,
+    layers: tuple[list[tuple], ...],
+    N: int,
+    residual: torch.Tensor | None,
+    isa: str,
+    norm: tuple[int, int, float] = NO_NORM,
+) -> torch.Tensor:
+    """x [B, L, K] contiguous through qkv, attention of so many heads and proj, + residual [B L, N] -> [B, L, N].
+
+    Layers of both, norm and residual are as those of `int8_chain`.
+    """
+    assert _C is not None, why_not()
+    y = x.new_empty((*x.shape[:2], N))
+    more = (0, 0) if residual is None else (residual.data_ptr(), residual.stride(0))
+    bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+    try:
+        sizes = (*x.shape, heads, width)
+        _C.int8_attention(bf16, x.data_ptr(), sizes, y.data_ptr(), *more, *layers, norm, threads, isa)
     except ValueError as cause:
         raise InputError(str(cause)) from cause
     return y

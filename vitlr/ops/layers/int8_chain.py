@@ -8,7 +8,7 @@ So each column has a step and a zero point of its own, which cost nothing: they 
 where the layer before writes it. A channel of x that 255 steps do not suit is read by several columns: `wide` [R] int32
 are the channels, in rising order, that the last R of the K columns read again. With the same multiplier and codes and a
 shift that is less by 255, such a column counts on where the one before ended.
-A linear is one step, a linear of low rank two, an MLP two to four.
+A linear is one step, a linear of low rank two, an MLP two to four. A LayerNorm may stand before all of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import define
+from vitlr.ops.dispatch.registration import define, short_way
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
 from vitlr.ops.layers.factors import Maybe, check_added
 
@@ -49,14 +49,25 @@ class Step(NamedTuple):
         return self.codes.shape[-1] - (0 if self.wide is None else len(self.wide))
 
 
+class Norm(NamedTuple):
+    """`gamma ⊙ (x - mean) / sqrt(variance + eps) + beta` over the K channels of x; gamma, beta [K] in x's dtype."""
+
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
+
 def reference(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
     multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Maybe], residual: Maybe,
-    acts: Sequence[str],
+    acts: Sequence[str], norm: Sequence[Tensor] = (), eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The specification, in plain torch: fp32, or fp64 where x is."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = x.to(dtype)
+    if norm:
+        gamma, beta = (t.to(dtype) for t in norm)
+        y = F.layer_norm(y, y.shape[-1:], gamma, beta, eps)
     for parts in zip(codes, scales, biases, multipliers, shifts, wides, acts, strict=True):
         step, act = Step(*parts[:-1]), parts[-1]
         y = y if step.wide is None else torch.cat([y, y[..., step.wide]], -1)
@@ -65,15 +76,18 @@ def reference(
     return (y if residual is None else y + residual.to(dtype)).to(x.dtype)
 
 
-def int8_chain(x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None) -> Tensor:
-    """x [..., K] through linears of integers, `act(scale ⊙ (W q) + b)` each, + residual [..., N] -> y [..., N].
+def int8_chain(
+    x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None, norm: Norm | None = None
+) -> Tensor:
+    """x [..., K], or `norm` of it, through linears, `act(scale ⊙ (W q) + b)` each, + residual -> y [..., N].
 
     y has x's dtype. `acts`: one for each step, of none, gelu, gelu_tanh, silu, sigmoid, relu. A NaN in x counts as
     q = 0. There is no gradient: asking for one raises InputError, as do an unknown act and shapes, dtypes or devices
     that do not fit.
     """
     columns = [list(column) for column in zip(*steps, strict=True)]
-    return torch.ops.vitlr.int8_chain.default(x, *columns, residual, list(acts))
+    gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
+    return _call(x, *columns, residual, list(acts), gamma_beta, eps)
 
 
 class Key(NamedTuple):
@@ -89,6 +103,7 @@ class Key(NamedTuple):
     dtype: torch.dtype = torch.float32
     device: torch.device = torch.device("cpu")
     more: tuple[int, ...] = ()
+    normed: bool = False
 
     @property
     def weights(self) -> int:
@@ -104,38 +119,56 @@ def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Ro
     return registry.Roofline.of(2 * M * key.weights, size, torch.int8, ceilings)
 
 
+def check_steps(op: str, x: Tensor, K: int, steps: Sequence[Step]) -> tuple[list[int], list[int]]:
+    """What steps make of K channels, [K, ..., N], and their further columns; `InputError` where they do not fit."""
+    widths, more = [K], []
+    for i, step in enumerate(steps):
+        W, *_, wide = step
+        if wide is not None and (wide.dtype != torch.int32 or wide.dim() != 1 or len(wide) == 0):
+            raise InputError(f"{op}: wide {i} is {wide.dtype} {list(wide.shape)}, expected torch.int32 [R], or None")
+        more.append(0 if wide is None else len(wide))
+        K = widths[-1] + more[-1]
+        if W.dtype != torch.int8 or W.dim() != 2 or W.shape[1] != K or not 0 < K <= LIMIT:
+            raise InputError(f"{op}: codes {i} are {W.dtype} {list(W.shape)}, expected int8 [N, {K}], K up to {LIMIT}")
+        N, K = W.shape
+        for name, size in (("scale", N), ("bias", N), ("multiplier", K), ("shift", K)):
+            t = getattr(step, name)
+            if t.dtype != torch.float32 or t.shape != (size,):
+                raise InputError(f"{op}: {name} {i} is {t.dtype} {list(t.shape)}, expected torch.float32 [{size}]")
+        if any(t is not None and t.device != x.device for t in step):
+            raise InputError(f"{op}: step {i} is on {W.device}, x on {x.device}")
+        widths.append(N)
+    return widths, more
+
+
+def check_norm(op: str, x: Tensor, norm: Sequence[Tensor], eps: float) -> None:
+    """Raise `InputError` unless `norm` is gamma and beta for the channels of x, or nothing."""
+    if len(norm) not in (0, 2):
+        raise InputError(f"{op}: norm has {len(norm)} tensors, expected gamma and beta, or none")
+    for name, t in zip(("gamma", "beta"), norm, strict=False):
+        if t.shape != x.shape[-1:] or t.dtype != x.dtype or t.device != x.device:
+            found = f"{t.dtype} {list(t.shape)} on {t.device}"
+            raise InputError(f"{op}: {name} is {found}, expected {x.dtype} {list(x.shape[-1:])} on {x.device}")
+    if not 0 <= eps < math.inf:
+        raise InputError(f"{op}: eps is {eps}, expected 0 or more")
+
+
 def _describe(
     M: int | None, x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
     multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Maybe], residual: Maybe,
-    acts: Sequence[str],
+    acts: Sequence[str], norm: Sequence[Tensor], eps: float,
 ) -> Key:  # fmt: skip
     if x.dim() == 0 or not x.is_floating_point():
         raise InputError(f"{OP}: x is {x.dtype} {list(x.shape)}, expected floating point [..., K]")
     if not len(codes) == len(scales) == len(biases) == len(multipliers) == len(shifts) == len(wides) == len(acts) > 0:
         raise InputError(f"{OP}: {len(codes)} codes and {len(acts)} acts, expected as many of each, and one at least")
-    widths, more = [x.shape[-1]], []
-    for i, (W, wide) in enumerate(zip(codes, wides, strict=True)):
-        check_activation(OP, acts[i])
-        if wide is not None and (wide.dtype != torch.int32 or wide.dim() != 1 or len(wide) == 0):
-            raise InputError(f"{OP}: wide {i} is {wide.dtype} {list(wide.shape)}, expected torch.int32 [R], or None")
-        more.append(0 if wide is None else len(wide))
-        K = widths[-1] + more[-1]
-        if W.dtype != torch.int8 or W.dim() != 2 or W.shape[1] != K or not 0 < K <= LIMIT:
-            raise InputError(f"{OP}: codes {i} are {W.dtype} {list(W.shape)}, expected int8 [N, {K}], K up to {LIMIT}")
-        N, K = W.shape
-        named = {"scale": (scales, N), "bias": (biases, N), "multiplier": (multipliers, K), "shift": (shifts, K)}
-        for name, (tensors, size) in named.items():
-            t = tensors[i]
-            if t.dtype != torch.float32 or t.shape != (size,):
-                raise InputError(f"{OP}: {name} {i} is {t.dtype} {list(t.shape)}, expected torch.float32 [{size}]")
-        if any(
-            t.device != x.device
-            for t in (W, scales[i], biases[i], multipliers[i], shifts[i], *([] if wide is None else [wide]))
-        ):
-            raise InputError(f"{OP}: step {i} is on {W.device}, x on {x.device}")
-        widths.append(N)
+    for act in acts:
+        check_activation(OP, act)
+    steps = [Step(*parts) for parts in zip(codes, scales, biases, multipliers, shifts, wides, strict=True)]
+    widths, more = check_steps(OP, x, x.shape[-1], steps)
+    check_norm(OP, x, norm, eps)
     check_added(OP, x, widths[-1], residual)
-    return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device, tuple(more))
+    return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device, tuple(more), bool(norm))
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:
@@ -155,12 +188,15 @@ def _refuse(ctx: Any, g: Tensor) -> None:
     raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
 
 
-define(
-    "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
-    "Tensor?[] wides, Tensor? residual, str[] acts) -> Tensor",
-    fake=_fake,
-    run=_run,
-    flops=_flops,
+_call = short_way(
+    define(
+        "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
+        "Tensor?[] wides, Tensor? residual, str[] acts, Tensor[] norm, float eps) -> Tensor",
+        fake=_fake,
+        run=_run,
+        flops=_flops,
+    ),
+    _run,
 )
 torch.library.register_autograd(f"vitlr::{OP}", _refuse)
 registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

@@ -1,0 +1,123 @@
+"""Int8Block: timm's block as two operations, where that is exact up to rounding; its children everywhere else."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import vitlr
+from vitlr.errors import InputError
+from vitlr.nn import Int8Block
+from vitlr.runtime.modules import swap
+from vitlr.surgery.fusion import fuse, unfuse
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def vit(**more):
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=10, **more
+    ).eval()
+
+
+def small_of(model, images):
+    return fuse(model, bits=8, stats=vitlr.calibrate(model, images.split(8), extras=("ranges",)))
+
+
+@pytest.fixture(scope="module")
+def small(images):
+    return small_of(vit(), images)
+
+
+@pytest.fixture
+def block(small):
+    block = copy.deepcopy(small.blocks[0])
+    assert isinstance(block, Int8Block)
+    return block
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(1))
+
+
+def ops_called(call):
+    """The operations of this package that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = call()
+    return y, sorted(e.key.partition("::")[2] for e in profile.key_averages() if e.key.startswith("vitlr::"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_operations_give_what_its_children_give(block, x, dtype):
+    block, x = block.to(dtype), x.to(dtype)
+    y, names = ops_called(lambda: block(x))
+    assert names == ["int8_attention", "int8_chain"]
+    called = block._called(x, None, False)
+    last_bits = torch.finfo(dtype).eps * x.norm()  # of the residual sums
+    assert (y - called).norm() < 0.02 * (called - x).norm() + last_bits and y.dtype == dtype
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "child", ["norm1", "attn", "attn.qkv", "attn.q_norm", "ls1", "drop_path2", "mlp", "mlp.fc2", "mlp.act"]
+)
+def test_who_listens_to_a_child_is_called(block, x, child):
+    calls, whole = [], block(x)
+    handle = block.get_submodule(child).register_forward_hook(lambda *_: calls.append(1))
+    assert (block(x) - whole).norm() < 0.02 * (whole - x).norm() and calls
+    handle.remove()
+    assert torch.equal(block(x), whole)
+
+
+@torch.no_grad()
+def test_masks_autocast_and_other_dtypes_run_the_children(block, x):
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()
+    assert torch.equal(block(x, attn_mask=mask), block._called(x, mask, False))
+    assert torch.equal(block(x, is_causal=True), block._called(x, None, True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block(x), block._called(x, None, False))
+    mixed = copy.deepcopy(block)
+    mixed.norm1.bfloat16()
+    with pytest.raises(RuntimeError):  # as the children's own norm does
+        mixed(x)
+
+
+@torch.no_grad()
+def test_compiled_it_is_the_same(small, images):
+    torch.testing.assert_close(torch.compile(small, backend="aot_eager")(images), small(images))
+
+
+@torch.no_grad()
+def test_given_back_whole(small, images):
+    assert fuse(small).blocks[0] is not small.blocks[0]
+    apart = unfuse(small)
+    assert type(apart.blocks[0]).__name__ == "Block" and list(apart.state_dict()) == list(small.state_dict())
+    torch.testing.assert_close(apart(images), small(images), rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_linear_of_floats_leaves_the_block_to_its_children(small, x):
+    model = unfuse(small)
+    swap(model, "blocks.0.mlp.fc2", model.blocks[0].mlp.fc2.to_linear())
+    again = fuse(model)
+    assert not isinstance(again.blocks[0], Int8Block) and isinstance(again.blocks[1], Int8Block)
+
+
+def test_what_cannot_become_one_says_why(small):
+    apart = unfuse(small).blocks[0]
+    with pytest.raises(InputError, match="its attention is no FusedAttention, or its MLP no Int8MLP"):
+        Int8Block(apart)
+    with pytest.raises(InputError, match=r"it is no timm\.models\.vision_transformer\.Block"):
+        Int8Block(nn.Linear(3, 3))
+    with pytest.raises(InputError, match="it is one already"):
+        Int8Block(small.blocks[0])

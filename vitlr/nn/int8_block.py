@@ -1,0 +1,125 @@
+"""A block of a transformer whose linears multiply bytes, as two operations: one for each of its halves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from vitlr.nn._fused import Fused
+from vitlr.nn._fused_mlp import activation_name
+from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
+from vitlr.nn.folded_scale import FoldedScale
+from vitlr.nn.fused_attention import FusedAttention
+from vitlr.nn.int8_mlp import Int8MLP, steps
+from vitlr.ops.layers.int8_attention import int8_attention
+from vitlr.ops.layers.int8_chain import Norm, Step, int8_chain
+from vitlr.runtime.modules import class_of
+
+# Classes whose forward is known, by name: this package does not import timm.
+_BLOCKS = ("timm.models.vision_transformer.Block",)
+_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+
+
+class _Parts(NamedTuple):
+    """What both operations take."""
+
+    norm1: Norm
+    qkv: list[Step]
+    proj: list[Step]
+    norm2: Norm
+    fc1: list[Step]
+    act: str
+    fc2: list[Step]
+
+
+class Int8Block(Fused):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`: timm's `Block` with the ops `int8_attention` and `int8_chain`.
+
+    Its attention is a `FusedAttention` and its MLP an `Int8MLP`, all of whose linears multiply bytes. The children keep
+    their names and are shared with the original module, which `back` gives back. Where somebody listens to one of them,
+    and under a mask, autocast or a transform, they are called. Raises InputError with the reason of `why_not`.
+    """
+
+    KEPT = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+
+    if TYPE_CHECKING:
+        norm1: nn.Module
+        attn: nn.Module
+        ls1: nn.Module
+        drop_path1: nn.Module
+        norm2: nn.Module
+        mlp: nn.Module
+        ls2: nn.Module
+        drop_path2: nn.Module
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why a module cannot become an Int8Block with the same outputs; None if it can."""
+        if isinstance(module, cls):
+            return "it is one already"
+        if class_of(module) not in _BLOCKS:
+            return f"it is no {_BLOCKS[0]}"
+        if [name for name, _ in module.named_children()] != list(cls.KEPT):
+            return f"its children are not {', '.join(cls.KEPT)}"
+        if module._parameters or module._buffers or has_hooks(module):
+            return "it has parameters of its own, or hooks"
+        found = _parts(module)
+        return found if isinstance(found, str) else None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._called(x, attn_mask, is_causal)
+        return self._dispatched(x, attn_mask, is_causal)
+
+    def _called(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    @torch.jit.unused
+    def _dispatched(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        plain = attn_mask is None and not is_causal and x.dim() == 3 and not is_transformed()
+        parts = _parts(self) if plain and not torch.is_autocast_enabled(x.device.type) else ""
+        if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
+            return self._called(x, attn_mask, is_causal)
+        norm1, qkv, proj, norm2, fc1, act, fc2 = parts
+        x = int8_attention(x, qkv, proj, self.attn.num_heads, x, norm1)  # type: ignore[arg-type]
+        acts = ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2)
+        return int8_chain(x, [*fc1, *fc2], acts, x, norm2)
+
+
+def _parts(block: nn.Module) -> _Parts | str:
+    """What the operations take of a block, or why they cannot stand for it."""
+    norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = (block._modules[name] for name in Int8Block.KEPT)
+    if type(attn) is not FusedAttention or type(mlp) is not Int8MLP:
+        return "its attention is no FusedAttention, or its MLP no Int8MLP"
+    idle = [ls1, drop_path1, ls2, drop_path2, *(attn._modules[n] for n in ("q_norm", "k_norm", "norm", "proj_drop"))]
+    if not all(child is not None and _idle(child) for child in idle):
+        return "a layer scale, a drop path or a norm of its queries does something"
+    qkv, proj, fc1, fc2 = (
+        steps(m._modules[n])  # type: ignore[arg-type]
+        for m, n in ((attn, "qkv"), (attn, "proj"), (mlp, "fc1"), (mlp, "fc2"))
+    )
+    act = activation_name(mlp.act)
+    if not (qkv and proj and fc1 and fc2 and act):
+        return "a linear of it multiplies no bytes, or somebody listens to it"
+    if any(has_hooks(m) for m in (norm1, attn, norm2, mlp, mlp.act)) or _has_any_global_hook():  # type: ignore[arg-type]
+        return "somebody listens to its children"
+    before, after = _norm(norm1), _norm(norm2)
+    if before is None or after is None:
+        return f"its norms are none of {', '.join(_NORMS)} with weight and bias"
+    return _Parts(before, qkv, proj, after, fc1, act, fc2)
+
+
+def _idle(child: nn.Module) -> bool:
+    return does_nothing(child) or (type(child) is FoldedScale and not has_hooks(child))
+
+
+def _norm(module: nn.Module | None) -> Norm | None:
+    """The LayerNorm of the channels that a module is, if it is one."""
+    if module is None or class_of(module) not in _NORMS or len(module.normalized_shape) != 1:  # type: ignore[arg-type]
+        return None
+    gamma, beta = module._parameters["weight"], module._parameters["bias"]
+    return None if gamma is None or beta is None else Norm(gamma, beta, module.eps)  # type: ignore[arg-type]

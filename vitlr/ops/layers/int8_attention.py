@@ -1,0 +1,152 @@
+"""Attention between linears of integers: `y = proj(softmax(q kᵀ / √d) v) + residual`, `(q, k, v) = qkv(norm(x))`.
+
+qkv and proj are steps of `int8_chain`, one each, or two of a low rank; the 3 H d outputs of qkv are those of q, k and
+v in turn, head by head, as timm has them. One call does what stands in a block of a transformer before its MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitlr.errors import InputError
+from vitlr.ops.dispatch import registry
+from vitlr.ops.dispatch.registration import define, short_way
+from vitlr.ops.layers import attention, int8_chain
+from vitlr.ops.layers.factors import Maybe, check_added
+from vitlr.ops.layers.int8_chain import Norm, Step
+
+OP = "int8_attention"
+_PARTS = len(Step._fields)
+
+
+def steps(flat: Sequence[Maybe]) -> list[Step]:
+    """The steps whose parts the op takes one after the other."""
+    return [Step(*flat[i : i + _PARTS]) for i in range(0, len(flat), _PARTS)]  # type: ignore[arg-type]
+
+
+def reference(
+    x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Maybe], proj: Sequence[Maybe], residual: Maybe, heads: int,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """The specification, in plain torch; what lies between the steps is in x's dtype."""
+    y = _through(x, steps(qkv), None, norm, eps)
+    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return _through(attention.reference(q, k, v), steps(proj), residual)
+
+
+def _through(x: Tensor, chain: list[Step], residual: Maybe, norm: Sequence[Tensor] = (), eps: float = 0.0) -> Tensor:
+    columns: Any = [list(column) for column in zip(*chain, strict=True)]
+    return int8_chain.reference(x, *columns, residual, ["none"] * len(chain), norm, eps)  # type: ignore[call-arg]
+
+
+def int8_attention(
+    x: Tensor,
+    qkv: Sequence[Step],
+    proj: Sequence[Step],
+    heads: int,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """`proj(softmax(q kᵀ / √d) v) + residual`, q, k, v [B, H, L, d] from `qkv(norm(x))`: x [B, L, K] -> y [B, L, N].
+
+    y has x's dtype. There is no gradient: asking for one raises InputError, as do shapes, dtypes or devices that do not
+    fit and outputs of qkv that are not three for each of so many heads.
+    """
+    gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
+    sides = ([part for step in side for part in step] for side in (qkv, proj))
+    return _call(x, gamma_beta, *sides, residual, heads, eps)
+
+
+class Key(NamedTuple):
+    """What dispatch knows of a call: L tokens an image, M of all, both None while unknown.
+
+    `before` are K and what the steps of qkv put out, 3 H d last; `after` H d and what those of proj put out. `more`:
+    how many columns each step has beside those.
+    """
+
+    M: int | None
+    L: int | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    heads: int
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    more: tuple[int, ...] = ()
+    normed: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of everything that is multiplied, and of what comes out."""
+        return self.before + self.after
+
+    @property
+    def weights(self) -> int:
+        """Elements of all W."""
+        pairs = [*pairwise(self.before), *pairwise(self.after)]
+        more = self.more or (0,) * len(pairs)
+        return sum((K + R) * N for (K, N), R in zip(pairs, more, strict=True))
+
+
+def roofline(key: Key, ceilings: registry.Ceilings | None = None) -> registry.Roofline:
+    """`2 M` operations a weight, `4 M L H d` of attention, over the bytes of x, y, residual and a byte a weight."""
+    M, K, D, N = key.M or 0, key.before[0], key.after[0], key.after[-1]
+    size = key.dtype.itemsize * M * (K + N + key.residual * N) + key.weights
+    return registry.Roofline.of(2 * M * key.weights + 4 * M * (key.L or 0) * D, size, torch.int8, ceilings)
+
+
+def _describe(
+    M: int | None, x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Maybe], proj: Sequence[Maybe], residual: Maybe,
+    heads: int, eps: float,
+) -> Key:  # fmt: skip
+    if x.dim() != 3 or not x.is_floating_point():
+        raise InputError(f"{OP}: x is {x.dtype} {list(x.shape)}, expected floating point [B, L, K]")
+    for name, flat in (("qkv", qkv), ("proj", proj)):
+        if not flat or len(flat) % _PARTS or any(t is None for i, t in enumerate(flat) if (i + 1) % _PARTS):
+            raise InputError(f"{OP}: {name} has {len(flat)} parts, expected {', '.join(Step._fields)} of each step")
+    before, more = int8_chain.check_steps(OP, x, x.shape[-1], steps(qkv))
+    if heads < 1 or before[-1] % (3 * heads):
+        raise InputError(f"{OP}: qkv puts out {before[-1]} channels, expected 3 for each entry of {heads} heads")
+    after, others = int8_chain.check_steps(OP, x, before[-1] // 3, steps(proj))
+    int8_chain.check_norm(OP, x, norm, eps)
+    check_added(OP, x, after[-1], residual)
+    return Key(
+        M, x.shape[1], tuple(before), tuple(after), heads, residual is not None, x.dtype, x.device, (*more, *others),
+        bool(norm),
+    )  # fmt: skip
+
+
+def _fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _describe(None, x, *rest).after[-1]))
+
+
+def _run(x: Tensor, *rest: Any) -> Tensor:
+    key = _describe(x.shape[0] * x.shape[1], x, *rest)
+    return registry.select(OP, key).run(x, *rest).contiguous()
+
+
+def _flops(x: Tensor, *rest: Any) -> int:
+    return roofline(_describe(x.shape[0] * x.shape[1], x, *rest)).flops
+
+
+def _refuse(ctx: Any, g: Tensor) -> None:
+    raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
+
+
+_call = short_way(
+    define(
+        "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, "
+        "float eps) -> Tensor",
+        fake=_fake,
+        run=_run,
+        flops=_flops,
+    ),
+    _run,
+)
+torch.library.register_autograd(f"vitlr::{OP}", _refuse)
+registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))
