@@ -282,4 +282,4 @@ def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequenc
     if size <= COLUMNS:
         return [None] * samples
     device = taps[0].linear.weight.device
-    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the targets'
+    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the losses'

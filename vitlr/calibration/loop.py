@@ -74,7 +74,7 @@ def calibrate(
     recognised and all fits into `hidden_memory` bytes, else `notes["no_hidden"]` says why not; True refuses what cannot
     be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
-    tensor to sample from; `samples` targets are drawn per image.
+    tensor to sample from; `samples` losses are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. `resume` names
     a file: used if it is there and fits, written otherwise, saved on the way and gone on from after an interrupt. The
     model comes back as it was.

@@ -28,7 +28,7 @@ class Calibration(Options):
     objective: str | Sequence[str] = option(
         DEFAULT, "What a plan may count: fisher, loss, output or normalized.", metavar="NAME"
     )
-    samples: int = option(1, "Targets drawn for each image.", low=1, metavar="N")
+    samples: int = option(1, "Losses drawn for each image.", low=1, metavar="N")
     seed: int = option(0, "Seed of these draws.", low=0, metavar="N")
     include: str | Sequence[str] | None = option(
         None, "Only layers whose name matches; may be repeated.", metavar="REGEX"
