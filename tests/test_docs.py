@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -20,6 +21,8 @@ from vitlr.checkpoint.creation import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAME = "vit_tiny_patch16_224"
+SMALL = {"depth": 4, "embed_dim": 96}
 # What a snippet may hold that is not run here, and who runs it instead.
 ELSEWHERE = {
     "pip install": ".ci/run installs",
@@ -36,12 +39,24 @@ _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the documents are not beside the tests")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+    """Readers' ViT-Ti is four blocks of width 96 here, on one thread: what they type runs in seconds."""
+    entrypoints, before = timm.models._registry._model_entrypoints, torch.get_num_threads()
+    full = entrypoints[NAME]
+    entrypoints[NAME] = lambda pretrained=False, **given: full(pretrained, **{**SMALL, **given})
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+    entrypoints[NAME] = full
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """The folder that the snippets are written for: weights, train/ and val/ images, a class map."""
     folder = tmp_path_factory.mktemp("workplace")
     torch.manual_seed(0)
-    save_file(create_model("vit_tiny_patch16_224").state_dict(), folder / "vit_tiny.safetensors")
+    save_file(create_model(NAME).state_dict(), folder / "vit_tiny.safetensors")
     generator = torch.Generator().manual_seed(0)
     names = [f"class{i:04d}" for i in range(1000)]
     for split, classes in (("train", names[:3]), ("val", names[:2])):
@@ -72,7 +87,8 @@ def run_command(command: str) -> None:
         return
     words = shlex.split(command)
     if words[0] == "python":
-        assert (ROOT / words[1]).is_file(), f"{command}: there is no such file"
+        script = f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1]
+        assert (ROOT / script).is_file(), f"{command}: there is no such file"
         return
     assert words[0] == "vitlr", f"{command}: nobody runs this; teach test_docs.py to, or say who does"
     from vitlr.cli.app import app

@@ -42,11 +42,11 @@ def test_own_model(example, capsys):
 def test_finetuned_vit(example, image_folder, tmp_path, capsys):
     train, val = image_folder(images=3, name="train"), image_folder(images=2, name="val")
     save_file(timm.create_model(SMALL, num_classes=5).state_dict(), tmp_path / "w.safetensors")
-    example("finetuned_vit")(SMALL, tmp_path / "w.safetensors", str(train), str(val), budget="bytes:30%")
+    example("finetuned_vit")(SMALL, tmp_path / "w.safetensors", str(train), str(val), budget="params:60%")
     shown = capsys.readouterr().out
     assert "dense: top-1" in shown and "small: top-1" in shown and "agreement" in shown
     kept, whole = re.search(r"small: ([\d.]+) of ([\d.]+) MB", shown).groups()
-    assert float(kept) < 0.35 * float(whole)
+    assert float(kept) < 0.75 * float(whole)
     assert "| agreement" not in (tmp_path / "small" / "README.md").read_text()
     assert "same first class as dense" in (tmp_path / "small" / "README.md").read_text()
 

@@ -112,6 +112,18 @@ def test_calibration_and_solving():
     assert said[solving][0] == f"{found['chain / loss']['ratio']:.1f} times faster"
 
 
+def test_planning_of_large_models():
+    table, found = rows(MEASURED), results("bench/results/planning.json")
+    for name, key in (
+        ("ViT-B/16, 12 blocks", "vit_base_patch16_224"),
+        ("ViT-L/16, 24 blocks", "vit_large_patch16_224"),
+        ("ViT-g/14 of DINOv2, 40 blocks", "vit_giant_patch14_dinov2"),
+    ):
+        whole, part = found[key]["extrapolated"], found[key]["measured"]
+        expected = [f"{part['2']['cpu']:.1f}", f"{part['6']['cpu']:.1f}", f"{whole['cpu']:.0f}"]
+        assert [*table[name][:3], table[name][4]] == [*expected, f"{whole['bytes'] / 1e9:.1f}"], name
+
+
 def test_whole_models():
     table, said, found = rows(MEASURED), rows(README), results("bench/results/end_to_end.json")
     for case in ("float32, batch 8", "float32, batch 1", "bfloat16, batch 8"):

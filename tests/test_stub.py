@@ -12,23 +12,25 @@ import vitlr
 
 PATH = Path(vitlr.__file__).with_name("__init__.pyi")
 # Functions that take options of a stage as keywords: editors are told them one by one.
-SPELT = ("calibrate", "compress", "hybrid", "plan", "prune", "refine")
+SPELT = ("apply", "calibrate", "compress", "decompose", "evaluate", "hybrid", "plan", "prune", "refine")
 HEAD = '''"""What `import vitlr` offers, for editors and type checkers; tests/test_stub.py writes this file."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 '''
 NEEDED = {  # by the signatures
     "calibration.options": ["Calibration"],
-    "compression": ["Measure", "Watch"],
+    "compression": ["Measure"],
+    "measuring.evaluation": ["Metrics"],
     "measuring.times": ["Times"],
     "planning.options": ["Planning"],
     "pruning.options": ["Blending", "Gating"],
     "refinement.recipe": ["Recipe"],
-    "runtime.progress": ["Progress"],
+    "runtime.progress": ["Progress", "Watch"],
     "training.loop": ["TrainStep"],
     "training.recipe": ["TrainRecipe"],
 }

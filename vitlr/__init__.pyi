@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitlr.calibration.options import Calibration
@@ -11,15 +12,14 @@ from vitlr.calibration.statistics import Statistics as Statistics
 from vitlr.checkpoint.creation import create_model as create_model
 from vitlr.checkpoint.files import load as load
 from vitlr.checkpoint.files import save as save
-from vitlr.compression import Measure, Watch
-from vitlr.decomposition.solving import decompose as decompose
+from vitlr.compression import Measure
 from vitlr.decomposition.spectra import Spectra as Spectra
 from vitlr.engines.export import export as export
 from vitlr.errors import InputError as InputError
 from vitlr.errors import NumericalError as NumericalError
 from vitlr.errors import RunError as RunError
 from vitlr.errors import VitlrError as VitlrError
-from vitlr.measuring.evaluation import evaluate as evaluate
+from vitlr.measuring.evaluation import Metrics
 from vitlr.measuring.times import Times
 from vitlr.nn import Int8Linear as Int8Linear
 from vitlr.nn import LowRankGLU as LowRankGLU
@@ -40,8 +40,7 @@ from vitlr.reporting.hub import from_pretrained as from_pretrained
 from vitlr.reporting.hub import push_to_hub as push_to_hub
 from vitlr.reporting.hub import save_pretrained as save_pretrained
 from vitlr.reporting.report import report as report
-from vitlr.runtime.progress import Progress
-from vitlr.surgery.application import apply as apply
+from vitlr.runtime.progress import Progress, Watch
 from vitlr.surgery.fusion import fuse as fuse
 from vitlr.surgery.fusion import to_dense as to_dense
 from vitlr.surgery.fusion import unfuse as unfuse
@@ -50,6 +49,14 @@ from vitlr.training.recipe import TrainRecipe
 
 __version__: str
 
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    stats: Statistics | None = None,
+    *,
+    inplace: bool = False,
+    progress: Progress | bool | None = None,
+) -> nn.Module: ...
 def calibrate(
     model: nn.Module,
     loader: Iterable[Any] | None,
@@ -57,7 +64,7 @@ def calibrate(
     options: Calibration | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     output_fn: Callable[[Any], Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     on_batch: Callable[[Statistics], None] | None = None,
     stats: Statistics | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -69,6 +76,7 @@ def calibrate(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
 ) -> Statistics: ...
 def compress(
     model: nn.Module,
@@ -88,7 +96,7 @@ def compress(
     plan_only: bool = False,
     measure: Measure | None = None,
     decided: Callable[[Plan], None] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     watch: Watch | None = None,
     objective: str | None = None,
     centred: bool | None = None,
@@ -115,6 +123,7 @@ def compress(
     extras: Sequence[str] = (),
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
+    max_memory: str | float | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     lr: float = 0.0001,
@@ -135,6 +144,24 @@ def compress(
     parallel: bool = False,
     proxy_images: int = 64,
 ) -> nn.Module: ...
+def decompose(
+    model: nn.Module,
+    stats: Statistics,
+    objective: str | None = None,
+    *,
+    centred: bool = False,
+    damping: float = 0.1,
+    device: str | torch.device = "cpu",
+    progress: Progress | bool | None = None,
+) -> Spectra: ...
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    reference: nn.Module | None = None,
+    *,
+    output_fn: Callable[[Any], Tensor] | None = None,
+    progress: Progress | bool | None = None,
+) -> Metrics: ...
 def hybrid(
     model: nn.Module,
     loader: Iterable[Any],
@@ -151,7 +178,7 @@ def hybrid(
     callbacks: Sequence[Callable[[TrainStep], None]] = (),
     validate: Callable[[nn.Module], float] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     thresholds: str = "global",
     kinds: str | Iterable[str] | None = ("fc1", "fc2"),
     l1: float = 0.0001,
@@ -172,7 +199,7 @@ def plan(
     spectra: Spectra | None = None,
     times: Times | None = None,
     beside: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     objective: str | None = None,
     centred: bool | None = None,
     damping: float | None = None,
@@ -210,7 +237,7 @@ def prune(
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     of: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     thresholds: str = "global",
     kinds: str | Iterable[str] | None = ("qkv", "proj", "fc1", "fc2"),
     l1: float = 0.0001,
@@ -227,7 +254,8 @@ def refine(
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     output_fn: Callable[[Any], Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    watch: Watch | None = None,
     recipe: Recipe | None = None,
     steps: int | None = None,
     minutes: float | None = None,

@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -33,14 +32,13 @@ from vitlr.refinement.report import Refinement
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.modules import uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, Watch, alone, shown
 from vitlr.surgery.application import apply
 from vitlr.surgery.fusion import fuse
 from vitlr.surgery.promises import bytes_names, corrected, multiply_planned, timed
 
 _logger = logging.getLogger(__name__)
 NARROWING = ("widths", "joint")  # the methods that rounds serve
-Watch = Callable[..., AbstractContextManager["Progress | None"]]
 Measure = Callable[[nn.Module], Statistics]
 
 
@@ -72,6 +70,7 @@ class Stages:
         return is_timed(self.budget)
 
 
+@alone
 @keywords(Planning, Calibration, Recipe)
 def compressed(
     model: nn.Module,
@@ -91,7 +90,7 @@ def compressed(
     plan_only: bool = False,
     measure: Measure | None = None,
     decided: Callable[[Plan], None] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     watch: Watch | None = None,
     **changes: Any,
 ) -> Compressed:
@@ -127,7 +126,7 @@ def compressed(
             raise InputError("loader= is missing: refinement, and more rounds than one, need images")
     if not plan_only and (problem := why_not_rebuilt(model)) is not None:
         _logger.warning("the result can be saved with model_args= only: %s", problem)
-    watch = watch or (lambda *_: nullcontext(progress))
+    watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
     with visibility.visible(model):
         layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
@@ -161,7 +160,7 @@ def compressed(
         with watch("timing", None, "shapes") as advance:
             times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
-        beside = stats if measure is None and small is model else None  # a narrowed model's are of no file
+        beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
         chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
     if stages.timed and stages.budget is not None and not plan_only:
         same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
@@ -173,15 +172,14 @@ def compressed(
     if plan_only:
         return Compressed(small, chosen, None, measured, images)
 
-    small = apply(small, chosen, inplace=inplace or rounds > 1)
+    with watch("applying", None, "layers") as advance:
+        small = apply(small, chosen, inplace=inplace or rounds > 1, progress=advance)
     record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
     if stages.rungs and loader is not None and (rounds > 1 or chosen.changes):
-        with watch("refining", None, "steps") as advance:
-            how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
-            how["output_fn"] = output_fn
-            small = refine(small, reference, loader, inplace=True, progress=advance, **how)
+        how: dict[str, Any] = {"rungs": stages.rungs, "recipe": stages.recipe, "resume": resume}
+        small = refine(small, reference, loader, inplace=True, output_fn=output_fn, watch=watch, **how)
         report = small.vitlr_refinement  # type: ignore[assignment]
     if chosen.latency is not None:
         if names := bytes_names(small, chosen):

@@ -102,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     )
     args.add_argument("--objective", choices=OBJECTIVES, default=DEFAULT, help="what calibration measures")
     args.add_argument("--samples", type=int, default=3, help="targets drawn per image for the gradient moments")
-    args.add_argument("--minutes", type=float, help="for the rung distil")
+    args.add_argument("--minutes", type=float, help="for all rungs together")
     args.add_argument("--steps", type=int, help="of the rung distil")
     args.add_argument("--lr", type=float)
     args.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """Seconds and memory of a joint plan after calibration, for models up to ViT-g, extrapolated from a few blocks.
 
-    python -m bench.micro.planning [--model NAME ...] [--blocks 2 4] [--threads N] [--json FILE]
+    python -m bench.micro.planning [--model NAME ...] [--blocks 2 6] [--threads N] [--json FILE]
 
 A model of so many blocks and statistics with decaying spectra are made up: the time does not depend on the images.
 Every depth is planned in a process of its own, and what one block more takes is what all further blocks are said to
@@ -118,7 +118,7 @@ def main() -> None:
     args = parser(__doc__ or "")
     args.add_argument("--model", nargs="+", default=list(WANTED), help="timm models")
     args.add_argument(
-        "--blocks", type=int, nargs=2, default=(2, 4), help="two depths to extrapolate from, not below the threads"
+        "--blocks", type=int, nargs=2, default=(2, 6), help="two depths to extrapolate from, not below the threads"
     )
     args.add_argument("--one", nargs=2, metavar=("MODEL", "BLOCKS"), help="only that, as JSON")
     given = args.parse_args()

@@ -12,7 +12,7 @@ from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import SUMS
 from vitlr.errors import InputError
-from vitlr.measuring.losses import draws, image_seeds, is_logits, sampled_losses
+from vitlr.measuring.losses import contrasts, draws, image_seeds, is_logits, sampled_losses
 
 ALL = {
     "objective": ("loss", "output", "normalized", "fisher"),
@@ -369,3 +369,22 @@ def test_images_that_change_each_other_are_refused_where_single_ones_count(tiny_
     with pytest.raises(InputError, match="sees an image otherwise when another one is in the batch"):
         calibrate(Mixed(), [x])
     assert calibrate(Mixed(), [x], objective="loss").images == 4
+
+
+@pytest.mark.parametrize(("classes", "spread"), [(2, 1.0), (7, 2.0), (40, 30.0)])
+def test_contrasts_have_the_fisher_matrix_for_their_second_moment(classes, spread):
+    """The columns of L are what single signs give; L Lᵀ is F, also where a class is certain to the last digit."""
+    logits = spread * torch.randn(1, classes, dtype=torch.float64)
+    p = logits.softmax(-1)[0]
+    L = torch.stack([contrasts(logits, e[None]) for e in torch.eye(classes, dtype=torch.float64)], -1)[0]
+    assert torch.isfinite(L).all()
+    torch.testing.assert_close(L @ L.mT, p.diag() - p[:, None] * p, rtol=1e-9, atol=1e-15)
+
+
+def test_of_two_classes_every_draw_tells_as_much():
+    logits = torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+    signs = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]], [[-1.0, 1.0]]], dtype=torch.float64)
+    w = contrasts(logits, signs)
+    p = logits.softmax(-1)[0]
+    for one in w[:, 0]:
+        torch.testing.assert_close(one[:, None] * one, p.diag() - p[:, None] * p)

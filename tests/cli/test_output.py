@@ -109,11 +109,11 @@ def test_bench_compares_with_the_model_it_came_from_and_with_another(run, squeez
     assert all(values[f"{key}_vs"] == original[key] for key in ("params", "macs", "bytes"))
     text = run("bench", out, "-b", "1", "--repeats", "1").out
     assert f"of {NAME}'s" in text
-    assert "kernels for " in text and "plain torch ms" in text
+    assert "kernels for " in text and "plain ms" in text
     text = run("bench", out, "-b", "1", "--repeats", "1", "--no-kernels").out
     assert "kernels" not in text
     text = run("bench", out, "-b", "2", "--repeats", "1", "--vs", NAME, "--precision", "bfloat16", *TINY).out
-    assert "bfloat16" in text and f"{NAME} images/s" in text
+    assert "bfloat16" in text and f"vs     {NAME}" in text
     assert original["vs"] is None and not original["results"][0].keys() & {"speedup", "kernel_speedup"}
 
 
@@ -190,3 +190,13 @@ def test_inspect_tells_the_stages_of_a_hierarchy_apart_in_eighty_columns(run):
     lines = run("inspect", "convnext_atto", *small).out.splitlines()
     opened = [line.split()[0] for line in lines if line.endswith("opened")]
     assert len(opened) == len(set(opened)) == 8 and max(map(len, lines)) <= 80
+
+
+def test_refine_validate_and_bench_fit_eighty_columns(run, squeeze, image_folder, weights, tmp_path):
+    data, file = image_folder(images=8, name="forty"), tmp_path / "small.safetensors"
+    said = run(*squeeze(data=data, refine="distil", steps=6)).out
+    given = ["--reference", NAME, "--reference-checkpoint", weights, *TINY]
+    said += run("validate", file, "--data", data, *given).out
+    said += run("bench", file, "--batch-size", "1,8", "--repeats", 1).out
+    said = said.replace(str(file), "small.safetensors")  # where a test's files lie takes a line of its own
+    assert max(map(len, said.splitlines())) <= 80 and "vs ms" in said and "fused ms" in said and "agreement" in said

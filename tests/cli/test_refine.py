@@ -8,7 +8,7 @@ from commandline import KEYS, nothing_left
 import vitlr
 from vitlr.refinement import distil as distil_rung
 
-QUICK = {"steps": 4, "lr": 0.001}
+QUICK = {"steps": 12, "lr": 0.001}  # of three rungs, each of which may take a third
 
 
 @pytest.fixture
@@ -33,7 +33,16 @@ def test_rungs_are_reported_and_recorded(run, refine, tmp_path):
 def test_people_read_it_too(run, refine):
     answer = run(*refine(refine="refit", steps=None, lr=None))
     assert "judged on 8 held-out ones" in answer.out and "refit: KL" in answer.out
-    assert "refining: " in answer.err and "regrow" not in answer.out
+    assert "refining, refit: " in answer.err and "regrow" not in answer.out
+
+
+def test_steps_bound_all_rungs_together_and_each_has_a_line_of_its_own(run, refine):
+    answer = run(*refine("--json", steps=7))
+    refit, regrow, distil = answer.json["rungs"]
+    layers = regrow["steps"] // 200
+    assert refit["steps"] == 2 and 1 <= layers <= 2 and distil["steps"] == 5 - layers
+    for line in ("refit: 2 modules in", f"regrow: {layers} layers in", f"distil: {distil['steps']} steps in"):
+        assert f"refining, {line}" in answer.err
 
 
 def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
@@ -63,7 +72,7 @@ def test_an_interrupted_run_goes_on(run, refine, tmp_path, monkeypatch):
         ({"refine": "all"}, "unknown rung 'all'"),
         ({"refine": "none"}, "--steps goes with --refine"),
         ({"refine": "none", "steps": None}, "--lr goes with --refine"),
-        ({"refine": "regrow"}, "--steps goes with --refine distil"),
+        ({"refine": "regrow"}, "--lr goes with --refine distil"),
         ({"data": None}, "--data is missing"),
         ({"minutes": -1}, "--minutes -1"),
         ({"lr": -1}, "--lr -1"),

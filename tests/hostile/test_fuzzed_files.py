@@ -97,6 +97,31 @@ def test_statistics(stages, tmp_path):
     assert tally.refused > 300
 
 
+def test_spectra(stages, tmp_path):
+    model, _, stats, *_ = stages
+    beside, path, tally, rng = tmp_path / "s.safetensors", tmp_path / "s.spectra.safetensors", Tally(), random.Random(5)
+    stats.save(beside)
+    vitlr.plan(model, stats, "params:80%", method="joint", beside=beside, **STEPS)
+    content = path.read_bytes()
+    header, tensors = read(path)
+
+    def plan():
+        str(vitlr.plan(model, stats, "params:80%", method="joint", beside=beside, **STEPS))
+
+    for i in range(300):
+        kind = i % 6
+        if kind == 0:
+            path.write_bytes(damaged(content, rng))
+            assert not tally(f"{i} damaged", plan) or path.read_bytes() == content
+            continue
+        body = changed(header, rng) if kind < 4 else header
+        held = changed_tensors(tensors, rng) if kind > 3 else tensors
+        path.write_bytes(signed(body, held))
+        tally(f"{i} {kind}", plan)
+    tally.check()
+    assert tally.refused > 150
+
+
 def test_plans(stages, tmp_path):
     model, _, stats, plan, _ = stages
     path, tally, rng = tmp_path / "p.json", Tally(), random.Random(3)

@@ -87,14 +87,16 @@ def test_nothing_compensated_is_channels_set_to_zero(calibrated, images):
 
 def test_ranks_and_widths_in_one_attention(calibrated, images):
     model, stats = calibrated
-    plan = vitlr.plan(model, stats, "params:35%", method="joint", attention="channels", **STEPS)
+    plan = vitlr.plan(model, stats, "params:33%", method="joint", attention="channels", **STEPS)
     both = [row for row in plan.layers if "attn" in row.name and row.rank is not None and (row.kept_in or row.kept_out)]
     assert both
     small = vitlr.apply(model, plan)
-    for row in both:
-        layer = small.get_submodule(row.name)
-        assert isinstance(layer, SelectedLinear) and isinstance(layer.linear, LowRankLinear)
-        assert (layer.linear.out_features, layer.linear.in_features, layer.linear.rank) == (*row.shape, row.rank)
+    layers = {row.name: small.get_submodule(row.name) for row in both}
+    assert any(isinstance(layer, SelectedLinear) for layer in layers.values())
+    for row in both:  # where as much of every head is left, or whole heads go, nothing has to be put in its place
+        layer = layers[row.name].linear if isinstance(layers[row.name], SelectedLinear) else layers[row.name]
+        assert isinstance(layer, LowRankLinear)
+        assert (layer.out_features, layer.in_features, layer.rank) == (*row.shape, row.rank)
     dense = vitlr.to_dense(small)
     assert not any(isinstance(module, (SelectedLinear, LowRankLinear)) for module in dense.modules())
     assert torch.allclose(dense(images), small(images), atol=1e-4)

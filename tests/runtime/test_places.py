@@ -35,12 +35,15 @@ def test_names_that_no_file_can_have_are_refused(tmp_path, name):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs flock")
-def test_what_a_killed_writer_left_goes_at_the_next_run_and_a_living_one_keeps_its_file(tmp_path):
+@pytest.mark.parametrize("write", ["temporary.write_text('half')", "save_file({'x': zeros(2)}, temporary)"])
+def test_what_a_killed_writer_left_goes_at_the_next_run_and_a_living_one_keeps_its_file(tmp_path, write):
     code = f"""
         import sys, time
+        from safetensors.torch import save_file
+        from torch import zeros
         from vitlr.runtime.places import atomic_path
         with atomic_path({str(tmp_path / "out")!r}) as temporary:
-            temporary.write_text("half")
+            {write}
             print(temporary, flush=True)
             time.sleep(60)
     """

@@ -46,11 +46,7 @@ class Tap:
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
         self.gradient_seen = False
         self.forward(0)
-        words = {*collect, stats.side}
-        for word, holds in (("loss", "fisher" in words), ("owner", stats.owner == stats.name), ("queries", queries)):
-            if holds:
-                words.add(word)
-        self.wanted = frozenset(key for key, row in SUMS.items() if row.asked(words))
+        self.wanted = stats.keys(collect, queries is not None)
         self.by_image = "image_moment" in self.wanted
         for key in self.wanted:
             old, shape = stats.held.get(key), stats.shape(key, *(queries or ()))
@@ -270,7 +266,10 @@ def unit(t: Tensor) -> tuple[Tensor, float]:
 
     s is a power of two, so nothing is rounded.
     """
-    largest = float(torch.linalg.vector_norm(t, math.inf)) if t.numel() and t.dtype != torch.float64 else 0.0
+    largest = 0.0
+    if t.numel() and t.dtype != torch.float64:
+        low, high = torch.aminmax(t)  # a tenth of a norm's time
+        largest = max(-float(low), float(high))
     if largest == 0.0 or _SMALL < largest < _LARGE or not math.isfinite(largest):
         return t, 1.0
     power = max(math.frexp(largest)[1], -126)
@@ -283,4 +282,4 @@ def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequenc
     if size <= COLUMNS:
         return [None] * samples
     device = taps[0].linear.weight.device
-    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the targets'
+    return list(draws([s ^ 1 for s in seeds], samples, (size, COLUMNS), torch.randn).to(device))  # not the losses'

@@ -22,6 +22,7 @@ from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_l
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
+from vitlr.calibration.wants import Wants
 from vitlr.data.batches import (
     call,
     count_images,
@@ -39,7 +40,7 @@ from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.storage import fingerprint
 from vitlr.runtime.words import some
 
@@ -47,6 +48,7 @@ _DOUBT = 1e-4  # of a model's least certain answer, below which gradients say no
 _logger = logging.getLogger(__name__)
 
 
+@shows("calibrating")
 @keywords(Calibration)
 def calibrate(
     model: nn.Module,
@@ -72,7 +74,7 @@ def calibrate(
     recognised and all fits into `hidden_memory` bytes, else `notes["no_hidden"]` says why not; True refuses what cannot
     be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well.
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
-    tensor to sample from; `samples` targets are drawn per image.
+    tensor to sample from; `samples` losses are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. `resume` names
     a file: used if it is there and fits, written otherwise, saved on the way and gone on from after an interrupt. The
     model comes back as it was.
@@ -145,14 +147,10 @@ def calibrate(
                 run = stats or fresh
                 heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
-                own = set(extras) - {HIDDEN, VALUES}
-                pruned = {"input_moment", HIDDEN}
-                collect = {name: {*objectives, *own, *(pruned if name in widths else ())} for name in targets}
-                if ROUNDING in extras:  # on the input side `moment` is that of the inputs
-                    for name in targets:
-                        collect[name] |= {"input_moment"} if run.layers[name].side == "output" else set()
+                wants = Wants(run.layers, queries, objectives, extras, frozenset(widths))
+                wants.check_fits(wanted.most)
                 taps += [
-                    Tap(run.layers[name], targets[name], collect[name], found.leading[name], queries.get(name))
+                    Tap(run.layers[name], targets[name], wants.of(name), found.leading[name], queries.get(name))
                     for name in targets
                 ]
                 if ROUNDING in extras and by_gradient:

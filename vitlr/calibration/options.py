@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vitlr.errors import InputError
 from vitlr.runtime.fields import Options, option
+from vitlr.runtime.sizes import read_bytes
 
 OBJECTIVES = ("fisher", "loss", "output", "normalized")
 DEFAULT = OBJECTIVES[0]  # nearest to the dense model at every budget tried (docs/results/ablate.md)
@@ -27,7 +28,7 @@ class Calibration(Options):
     objective: str | Sequence[str] = option(
         DEFAULT, "What a plan may count: fisher, loss, output or normalized.", metavar="NAME"
     )
-    samples: int = option(1, "Targets drawn for each image.", low=1, metavar="N")
+    samples: int = option(1, "Losses drawn for each image.", low=1, metavar="N")
     seed: int = option(0, "Seed of these draws.", low=0, metavar="N")
     include: str | Sequence[str] | None = option(
         None, "Only layers whose name matches; may be repeated.", metavar="REGEX"
@@ -42,11 +43,19 @@ class Calibration(Options):
         flag="",
     )
     hidden_memory: float = option(HIDDEN_MEMORY, "Bytes that those may take.", above=0, flag="")
+    max_memory: str | float | None = option(
+        None, "Refuse to measure where the sums would take more than this, as in 2GB.", metavar="SIZE"
+    )
 
     @property
     def objectives(self) -> tuple[str, ...]:
         """All objectives asked for."""
         return (self.objective,) if isinstance(self.objective, str) else tuple(self.objective or ())
+
+    @property
+    def most(self) -> float:
+        """Bytes that all sums together may take."""
+        return float("inf") if self.max_memory is None else read_bytes(self.max_memory, "max_memory")
 
     def check(self) -> None:
         """Raise `InputError` for objectives, extras and a choice of hidden moments that there are none of."""
@@ -58,3 +67,5 @@ class Calibration(Options):
                 )
         if self.hidden not in (None, False, True, "attention"):
             raise InputError(f"hidden={self.hidden!r}, expected True for MLPs or 'attention' for attention too")
+        if self.max_memory is not None:
+            read_bytes(self.max_memory, "max_memory")

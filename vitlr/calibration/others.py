@@ -2,8 +2,8 @@
 
 Which matrix is rounded to how many bits is known before an image is seen, and so is the error `E = Ŵ − W`. To second
 order it costs `½ E_images[(Σ_ij g_ij E_ij)²]` nats, g the gradient of the loss by W. Errors of rows that have exponents
-of their own have nothing to do with each other, so rows count one by one; and since targets are drawn from the model's
-own answers, gradients of images have a mean of 0, so that the square of a batch's sum is the sum of squares expected.
+of their own have nothing to do with each other, so rows count one by one; and since signs are drawn for every
+image, its gradients have a mean of 0, so that the square of a batch's sum is the sum of squares expected.
 """
 
 from __future__ import annotations

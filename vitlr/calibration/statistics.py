@@ -49,7 +49,7 @@ HEADER: dict[str, Any] = {
 class Statistics:
     """The moments of all layers over `images` images; additive, so runs can be merged.
 
-    `objectives` and `extras` say what was collected, `samples` how many targets were drawn per image, `seed` from
+    `objectives` and `extras` say what was collected, `samples` how many losses were drawn per image, `seed` from
     which seed, `macs` what one dense forward costs, `input_shape` the shape of one image, `fingerprint` of which
     weights this speaks. `whole` is false while a batch is being added, and stays so where that failed.
     """

@@ -125,6 +125,14 @@ class LayerStatistics:
             )
         return tensor
 
+    def keys(self, collect: Collection[str], queries: bool) -> frozenset[str]:
+        """The sums that this layer collects; `queries` says that its first rows make those of an attention."""
+        words = {*collect, self.side}
+        for word, holds in (("loss", "fisher" in words), ("owner", self.owner == self.name), ("queries", queries)):
+            if holds:
+                words.add(word)
+        return frozenset(key for key, row in SUMS.items() if row.asked(words))
+
     def shape(self, key: str, heads: int = 0, d: int = 0) -> tuple[int, ...]:
         """The shape that the layer's sizes, and the heads of its queries, give a sum."""
         sizes = {"n": self.size, "K": self.in_features, "N": self.out_features, "1": 1, "heads": heads, "d": d}

@@ -24,9 +24,10 @@ from vitlr.decomposition.widths import Solved
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.threads import each_in_threads
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 
 
+@shows("solving", "layers")
 def decompose(
     model: nn.Module,
     stats: Statistics,
@@ -91,8 +92,11 @@ def solve(
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options, step, at_hand)]
     names = [name for name in stats.layers if name not in layers]
     ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
-    solved: Iterator[LayerSpectrum | Narrowing] = chain(ranks, _done(tasks, skip))
+    # Widths first: what they need on the way is most while the factors of all layers are not there yet.
+    solved: Iterator[LayerSpectrum | Narrowing] = chain(_done(tasks, skip), ranks)
     done, total = 0, len(names) + len(tasks) + len(roundable)
+    if progress is not None and total:
+        progress(0, total)  # the first one may take a while
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum

@@ -7,6 +7,7 @@ of, weights and moments, comes from the model and the statistics again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,14 @@ from vitlr.runtime.kinds import FLAG, NAME, PLAIN, among, check, number, tuple_o
 
 SCHEMA = 1
 _SUFFIX = ".safetensors"
-WIDTHS = {"name": NAME, "kind": among("mlp", *GRAINS), "compensated": FLAG, "ridge": number(0), "step": whole(0)}
+WIDTHS = {
+    "name": NAME,
+    "kind": among("mlp", *GRAINS),
+    "second": NAME,
+    "compensated": FLAG,
+    "ridge": number(0),
+    "step": whole(0),
+}
 HEADER: dict[str, Any] = {
     "statistics": NAME,
     "objective": among(*OBJECTIVES),
@@ -111,30 +119,32 @@ class SpectraFile:
     def _layer(self, name: str, tensors: Mapping[str, Tensor]) -> LayerSpectrum:
         layer = self.stats.layers[name]
         n, K, N = layer.size, layer.in_features, layer.out_features
-        energies, P, Q = (
-            _taken(tensors, f"{name}|{key}", shape) for key, shape in (("energies", (n,)), ("P", (n, n)), ("Q", (n, n)))
-        )
+        energies = _squares(tensors, f"{name}|energies", (n,))
+        P, Q = (_taken(tensors, f"{name}|{key}", (n, n)) for key in ("P", "Q"))
         mean = _taken(tensors, f"{name}|mean", (K,)) if self.objective.centred else None
         return LayerSpectrum(name, K, N, layer.side, energies, P, Q, mean)
 
     def _width(self, row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Solved:
         name = f"{row['name']}|{row['kind']}"
-        errors = tensors.get(f"{name}|errors")
-        D = max(1, len(errors) - 1) if errors is not None and errors.ndim == 1 else 1
-        order = tensors.get(f"{name}|order")
-        if order is None or order.shape != (D,) or not torch.equal(order.sort().values, torch.arange(D)):
+        if row["second"] not in self.stats.layers:
+            raise InputError(f"{name} is of layer {row['second']}, which the statistics do not have")
+        D, N = (getattr(self.stats.layers[row["second"]], key) for key in ("in_features", "out_features"))
+        order = _taken(tensors, f"{name}|order", (D,), torch.int64)
+        if not torch.equal(order.sort().values, torch.arange(D)):
             raise InputError(f"{name}: its order is none of {D} neurons")
-        widths, second = tensors.get(f"{name}|ranked"), tensors.get(f"{name}|second")
-        ranked = [] if widths is None else [int(width) for width in widths]
-        tails = [] if second is None else [*_finite(f"{name}|second", second)]
-        if len(ranked) != len(tails):
-            raise InputError(f"{name}: {len(ranked)} widths and {len(tails)} spectra of them")
-        return Solved(order, _taken(tensors, f"{name}|errors", (D + 1,)), dict(zip(ranked, tails, strict=True)))
+        errors = _squares(tensors, f"{name}|errors", (D + 1,))
+        if f"{name}|second" not in tensors:
+            return Solved(order, errors, {})
+        second = _squares(tensors, f"{name}|second", (len(tensors[f"{name}|second"]), N + 1))
+        ranked = _taken(tensors, f"{name}|ranked", (len(second),), torch.int64).tolist()
+        if not set(ranked) < {*range(1, D)}:
+            raise InputError(f"{name}: its ranks are of widths outside 1 to {D - 1}")
+        return Solved(order, errors, dict(zip(ranked, second, strict=True)))
 
 
 def _row(width: WidthSpectrum) -> dict[str, Any]:
     same = {"compensated": width.compensated, "ridge": width.moments.ridge, "step": width.step}
-    return {"name": width.name, "kind": width.kind, **same}
+    return {"name": width.name, "kind": width.kind, "second": width.second, **same}
 
 
 def _of_layers(layers: Iterable[LayerSpectrum]) -> Iterable[tuple[str, Tensor]]:
@@ -153,16 +163,20 @@ def _of_widths(widths: Iterable[WidthSpectrum]) -> Iterable[tuple[str, Tensor]]:
             yield f"{name}|second", torch.stack([*second.values()])
 
 
-def _taken(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def _taken(
+    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> Tensor:
     tensor = tensors.get(name)
-    if tensor is None or tuple(tensor.shape) != shape:
-        raise InputError(
-            f"{name:.120} is {'missing' if tensor is None else list(tensor.shape)}, expected {list(shape)}"
-        )
-    return _finite(name, tensor)
+    if tensor is None:
+        raise InputError(f"{name:.120} is missing")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not math.isfinite(tensor.sum()):
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise InputError(f"{name:.120} is {found}, expected finite numbers {dtype} {list(shape)}")
+    return tensor
 
 
-def _finite(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor.sum())):
-        raise InputError(f"{name:.120} holds no finite numbers in float64")
+def _squares(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = _taken(tensors, name, shape)
+    if bool((tensor < 0).any()):
+        raise InputError(f"{name:.120} holds losses below 0")
     return tensor

@@ -163,9 +163,12 @@ class WidthSpectrum:
             bias = bias + W @ mean - V @ mean[keep]
         return V, bias
 
-    def second_spectrum(self, width: int) -> LayerSpectrum:
-        """The low-rank spectrum of the second linear as it is at this width (see `vitlr.decomposition.ranks`)."""
-        V, _ = self.weights(width)
+    def second_spectrum(self, width: int, V: Tensor | None = None) -> LayerSpectrum:
+        """The low-rank spectrum of the second linear as it is at this width (see `vitlr.decomposition.ranks`).
+
+        V are its `weights` there, where they are at hand.
+        """
+        V = self.weights(width)[0] if V is None else V
         keep = self.keep(width)
         energies, P, Q = solve(V @ self.moments.M()[keep[:, None], keep] @ V.mT, self.metric)
         if self.free:

@@ -14,7 +14,7 @@ from vitlr.data.batches import call, first_tensor, labels_of, tensors, to_model
 from vitlr.errors import InputError, NumericalError, VitlrError
 from vitlr.measuring.losses import agreeing, kl
 from vitlr.runtime.contexts import evaluation_mode
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.words import one_line
 
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -41,14 +41,19 @@ class Metrics:
         return asdict(self)
 
     def __str__(self) -> str:
+        return ", ".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """What the labels say, what the reference says, and of how many images."""
         parts = []
         if self.top1 is not None:
             parts += [f"top-1 {self.top1:.2f} % [{self.top1_low:.2f}, {self.top1_high:.2f}], top-5 {self.top5:.2f} %"]
         if self.agreement is not None:
             parts += [f"agreement {self.agreement:.2f} %, KL {self.kl:.4f} nats"]
-        return ", ".join([*parts, f"{self.images} images"]) + (f" ({self.skipped} skipped)" if self.skipped else "")
+        return [*parts, f"{self.images} images" + (f" ({self.skipped} skipped)" if self.skipped else "")]
 
 
+@shows("evaluating")
 def evaluate(
     model: nn.Module,
     loader: Iterable[Any],

@@ -16,10 +16,13 @@ from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError, NumericalError
 from vitlr.runtime.modules import unwrapped
 
+_LEAST = 1e-300  # what is left to other classes, below which nothing is
+
 __all__ = [
     "agreeing",
     "check_reached",
     "classes_said",
+    "contrasts",
     "divergence",
     "draws",
     "first_tensor",
@@ -44,6 +47,26 @@ def draws(seeds: Sequence[int], samples: int, shape: Sequence[int], kind: Callab
     """`samples` draws of `shape` for each seed, as `[samples, images, *shape]` on the CPU."""
     rows = [kind((samples, *shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
     return torch.stack(rows, dim=1)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).double()
+
+
+def contrasts(logits: Tensor, signs: Tensor) -> Tensor:
+    """`w = L ε` of signs ε `[..., images, classes]`, `L Lᵀ = F = diag p − p pᵀ`, p = softmax(logits): `E[w wᵀ] = F`.
+
+    L is F's Cholesky factor, classes from the likeliest to the least likely. Its column k sets class k against all
+    after it, `√(p_k s_{k+1} / s_k) (e_k − Σ_{j>k} p_j / s_{k+1} e_j)` with `s_k = Σ_{j≥k} p_j`. Only F's eigenvectors
+    are as even: an image's one doubt is in every draw, where a class drawn from p mostly finds none.
+    """
+    p, order = torch.sort(logits.detach().double().softmax(-1), dim=-1, descending=True, stable=True)
+    s = p.flip(-1).cumsum(-1).flip(-1)
+    after = torch.cat([s[:, 1:], torch.zeros_like(s[:, :1])], -1)
+    own = signs.gather(-1, order.expand_as(signs)) * (p * after / s.clamp(min=_LEAST)).sqrt()
+    handed = torch.where(after > _LEAST, own / after.clamp(min=_LEAST), 0.0)  # to each later class, times its share
+    w = own - p * (handed.cumsum(-1) - handed)
+    return torch.zeros_like(w).scatter(-1, order.expand_as(w), w)
 
 
 def is_logits(model: nn.Module, answer: Any) -> bool:
@@ -94,8 +117,8 @@ def _named(answer: Any) -> Any:
 def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples: int) -> list[Tensor]:
     """`samples` scalar losses, each summed over the images, whose gradients' second moment is the Fisher matrix.
 
-    Logits z: `-log softmax(z)[t]` with the target t drawn from softmax(z), so that `½ E[(gᵀδ)²]` estimates the KL
-    divergence that a small change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
+    Logits z: `⟨w, z⟩` with the `w` of `contrasts`, so that `½ E[(gᵀδ)²]` estimates the KL divergence that a small
+    change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
     same expression estimates half the squared change of the normalised feature; of one number z, whose direction is its
     sign and never changes, `ε z`. Raises `NumericalError` where the output is not finite.
     """
@@ -103,11 +126,8 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     if not torch.isfinite(output).all():
         raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
     if is_logits(model, answer):
-        uniform = draws(seeds, samples, (1,), torch.rand).double()
-        cumulative = output.detach().double().softmax(-1).cumsum(-1).cpu()
-        targets = torch.searchsorted(cumulative.expand(samples, -1, -1).contiguous(), uniform)
-        targets = targets.clamp_(max=output.shape[1] - 1).squeeze(-1).to(output.device)
-        return [F.cross_entropy(output.float(), target, reduction="sum") for target in targets]
+        signs = draws(seeds, samples, output.shape[1:], _signs).to(output.device)
+        return [(output.float() * w).sum() for w in contrasts(output, signs).float()]
     features = directions(output.float())
     noise = draws(seeds, samples, features.shape[1:], torch.randn).to(features)
     return [(features * direction).sum() for direction in noise]

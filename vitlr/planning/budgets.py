@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 
 from vitlr.errors import InputError
+from vitlr.runtime.sizes import in_units
 
 QUANTITIES = ("params", "macs", "bytes")  # counted; milliseconds are measured
 LATENCY = "latency"
 _MS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*(%|[uµm]?s|[kmg]i?b?|b)?", re.IGNORECASE)
 _EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G, bytes:10MB, latency:50% or latency:12ms"
 
@@ -70,7 +70,7 @@ def parse_budget(text: str | Budget) -> Budget:
     else:
         if unit.endswith("b") and quantity != "bytes":
             raise InputError(f"budget {text!r}: {match[3]} is a unit of bytes, not of {quantity}; {_EXPECTED}")
-        amount, relative = number * _UNITS[unit if unit.endswith("ib") else unit.removesuffix("b")], False
+        amount, relative = in_units(number, unit), False
     if not relative and not unit and 0 < amount <= 100:
         percent = number * 100 if number < 1 else number
         raise InputError(f"budget {text!r} would keep {number:g} {quantity}; for a share write {quantity}:{percent:g}%")

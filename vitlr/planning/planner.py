@@ -34,11 +34,12 @@ from vitlr.planning.pace import Pace, check_times, clocked, shapes_of
 from vitlr.planning.plans import Plan
 from vitlr.runtime.compact import BITS
 from vitlr.runtime.fields import keywords
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 
 _logger = logging.getLogger("vitlr")
 
 
+@shows("solving", "layers")
 @keywords(Planning)
 @visibility.seeing
 def plan(

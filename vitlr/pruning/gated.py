@@ -23,7 +23,7 @@ from vitlr.pruning.options import Gating
 from vitlr.pruning.thresholds import Cut, check_wanted, choose
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.fusion import unfuse
@@ -56,6 +56,7 @@ class Pruning:
         return "\n".join([*lines, *([f"fine-tuning: {self.finetuning}"] if self.finetuning is not None else [])])
 
 
+@shows("pruning", "updates")
 @keywords(Gating)
 def prune(
     model: nn.Module,

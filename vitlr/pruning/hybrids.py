@@ -28,7 +28,7 @@ from vitlr.pruning.gated import Pruning, prune
 from vitlr.pruning.options import Blending, Gating
 from vitlr.pruning.thresholds import check_wanted
 from vitlr.runtime.fields import keywords, names_of
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.surgery import application
 from vitlr.training import TrainRecipe, TrainReport, TrainStep, train
 
@@ -51,6 +51,7 @@ class Hybrid:
         return "\n".join([str(self.plan), *([] if self.pruning is None else [str(self.pruning)]), *tuned])
 
 
+@shows("pruning", "updates")
 @keywords(Blending)
 def hybrid(
     model: nn.Module,

@@ -26,17 +26,20 @@ from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
+from vitlr.refinement.share import Share
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, Watch, alone, shown
 from vitlr.runtime.snapshots import copied, restore, stored
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.proof import prove
 
+_UNITS = {"refit": "modules", "regrow": "layers", "distil": "steps"}
 _NEW = (LowRankLinear, QuantizedLinear, SelectedLinear)  # what compression put in
 
 
+@alone
 @keywords(Recipe)
 def refine(
     model: nn.Module,
@@ -47,19 +50,21 @@ def refine(
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     output_fn: Callable[[Any], Tensor] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
+    watch: Watch | None = None,
     recipe: Recipe | None = None,
     **changes: Any,
 ) -> nn.Module:
     """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
 
     `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those. How is said by a
-    `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...). About 15 % of the images are held
-    out and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes
-    back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number of
-    workers.
+    `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...); `steps` and `minutes` bound all
+    rungs together, of which each may take an equal share of what is left. About 15 % of the images are held out and
+    judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes back worse on
+    them. Frozen parameters stay as they are. The same seed gives the same result, with any number of workers.
     `output_fn(answer)` picks what of a model's answer counts, as in `calibrate`.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
+    `watch("refining, distil", total, unit)` is entered for every rung and gives its `progress(done, total)`.
     The `Refinement` report is left in `model.vitlr_refinement` and, for the file, in `model.vitlr_info["recipe"]`.
 
     Raises `InputError` for fewer than 32 images, images all alike, unknown options, models without low-rank layers,
@@ -85,7 +90,8 @@ def refine(
         "recipe": asdict(recipe),
     }
     with visibility.visible(reference):  # layers are known by the names that the compressed model has
-        report = _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), progress)
+        watch = watch or (lambda label, total, unit: shown(progress, label, total, unit))
+        report = _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), watch)
     _attach(model, report)
     return model
 
@@ -98,33 +104,25 @@ def _climb(
     recipe: Recipe,
     wanted: tuple[str, ...],
     snapshots: Snapshots,
-    progress: Progress | None,
+    watch: Watch,
 ) -> Refinement:
     rungs: list[Rung] = []
     before = judge(model)
     most = count_bytes(model) if is_rounded(model) else None
-    behind = reached = 0  # units of work of the rungs that are done, and of the one that runs
-
-    def advance(done: int, total: int | None) -> None:
-        nonlocal reached
-        reached = done
-        if progress is not None:
-            progress(behind + done, None if total is None else behind + total)
-
-    for name in wanted:
-        reached = 0
+    for place, name in enumerate(wanted):
         rung = snapshots.load_rung(name, model)
         if rung is None:
-            saved, start = copied(model), time.monotonic()
-            if name == "refit":
-                steps, note = refit(model, reference, proxy, judge, recipe, advance)
-                images = min(recipe.proxy_images, proxy.count)
-            elif name == "regrow":
-                steps, note = regrow(model, reference, proxy, judge, recipe, advance)
-                images = min(recipe.proxy_images, proxy.count)
-            else:
-                steps, note = distil(model, reference, proxy, judge, recipe, snapshots, advance)
-                images = proxy.count
+            saved, start, share = copied(model), time.monotonic(), Share.of(recipe, rungs, len(wanted) - place)
+            images = proxy.count if name == "distil" else min(recipe.proxy_images, proxy.count)
+            with watch(f"refining, {name}", None, _UNITS[name]) as told:
+                given = (model, reference, proxy, judge)
+                advance = told or (lambda done, total: None)
+                if name == "refit":
+                    steps, note = refit(*given, recipe, share, advance)
+                elif name == "regrow":
+                    steps, note = regrow(*given, recipe, share, advance)
+                else:
+                    steps, note = distil(*given, share.bound(recipe), snapshots, advance)
             if name != "distil" and (frozen := len(lowrank_layers(model)) - len(free_layers(model))):
                 note += f", {frozen} low-rank layers left frozen"
             after = judge(model)
@@ -139,7 +137,6 @@ def _climb(
         if rung.kept:
             before = rung.after
         rungs.append(rung)
-        behind += reached
     return Refinement(proxy.count, len(proxy.held), recipe.seed, tuple(rungs))
 
 

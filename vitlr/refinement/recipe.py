@@ -19,10 +19,14 @@ class Recipe(Options):
     """The choices behind a refinement; the defaults are those found on held-out calibration images of a ViT-Ti."""
 
     steps: int | None = option(
-        None, "Steps of the rung distil. [default: 1000, or what --minutes have room for]", low=1, metavar="N"
+        None,
+        "Steps of all rungs together: modules refitted, layers regrown, updates distilled. "
+        "[default: 1000 of distil, or what --minutes have room for]",
+        low=1,
+        metavar="N",
     )
-    minutes: float | None = option(None, "Time for the rung distil, instead of steps.", above=0, metavar="T")
-    lr: float = option(1e-4, "Its peak learning rate, of AdamW, then a cosine down to 0.", low=0, metavar="X")
+    minutes: float | None = option(None, "Time for all rungs together.", above=0, metavar="T")
+    lr: float = option(1e-4, "Peak learning rate of distil, of AdamW, then a cosine down to 0.", low=0, metavar="X")
     seed: int = option(0, "Of order, augmentation and random starts.", low=0, high=2**32 - 1, metavar="N")
     batch_size: int = option(32, "Images in a step.", low=2, flag="")
     warmup: int = option(20, "Steps of rising rate.", low=0, flag="")

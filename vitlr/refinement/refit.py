@@ -16,6 +16,7 @@ from vitlr.refinement.blocks import comparable, finite, free_layers, free_norms,
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
+from vitlr.refinement.share import Share
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.progress import Progress
 
@@ -31,6 +32,7 @@ def refit(
     proxy: Proxy,
     judge: Judge,
     recipe: Recipe,
+    share: Share,
     progress: Progress,
 ) -> tuple[int, str]:
     """In place, module after module, each judged by the whole network; (modules tried, a note).
@@ -46,7 +48,7 @@ def refit(
     wanted = {*layers, *norms}
     names = [name for name, _ in model.named_modules() if name in wanted]
     nearest = judge(model).kl
-    refitted = shifted = rescaled = 0
+    tried = refitted = shifted = rescaled = 0
 
     def better(parameters: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> bool:
         """Put the values in; keep them if the network is nearer than ever, else put back what was there."""
@@ -60,7 +62,9 @@ def refit(
         _copy(before, parameters)
         return False
 
-    for done, name in enumerate(names, 1):
+    for name in names:
+        if share.over(tried):
+            break
         module = model.get_submodule(name)
         if isinstance(module, LowRankLinear):
             sums = LayerSums.empty(module)
@@ -78,9 +82,11 @@ def refit(
             _measure(model, reference, proxy, recipe, name, _normalised(module), channels)
             own = module.weight, module.bias
             rescaled += better(own, channels.solve(*own, NORM_RIDGE))
-        progress(done, len(names))
+        tried += 1
+        progress(tried, share.most(len(names)))
     note = f"{refitted} of {len(layers)} layers refitted, {shifted} more corrected in the bias"
-    return len(names), note + (f", {rescaled} of {len(norms)} norms" if norms else "")
+    note += f", {rescaled} of {len(norms)} norms" if norms else ""
+    return tried, note + (f"; its share was over after {tried} of {len(names)}" if tried < len(names) else "")
 
 
 def _copy(values: Sequence[Tensor | None], parameters: Sequence[Tensor | None]) -> None:

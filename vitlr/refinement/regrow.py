@@ -20,6 +20,7 @@ from vitlr.refinement.blocks import by_block, comparable, finite, free_layers, l
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
+from vitlr.refinement.share import Share
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.progress import Progress
@@ -35,6 +36,7 @@ def regrow(
     proxy: Proxy,
     judge: Judge,
     recipe: Recipe,
+    share: Share,
     progress: Progress,
 ) -> tuple[int, str]:
     """In place, block after block; (steps, a note).
@@ -45,30 +47,42 @@ def regrow(
     Layers with a frozen parameter stay as they are.
     """
     free = set(comparable(free_layers(model), model, reference, inputs=recipe.parallel))
-    blocks = by_block([name for name in lowrank_layers(model) if name in free])
+    layers = [name for name in lowrank_layers(model) if name in free]
+    ranks = {name: _share_of(model, name, recipe.regrow_share) for name in layers}
+    blocks = by_block([name for name in layers if ranks[name]])
     nearest = judge(model).kl
-    layers = steps = learnt = 0
-    for done, (block, names) in enumerate(blocks.items(), 1):
+    whole, tried, learnt = sum(map(len, blocks.values())), 0, 0
+    for block, names in blocks.items():
+        if share.over(tried):
+            break
+        names = names[: share.most(whole) - tried]
         tokens = _collect(model, reference, proxy, recipe, block, names)
         before = {name: copy for name in names if (copy := _factors(model, name))}
         kept = 0
         for name in names:
             layer = model.get_submodule(name)
             assert isinstance(layer, LowRankLinear)
-            share = round(recipe.regrow_share * layer.rank)
-            if 1 <= share < layer.rank:
-                generator = torch.Generator().manual_seed(recipe.seed)
-                kept += learn(layer, tokens[name], share, recipe.regrow_steps, generator)
-                steps += recipe.regrow_steps
+            generator = torch.Generator().manual_seed(recipe.seed)
+            kept += learn(layer, tokens[name], ranks[name], recipe.regrow_steps, generator)
         kl = judge(model).kl if kept else math.inf
         if kl < nearest:
             nearest, learnt = kl, learnt + kept
         else:
             for name, factors in before.items():
                 _set(model, name, *factors)
-        layers += len(names)
-        progress(done, len(blocks))
-    return steps, f"{learnt} of {layers} layers took a residual"
+        tried += len(names)
+        progress(tried, share.most(whole))
+    note = f"{learnt} of {len(layers)} layers took a residual"
+    note += f"; its share was over after {tried} of {whole}" if tried < whole else ""
+    return tried * recipe.regrow_steps, note
+
+
+def _share_of(model: nn.Module, name: str, share: float) -> int:
+    """The ranks that a layer's residual learns, 0 where that would be none or all."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, LowRankLinear)
+    rank = round(share * layer.rank)
+    return rank if rank < layer.rank else 0
 
 
 @dataclass

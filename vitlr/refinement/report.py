@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -69,7 +70,7 @@ class Refinement:
 
     def __str__(self) -> str:
         head = f"refined on {self.images} images, judged on {self.held_out} held-out ones"
-        return "\n".join([head, *(f"  {rung}" for rung in self.rungs)])
+        return "\n".join([head, *(textwrap.fill(f"  {rung}", 80, subsequent_indent="    ") for rung in self.rungs)])
 
 
 def _distance(body: dict[str, Any]) -> Distance:

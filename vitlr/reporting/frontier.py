@@ -7,7 +7,7 @@ import re
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from vitlr.reporting.rows import DENSE, INT8, PLAIN, VITLR, Kept, Row, key_of
 from vitlr.reporting.speed import milliseconds
 from vitlr.runtime.machine import processor
 from vitlr.runtime.modules import like, uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, Watch, alone, shown
 from vitlr.runtime.storage import digest
 from vitlr.surgery.application import apply
 from vitlr.surgery.fusion import fuse
@@ -41,7 +41,6 @@ from vitlr.surgery.fusion import fuse
 BUDGETS = ("bytes:25%", "bytes:15%", "bytes:12%", "bytes:10%", "params:80%", "params:60%")
 ROUNDED = {"plain int8": (8, None), "plain int4": (4, GROUP)}  # to the nearest: bits, and weights in a group
 BYTES = "int8 (fuse bits=8)"
-Watch = Callable[..., AbstractContextManager["Progress | None"]]
 Made = tuple[nn.Module, int, dict[str, Any]]  # a model, bytes of its file, and what else its row says
 
 
@@ -73,6 +72,7 @@ class Frontier:
         return "\n".join([*lines, *(textwrap.fill(f"{name}: {why}", 80) for name, why in self.refused.items())])
 
 
+@alone
 def frontier(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -83,7 +83,7 @@ def frontier(
     points: float | None = None,
     rivals: bool = True,
     watch: Watch | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Frontier:
     """Compress to every budget from one calibration, and judge each on images that were not calibrated on.
 
@@ -99,7 +99,7 @@ def frontier(
     wanted = [counted(budget) for budget in budgets]
     if not wanted:
         raise InputError("budgets=() is empty; give some, such as bytes:25%")
-    watch = watch or (lambda *_: nullcontext(progress))
+    watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
     with _place(folder) as place:
         run = _Run(model, calibration, validation, place, Kept(place if folder is not None else None), watch)
         rows, refused = [run.dense()], {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from vitlr.reporting.page import MOST, page
 from vitlr.reporting.rows import DENSE, VITLR, Row
 from vitlr.reporting.subjects import Subject, judge_subject, names_of, opened, time_subject
 from vitlr.runtime.places import atomic_path
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, Watch, alone, shown
 
 SHOWN = 48  # pictures on a page
 POINTS = 64  # of a curve
-Watch = Any
 
 
+@alone
 def report(
     files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     folder: str | os.PathLike[str],
@@ -44,7 +43,7 @@ def report(
     class_names: Sequence[str] | None = None,
     pictures: int = 12,
     watch: Watch | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Path:
     """Write `report.html`, one page that needs nothing else, and its figures as SVG beside it; the page's path.
 
@@ -60,7 +59,7 @@ def report(
         raise InputError("files=() is empty; name some that vitlr wrote")
     if stats is not None and reference is None:
         raise InputError("stats= shows spectra of the dense model: give it as reference=")
-    watch = watch or (lambda *_: nullcontext(progress))
+    watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
     subjects = [opened(path, name) for path, name in zip(paths, names_of(paths), strict=True)]
     place = _folder(Path(folder))
     dense = reference if reference is not None else remade(subjects[0].model)

@@ -20,7 +20,7 @@ except ImportError:  # Windows: nothing tells there whether a writer is alive, s
     fcntl = None  # type: ignore[assignment]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-_SUFFIX = ".part"
+_SUFFIX, _LOCK = ".part", ".lock"
 
 
 def _failure(path: Path, cause: BaseException) -> Exception:
@@ -84,24 +84,29 @@ def atomic_path(path: str | os.PathLike[str], *, commit: bool = True) -> Iterato
     except (OSError, SafetensorError) as cause:
         raise _failure(path, cause) from cause
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in (temporary, temporary.with_suffix(_LOCK)):
+            left.unlink(missing_ok=True)
         os.close(handle)
 
 
 def _begin(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, locked for as long as its descriptor is open: who dies lets go of it."""
+    """A name beside `path`, and a lock that holds it for as long as its descriptor is open: who dies lets go of it.
+
+    The lock is a file of its own: safetensors puts another file in the place of the one that it was given.
+    """
     prefix = f".{path.name}."
     with suppress(OSError):
         _clean(path.parent, prefix)
     while True:
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=_LOCK, dir=path.parent)
+        temporary = Path(name).with_suffix(_SUFFIX)
         if fcntl is None:
-            return handle, Path(name)
+            return handle, temporary
         try:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if os.fstat(handle).st_nlink:  # else another process took it for a dead one's before it was locked
-                return handle, Path(name)
+                return handle, temporary
         except BaseException:
             os.close(handle)
             raise
@@ -113,14 +118,15 @@ def _clean(folder: Path, prefix: str) -> None:
     if fcntl is None:
         return
     for entry in os.scandir(folder):
-        if not (
-            entry.name.startswith(prefix) and entry.name.endswith(_SUFFIX) and entry.is_file(follow_symlinks=False)
-        ):
+        lock = Path(entry.path).with_suffix(_LOCK)
+        ours = entry.name.startswith(prefix) and entry.name.endswith((_LOCK, _SUFFIX))
+        if not ours or not entry.is_file(follow_symlinks=False) or (entry.path != str(lock) and lock.exists()):
             continue
         with suppress(OSError):  # held by its writer, or gone already
             handle = os.open(entry.path, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock.with_suffix(_SUFFIX).unlink(missing_ok=True)
                 os.unlink(entry.path)
             finally:
                 os.close(handle)

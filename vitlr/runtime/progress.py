@@ -1,13 +1,74 @@
-"""Progress on stderr: a bar for people at a terminal, one closing line for logs, nothing on stdout."""
+"""Progress on stderr: a bar for people at a terminal, one closing line for the shell's logs, nothing on stdout."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar, cast
 
 Progress = Callable[[int, "int | None"], None]
+Watch = Callable[..., AbstractContextManager["Progress | None"]]
+F = TypeVar("F", bound=Callable[..., Any])
+_drawn = 0  # bars that are open: a terminal has room for one
+
+
+def shows(label: str, unit: str = "images") -> Callable[[F], F]:
+    """Decorator of a function with `progress=`: a function (done, total), None for a bar at a terminal, False for none.
+
+    The function itself always gets one that can be called.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def run(*given: Any, progress: Progress | bool | None = None, **more: Any) -> Any:
+            with shown(progress, label, unit=unit) as advance:
+                return function(*given, progress=advance, **more)
+
+        signature = inspect.signature(function)
+        told = signature.parameters["progress"].replace(annotation="Progress | bool | None")
+        parameters = {**signature.parameters, "progress": told}
+        run.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+        return cast(F, run)
+
+    return decorate
+
+
+def alone(function: F) -> F:
+    """Decorator of a function with stages and `progress=`: where that says something, no stage draws a bar unasked."""
+
+    @functools.wraps(function)
+    def run(*given: Any, progress: Progress | bool | None = None, **more: Any) -> Any:
+        global _drawn
+        taken = progress is not None
+        _drawn += taken
+        try:
+            return function(*given, progress=progress, **more)
+        finally:
+            _drawn -= taken
+
+    return cast(F, run)
+
+
+@contextmanager
+def shown(
+    progress: Progress | bool | None, label: str, total: int | None = None, unit: str = "images"
+) -> Iterator[Progress]:
+    """`progress` where it is a function; where nothing is said a bar, if stderr is a terminal and no bar is there."""
+    if callable(progress):
+        yield progress
+    elif progress is False or _drawn or sys.stderr is None or not sys.stderr.isatty():
+        yield _silent
+    else:
+        with bar(label, total, unit) as draw:
+            yield draw
+
+
+def _silent(done: int, total: int | None = None) -> None:
+    """Nobody looks."""
 
 
 @contextmanager
@@ -52,7 +113,10 @@ def bar(label: str, total: int | None = None, unit: str = "images") -> Iterator[
         if total is not None:
             drawing.update(task, total=total)
 
+    global _drawn
+    _drawn += 1
     try:
         yield draw
     finally:
+        _drawn -= 1
         drawing.stop()

@@ -23,7 +23,7 @@ from vitlr.nn._plain import has_hooks
 from vitlr.planning.plans import Plan
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import swap, uncompiled
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.alien import guard
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
@@ -123,7 +123,7 @@ def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, Factors
                 A, B, b = spectra.layers[first].factors(linear.weight, plan.ranks[first], linear.bias)  # type: ignore[arg-type]
                 factors[first] = A[rows], B, None if b is None else b[rows]
         if spectrum.second in plan.ranks:
-            second = spectrum.second_spectrum(width)
+            second = spectrum.second_spectrum(width, weight)
             factors[spectrum.second] = second.factors(weight, plan.ranks[spectrum.second], bias)
         if isinstance(spectrum, ValueSpectrum):
             narrow_attention(model, spectrum.attention, keep, weight=weight, bias=bias)
@@ -132,6 +132,7 @@ def _narrow(model: nn.Module, plan: Plan, spectra: Spectra) -> dict[str, Factors
     return factors
 
 
+@shows("applying", "layers")
 def apply(
     model: nn.Module,
     plan: Plan,

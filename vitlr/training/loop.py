@@ -20,7 +20,7 @@ from vitlr.nn import LowRankLinear
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import device_of
-from vitlr.runtime.progress import Progress
+from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
 from vitlr.training.batches import Batch, batches, reseed
@@ -43,6 +43,7 @@ class TrainStep:
     lr: float
 
 
+@shows("training", "updates")
 @keywords(TrainRecipe)
 def train(
     model: nn.Module,

@@ -23,7 +23,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result, table
+from vitlr.cli.result import Result, table, wrapped
 from vitlr.errors import InputError
 
 
@@ -188,18 +188,20 @@ def _describe(device: Any) -> str:
 def _text(values: dict[str, Any]) -> str:
     compared = values["vs"] is not None
     head = f"{values['model']} on {values['device']}, {values['precision']}, {values['threads']} threads"
-    lines = [head + (", compiled" if values["torchcompile"] else "")]
+    lines = [wrapped(head + (", compiled" if values["torchcompile"] else ""))]
     for key, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
         line = f"  {key:<6} {values[key] / scale:9.3f} {unit}"
         if compared:
             other = values[f"{key}_vs"]
             line += f", {values[key] / max(other, 1):.1%} of {values['vs']}'s {other / scale:.3f} {unit}"
         lines.append(line)
-    header = ["batch", "images/s", "ms"] + [f"{values['vs']} images/s", "ms", "speed-up"] * compared
+    if compared:
+        lines.append(f"  vs     {values['vs']}")
+    header = ["batch", "images/s", "ms"] + ["vs images/s", "vs ms", "speed-up"] * compared
     kernels = "kernel_speedup" in values["results"][0]
-    header += ["plain torch ms", "fused ms", "kernels"] * kernels
+    header += ["plain ms", "fused ms", "kernels"] * kernels
     if kernels:
-        lines.append(f"  kernels for {values['isa'] or 'no CPU: not built'}; vitlr doctor says which run and why")
+        lines.append(f"  kernels for {values['isa'] or 'no CPU: not built'}: fused ms against plain torch's")
     rows = []
     for row in values["results"]:
         cells = [str(row["batch_size"]), f"{row['images_per_second']:.1f}", f"{row['batch_ms']:.2f}"]

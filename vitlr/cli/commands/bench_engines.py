@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitlr.cli.plain_torch import PlainTorch
-from vitlr.cli.result import Result, table
+from vitlr.cli.result import Result, table, wrapped
 from vitlr.cli.timed import throughputs
 from vitlr.data.preprocessing import input_size
 from vitlr.engines.export import export
@@ -90,7 +90,7 @@ def _runners(model: nn.Module, engines: Sequence[str], folder: Path, precision: 
 
 def _text(values: Mapping[str, Any]) -> str:
     head = f"{values['model']} on the CPU, {values['precision']}, {values['threads']} threads, engines in turns"
-    lines = [head]
+    lines = [wrapped(head)]
     for name, count in values["int8"].items():
         lines += [f"  {name} multiplies bytes in {count} of its products"] * bool(count)
     first = values["results"][0]["engine"]

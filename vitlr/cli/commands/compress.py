@@ -31,7 +31,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result, resumable
+from vitlr.cli.result import Result, resumable, wrapped
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError, Interrupted
 from vitlr.planning.budgets import is_timed, parse_budget
@@ -123,6 +123,7 @@ def compress(
     from vitlr.cli.models import Source, check_destinations, open_model, parse_device
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
+    from vitlr.decomposition.spectra_file import place
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
@@ -135,7 +136,9 @@ def compress(
         missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
         raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
-    check_destinations({"--out": out, "--stats": stats, "--plan-out": plan_out}, {**inputs, "--resume": resume})
+    outputs = {"--out": out, "--stats": stats, "--plan-out": plan_out}
+    outputs |= {} if stats is None else {"the spectra of --stats": place(stats)}
+    check_destinations(outputs, {**inputs, "--resume": resume})
     source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
     network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
@@ -178,7 +181,7 @@ def compress(
     values = {"out": None if plan_only else str(out), "params": plan.params, **kept, "rungs": rungs}
     values |= {} if plan.latency is None else {"latency": plan.latency.to_dict()}
     values |= {"seconds": round(time.perf_counter() - start, 3), "images": done.images}
-    text += [] if images is None else [images.made]
+    text += [] if images is None else [wrapped(images.made)]
     return Result(values, "\n".join([*text, f"{done.images} images, {values['seconds']:.1f} s"]))
 
 
@@ -187,9 +190,11 @@ def _check_refinement(
 ) -> None:
     """Refuse what cannot be refined before anything is read."""
     rungs = parse_rungs(refine)
-    for name in ("steps", "minutes", "lr"):
-        if name in options and "distil" not in rungs:
-            raise InputError(f"--{name} goes with --refine distil")
+    for name in ("steps", "minutes"):
+        if name in options and not rungs:
+            raise InputError(f"--{name} goes with --refine refit, regrow or distil")
+    if "lr" in options and "distil" not in rungs:
+        raise InputError("--lr goes with --refine distil")
     if not rungs:
         if resume is not None:
             raise InputError("--resume goes with --refine refit, regrow or distil")
@@ -211,7 +216,7 @@ def _watched(
 
     try:
         with bar(label, total, unit) as progress:
-            if label == "refining":
+            if label.startswith("refining"):
                 with resumable(resume):
                     yield progress
             else:

@@ -28,7 +28,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result, resumable
+from vitlr.cli.result import Result, resumable, wrapped
 from vitlr.cli.training import check_files, judge_on
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError
@@ -108,4 +108,4 @@ def finetune(
         "skipped": images.skipped,
         "seconds": round(time.perf_counter() - start, 3),
     }
-    return Result(values, f"{report}\nwrote {out}: {values['bytes'] / 1e6:.3f} MB\n{images.made}")
+    return Result(values, f"{report}\nwrote {out}: {values['bytes'] / 1e6:.3f} MB\n{wrapped(images.made)}")

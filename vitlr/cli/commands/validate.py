@@ -25,7 +25,7 @@ from vitlr.cli.options import (
     Workers,
     model_arguments,
 )
-from vitlr.cli.result import Result
+from vitlr.cli.result import Result, wrapped
 from vitlr.data.options import Preprocessing
 from vitlr.errors import InputError
 
@@ -79,4 +79,4 @@ def validate(
     loader = open_data(data, network, **how, **options, need_labels=True if other is None else None)
     with bar("validating", loader.images) as progress:
         metrics = evaluate(network, loader, other, progress=progress)
-    return Result(metrics.to_dict(), f"{model}: {metrics}\n{loader.made}")
+    return Result(metrics.to_dict(), "\n  ".join([f"{model}:", *metrics.lines()]) + f"\n{wrapped(loader.made)}")
