@@ -63,7 +63,7 @@ float value_of(uint16_t half) {
 bool check(const ChainKernel& kernel, bool bf16, int threads) {
   const int64_t M = pick({0, 1, 2, 7, 13, 31, 33, 64, 197}), K = pick({1, 2, 15, 31, 64, 129, 258, 300, 700});
   const int64_t D = pick({1, 3, 16, 17, 33, 64, 530}), N = pick({1, 7, 16, 31, 32, 47, 65, 96});
-  const Linear first(kernel, D, K, pick({0, 0, 1, 5, 40}), true);
+  Linear first(kernel, D, K, pick({0, 0, 1, 5, 40}), true);
   const Linear second(kernel, N, D, pick({0, 0, 1, 5, 40}), false);
   const std::unique_ptr<char[]> x(new char[M * K * kernel.bytes]), y(new char[M * N * kernel.bytes]);
   std::vector<float> numbers(M * K);
@@ -72,10 +72,25 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
     numbers[i] = value_of(half);
     std::memcpy(x.get() + i * kernel.bytes, bf16 ? static_cast<const void*>(&half) : &numbers[i], kernel.bytes);
   }
+  // A norm makes of x what no fp32 holds, so that halves are rounded either way; gamma and beta are 1 and 1/2.
+  const bool normed = K > 1 && pick({0, 1});
+  const std::unique_ptr<char[]> gamma(new char[K * kernel.bytes]), beta(new char[K * kernel.bytes]);
+  const uint32_t one = 0x3f800000, half = 0x3f000000;
+  for (int64_t k = 0; k < K; ++k) {
+    std::memcpy(gamma.get() + k * kernel.bytes, reinterpret_cast<const char*>(&one) + 4 - kernel.bytes, kernel.bytes);
+    std::memcpy(beta.get() + k * kernel.bytes, reinterpret_cast<const char*>(&half) + 4 - kernel.bytes, kernel.bytes);
+  }
+  if (normed) first.layer.input.norm = {gamma.get(), beta.get(), 1e-6f};
   const Layer layers[2] = {first.layer, second.layer};
   run_chain(kernel, {x.get(), M, K, K, 1, y.get(), nullptr, 0}, layers, 2, threads);
   for (int64_t m = 0; m < M; ++m) {
     std::vector<double> row(numbers.begin() + m * K, numbers.begin() + (m + 1) * K);
+    if (normed) {
+      double mean = 0, square = 0;
+      for (double v : row) mean += v / double(K);
+      for (double v : row) square += (v - mean) * (v - mean) / double(K);
+      for (double& v : row) v = (v - mean) / std::sqrt(square + 1e-6) + 0.5;
+    }
     double loose = 0;  // what bytes between the layers do whose rounding is a matter of the last bit
     for (const Linear* linear : {&first, &second}) {
       std::vector<double> next(linear->layer.weight.N);
@@ -87,7 +102,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
           const double q = std::nearbyint(std::fmin(std::fmax(exact, 0), 255)), off = std::fabs(exact - std::floor(exact) - 0.5);
           const int64_t code = linear->codes[n * row.size() + k];
           sum += static_cast<int64_t>(q) * code;
-          if (linear == &second && off < 1e-3) flips += std::labs(code);
+          if ((normed || linear == &second) && off < 1e-3) flips += std::labs(code);
         }
         next[n] = static_cast<double>(sum) * linear->scale[n] + linear->bias[n];
         loose = std::fmax(loose, static_cast<double>(flips) * linear->scale[n]);

@@ -32,6 +32,7 @@ ISAS = {
     "amx_int8": [*VNNI, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 OF_FLOATS = ("portable", "avx2", "avx512", "avx512_bf16")
+OF_ATTENTION = (*OF_FLOATS, "amx_int8")
 
 
 def run(command: list[str], **env: str) -> str:
@@ -46,8 +47,13 @@ def run(command: list[str], **env: str) -> str:
     [
         ("chain", 8, {"chain": OF_FLOATS}),
         ("rounding", 60, {"rounding": ()}),
-        ("attention", 15, {"attention": (*OF_FLOATS, "amx_int8")}),
+        ("attention", 15, {"attention": OF_ATTENTION}),
         ("int8_chain", 15, {"chain": OF_FLOATS, "int8_chain": tuple(ISAS)}),
+        (
+            "int8_attention",
+            12,
+            {"int8_attention": (), "attention": OF_ATTENTION, "chain": OF_FLOATS, "int8_chain": tuple(ISAS)},
+        ),
     ],
     ids=str,
 )
