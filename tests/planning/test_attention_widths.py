@@ -212,7 +212,7 @@ def test_refinement_leaves_out_layers_whose_outputs_the_dense_network_has_not(ti
         narrow_mlp(read_mlp(block.mlp), torch.arange(64))
         block.mlp.fc1 = LowRankLinear.from_linear(block.mlp.fc1, 8)
         block.mlp.fc2 = LowRankLinear.from_linear(block.mlp.fc2, 8)
-    small = vitlr.refine(small, model, images, rungs="regrow", parallel=parallel, **QUICK)
+    small = vitlr.refine(small, model, images, rungs="regrow", parallel=parallel, **QUICK | {"steps": 14})
     refit, residual = small.vitlr_refinement.rungs
     assert refit.steps == 2 + 5 and "of 2 layers" in refit.note  # fc2 of both blocks, and all norms
     assert ("of 2 layers" in residual.note) != parallel  # in parallel its inputs would be the dense network's

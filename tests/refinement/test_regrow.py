@@ -64,7 +64,7 @@ def test_plainly_cut_layers_come_nearer(pair, proxy_images, quick, parallel):
             with torch.no_grad():
                 module.up.weight.copy_(A)
                 module.down.weight.copy_(B)
-    quick |= {"regrow_steps": 150, "regrow_share": 0.5}
+    quick |= {"regrow_steps": 150, "regrow_share": 0.25}
     refined = vitlr.refine(small, dense, proxy_images, rungs=["regrow"], parallel=parallel, **quick)
     (rung,) = refined.vitlr_refinement.rungs
     assert rung.kept and rung.after.kl < rung.before.kl and not rung.note.startswith("0 of")
