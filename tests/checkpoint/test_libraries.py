@@ -102,3 +102,10 @@ def test_what_a_file_may_not_ask_for_is_refused(kind, saved, tmp_path):
     save_file(tensors, path, {"vitlr": json.dumps(header)})
     with pytest.raises(InputError, match=word):
         vitlr.load(path)
+
+
+def test_a_folder_of_such_a_model_opens_too(tmp_path):
+    model, x = small("transformers/ViT")
+    vitlr.save_pretrained(model, tmp_path / "folder")
+    assert "`ViTForImageClassification` (transformers)" in (tmp_path / "folder" / "README.md").read_text()
+    assert torch.equal(answer(vitlr.load(f"local-dir:{tmp_path / 'folder'}"), x), answer(model, x))

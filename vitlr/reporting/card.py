@@ -43,6 +43,7 @@ class Card:
         except InputError:  # of learnt pruning, or of somebody's own
             plan = None
         found, base = header["origin"], header.get("base")
+        of_timm = found is not None and found["library"] == "timm"
         try:
             macs = cost.measure(model, input_size(model)).macs
         except InputError:  # nothing says how large images are
@@ -52,8 +53,8 @@ class Card:
             name,
             base,
             licence_of(base),
-            None if found is None else found["name"],
-            found is not None and not (header["structure"] or header["fused"] or header["tied"]),
+            None if found is None else f"`{found['name']}` ({found['library']})",
+            of_timm and not (header["structure"] or header["fused"] or header["tied"]),
             plan,
             cost.count_params(model),
             macs,
@@ -79,7 +80,7 @@ class Card:
 
     def _what(self) -> str:
         of = f" of `{self.base}`" if self.base else ""
-        what = f"Architecture: `{self.architecture}` (timm)." if self.architecture else "Of an architecture of its own."
+        what = f"Architecture: {self.architecture}." if self.architecture else "Of an architecture of its own."
         if self.plan is None:
             return f"A model{of}, written by vitlr. {what}"
         return f"A compressed model{of}, made by vitlr under `{self.plan.budget}` (method {self.plan.method}). {what}"

@@ -134,7 +134,7 @@ def _write(path: Path, text: str) -> None:
 def _config(header: Mapping[str, Any]) -> dict[str, Any]:
     """What timm reads, of the dense model of that name, and that the weights are ours; the latter alone for others."""
     ours = {folders.OURS: vitlr.__version__}
-    if header["origin"] is None:
+    if (header["origin"] or {}).get("library") != "timm":
         return ours
     from timm.models import _hub
 
