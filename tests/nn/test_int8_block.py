@@ -121,3 +121,31 @@ def test_what_cannot_become_one_says_why(small):
         Int8Block(nn.Linear(3, 3))
     with pytest.raises(InputError, match="it is one already"):
         Int8Block(small.blocks[0])
+
+
+@torch.no_grad()
+def test_layer_scales_go_into_steps_and_signs_of_codes(images, tmp_path):
+    model = vit(init_values=0.5)
+    for block in model.blocks:
+        for scale in (block.ls1, block.ls2):
+            scale.gamma[::2] *= -1
+        block.ls1.gamma[3] = 0
+    stats = vitlr.calibrate(model, images.split(8), extras=("ranges",))
+    apart, small = fuse(model, bits=8, stats=stats, fold=False), fuse(model, bits=8, stats=stats)
+    assert all(isinstance(block, Int8Block) for block in small.blocks)
+    assert not any(isinstance(block, Int8Block) for block in apart.blocks)
+    torch.testing.assert_close(small(images), apart(images), rtol=1e-4, atol=1e-4)
+    vitlr.save(small, tmp_path / "m.safetensors", model_args=False)
+    assert torch.equal(vitlr.load(tmp_path / "m.safetensors", model=model)(images), small(images))
+    torch.testing.assert_close(unfuse(small)(images), apart(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_linear_of_two_blocks_keeps_its_steps(images):
+    model = vit(init_values=0.5)
+    small = fuse(model, bits=8, stats=vitlr.calibrate(model, images.split(8), extras=("ranges",)), fold=False)
+    unfuse(small, inplace=True)
+    small.blocks[1].attn.proj = small.blocks[0].attn.proj
+    y = small(images)
+    torch.testing.assert_close(fuse(small)(images), y, rtol=1e-4, atol=1e-4)
+    assert type(fuse(small).blocks[0].ls1) is type(small.blocks[0].ls1)

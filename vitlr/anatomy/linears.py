@@ -11,7 +11,7 @@ from torch import nn
 from vitlr.anatomy import naming, timm
 from vitlr.anatomy.naming import Hidden
 from vitlr.errors import InputError
-from vitlr.nn import LowRankLinear, ResidualLowRankLinear
+from vitlr.nn import Int8Linear, LowRankLinear, ResidualLowRankLinear
 from vitlr.runtime import modules
 
 __all__ = [
@@ -122,9 +122,9 @@ def norms_before(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def scales_after(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (layer scale, low-rank layer) by name where the scale multiplies what that layer returns, and only that."""
+    """Yield (layer scale, low-rank or int8 layer) by name where the scale multiplies what that returns, no more."""
     for _, _, last, scale in timm.half_blocks(model):
-        if is_scale(model.get_submodule(scale)) and isinstance(model.get_submodule(last), LowRankLinear):
+        if is_scale(model.get_submodule(scale)) and isinstance(model.get_submodule(last), (LowRankLinear, Int8Linear)):
             yield scale, last
 
 

@@ -105,6 +105,15 @@ class Int8Linear(Weightless):
         linear.bias = nn.Parameter((self.bias.double() + scale * (codes @ shift)).float())
         return linear.train(self.training)
 
+    @torch.no_grad()
+    def multiply(self, gamma: Tensor) -> None:
+        """Return `gamma ⊙ y` [N] from now on: steps and bias take its size, codes its sign."""
+        gamma = gamma.detach().to(self.scale).double()
+        self.codes.mul_(gamma.sign().to(torch.int8)[:, None])
+        size = torch.where(gamma == 0, 1.0, gamma.abs())  # steps stay above 0
+        self.scale.copy_(self.scale * size)
+        self.bias.copy_(self.bias * gamma)
+
     def check(self, name: str) -> None:
         """Raise `InputError` for codes, steps and shapes that no such layer has."""
         N, K, R = self.out_features, self.in_features, 0 if self.wide is None else len(self.wide)

@@ -1,7 +1,8 @@
-"""Folding: multiply what stands before or after a low-rank layer into its factors, where that changes nothing.
+"""Folding: multiply what stands beside a low-rank or int8 layer into it, where that changes nothing.
 
     LayerNorm  n(x) γ + β  then  A B x + b     becomes  n(x)      then  A (B γ) x + (b + A B β)
     A B x + b  then a layer scale  γ ⊙ y       becomes  (γ A) B x + γ b
+    s ⊙ (W q) + b  then a layer scale          becomes  |γ| s ⊙ (sign(γ) W q) + γ b
 
 The norm keeps its parameters, as ones and zeros, and so does the scale: state_dict keys do not change.
 """
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears
-from vitlr.nn import FoldedScale, LowRankLinear
+from vitlr.nn import FoldedScale, Int8Linear, LowRankLinear
 from vitlr.nn._plain import has_hooks, is_plain
 from vitlr.runtime.modules import put
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> list[str]:
-    """Fold norms and layer scales into the low-rank layers beside them, in place; the names of what was folded.
+    """Fold norms and layer scales into the layers beside them, in place; the names of what was folded.
 
     Left as they are: what has hooks, what is shared with another layer, values that are not finite, and a norm with a
     shift before a layer without bias. In exact arithmetic the function is the same; the factors are rounded once.
@@ -32,13 +33,16 @@ def fold(model: nn.Module) -> list[str]:
         scale, low = model.get_submodule(name), model.get_submodule(producer)
         if isinstance(scale, FoldedScale) or not _free(low, users) or not _free(scale, users):
             continue
-        assert isinstance(low, LowRankLinear)
         gamma = scale.get_parameter("gamma")
         if not torch.isfinite(gamma).all():
             continue
-        _set(low.up.weight, gamma.double()[:, None] * low.up.weight.double())
-        if low.up.bias is not None:
-            _set(low.up.bias, gamma.double() * low.up.bias.double())
+        if isinstance(low, Int8Linear):
+            low.multiply(gamma)
+        else:
+            assert isinstance(low, LowRankLinear)
+            _set(low.up.weight, gamma.double()[:, None] * low.up.weight.double())
+            if low.up.bias is not None:
+                _set(low.up.bias, gamma.double() * low.up.bias.double())
         put(model, name, FoldedScale(scale))
         folded.append(name)
     return folded
@@ -68,18 +72,18 @@ def _fold_norm(norm: nn.Module, consumers: list[nn.Module], users: dict[int, int
 
 def _free(module: nn.Module, users: dict[int, int]) -> bool:
     """Whether a module may change: nobody listens to it, and its parameters are nobody else's."""
-    if has_hooks(module) or any(users[id(p)] > 1 for p in module.parameters()):
+    if has_hooks(module) or any(users[id(p)] > 1 for p in (*module.parameters(), *module.buffers())):
         return False
     return not isinstance(module, LowRankLinear) or (is_plain(module.down) and is_plain(module.up))
 
 
 def _users(model: nn.Module) -> dict[int, int]:
-    """How often each parameter is registered in the model, once for every name of a module that has several."""
+    """How often each tensor is registered in the model, once for every name of a module that has several."""
     count: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                count[id(tensor)] = count.get(id(tensor), 0) + 1
     return count
 
 
