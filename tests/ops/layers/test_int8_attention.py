@@ -136,7 +136,6 @@ def test_as_exact_as_the_reference_where_no_rounding_is_close(isa):
         ({"residual": torch.zeros(2, 5, 16)}, r"residual \[2, 5, 16\] does not fit"),
         ({"norm": Norm(torch.ones(23), torch.ones(24), 0.0)}, r"gamma is torch.float32 \[23\]"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_told(change, match):
     x, qkv, proj, residual, norm = parts(2, 5, 2, 8)

@@ -118,7 +118,6 @@ def one(**changes):
             "K up to 65536",
         ),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_told(x, steps, acts, match):
     with pytest.raises(InputError, match=match):
