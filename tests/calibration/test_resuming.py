@@ -7,6 +7,7 @@ import torch
 
 import vitlr
 from vitlr import InputError, Statistics
+from vitlr.calibration.resuming import images_of
 
 
 @pytest.fixture
@@ -80,3 +81,14 @@ def test_hidden_moments_are_measured_where_they_can_be_had(tiny_vit, loader):
     assert attention.extras == () and "finds no MLP" in attention.notes["no_hidden"]
     assert vitlr.calibrate(tiny_vit(), loader, objective="normalized").extras == ()
     assert vitlr.calibrate(tiny_vit(), loader, hidden=False).extras == ()
+
+
+def test_what_a_loader_calls_images_may_be_the_images(tiny_vit, images):
+    """The bar asks how many there are; a loader that holds them under that name is no reason to fail."""
+
+    class Holder(list):
+        pass
+
+    loader = Holder([images])
+    loader.images = images
+    assert images_of(loader) is None and vitlr.calibrate(tiny_vit(), loader).images == len(images)

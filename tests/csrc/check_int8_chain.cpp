@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -91,23 +92,30 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
       for (double v : row) square += (v - mean) * (v - mean) / double(K);
       for (double& v : row) v = (v - mean) / std::sqrt(square + 1e-6) + 0.5;
     }
-    double loose = 0;  // what bytes between the layers do whose rounding is a matter of the last bit
-    for (const Linear* linear : {&first, &second}) {
-      std::vector<double> next(linear->layer.weight.N);
-      for (int64_t e = 0, more = linear->K - int64_t(row.size()); e < more; ++e) row.push_back(row[linear->wide[e]]);
+    // How far entries of the row may be off: bytes whose rounding is a matter of the last bit, and what becomes of them.
+    std::vector<double> slack(row.size(), 0.0);
+    for (const Linear* linear : std::initializer_list<const Linear*>{&first, &second}) {
+      std::vector<double> next(linear->layer.weight.N), loose(next.size());
+      for (int64_t e = 0, more = linear->K - int64_t(row.size()); e < more; ++e) {
+        row.push_back(row[linear->wide[e]]);
+        slack.push_back(slack[linear->wide[e]]);
+      }
       for (size_t n = 0; n < next.size(); ++n) {
-        int64_t sum = 0, flips = 0;
+        int64_t sum = 0;
+        double flips = 0;
         for (size_t k = 0; k < row.size(); ++k) {
           const double exact = row[k] * linear->multiplier[k] + linear->shift[k];
-          const double q = std::nearbyint(std::fmin(std::fmax(exact, 0), 255)), off = std::fabs(exact - std::floor(exact) - 0.5);
+          const double q = std::nearbyint(std::fmin(std::fmax(exact, 0), 255));
+          const double off = std::fabs(exact - std::floor(exact) - 0.5);
+          const double reach = slack[k] * linear->multiplier[k] + (normed || linear == &second ? 1e-3 : 0);
           const int64_t code = linear->codes[n * row.size() + k];
           sum += static_cast<int64_t>(q) * code;
-          if ((normed || linear == &second) && off < 1e-3) flips += std::labs(code);
+          if (reach > 0 && off <= reach) flips += (std::floor(reach - off) + 1) * double(std::labs(code));
         }
         next[n] = static_cast<double>(sum) * linear->scale[n] + linear->bias[n];
-        loose = std::fmax(loose, static_cast<double>(flips) * linear->scale[n]);
+        loose[n] = flips * linear->scale[n];
       }
-      row = next;
+      row = next, slack = loose;
     }
     for (int64_t n = 0; n < N; ++n) {
       float got;
@@ -118,7 +126,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
       } else {
         std::memcpy(&got, y.get() + 4 * (m * N + n), 4);
       }
-      const double allowed = std::fabs(row[n]) * (bf16 ? 1e-2 : 1e-5) + 1e-4 + loose;
+      const double allowed = std::fabs(row[n]) * (bf16 ? 1e-2 : 1e-5) + 1e-4 + slack[n];
       if (!(std::fabs(got - row[n]) <= allowed)) {
         std::printf("%s %s M=%ld K=%ld D=%ld N=%ld: y[%ld, %ld] = %g, expected %g\n", kernel.name, bf16 ? "bf16" : "fp32",
                     long(M), long(K), long(D), long(N), long(m), long(n), got, row[n]);

@@ -65,9 +65,12 @@ def resumed(
 
 
 def images_of(loader: Any) -> int | None:
-    """How many images the loader will give, where it says so."""
+    """How many images the loader will give, where it says so; what it calls so may be something else."""
+    said = getattr(loader, "images", None)
+    if isinstance(said, int):
+        return said
     try:
-        return int(loader.images) if hasattr(loader, "images") else len(loader.dataset)
+        return len(loader.dataset)
     except (AttributeError, TypeError):
         return None
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vitlr.anatomy.linears import classifier_names
-from vitlr.checkpoint import folders, libraries
+from vitlr.checkpoint import folders, other_libraries
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
@@ -108,7 +108,7 @@ def remade(model: nn.Module) -> nn.Module | None:
     if found is None:
         return None
     if found["library"] != "timm":
-        return libraries.build(libraries.check(found)).eval()
+        return other_libraries.build(other_libraries.check(found)).eval()
     return create_model(found["name"], **found["args"])
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vitlr.checkpoint import libraries
+from vitlr.checkpoint import other_libraries
 from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line
 
 Origin = dict[str, Any]
-"""{"library": "timm" or one of `libraries`, "name": str, "args": {str: plain value}}"""
+"""{"library": "timm" or one of `other_libraries`, "name": str, "args": {str: plain value}}"""
 
 # fmt: off
 ARGUMENTS = frozenset({
@@ -70,8 +70,8 @@ def check_origin(origin: Any) -> Origin:
 
     if not isinstance(origin, dict) or set(origin) != {"library", "name", "args"}:
         raise InputError("the origin is not a model's library, name and arguments")
-    if isinstance(origin["library"], str) and origin["library"] in libraries.LIBRARIES:
-        return libraries.check(origin)
+    if isinstance(origin["library"], str) and origin["library"] in other_libraries.LIBRARIES:
+        return other_libraries.check(origin)
     if origin["library"] != "timm":
         raise InputError(f"the origin is of {str(origin['library'])[:80]!r}, no library that models are rebuilt by")
     name, args = origin["name"], origin["args"]
@@ -91,7 +91,7 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
     Raises `InputError` where `model_args` are not plain, whitelisted values.
     """
     origin = getattr(model, "vitlr_origin", None)
-    if model_args is None and (found := libraries.find(model)) is not None:
+    if model_args is None and (found := other_libraries.find(model)) is not None:
         return check_origin(found)
     named = isinstance(origin, dict) and _NAME.fullmatch(str(origin.get("name"))) is not None
     name = str(origin["name"]) if named and origin is not None else _registered_name(model)
@@ -130,7 +130,7 @@ def build(origin: Origin, device: str, held: Held | None = None) -> nn.Module:
         bounded = nullcontext() if held is None else Bounded(held)
         with torch.random.fork_rng(devices=[]), torch.device(device), _Unfilled(), bounded:
             if origin["library"] != "timm":
-                return libraries.build(origin)
+                return other_libraries.build(origin)
             return timm.create_model(origin["name"], pretrained=False, **origin["args"])
     except InputError:
         raise

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import vitlr
 from bench.families import families
-from vitlr.checkpoint import files, libraries
+from vitlr.checkpoint import files, other_libraries
 from vitlr.checkpoint.creation import remade
 from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError
@@ -55,8 +55,10 @@ def test_names_of_classes_come_back():
     transformers = pytest.importorskip("transformers")
     args = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.ViTConfig(**args, image_size=32, id2label={0: "tench, Tinca tinca", 1: "goldfish"})
-    origin = libraries.find(transformers.ViTForImageClassification(config))
-    assert libraries.build(libraries.check(json.loads(json.dumps(origin)))).config.id2label == config.id2label
+    origin = other_libraries.find(transformers.ViTForImageClassification(config))
+    assert (
+        other_libraries.build(other_libraries.check(json.loads(json.dumps(origin)))).config.id2label == config.id2label
+    )
 
 
 def put(key, value):
