@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from vitlr.checkpoint import files
+from vitlr.checkpoint.creation import create_model
+from vitlr.cli.app import app
 from vitlr.cli.commands import demo
+from vitlr.data import open_data
 from vitlr.errors import InputError
 
+README = Path(__file__).parents[2] / "README.md"
 pytest.importorskip("sklearn", reason="the demo's digits come with scikit-learn")
 
 
@@ -85,3 +93,26 @@ def test_a_reloaded_model_that_differs_is_an_error(tmp_path):
     model = torch.nn.Linear(4, 2)
     with pytest.raises(Exception, match="other logits"):
         demo._check_identical(model, torch.nn.Linear(4, 2), torch.ones(1, 4), tmp_path / "f.safetensors")
+
+
+def test_the_images_it_keeps_are_those_it_was_trained_on(tmp_path):
+    digits = demo.load_digits()
+    demo.write_images(digits.train[:40], digits.train_labels[:40], tmp_path)
+    model = create_model(demo.QUICK.name, **demo.QUICK.args)
+    found = torch.cat([images for images, _ in open_data(tmp_path, model)])
+    assert found.shape == (40, *demo.SHAPE)
+    apart = (found[:, None] - digits.train[:40]).abs().amax((2, 3, 4))
+    assert (apart.amin(1) <= 1 / 255 + 1e-6).all()  # half a step of a byte
+    assert sorted(apart.argmin(1).tolist()) == list(range(40))
+
+
+def test_what_the_readme_does_with_its_files_can_be_pasted(finished, tmp_path, monkeypatch):
+    lines = re.search(r"^vitlr demo --quick --out demo\n((?:vitlr .*\n)+)", README.read_text(), re.MULTILINE)
+    assert lines is not None
+    (tmp_path / "demo").symlink_to(finished[1])
+    monkeypatch.chdir(tmp_path)
+    for line in lines[1].splitlines():
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output}{result.exception!r}"
+    assert (tmp_path / "demo" / "frontier" / "frontier.svg").is_file()
+    assert (tmp_path / "demo" / "page" / "report.html").is_file()

@@ -73,7 +73,8 @@ def run(*, quick: bool = False, out: Path | None = None, json: bool = False) -> 
     """Run the demo and return its figures as plain values; the table goes to stdout unless `json`.
 
     `quick` trains a much smaller model (it shows that everything works, not what it brings); `out` is a folder that
-    keeps the files. Raises `InputError` where scikit-learn is missing or `out` cannot be written.
+    keeps the files, and the digits as images in `train` and `test`. Raises `InputError` where scikit-learn is missing
+    or `out` cannot be written.
     """
     start = time.perf_counter()
     settings = QUICK if quick else Settings()
@@ -92,6 +93,9 @@ def run(*, quick: bool = False, out: Path | None = None, json: bool = False) -> 
         paths = {name: folder / f"{name.replace(':', '_').replace('%', '')}.safetensors" for name in models}
         for name, model in models.items():
             files.save(model, paths[name], plan=plans.get(name))
+        if out is not None:
+            write_images(digits.train, digits.train_labels, folder / "train")
+            write_images(digits.test, digits.test_labels, folder / "test")
         # From here on only what came back from the files is measured.
         loaded = {name: files.load(path) for name, path in paths.items()}
         for name, model in models.items():
@@ -129,6 +133,16 @@ def load_digits() -> Digits:
     train_pixels, test_pixels = (torch.tensor(p, dtype=torch.float32).view(-1, *SHAPE) / 8 - 1 for p in parts[:2])
     train_labels, test_labels = (torch.tensor(p, dtype=torch.int64) for p in parts[2:])
     return Digits(train_pixels, train_labels, test_pixels, test_labels)
+
+
+def write_images(images: Tensor, labels: Tensor, folder: Path) -> None:
+    """Each image as `<digit>/<number>.png`, so that the other commands have something to read."""
+    from PIL import Image
+
+    for i, (pixels, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        place = folder / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((pixels[0] + 1) * 127.5).round().to(torch.uint8).numpy()).save(place / f"{i}.png")
 
 
 def train(model: nn.Module, digits: Digits, epochs: int, *, lr: float = 1e-3, seed: int = 0) -> nn.Module:
@@ -227,5 +241,9 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
     lines = [title, "", table(header, rows), "", textwrap.fill(words, 80)]
     lines += [textwrap.fill(small if result["quick"] else easy, 80), f"{result['seconds']:.0f} s in all."]
     if result["out"]:
-        lines.append(f"The files are in {result['out']}: try `vitlr bench` on one of them.")
+        there = result["out"]
+        lines += [f"Files and images are in {there}. To go on:"]
+        lines += [
+            f"vitlr frontier {there}/dense.safetensors --data {there}/train --val {there}/test --out {there}/frontier"
+        ]
     print("\n".join(lines))
