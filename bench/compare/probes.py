@@ -1,18 +1,17 @@
-"""Which losses to send back: targets drawn from the answer, or random directions of the same second moment.
+"""Which losses to send back: a class drawn from the answer, or random directions of the same second moment.
 
-    python -m bench.compare.probes [--model vit_tiny|dinov2] [--images 200 800] [--seeds 2] [--kinds NAME ...]
+    python -m bench.compare.probes [--model vit_tiny|dinov2] [--images 200] [--seeds 2] [--kinds NAME ...] [--json FILE]
+    python -m bench.compare.probes --scatter
 
-All have the Fisher matrix `F = diag p - p p^T` of the logits for the mean of their gradients' squares, p the answer at
-temperature T (1 unless said); they differ in how far single ones scatter. A plan is made of each, and KL(dense, small)
-is that of calibration images that were not measured, so that choices may be made by it. DINOv2 has a linear classifier
-of CIFAR-10's classes for a head, fitted to images that are used for nothing else.
+All have the Fisher matrix `F = diag p - p p^T` of the logits, p the answer, for the mean of their gradients' squares;
+they differ in how far single ones scatter, which the second prints: `(E|w w^T - F|^2)^(1/2) / |F|`. The first makes
+joint plans of each, and KL(dense, small) is that of calibration images that were not measured, so that choices may be
+made by it. DINOv2 has a linear classifier of CIFAR-10's classes for a head, fitted to images used for nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.common import BUILD, data_folder, parser
+from bench.common import BUILD, data_folder, machine, parser, write_json
 from bench.compare.frontier.subjects import DINOV2, SIZE, cifar
 from bench.compare.predictions import images, kl
 from bench.compare.vit_tiny import CHECKPOINT, MODEL
@@ -31,8 +30,8 @@ from vitlr.measuring.losses import contrasts, draws, image_seeds
 from vitlr.planning.planner import plan
 from vitlr.surgery.application import apply
 
-BUDGETS = {"joint": ("params:80%", "params:60%", "params:50%"), "mix": ("bytes:8%",)}
-Probe = Callable[[Tensor, list[int]], Tensor]
+BUDGETS = ("params:80%", "params:60%", "params:50%")
+SCATTERED = ((2, 1.0), (7, 2.0), (100, 4.0))  # classes, and the deviation of their Gaussian logits
 
 
 def drawn(p: Tensor, z: Tensor, seeds: list[int]) -> Tensor:
@@ -62,24 +61,37 @@ def cholesky(p: Tensor, z: Tensor, seeds: list[int]) -> Tensor:
     return (contrasts(p.log(), signs).float() * z).sum()
 
 
-KINDS: dict[str, tuple[Any, float]] = {
-    "drawn": (drawn, 1.0),
-    "Gaussian": (gaussian, 1.0),
-    "signs": (signs, 1.0),
-    "Cholesky": (cholesky, 1.0),
-    "Cholesky, T = 2": (cholesky, 2.0),
-}
+def eigenvectors(p: Tensor, z: Tensor, seeds: list[int]) -> Tensor:
+    """Signs along F's eigenvectors: no draw scatters less."""
+    values, vectors = torch.linalg.eigh(torch.diag_embed(p.double()) - p.double()[:, :, None] * p.double()[:, None])
+    sign = draws(seeds, 1, (z.shape[1],), torch.rand)[0].sub(0.5).sign().double()
+    return ((vectors * (values.clamp(min=0).sqrt() * sign)[:, None]).sum(-1).float() * z).sum()
+
+
+KINDS = {"drawn": drawn, "Gaussian": gaussian, "signs": signs, "Cholesky": cholesky, "eigenvectors": eigenvectors}
 
 
 def loss(kind: str, seed: int) -> Callable[[Tensor, Any], Tensor]:
-    probe, temperature = KINDS[kind]
-
     def of(z: Tensor, batch: Any) -> Tensor:
         x = batch if isinstance(batch, Tensor) else batch[0]
-        p = (z.detach().float() / temperature).softmax(-1)
-        return probe(p, z.float(), image_seeds([x], seed))
+        return KINDS[kind](z.detach().float().softmax(-1), z.float(), image_seeds([x], seed))
 
     return of
+
+
+def scatter(count: int = 1500) -> None:
+    """How far single draws lie from their mean, for one answer of each kind."""
+    for classes, deviation in SCATTERED:
+        z = deviation * torch.randn(1, classes, generator=torch.Generator().manual_seed(0))
+        p = z.softmax(-1)
+        fisher = p[0].diag() - p[0][:, None] * p[0]
+        for kind, probe in KINDS.items():
+            apart = 0.0
+            for seed in range(count):
+                leaf = z.clone().requires_grad_()
+                (w,) = torch.autograd.grad(probe(p, leaf, [seed]), leaf)
+                apart += float((w[0][:, None] * w[0] - fisher).square().sum())
+            print(f"{classes:>4} classes  {kind:<14} {(apart / count) ** 0.5 / float(fisher.norm()):.2f}", flush=True)
 
 
 def vit_tiny(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
@@ -119,49 +131,43 @@ def dinov2(folder: Path, weights: Path) -> tuple[nn.Module, Tensor, Tensor]:
     return model, pool.flatten(0, 1), judges.flatten(0, 1)
 
 
+def rows_of(model: nn.Module, pool: Tensor, judges: Tensor, kind: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """One calibration, and what its plans lose."""
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    taken = pool[order[:count].sort().values]
+    stats = calibrate(model, list(taken.split(40)), loss_fn=loss(kind, seed), hidden=True)
+    rows, known = [], None
+    for budget in BUDGETS:
+        chosen = plan(model, stats, budget, method="joint", spectra=known)
+        known = chosen.spectra
+        row = {"kind": kind, "images": len(taken), "seed": seed, "budget": budget, "predicted": chosen.error}
+        rows.append({**row, "kl": kl(model, apply(model, chosen), judges)})
+        print(rows[-1], flush=True)
+    return rows
+
+
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    if args.scatter:
+        return scatter()
     folder = data_folder(args.data)
     model, pool, judges = vit_tiny(folder) if args.model == "vit_tiny" else dinov2(folder, args.dinov2)
-    rows: list[dict[str, Any]] = json.loads(args.json.read_text())["rows"] if args.json and args.json.is_file() else []
+    rows: list[dict[str, Any]] = []
     for count in args.images:
         for seed in range(args.seeds):
-            order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-            taken = pool[order[:count].sort().values]
             for kind in args.kinds:
-                if any((r["images"], r["seed"], r["kind"]) == (len(taken), seed, kind) for r in rows):
-                    continue
-                start = time.process_time()
-                how: dict[str, Any] = {
-                    "objective": ("fisher", "loss"),
-                    "hidden": True,
-                    "extras": ("rounding",) * ("mix" in args.methods),
-                }
-                stats = calibrate(model, list(taken.split(40)), loss_fn=loss(kind, seed), **how)
-                for method in args.methods:
-                    known = None
-                    for budget in BUDGETS[method]:
-                        chosen = plan(model, stats, budget, method=method, spectra=known)
-                        known = chosen.spectra
-                        lost = kl(model, apply(model, chosen), judges)
-                        row = {"kind": kind, "images": len(taken), "seed": seed, "method": method, "budget": budget}
-                        rows.append(
-                            {**row, "predicted": chosen.error, "kl": lost, "seconds": time.process_time() - start}
-                        )
-                        print(rows[-1], flush=True)
+                rows += rows_of(model, pool, judges, kind, count, seed)
                 if args.json:
-                    args.json.write_text(json.dumps({"rows": rows}))
+                    write_json(args.json, {"machine": machine(), "rows": rows})
 
 
 if __name__ == "__main__":
     args = parser(__doc__ or "")
-    args.add_argument("--data", type=Path)
+    args.add_argument("--data", type=Path, help="folder of the real inputs (default: VITLR_DATA or ../shared/data)")
     args.add_argument("--model", choices=("vit_tiny", "dinov2"), default="vit_tiny")
-    args.add_argument(
-        "--dinov2", type=Path, help="weights of DINOv2 at 112 pixels, as bench.compare.frontier keeps them"
-    )
-    args.add_argument("--images", type=int, nargs="*", default=[200, 800])
-    args.add_argument("--seeds", type=int, default=2)
-    args.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
-    args.add_argument("--methods", nargs="*", default=list(BUDGETS), choices=BUDGETS)
+    args.add_argument("--dinov2", type=Path, help="its weights at 112 pixels, as bench.compare.frontier keeps them")
+    args.add_argument("--images", type=int, nargs="*", default=[200], help="calibration images that are measured")
+    args.add_argument("--seeds", type=int, default=2, help="draws of images and of losses")
+    args.add_argument("--kinds", nargs="*", default=["drawn", "Gaussian", "signs", "Cholesky"], choices=KINDS)
+    args.add_argument("--scatter", action="store_true", help="print how far single draws scatter, and no more")
     main(args.parse_args())

@@ -2,23 +2,16 @@
 // what lies in them, so that AddressSanitizer sees a read or write beside them. Built and run by test_sanitizers.py.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "cpu/attention.h"
+#include "ragged.h"
 
 using namespace vitlr;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int64_t pick(std::initializer_list<int64_t> choices) {
-  return choices.begin()[std::uniform_int_distribution<size_t>(0, choices.size() - 1)(generator)];
-}
 
 // [heads, rows, width] as heads of [rows, heads, width], in values that bf16 holds and in the dtype of the kernel.
 struct Rows {
@@ -81,12 +74,7 @@ bool check(const AttentionKernel& kernel, bool bf16, int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  const Isa best = select_isa("");
-  for (int isa = kPortable; isa <= best; ++isa)
-    for (bool bf16 : {false, true})
-      for (int i = 0; i < rounds; ++i)
-        if (!check(attention_kernel(static_cast<Isa>(isa), bf16), bf16, 1 + 3 * (i % 2))) return 1;
-  std::printf("checked up to %s\n", name_of(best));
-  return 0;
+  return check_all(argc, argv, [](Isa isa, bool bf16, int round) {
+    return check(attention_kernel(isa, bf16), bf16, 1 + 3 * (round % 2));
+  });
 }

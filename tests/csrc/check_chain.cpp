@@ -2,23 +2,16 @@
 // what lies in them, so that AddressSanitizer sees a read or write beside them. Built and run by test_sanitizers.py.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "cpu/chain.h"
+#include "ragged.h"
 
 using namespace vitlr;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int64_t pick(std::initializer_list<int64_t> choices) {
-  return choices.begin()[std::uniform_int_distribution<size_t>(0, choices.size() - 1)(generator)];
-}
 
 // Values that bf16 holds, in a heap buffer of their own in the dtype of the kernel.
 struct Values {
@@ -118,13 +111,9 @@ bool check(const ChainKernel& kernel, bool bf16, Form form, int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  const Isa best = select_isa("");
-  for (int isa = kPortable; isa <= best; ++isa)
-    for (bool bf16 : {false, true})
-      for (Form form : {kPlain, kInt8, kInt4})
-        for (int i = 0; i < rounds; ++i)
-          if (!check(chain_kernel(static_cast<Isa>(isa), bf16), bf16, form, 1 + i % 2)) return 1;
-  std::printf("checked up to %s\n", name_of(best));
-  return 0;
+  return check_all(argc, argv, [](Isa isa, bool bf16, int round) {
+    for (Form form : {kPlain, kInt8, kInt4})
+      if (!check(chain_kernel(isa, bf16), bf16, form, 1 + round % 2)) return false;
+    return true;
+  });
 }

@@ -3,23 +3,15 @@
 // test_sanitizers.py.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
-#include <stdexcept>
 
 #include "cpu/int8_attention.h"
+#include "ragged.h"
 
 using namespace vitlr;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int64_t pick(std::initializer_list<int64_t> choices) {
-  return choices.begin()[std::uniform_int_distribution<size_t>(0, choices.size() - 1)(generator)];
-}
 
 std::unique_ptr<float[]> floats(int64_t count, float low, float high) {
   std::unique_ptr<float[]> values(new float[count]);
@@ -84,18 +76,7 @@ bool check(Isa isa, bool bf16, int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  const Isa best = select_isa("");
-  for (int isa = kPortable; isa <= best; ++isa) {
-    try {
-      select_isa(name_of(static_cast<Isa>(isa)));
-    } catch (const std::invalid_argument&) {
-      continue;  // AVX-VNNI, which this CPU may lack although it has better
-    }
-    for (bool bf16 : {false, true})
-      for (int i = 0; i < rounds; ++i)
-        if (!check(static_cast<Isa>(isa), bf16, 1 + i % 4)) return 1;
-  }
-  std::printf("checked up to %s\n", name_of(best));
-  return 0;
+  return check_all(argc, argv, [](Isa isa, bool bf16, int round) {
+    return check(isa, bf16, 1 + round % 4);
+  });
 }

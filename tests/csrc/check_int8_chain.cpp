@@ -3,25 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 #include <memory>
-#include <random>
-#include <stdexcept>
 #include <vector>
 
 #include "cpu/chain.h"
+#include "ragged.h"
 
 using namespace vitlr;
 
 namespace {
-
-std::mt19937 generator(0);
-
-int64_t pick(std::initializer_list<int64_t> choices) {
-  return choices.begin()[std::uniform_int_distribution<size_t>(0, choices.size() - 1)(generator)];
-}
 
 std::unique_ptr<float[]> floats(int64_t count, float low, float high) {
   std::unique_ptr<float[]> values(new float[count]);
@@ -140,18 +131,7 @@ bool check(const ChainKernel& kernel, bool bf16, int threads) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  const Isa best = select_isa("");
-  for (int isa = kPortable; isa <= best; ++isa) {
-    try {
-      select_isa(name_of(static_cast<Isa>(isa)));
-    } catch (const std::invalid_argument&) {
-      continue;  // AVX-VNNI, which this CPU may lack although it has better
-    }
-    for (bool bf16 : {false, true})
-      for (int i = 0; i < rounds; ++i)
-        if (!check(int8_chain_kernel(static_cast<Isa>(isa), bf16), bf16, 1 + i % 2)) return 1;
-  }
-  std::printf("checked up to %s\n", name_of(best));
-  return 0;
+  return check_all(argc, argv, [](Isa isa, bool bf16, int round) {
+    return check(int8_chain_kernel(isa, bf16), bf16, 1 + round % 2);
+  });
 }

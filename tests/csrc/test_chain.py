@@ -6,9 +6,9 @@ import os
 
 import pytest
 import torch
+from instruction_sets import forced
 from tolerance import assert_close_to
 
-from vitlr.errors import InputError
 from vitlr.ops.backends import cpu, native
 from vitlr.ops.layers import lowrank_linear, lowrank_mlp
 from vitlr.ops.layers import lowrank_residual_linear as residual_linear
@@ -31,12 +31,7 @@ SHAPES = [
 
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
 def isa(request, monkeypatch) -> str:
-    monkeypatch.setenv("VITLR_CPU_ISA", request.param)
-    try:
-        assert native.isa_used() == request.param
-    except InputError as reason:
-        pytest.skip(str(reason))
-    return request.param
+    return forced(monkeypatch, request.param)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

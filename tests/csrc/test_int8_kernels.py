@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from instruction_sets import forced
 from int8_steps import columns, normal_and_unambiguous, step, unambiguous
 from tolerance import assert_close_to
 
@@ -24,12 +25,7 @@ SHAPES = [(1, 33, 70), (5, 31, 47), (13, 129, 17), (33, 64, 32), (63, 1100, 40),
 
 @pytest.fixture(params=ISAS)
 def isa(request, monkeypatch) -> str:
-    monkeypatch.setenv("VITLR_CPU_ISA", request.param)
-    try:
-        assert native.isa_used() == request.param
-    except InputError as reason:
-        pytest.skip(str(reason))
-    return request.param
+    return forced(monkeypatch, request.param)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

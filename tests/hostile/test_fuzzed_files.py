@@ -72,53 +72,46 @@ def test_model_files(stages, tmp_path, use):
     assert tally.refused > 400
 
 
-def test_statistics(stages, tmp_path):
-    model, _, stats, *_ = stages
-    path, tally, rng = tmp_path / "s.safetensors", Tally(), random.Random(2)
-    stats.save(path)
+def lies(count, path, rng, tally, load, use):
+    """So many files in the place of a good one: damaged for `load`, or changed with a digest that fits for `use`."""
     content = path.read_bytes()
     header, tensors = read(path)
+    for i in range(count):
+        kind = i % 6
+        if kind == 0:
+            path.write_bytes(damaged(content, rng))
+            assert not tally(f"{i} damaged", load) or path.read_bytes() == content
+            continue
+        body = changed(header, rng) if kind < 4 else header
+        held = changed_tensors(tensors, rng) if kind > 3 else tensors
+        path.write_bytes(signed(body, held))
+        tally(f"{i} {kind}", use)
+    tally.check()
+
+
+def test_statistics(stages, tmp_path):
+    model, _, stats, *_ = stages
+    path, tally = tmp_path / "s.safetensors", Tally()
+    stats.save(path)
 
     def plan():
         found = Statistics.load(path)
         str(vitlr.plan(model, found, "params:80%", **STEPS)), str(found)
 
-    for i in range(600):
-        kind = i % 6
-        if kind == 0:
-            path.write_bytes(damaged(content, rng))
-            assert not tally(f"{i} damaged", lambda: Statistics.load(path)) or path.read_bytes() == content
-            continue
-        body = changed(header, rng) if kind < 4 else header
-        held = changed_tensors(tensors, rng) if kind > 3 else tensors
-        path.write_bytes(signed(body, held))
-        tally(f"{i} {kind}", plan)
-    tally.check()
+    lies(600, path, random.Random(2), tally, lambda: Statistics.load(path), plan)
     assert tally.refused > 300
 
 
 def test_spectra(stages, tmp_path):
     model, _, stats, *_ = stages
-    beside, path, tally, rng = tmp_path / "s.safetensors", tmp_path / "s.spectra.safetensors", Tally(), random.Random(5)
+    beside, path, tally = tmp_path / "s.safetensors", tmp_path / "s.spectra.safetensors", Tally()
     stats.save(beside)
     vitlr.plan(model, stats, "params:80%", method="joint", beside=beside, **STEPS)
-    content = path.read_bytes()
-    header, tensors = read(path)
 
     def plan():
         str(vitlr.plan(model, stats, "params:80%", method="joint", beside=beside, **STEPS))
 
-    for i in range(300):
-        kind = i % 6
-        if kind == 0:
-            path.write_bytes(damaged(content, rng))
-            assert not tally(f"{i} damaged", plan) or path.read_bytes() == content
-            continue
-        body = changed(header, rng) if kind < 4 else header
-        held = changed_tensors(tensors, rng) if kind > 3 else tensors
-        path.write_bytes(signed(body, held))
-        tally(f"{i} {kind}", plan)
-    tally.check()
+    lies(300, path, random.Random(5), tally, plan, plan)
     assert tally.refused > 150
 
 

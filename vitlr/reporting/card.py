@@ -137,7 +137,7 @@ def licence_of(base: str | None) -> str | None:
 
     try:
         found = timm.get_pretrained_cfg(base.removeprefix(_TIMM))
-    except Exception:  # a name that this version of timm does not know
+    except RuntimeError:  # a tag that this version of timm does not know
         return None
     license = getattr(found, "license", None)
     return license if isinstance(license, str) else None

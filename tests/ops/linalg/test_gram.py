@@ -184,7 +184,7 @@ def test_an_extension_older_than_its_sources_is_told_with_the_command(tmp_path, 
         why = native._outdated(other)
         assert "older than its sources" in why and "pip install -e ." in why
         monkeypatch.setattr(native, "_C", None)
-        monkeypatch.setattr(native, "_import_error", ImportError(why))
+        monkeypatch.setattr(native, "_old", why)
         assert native.why_not() == why
 
 

@@ -34,11 +34,12 @@ def _outdated(extension: Any) -> str | None:
 
 _C: Any = None
 _import_error: ImportError | None = None
+_old: str | None = None
 try:
     _C = importlib.import_module("vitlr._C")
-    if (_why := _outdated(_C)) is not None:
-        logging.getLogger("vitlr").warning("%s; until then plain torch runs", _why)
-        _C, _import_error = None, ImportError(_why)
+    if (_old := _outdated(_C)) is not None:
+        logging.getLogger("vitlr").warning("%s; until then plain torch runs", _old)
+        _C = None
 except ImportError as cause:
     _import_error = cause
 
@@ -56,8 +57,7 @@ def why_not() -> str | None:
         return f"vitlr._C was not built: {_FAILURE.read_text().strip()}"
     if isinstance(_import_error, ModuleNotFoundError):
         return "vitlr._C was not built (VITLR_SKIP_NATIVE_BUILD=1, or run from a source tree without an install)"
-    told = str(_import_error)
-    return told if told.startswith("vitlr._C is older") else f"vitlr._C was built but does not load: {told}"
+    return _old or f"vitlr._C was built but does not load: {_import_error}"
 
 
 def build_info() -> dict[str, Any]:

@@ -81,6 +81,40 @@ def _unwatched(x: Tensor) -> bool:
     return not (modes or graphs or torch.autograd._profiler_enabled())
 
 
+def register_running_op(
+    schema: str,
+    reference: Callable[..., Tensor],
+    *,
+    key: type,
+    describe: Callable[..., Any],
+    roofline: Callable[[Any, registry.Ceilings | None], registry.Roofline],
+) -> Callable[..., Any]:
+    """Makes an op of integers known, that has no gradient, and gives what calls it by the short way.
+
+    `describe(M, x, *rest)` checks the arguments, x [..., K] first, and returns the `key` of a call of M rows, whose
+    last width is that of y; None: they are not known.
+    """
+    name = schema.partition("(")[0]
+
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], describe(None, x, *rest).widths[-1]))
+
+    def run(x: Tensor, *rest: Any) -> Tensor:
+        return registry.select(name, describe(math.prod(x.shape[:-1]), x, *rest)).run(x, *rest).contiguous()
+
+    def flops(x: Tensor, *rest: Any) -> int:
+        return roofline(describe(math.prod(x.shape[:-1]), x, *rest), None).flops
+
+    def refuse(ctx: Any, g: Tensor) -> None:
+        raise InputError(f"{name} has no gradient: layers of int8 are for running; train the model before it gets them")
+
+    op = define(schema, fake=fake, run=run, flops=flops)
+    torch.library.register_autograd(f"vitlr::{name}", refuse, lib=_lib)
+    known = registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",))
+    registry.register_op(name, key, roofline, known)
+    return short_way(op, run)
+
+
 def register_layer_op(
     schema: str,
     reference: Callable[..., Tensor],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import define, short_way
+from vitlr.ops.dispatch.registration import register_running_op
 from vitlr.ops.layers import attention, int8_chain
 from vitlr.ops.layers.factors import Maybe, check_added
 from vitlr.ops.layers.int8_chain import Norm, Step
@@ -121,32 +121,11 @@ def _describe(
     )  # fmt: skip
 
 
-def _fake(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _describe(None, x, *rest).after[-1]))
-
-
-def _run(x: Tensor, *rest: Any) -> Tensor:
-    key = _describe(x.shape[0] * x.shape[1], x, *rest)
-    return registry.select(OP, key).run(x, *rest).contiguous()
-
-
-def _flops(x: Tensor, *rest: Any) -> int:
-    return roofline(_describe(x.shape[0] * x.shape[1], x, *rest)).flops
-
-
-def _refuse(ctx: Any, g: Tensor) -> None:
-    raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
-
-
-_call = short_way(
-    define(
-        "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, "
-        "float eps) -> Tensor",
-        fake=_fake,
-        run=_run,
-        flops=_flops,
-    ),
-    _run,
+_call = register_running_op(
+    "int8_attention(Tensor x, Tensor[] norm, Tensor?[] qkv, Tensor?[] proj, Tensor? residual, int heads, "
+    "float eps) -> Tensor",
+    reference,
+    key=Key,
+    describe=_describe,
+    roofline=roofline,
 )
-torch.library.register_autograd(f"vitlr::{OP}", _refuse)
-registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

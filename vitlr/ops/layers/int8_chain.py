@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import define, short_way
+from vitlr.ops.dispatch.registration import register_running_op
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
 from vitlr.ops.layers.factors import Maybe, check_added
 
@@ -171,32 +171,11 @@ def _describe(
     return Key(M, tuple(widths), tuple(acts), residual is not None, x.dtype, x.device, tuple(more), bool(norm))
 
 
-def _fake(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _describe(None, x, *rest).widths[-1]))
-
-
-def _run(x: Tensor, *rest: Any) -> Tensor:
-    key = _describe(math.prod(x.shape[:-1]), x, *rest)
-    return registry.select(OP, key).run(x, *rest).contiguous()
-
-
-def _flops(x: Tensor, *rest: Any) -> int:
-    return roofline(_describe(math.prod(x.shape[:-1]), x, *rest)).flops
-
-
-def _refuse(ctx: Any, g: Tensor) -> None:
-    raise InputError(f"{OP} has no gradient: layers of int8 are for running; train the model before it gets them")
-
-
-_call = short_way(
-    define(
-        "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
-        "Tensor?[] wides, Tensor? residual, str[] acts, Tensor[] norm, float eps) -> Tensor",
-        fake=_fake,
-        run=_run,
-        flops=_flops,
-    ),
-    _run,
+_call = register_running_op(
+    "int8_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor[] biases, Tensor[] multipliers, Tensor[] shifts, "
+    "Tensor?[] wides, Tensor? residual, str[] acts, Tensor[] norm, float eps) -> Tensor",
+    reference,
+    key=Key,
+    describe=_describe,
+    roofline=roofline,
 )
-torch.library.register_autograd(f"vitlr::{OP}", _refuse)
-registry.register_op(OP, Key, roofline, registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",)))

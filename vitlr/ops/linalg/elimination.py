@@ -15,9 +15,8 @@ from torch import Tensor
 from vitlr.errors import NumericalError
 
 BLOCK = 64  # removals between two updates of the whole matrices
-CANDIDATES = (
-    4 * BLOCK
-)  # the cheapest at its start, among which a block chooses: as all would, at 3072 neurons (docs/method.md)
+# The cheapest at its start, among which a block chooses: as all would, at 3072 neurons (docs/method.md).
+CANDIDATES = 4 * BLOCK
 
 
 class Elimination:
