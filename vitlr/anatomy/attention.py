@@ -36,6 +36,7 @@ _KNOWN = {
     "transformers.models.deit.modeling_deit.DeiTAttention",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
     "vitlr.nn.multihead_linears.MultiheadLinears",
+    "vitlr.nn.window_linears.WindowLinears",
 }
 # Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
 _PLAIN_SCORES = {
@@ -46,6 +47,7 @@ _PLAIN_SCORES = {
     "transformers.models.deit.modeling_deit.DeiTAttention",
     "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
     "vitlr.nn.multihead_linears.MultiheadLinears",
+    "vitlr.nn.window_linears.WindowLinears",
 }
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "o_proj", "out_proj")
@@ -142,7 +144,7 @@ def why_no_scores(model: nn.Module) -> dict[str, str]:
     found, refused = attentions(model)
     for name in found:
         module = model.get_submodule(name)
-        if class_of(module) not in _PLAIN_SCORES:
+        if class_of(module) not in _PLAIN_SCORES or getattr(module, "cosine", False):
             refused[name] = f"{type(module).__qualname__} does more to queries and keys than multiply them"
         for norm in ("q_norm", "k_norm"):
             if type(getattr(module, norm, nn.Identity())) is not nn.Identity:

@@ -13,6 +13,7 @@ from vitlr.nn.pointwise_conv import PointwiseConv
 from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 from vitlr.nn.selected_linear import SelectedLinear
+from vitlr.nn.window_linears import WindowLinears
 
 __all__ = [
     "FoldedScale",
@@ -28,4 +29,5 @@ __all__ = [
     "QuantizedLinear",
     "ResidualLowRankLinear",
     "SelectedLinear",
+    "WindowLinears",
 ]
