@@ -11,6 +11,7 @@ import triton.language as tl
 from tolerance import assert_close_to
 
 from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.fp8_chain import scale_of
 from vitlr.triton_kernels.activations import INSTRUCTIONS, activate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,10 +41,10 @@ def every(dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_gelu_for_e4m3_is_a_tenth_of_half_a_step_away():
-    # A row that holds p has a scale of |p| / 416 at least, and steps no finer than 2^-9 of that.
+    # A row that holds p has a scale of |p| / 416 at least, a power of two, and steps no finer than 2^-9 of that.
     p = torch.cat([torch.linspace(-30, 30, 200_001), every(torch.float16).float()])
     exact = EXACT["gelu"](p.double())
-    least = (p.double().abs() / 416).clamp_min(1e-30)
+    least = scale_of(p.abs()).double()
     exponent = torch.frexp((exact.abs() / least).clamp_min(2.0**-6))[1] - 1
     error = (apply(p, "gelu", torch.float8_e4m3fn).double() - exact).abs() / least
     worst = (error / torch.ldexp(torch.ones_like(exact), exponent - 4)).max().item()
