@@ -72,7 +72,7 @@ def gelu_bf16(p):
 
 @triton.jit
 def gelu_e4m3(p):
-    """`p Φ(p)` within 0.10 of half an ulp of e4m3, for a row whose scale holds p: 416 scale >= |p|."""
+    """`p Φ(p)` within 0.11 of half an ulp of e4m3, for a row whose scale holds p: 416 scale >= |p|."""
     # As above, weighted by the steps that such a scale has: what lies below 2^-10 of it is rounded to zero, from 4.6 on
     # all of the tail.
     t = tl.minimum(tl.abs(p), 5.2)
