@@ -12,6 +12,7 @@ from bench.common import write_json
 from bench.gate import choice, lines, models, solve
 from bench.gate.lines import Line
 from vitlr.ops.dispatch import measured, registry
+from vitlr.ops.dispatch.ceilings import peaks
 
 CPU = torch.device("cpu")
 
@@ -69,7 +70,7 @@ def markdown(found: Sequence[Line]) -> str:
     )
     parts = [head, facts]
     if limits is not None:
-        peak = max(limits.flops_per_s.values())
+        peak = limits.flops_per_s[torch.bfloat16]
         parts.append(
             f"Measured ceilings: copy {limits.bytes_per_s / 1e12:.2f} TB/s, bf16 product {peak / 1e12:.0f} TFLOP/s."
         )
@@ -89,8 +90,7 @@ def ceilings(found: Sequence[Line]) -> registry.Ceilings | None:
     value = lines.value(found, "ceilings")
     if value is None:
         return None
-    peak = value["flops_per_s"]
-    return registry.Ceilings("measured", value["bytes_per_s"], {torch.bfloat16: peak, torch.float16: peak})
+    return registry.Ceilings("measured", value["bytes_per_s"], peaks(value["flops_per_s"]))
 
 
 def _machine(found: Sequence[Line]) -> dict[str, Any]:
