@@ -12,7 +12,9 @@ from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
 from vitlr.data.loader import open_data
-from vitlr.errors import InputError
+from vitlr.decomposition import ranks
+from vitlr.errors import InputError, NumericalError
+from vitlr.planning.planner import plan
 from vitlr.runtime import processes
 
 ALL = {"objective": ("fisher", "output", "normalized"), "extras": ("rounding", "ranges", "row_gradient")}
@@ -146,3 +148,44 @@ def other_weights():
 def test_models_of_other_weights_are_refused():
     for found in together.run(other_weights, 2):
         assert isinstance(found, InputError) and "other weights" in str(found)
+
+
+def planned(stats, budget, options):
+    """A plan, and which linears' problems were solved here."""
+    solved = []
+    whole = ranks._one_by_one
+    ranks._one_by_one = lambda prepare, layers: solved.extend(layers) or whole(prepare, layers)
+    try:
+        made = plan(tiny(), stats, budget, **{"rank_step": 1, "width_step": 4, **options})
+    finally:
+        ranks._one_by_one = whole
+    return made.to_dict(), solved
+
+
+@pytest.mark.parametrize(
+    "budget, options",
+    [
+        ("params:60%", {}),
+        ("params:60%", {"attention": "channels"}),
+        ("macs:70%", {"method": "lowrank", "centred": True}),
+        ("bytes:30%", {}),
+        ("bytes:25%", {"method": "bits"}),
+    ],
+)
+def test_processes_plan_what_one_plans_each_by_a_share_of_the_solves(budget, options):
+    alone, layers = planned(measured(batches()), budget, options)
+    found = together.run(planned, 2, measured(batches()), budget, options)
+    assert [made for made, _ in found] == [alone, alone]
+    assert {*found[0][1]} | {*found[1][1]} == {*layers} and not {*found[0][1]} & {*found[1][1]}
+
+
+def failing(stats):
+    for layer in stats.layers.values():
+        if layer.name == "blocks.1.attn.qkv":
+            layer.gradient = torch.full_like(layer.gradient, torch.nan)
+    return plan(tiny(), stats, "params:60%", method="lowrank")
+
+
+def test_a_solve_that_fails_in_one_is_told_by_all():
+    for found in together.run(failing, 2, measured(batches())):
+        assert isinstance(found, NumericalError) and "blocks.1.attn.qkv" in str(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from vitlr.decomposition.widths import Solved
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.threads import each_in_threads
+from vitlr.runtime import processes
 from vitlr.runtime.progress import Progress, shows
 
 
@@ -91,26 +94,35 @@ def solve(
     ]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options, step, at_hand)]
     names = [name for name in stats.layers if name not in layers]
-    ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
+    total, reached = len(names) + len(tasks) + len(roundable), 0
+
+    def told(done: int) -> None:
+        nonlocal reached
+        reached = max(reached, done)  # of several processes each hears of its share, and then of all
+        if progress is not None and total:
+            progress(reached, total)
+
+    def rank(own: Sequence[str]) -> Iterator[LayerSpectrum]:
+        found = solve_ranks(own, parts, stats, objective, device)
+        return found if processes.world() == 1 else iter(sorted(found, key=lambda layer: own.index(layer.name)))
+
+    told(0)  # the first one may take a while
     # Widths first: what they need on the way is most while the factors of all layers are not there yet.
-    solved: Iterator[LayerSpectrum | Narrowing] = chain(_done(tasks, skip), ranks)
-    done, total = 0, len(names) + len(tasks) + len(roundable)
-    if progress is not None and total:
-        progress(0, total)  # the first one may take a while
+    ranked = processes.shared_out(rank, names, lambda done: told(len(tasks) + done))
+    solved: Iterator[LayerSpectrum | Narrowing] = chain(_done(tasks, skip, told), ranked)
+    done = 0
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
         else:
             widths[spectrum.name] = spectrum
-        if progress is not None:
-            progress(done, total)
+        told(done)
     of = {name: mlp for mlp in widths.values() if isinstance(mlp, MlpSpectrum) for name in (*mlp.first, mlp.second)}
     factored = layers if "factors" in kinds else {}
     unknown = [name for name in roundable if not _known(levels.get(name), of.get(name), factored.get(name))]
     for also, found in enumerate(solve_levels(unknown, parts, stats, objective, of, factored, levels), 1):
         levels[found.name] = found
-        if progress is not None:
-            progress(done + also, total)
+        told(done + also)
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
     return Spectra(layers, *made, widths, levels)
@@ -121,23 +133,33 @@ def _known(levels: Levels | None, narrowing: Narrowing | None, spectrum: LayerSp
 
 
 def _done(
-    tasks: Sequence[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
+    tasks: Sequence[_Task], skip: Callable[[NumericalError], None] | None, told: Callable[[int], None]
 ) -> Iterator[Narrowing]:
     """What tasks give, without those whose numbers fail where `skip` is told of them."""
 
-    def tried(task: Callable[[], Narrowing]) -> Narrowing | NumericalError:
+    def tried(task: _Task) -> Any:
         try:
-            return task()
+            found = task.solve(task.known)
         except NumericalError as cause:
             return cause
+        return found if processes.world() == 1 else found.solution  # small: what it was made from, all have
 
-    for found in each_in_threads(tried, tasks):
+    answers = processes.shared_out(lambda own: each_in_threads(tried, own), tasks, told)
+    for task, found in zip(tasks, answers, strict=True):
         if not isinstance(found, NumericalError):
-            yield found
+            yield found if processes.world() == 1 else task.solve(found)
         elif skip is None:
             raise found
         else:
             skip(found)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How something that may get narrower is solved, from what is `known` of it if anything is."""
+
+    solve: Callable[[Any], Narrowing]
+    known: Solved | None = None
 
 
 def _tasks(
@@ -148,28 +170,20 @@ def _tasks(
     options: Decomposition,
     step: int,
     at_hand: Mapping[tuple[str, str], Solved],
-) -> list[Callable[[], Narrowing]]:
+) -> list[_Task]:
     """What there is to solve of one kind; `InputError` where there is nothing, or it was not measured."""
     if kind == "mlp":
         mlps = measured_mlps(parts, stats, objective)
         how = stats, objective, options, step
-        return [partial(solve_mlp, mlp, *how, at_hand.get((kind, name))) for name, mlp in mlps.items()]
+        return [_Task(partial(solve_mlp, mlp, *how), at_hand.get((kind, name))) for name, mlp in mlps.items()]
     if kind == "query_keys":
         found = measured_query_keys(parts, stats, objective)
-        return [partial(solve_query_keys, attention, stats, objective) for attention in found.values()]
+        return [_Task(partial(solve_query_keys, attention, stats, objective)) for attention in found.values()]
     found = measured_values(parts, stats, objective)
     macs = macs_between(parts, stats, found)
     return [
-        partial(
-            solve_values,
-            attention,
-            parts,
-            stats,
-            objective,
-            kind,
-            macs.get(name),
-            options,
-            step,
+        _Task(
+            partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options, step),
             at_hand.get((kind, name)),
         )
         for name, attention in found.items()

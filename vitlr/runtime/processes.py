@@ -71,28 +71,30 @@ def agreed(decide: Callable[[], T]) -> T:
     return decide() if world() == 1 else from_rank(0, decide() if first() else None)  # type: ignore[return-value]
 
 
-def shared_out(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """`function(item)` of all items in their order, each worked out by one process and handed to all.
+def shared_out(
+    work: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T], told: Callable[[int], None] = lambda done: None
+) -> Iterator[R]:
+    """`work(items)`, which answers each in its order: a process works on its share, and all get all answers.
 
-    What one of them raises of our own errors, all raise.
+    What one of them raises of our own errors, all raise. `told` hears of how many are done, about.
     """
     if world() == 1:
-        yield from map(function, items)
+        yield from work(items)
         return
-
-    def tried(item: T) -> R | VitlrError:
-        try:
-            return function(item)
-        except VitlrError as cause:
-            return cause
-
-    own = iter([tried(item) for item in share(items)])
+    own: list[tuple[bool, Any]] = []
+    try:
+        for answer in work(share(items)):
+            own.append((True, answer))
+            told(min(len(own) * world(), len(items)))
+    except VitlrError as cause:
+        own.append((False, cause))
     for place in range(len(items)):
-        source = place % world()
-        found = from_rank(source, next(own) if source == rank() else None)
-        if isinstance(found, VitlrError):
+        source, turn = place % world(), place // world()
+        mine: Any = own[turn] if source == rank() else None
+        fine, found = from_rank(source, mine)
+        if not fine:
             raise found
-        yield found  # type: ignore[misc]
+        yield found
 
 
 def sum_in_order(tensors: Iterable[Tensor], joins: Callable[[Tensor, Tensor], Tensor] = torch.add) -> None:
