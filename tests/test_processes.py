@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import create_model
+from vitlr.compression import compressed
 from vitlr.data.loader import open_data
 from vitlr.decomposition import ranks
 from vitlr.errors import InputError, NumericalError
 from vitlr.planning.planner import plan
 from vitlr.runtime import processes
+from vitlr.training import train
 
 ALL = {"objective": ("fisher", "output", "normalized"), "extras": ("rounding", "ranges", "row_gradient")}
 
@@ -189,3 +191,90 @@ def failing(stats):
 def test_a_solve_that_fails_in_one_is_told_by_all():
     for found in together.run(failing, 2, measured(batches())):
         assert isinstance(found, NumericalError) and "blocks.1.attn.qkv" in str(found)
+
+
+def alike(name, one, other):
+    """Weights after the same steps; a bias of keys changes no answer, so rounding alone is what Adam moves it by."""
+    if "qkv" in name and name.endswith("bias"):
+        one, other = (torch.cat([t[:32], t[64:]]) for t in (one, other))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def squeezed(rungs, options):
+    """Weights after everything: measured, planned, applied and refined, and where the rungs led."""
+    model = tiny()
+    done = compressed(
+        model, batches(8, 8), options.pop("budget", "params:60%"), rank_step=1, amp=False, rungs=rungs, **options
+    )
+    kls = [(rung.name, rung.kept, rung.after.kl) for rung in done.report.rungs]
+    return {name: t.detach() for name, t in done.model.state_dict().items()}, kls, done.plan.to_dict()
+
+
+@pytest.mark.parametrize(
+    "count, rungs, options",
+    [
+        (2, "distil", {"steps": 9, "batch_size": 8, "lr": 1e-3, "regrow_steps": 3, "method": "lowrank"}),
+        (4, ("distil",), {"steps": 5, "batch_size": 6, "lr": 1e-3, "method": "widths", "minutes": 5}),
+        (2, ("distil",), {"steps": 4, "batch_size": 8, "budget": "bytes:30%"}),
+    ],
+)
+def test_processes_refine_to_the_weights_of_one(count, rungs, options):
+    alone, kls, plan = squeezed(rungs, dict(options))
+    found = together.run(squeezed, count, rungs, options)
+    for weights, kls_here, plan_here in found:
+        assert plan_here == plan
+        assert [kl[:2] for kl in kls_here] == [kl[:2] for kl in kls]
+        assert [kl[2] for kl in kls_here] == pytest.approx([kl[2] for kl in kls], rel=1e-3)
+        assert weights.keys() == alone.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, found[0][0][name]), "all come to the same bits"
+            alike(name, tensor, alone[name])
+
+
+def finetuned(options):
+    model, generator = tiny(), torch.Generator().manual_seed(3)
+    labelled = [(images, torch.randint(0, 5, (len(images),), generator=generator)) for images in batches(4, 8)]
+    seen = []
+    report = train(
+        model,
+        labelled,
+        epochs=2,
+        lr=1e-3,
+        amp=False,
+        reference=tiny(1),
+        penalty=lambda m: 1e-3 * m.head.weight.square().sum(),
+        callbacks=[lambda step: seen.append(step.loss)],
+        validate=lambda m: float(m(labelled[0][0]).argmax(1).eq(labelled[0][1]).double().mean()),
+        **options,
+    )
+    return dict(model.named_parameters()), seen, report.to_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.8, "grad_accum_steps": 2, "model_ema": True}])
+def test_processes_train_to_the_weights_of_one(options):
+    alone, losses, report = finetuned(options)
+    found = together.run(finetuned, 2, options)
+    for weights, seen, told in found:
+        assert seen == pytest.approx(losses, rel=1e-4)
+        assert [epoch["validation"] for epoch in told["epochs"]] == [e["validation"] for e in report["epochs"]]
+        for name, weight in weights.items():
+            assert torch.equal(weight, found[0][0][name])
+            alike(name, weight, alone[name])
+
+
+def normed():
+    return train(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(3072, 5)), [1])
+
+
+def test_means_over_a_batch_are_refused_where_it_is_shared_out():
+    for found in together.run(normed, 2):
+        assert isinstance(found, InputError) and "SyncBatchNorm" in str(found)
+
+
+def timed():
+    return compressed(tiny(), batches(), "latency:80%")
+
+
+def test_milliseconds_are_refused_beside_others():
+    for found in together.run(timed, 2):
+        assert isinstance(found, InputError) and "milliseconds" in str(found)

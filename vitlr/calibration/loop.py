@@ -20,7 +20,7 @@ from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, 
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
-from vitlr.calibration.shares import Share, begin_anew, check_same, everywhere, example, together
+from vitlr.calibration.shares import Share, begin_anew, everywhere, example, together
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
 from vitlr.calibration.wants import Wants
@@ -130,7 +130,7 @@ def calibrate(
             inputs = None if given is None else on_device(model, given)
             images = 0 if inputs is None else count_images(inputs)
             if run is None:
-                one = example(inputs if images else None)
+                one = example(model, inputs if images else None)
                 if one is None:
                     continue
                 found = probe(model, targets, one)
@@ -141,7 +141,7 @@ def calibrate(
                     found = probe(model, targets, one)
                     extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
                 fresh = _empty(targets, found, image_shape(one))
-                check_same(fresh)
+                processes.check_same("model", fresh.fingerprint)
                 fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = wanted.samples, wanted.seed
                 fresh.dtype = image_dtype(one)

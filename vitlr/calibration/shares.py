@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import SUMS
-from vitlr.data.batches import one_image, tensors_in
+from vitlr.data.batches import one_image, tensors_in, to_model
 from vitlr.data.loader import Loader
 from vitlr.errors import InputError
 from vitlr.runtime import processes
@@ -64,17 +65,16 @@ class Share:
         return islice(chain([] if first is None else [first], batches), number, None, count)
 
 
-def example(inputs: Any) -> Any:
+def example(model: nn.Module, inputs: Any) -> Any:
     """One image of the first process that has any, for all to look at the same; None where none has."""
     mine = None if inputs is None else one_image(inputs)
+    if processes.world() == 1:
+        return mine
     having = processes.gather(mine is not None)
-    return processes.from_rank(having.index(True), mine) if any(having) else None
-
-
-def check_same(stats: Statistics) -> None:
-    """Raise `InputError` where processes measure models of other weights."""
-    if len(set(processes.gather(stats.fingerprint))) > 1:
-        raise InputError("every process has a model of other weights; give all the same, from one file or one seed")
+    if not any(having):
+        return None
+    here = {key: _here(value) for key, value in mine.items()} if isinstance(mine, dict) else _here(mine)
+    return to_model(model, processes.from_rank(having.index(True), here))
 
 
 def together(stats: Statistics) -> None:
@@ -116,6 +116,10 @@ def everywhere(stats: Statistics) -> None:
     stats.images, tokens, stats.others = processes.from_rank(0, (stats.images, tokens, stats.others))
     for layer, count in zip(stats.layers.values(), tokens, strict=True):
         layer.tokens = count
+
+
+def _here(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _digest(batch: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vitlr.errors import ProcessLost, VitlrError
+from vitlr.errors import InputError, ProcessLost, VitlrError
 from vitlr.runtime.launch import LOCAL_RANK, launched
 
 T = TypeVar("T")
@@ -124,6 +124,33 @@ def spread(tensors: Iterable[Tensor]) -> None:
         sent = _on_wire(own)
         _call("broadcast", sent, 0)
         own.copy_(sent)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of everyone's, everywhere the same to the bit."""
+    if world() == 1:
+        return tensor
+    found = tensor.detach().clone()
+    sum_in_order([found])
+    spread([found])
+    return found
+
+
+def part(batch: Tensor) -> tuple[slice, float]:
+    """Which rows of a batch `[images, ...]` are this process's, and their weight in a mean over all: parts sum to 1.
+
+    Of fewer images than processes everyone takes all.
+    """
+    if len(batch) < world():
+        return slice(None), 1 / world()
+    own = slice(rank(), None, world())
+    return own, len(batch[own]) / len(batch)
+
+
+def check_same(what: str, fingerprint: object) -> None:
+    """Raise `InputError` where processes begin with other weights: all must have the same from start to end."""
+    if len(set(gather(fingerprint))) > 1:
+        raise InputError(f"every process has a {what} of other weights; give all the same, from one file or one seed")
 
 
 @contextmanager
