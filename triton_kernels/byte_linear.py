@@ -130,7 +130,7 @@ def _linear(q, row_scale, squares, W, scale, bias, reach, multiplier, shift, res
     p *= by[None, :]
     if bias is not None:
         p += tl.load(bias + n0 + j, mask=columns, other=0.0)[None, :]
-    p = activate(p, ACT, tl.float8e4nv if reach is not None else (tl.bfloat16 if multiplier is not None else
+    p = activate(p, ACT, tl.float8e4nv if reach is not None else (tl.float16 if multiplier is not None else
                  y.dtype.element_ty))  # fmt: skip
     y += m0 * N + n0
     out = i[:, None] * N + j[None, :]

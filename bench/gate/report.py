@@ -48,8 +48,11 @@ def red(found: Sequence[Line]) -> list[str]:
         if line["kind"] == "solve" and line.get("value"):
             told += solve.failures(line["value"])
         if line["kind"] == "model" and line.get("value"):
-            off = [row["off"] for row in line["value"] if row["off"] is not None]
-            told += [f"{line['id']}: with kernels {one:.2g} off plain products" for one in off if not one <= models.OFF]
+            told += [
+                f"{line['id']}: {row['model']} is {row['off']:.2g} off plain products"
+                for row in line["value"]
+                if row["off"] is not None and not row["off"] <= models.OFF[row["model"]]
+            ]
         if line["kind"] == "build" and line.get("value") and "debug" not in line["call"]:
             told += [f"{kernel} spills" for kernel in line["value"]["spilled"]]
         if line["kind"] == "choice" and line.get("value"):

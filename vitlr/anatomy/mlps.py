@@ -15,7 +15,15 @@ from torch import Tensor, fx, nn
 
 from vitlr.anatomy import linears
 from vitlr.errors import InputError
-from vitlr.nn import Int8Linear, LowRankGLU, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import (
+    Fp8Linear,
+    Int8Linear,
+    LowRankGLU,
+    LowRankLinear,
+    QuantizedLinear,
+    ResidualLowRankLinear,
+    SelectedLinear,
+)
 from vitlr.nn._formula import Formula, Untraceable
 from vitlr.nn._fused import original_of
 from vitlr.nn._fused_mlp import FusedMlp
@@ -24,8 +32,8 @@ SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
 )
 _MARK = "vitlr_full_width"  # on an MLP that was narrowed: the width it had before anything was removed
-_INTEGERS = (QuantizedLinear, Int8Linear)
-_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, *_INTEGERS)
+_BYTES = (QuantizedLinear, Int8Linear, Fp8Linear)
+_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, *_BYTES)
 _LOOKS_LIKE_ONE = re.compile(r"mlp|ffn|feed_?forward|swiglu", re.IGNORECASE)
 _FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
@@ -140,7 +148,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
         if selected:
             refused[name] = f"channels were taken out of {selected[0]} already"
             continue
-        integers = [child for child, linear in inside.items() if isinstance(linear, _INTEGERS)]
+        integers = [child for child, linear in inside.items() if isinstance(linear, _BYTES)]
         if integers:
             refused[name] = f"the weights of {integers[0]} are integers already"
             continue

@@ -1,4 +1,4 @@
-"""Triton's candidates of `fp8_chain` and `int8_chain`: rows to bytes, then a launch a linear."""
+"""Triton's candidates of `fp8_chain`, `int8_chain`, `int8_attention`: rows to bytes, then a launch a linear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from vitlr.ops.backends import triton
 from vitlr.ops.dispatch import floors, registry
-from vitlr.ops.layers import fp8_chain, int8_chain
+from vitlr.ops.layers import attention, fp8_chain, int8_attention, int8_chain
 
 MODULE = "byte_chains"
 Key = fp8_chain.Key | int8_chain.Key
@@ -79,3 +79,31 @@ registry.register(
 )
 _able = triton.candidate("bytes", MODULE, "int8", _int8_widths, "run_int8").supports
 registry.register(int8_chain.OP, registry.Candidate("triton.bytes", _able, _run_int8, floor=floor))
+
+
+def _run_attention(
+    x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor | None], proj: Sequence[Tensor | None],
+    residual: Tensor | None, heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """A chain, attention as torch has it, in x's dtype, and a chain."""
+    y = _through(x, int8_attention.steps(qkv), None, norm, eps)
+    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return _through(attention.reference(q, k, v), int8_attention.steps(proj), residual)
+
+
+def _through(
+    x: Tensor, steps: list[int8_chain.Step], residual: Tensor | None, norm: Sequence[Tensor] = (), eps: float = 0.0
+) -> Tensor:
+    columns: Any = [list(column) for column in zip(*steps, strict=True)]
+    return _run_int8(x, *columns, residual, ["none"] * len(steps), norm, eps)  # type: ignore[call-arg]
+
+
+def _both_sides(key: int8_attention.Key) -> str | None:
+    for widths in (key.before, key.after):
+        side = int8_chain.Key(key.M, widths, ("none",) * (len(widths) - 1), dtype=key.dtype, device=key.device)
+        if (reason := _able(side)) is not None:
+            return reason
+    return None
+
+
+registry.register(int8_attention.OP, registry.Candidate("triton.bytes", _both_sides, _run_attention))
