@@ -128,8 +128,7 @@ def calibrate(
                 continue
             if run is None:
                 found = probe(model, targets, one_image(inputs))
-                if needs_gradient and loss_fn is None:
-                    lost |= unreached(model, targets, one_image(inputs), output_fn)
+                lost |= found.silent if loss_fn is not None else unreached(model, targets, one_image(inputs), output_fn)
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one_image(inputs))

@@ -2,6 +2,8 @@
 
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
+from vitlr.nn.fused_projections import FusedProjections
+from vitlr.nn.fused_rotary import FusedRotaryAttention
 from vitlr.nn.int8_block import Int8Block
 from vitlr.nn.int8_linear import Int8Linear
 from vitlr.nn.int8_mlp import Int8MLP
@@ -9,6 +11,7 @@ from vitlr.nn.lowrank_glu import LowRankGLU
 from vitlr.nn.lowrank_linear import LowRankLinear
 from vitlr.nn.lowrank_mlp import LowRankMLP
 from vitlr.nn.multihead_linears import MultiheadLinears
+from vitlr.nn.named_lowrank_mlp import NamedLowRankMLP
 from vitlr.nn.pointwise_conv import PointwiseConv
 from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
@@ -18,6 +21,8 @@ from vitlr.nn.window_linears import WindowLinears
 __all__ = [
     "FoldedScale",
     "FusedAttention",
+    "FusedProjections",
+    "FusedRotaryAttention",
     "Int8Block",
     "Int8Linear",
     "Int8MLP",
@@ -25,6 +30,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankMLP",
     "MultiheadLinears",
+    "NamedLowRankMLP",
     "PointwiseConv",
     "QuantizedLinear",
     "ResidualLowRankLinear",
