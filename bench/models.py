@@ -79,12 +79,12 @@ class Trial:
         with torch.inference_mode():
             return first_tensor(call(model, self.images[:2])).clone()
 
-    def row(self) -> dict[str, Cell]:
+    def row(self, exported: bool) -> dict[str, Cell]:
         found = {"reach": said(self.reach)}
         if self.stats is None:
             return found
-        for key in ("lowrank", "joint", "bits", "load", "fuse", "onnx", "compile"):
-            if key in ("lowrank", "joint", "bits") or self.small is not None:
+        for key in ("lowrank", "joint", "bits", "load", "fuse", "compile", *["onnx"] * exported):
+            if key in BUDGETS or self.small is not None:
                 found[key] = said(getattr(self, key))
         return found
 
@@ -201,12 +201,13 @@ def cell(found: Cell, reasons: list[str]) -> str:
     return f"{found[0]} ({numbers})" if numbers else found[0]
 
 
-def trial(family: Family, folder: Path) -> dict[str, Cell]:
+def trial(family: Family, folder: Path, *, exported: bool = True) -> dict[str, Cell]:
+    """The row of a family; without a file for other engines, which takes longest, unless `exported`."""
     try:
         tried = Trial(family, folder)
     except Exception as cause:
         return {"reach": ["no", f"not made: {short(cause)}"]}
-    return tried.row()
+    return tried.row(exported)
 
 
 def main(args: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DINOv3": (
         "DINOv3ViTModel",
         "DINOv3ViTConfig",
-        {**VIT, "rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        VIT,
     ),
     "ViTMSN": ("ViTMSNForImageClassification", "ViTMSNConfig", VIT),
     "I-JEPA": ("IJepaForImageClassification", "IJepaConfig", VIT),
