@@ -1,6 +1,6 @@
 """What works with which model: docs/models.md, made by trying every family at a small size with random weights.
 
-    python -m bench.models [--only NAME ...] [--json docs/results/models.json]
+    python -m bench.models [--only NAME ...] [--quick] [--json docs/results/models.json]
 
 All families, or those named by `--only`, whose rows then stand in the place of what was there. Accuracy is no part.
 """
@@ -49,7 +49,7 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 - file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=`;
 - fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
-  `torch.compile(fullgraph=True)` takes it.
+  `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """
 COLUMNS = {
     "reach": "reach",
@@ -61,6 +61,7 @@ COLUMNS = {
     "onnx": "ONNX",
     "compile": "compile",
 }
+SLOW = ("onnx", "compile")
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""
 
@@ -79,11 +80,11 @@ class Trial:
         with torch.inference_mode():
             return first_tensor(call(model, self.images[:2])).clone()
 
-    def row(self, exported: bool) -> dict[str, Cell]:
+    def row(self, quick: bool) -> dict[str, Cell]:
         found = {"reach": said(self.reach)}
         if self.stats is None:
             return found
-        for key in ("lowrank", "joint", "bits", "load", "fuse", "compile", *["onnx"] * exported):
+        for key in ("lowrank", "joint", "bits", "load", "fuse", *(() if quick else SLOW)):
             if key in BUDGETS or self.small is not None:
                 found[key] = said(getattr(self, key))
         return found
@@ -201,13 +202,18 @@ def cell(found: Cell, reasons: list[str]) -> str:
     return f"{found[0]} ({numbers})" if numbers else found[0]
 
 
-def trial(family: Family, folder: Path, *, exported: bool = True) -> dict[str, Cell]:
-    """The row of a family; without a file for other engines, which takes longest, unless `exported`."""
+def trial(family: Family, folder: Path, *, quick: bool = False) -> dict[str, Cell]:
+    """The row of a family; `quick`: without what takes longest, graphs for other engines and compilers."""
     try:
         tried = Trial(family, folder)
     except Exception as cause:
         return {"reach": ["no", f"not made: {short(cause)}"]}
-    return tried.row(exported)
+    return tried.row(quick)
+
+
+def kept(row: dict[str, Cell], quick: bool) -> dict[str, Cell]:
+    """What a quick trial leaves as it was."""
+    return {key: row[key] for key in SLOW if quick and key in row}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -222,7 +228,7 @@ def main(args: argparse.Namespace) -> None:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = trial(family, Path(folder))
+            rows[name] = {**kept(before.get(name, {}), args.quick), **trial(family, Path(folder), quick=args.quick)}
         print(f"{time.perf_counter() - start:5.1f} s {name}: {rows[name]}", file=sys.stderr, flush=True)
         write_json(path, {"rows": before | rows})
     write_json(path, {"rows": rows})
@@ -233,4 +239,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     args = parser(__doc__ or "")
     args.add_argument("--only", nargs="*", metavar="NAME", help="try these again, and keep the other rows")
+    args.add_argument("--quick", action="store_true", help="ask nothing new of ONNX and torch.compile")
     main(args.parse_args())
