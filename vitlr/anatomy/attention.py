@@ -24,6 +24,11 @@ SCORES_SUPPORTED = (
     "transformers' ViT, DeiT, DINOv2, CLIP, SigLIP and their like"
 )
 
+# transformers' attention that adds a bias of positions to its scores.
+_BIASED = (
+    "transformers.models.beit.modeling_beit.BeitAttention",
+    "transformers.models.swin.modeling_swin.SwinAttention",
+)
 # Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
 _KNOWN = {
     "timm.layers.attention.Attention",
@@ -37,6 +42,7 @@ _KNOWN = {
     "vitlr.nn.multihead_linears.MultiheadLinears",
     "vitlr.nn.window_linears.WindowLinears",
     *PROJECTIONS,
+    *_BIASED,
 }
 # Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
 _PLAIN_SCORES = {
@@ -46,6 +52,7 @@ _PLAIN_SCORES = {
     "vitlr.nn.multihead_linears.MultiheadLinears",
     "vitlr.nn.window_linears.WindowLinears",
     *PROJECTIONS,
+    *_BIASED,
 }
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "o_proj", "out_proj")
