@@ -1,6 +1,6 @@
 """What works with which model: docs/models.md, made by trying every family at a small size with random weights.
 
-    python -m bench.models [--only NAME ...] [--json docs/results/models.json]
+    python -m bench.models [--only NAME ...] [--quick] [--json docs/results/models.json]
 
 All families, or those named by `--only`, whose rows then stand in the place of what was there. Accuracy is no part.
 """
@@ -33,8 +33,8 @@ from vitlr.nn._fused import StandIn
 from vitlr.runtime.words import one_line
 
 RESULTS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
-IMAGES, STEP = 24, 4
-BUDGETS = {"lowrank": "params:75%", "joint": "params:75%", "bits": "bytes:30%"}
+IMAGES, STEP = 48, 4
+BUDGETS = {"lowrank": "params:90%", "joint": "params:90%", "bits": "bytes:40%"}
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 WORDS = 240  # characters of a reason
 HEAD = f"""# Models
@@ -44,12 +44,12 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 
 - reach: the share of the parameters that lies in layers which can be made smaller;
 - ranks, widths, bits: `method="lowrank"` and `"joint"` at `{BUDGETS["joint"]}`, `"bits"` at
-  `{BUDGETS["bits"]}`. Widths are those of hidden neurons (MLPs) and of queries and keys (q·k): of how many of those that
-  are there;
+  `{BUDGETS["bits"]}`. Widths are those of hidden neurons (MLPs) and of queries and keys (q·k): of how
+  many of those that are there;
 - file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=`;
 - fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
-  `torch.compile(fullgraph=True)` takes it.
+  `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """
 COLUMNS = {
     "reach": "reach",
@@ -61,6 +61,7 @@ COLUMNS = {
     "onnx": "ONNX",
     "compile": "compile",
 }
+SLOW = ("onnx", "compile")
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""
 
@@ -79,12 +80,12 @@ class Trial:
         with torch.inference_mode():
             return first_tensor(call(model, self.images[:2])).clone()
 
-    def row(self) -> dict[str, Cell]:
+    def row(self, quick: bool) -> dict[str, Cell]:
         found = {"reach": said(self.reach)}
         if self.stats is None:
             return found
-        for key in ("lowrank", "joint", "bits", "load", "fuse", "onnx", "compile"):
-            if key in ("lowrank", "joint", "bits") or self.small is not None:
+        for key in ("lowrank", "joint", "bits", "load", "fuse", *(() if quick else SLOW)):
+            if key in BUDGETS or self.small is not None:
                 found[key] = said(getattr(self, key))
         return found
 
@@ -102,21 +103,26 @@ class Trial:
         return ["yes"]
 
     def joint(self) -> Cell:
-        """Of which MLPs and attentions widths can be chosen, and why not of others."""
+        """Of how many MLPs and attentions widths can be chosen, and why not of the others."""
+        with visibility.visible(self.model):
+            known, refused = mlps.find_mlps(self.model), mlps.refused_mlps(self.model)
+            heads, why = attentions(self.model)[0], why_no_scores(self.model)
+        reasons = [
+            reason.partition("keeps its width: ")[2].partition(". Supported")[0] or reason
+            for reason in refused.values()
+        ]
+        if not known and not heads.keys() - why.keys():
+            return ["no", *dict.fromkeys(reasons or ["it has no MLP"])]
         small, plan = self._compressed("joint")
         self.small = small  # the other columns are asked of the last of these two
         chosen = Counter(row.kind for row in plan.widths)
-        with visibility.visible(self.model):
-            known, refused = mlps.find_mlps(self.model), mlps.refused_mlps(self.model)
-            heads, strange = attentions(self.model)
-            why = why_no_scores(self.model)
-        reasons = [reason.partition(": ")[2] or reason for reason in refused.values()]
         parts = [f"{chosen['mlp']} of {len(known) + len(refused)} MLPs"] if known or refused else []
-        if heads or strange:
-            parts.append(f"{chosen['query_keys']} of {len(heads) + len(strange)} q·k")
-            reasons += why.values()
-        left = [f"{name}: {reason}" for name, reason in plan.skipped.items()] if hasattr(plan, "skipped") else []
-        return [", ".join(parts) or "no MLP", *dict.fromkeys([*reasons, *left])]
+        if set(known) - {row.name for row in plan.widths}:
+            reasons.append("its hidden neurons say too little on so few images: their moment cannot be inverted")
+        if heads or why:
+            parts.append(f"{chosen['query_keys']} of {len(heads.keys() | why.keys())} q·k")
+            reasons += [reason.partition(". Supported")[0] for reason in why.values()]
+        return [", ".join(parts), *dict.fromkeys(reasons)]
 
     def bits(self) -> Cell:
         self._compressed("bits")
@@ -139,7 +145,7 @@ class Trial:
             vitlr.save(self.small, path, model_args=False)
             alone, reason = vitlr.load(path, model=self.family.make()), short(cause)
         assert torch.equal(self.answers(alone), expected), "it answers otherwise"
-        return ["with `model=`", reason] if reason else ["alone"]
+        return ["with `model=`", reason.removeprefix(f"{path}: ")] if reason else ["alone"]
 
     def fuse(self) -> Cell:
         """How many modules of each kind stand for what, where every layer has half its rank."""
@@ -196,12 +202,18 @@ def cell(found: Cell, reasons: list[str]) -> str:
     return f"{found[0]} ({numbers})" if numbers else found[0]
 
 
-def trial(family: Family, folder: Path) -> dict[str, Cell]:
+def trial(family: Family, folder: Path, *, quick: bool = False) -> dict[str, Cell]:
+    """The row of a family; `quick`: without what takes longest, graphs for other engines and compilers."""
     try:
         tried = Trial(family, folder)
     except Exception as cause:
         return {"reach": ["no", f"not made: {short(cause)}"]}
-    return tried.row()
+    return tried.row(quick)
+
+
+def kept(row: dict[str, Cell], quick: bool) -> dict[str, Cell]:
+    """What a quick trial leaves as it was."""
+    return {key: row[key] for key in SLOW if quick and key in row}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -216,8 +228,9 @@ def main(args: argparse.Namespace) -> None:
             continue
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = trial(family, Path(folder))
+            rows[name] = {**kept(before.get(name, {}), args.quick), **trial(family, Path(folder), quick=args.quick)}
         print(f"{time.perf_counter() - start:5.1f} s {name}: {rows[name]}", file=sys.stderr, flush=True)
+        write_json(path, {"rows": before | rows})
     write_json(path, {"rows": rows})
     if path == RESULTS:
         PAGE.write_text(page(rows))
@@ -226,4 +239,5 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     args = parser(__doc__ or "")
     args.add_argument("--only", nargs="*", metavar="NAME", help="try these again, and keep the other rows")
+    args.add_argument("--quick", action="store_true", help="ask nothing new of ONNX and torch.compile")
     main(args.parse_args())

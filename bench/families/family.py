@@ -26,8 +26,8 @@ class Family(NamedTuple):
             torch.manual_seed(0)
             model = self.build().eval()
             for parameter in model.parameters():
-                matrix = parameter.ndim > 1
-                mean = 1.0 if not matrix and parameter.mean() > 0.5 else 0.0  # of a norm
+                matrix = parameter.ndim > 1 and parameter.numel() > 0
+                mean = 1.0 if not matrix and parameter.numel() and parameter.mean() > 0.5 else 0.0  # of a norm
                 std = parameter[0].numel() ** -0.5 if matrix else 0.1
                 parameter.data = mean + std * torch.randn(parameter.shape)
         return model

@@ -39,7 +39,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SAM": ("samvit_base_patch16_224", {**P16, "global_attn_indexes": (0, 1)}, 32),
     "ViT, parallel": ("vit_small_patch16_18x2_224", P16, 32),
     "SO150M": ("vit_so150m_patch16_reg4_gap_256", P16, 32),
-    "VOLO": ("volo_d1_224", FIVE, 224),
     "CaiT": ("cait_xxs24_224", {**FIVE, "depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}, 32),
     "XCiT": ("xcit_nano_12_p16_224", {**FIVE, "depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}, 32),
     "CrossViT": ("crossvit_tiny_240", FIVE, 240),
@@ -48,11 +47,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SwinV2": ("swinv2_tiny_window8_256", SWIN, 32),
     "SwinV2, CR": ("swinv2_cr_tiny_ns_224", SWIN, 32),
     "Hiera": ("hiera_tiny_224", {**FIVE, "embed_dim": 16, "stages": (1, 1, 1, 1)}, 224),
-    "MViTv2": ("mvitv2_tiny", FIVE, 224),
     "PVTv2": ("pvt_v2_b0", STAGES, 64),
     "Twins": ("twins_svt_small", WIDE, 224),
     "DaViT": ("davit_tiny", {**WIDE, "num_heads": (1, 2, 3, 4)}, 64),
-    "GCViT": ("gcvit_xxtiny", FIVE, 224),
     "MaxViT": ("maxvit_rmlp_pico_rw_256", FIVE, 256),
     "CoAtNet": ("coatnet_nano_rw_224", FIVE, 224),
     "LeViT": ("levit_128s", FIVE, 224),
@@ -64,11 +61,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "EfficientViT, MSRA": ("efficientvit_m0", FIVE, 224),
     "FastViT": ("fastvit_t8", FIVE, 64),
     "RepViT": ("repvit_m0_9", FIVE, 64),
-    "NextViT": ("nextvit_small", FIVE, 64),
     "ConvNeXt": ("convnext_atto", FIVE, 64),
     "ConvNeXt, linears": ("convnext_tiny", {**STAGES, "dims": (8, 16, 24, 32)}, 32),
     "ConvNeXtV2": ("convnextv2_atto", FIVE, 64),
-    "MLP-Mixer": ("mixer_s32_224", {**FIVE, "img_size": 64}, 64),
 }
 
 

@@ -40,7 +40,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "ViT": ("VisionTransformer", VIT, 32),
     "Swin": ("SwinTransformer", SWIN, 32),
     "SwinV2": ("SwinTransformer", SWIN, 32),
-    "ConvNeXt": ("convnext_tiny", {"num_classes": 5}, 64),
     "MaxViT": ("MaxVit", MAXVIT, 64),
 }
 

@@ -50,7 +50,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", RATIO),
     "DINOv2, gated": ("Dinov2ForImageClassification", "Dinov2Config", {**RATIO, "use_swiglu_ffn": True}),
     "DINOv2, registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", RATIO),
-    "DINOv3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT, "rope_theta": 100.0}),
+    "DINOv3": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        VIT,
+    ),
     "ViTMSN": ("ViTMSNForImageClassification", "ViTMSNConfig", VIT),
     "I-JEPA": ("IJepaForImageClassification", "IJepaConfig", VIT),
     "CLIP": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {**VIT, "projection_dim": 16}),

@@ -134,8 +134,7 @@ def calibrate(
                 if one is None:
                     continue
                 found = probe(model, targets, one)
-                if needs_gradient and loss_fn is None:
-                    lost |= unreached(model, targets, one, output_fn)
+                lost |= found.silent if loss_fn is not None else unreached(model, targets, one, output_fn)
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one)
