@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from vitlr.cli.command import flags_of, in_flags
+from vitlr.cli.early import check_places
 from vitlr.errors import Interrupted, VitlrError
 
 _NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
@@ -50,6 +51,7 @@ def guarded(command: Callable[..., Result]) -> Callable[..., None]:
     def run(**options: Any) -> None:
         as_json = bool(options.get("as_json"))
         try:
+            check_places(options)
             with _warnings_on_stderr(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 result = command(**options)
             if as_json or result.text:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vitlr.data.classes import natural
 from vitlr.data.decoding import check_archive
+from vitlr.data.places import hub_name
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
@@ -25,17 +26,14 @@ def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, in
     """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
     from timm.data.readers import create_reader
 
-    prefix, _, rest = path.partition("/")
-    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
-    if not hub and not Path(path).exists():
-        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
+    hub = hub_name(path)
     if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
         raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
     if not hub and not Path(path).is_dir():
         check_archive(path)
     try:
         if hub:
-            images = HubImages(rest, split)
+            images = HubImages(hub, split)
             return images, images.labels, images.classes
         if Path(path).is_dir():
             with _extensions():
