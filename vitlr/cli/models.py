@@ -15,6 +15,7 @@ from vitlr.checkpoint import folders
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.cli.early import WEIGHT_FILES
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 
 _RESULTS = {"--out": "model", "--plan-out": "plan"}  # what an earlier run may have left there
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,7 +107,11 @@ def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None
 
 
 def parse_device(name: str | None) -> torch.device:
-    """cpu, cuda or cuda:N; None is the GPU where there is one. `InputError` for one that is unknown or not there."""
+    """cpu, cuda or cuda:N; None is the GPU where there is one, of several processes its own.
+
+    `InputError` for one that is unknown or not there.
+    """
+    name = processes.place(name)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
