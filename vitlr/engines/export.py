@@ -59,7 +59,7 @@ class Exported:
     def __str__(self) -> str:
         lines = [f"wrote {', '.join(self.files)}: {self.bytes / 1e6:.3f} MB"]
         for name, difference in self.differences.items():
-            seen = "" if not self.products else f", {self.int8[name]} of {self.products} products in int8"
+            seen = "" if not self.products else f",\n    {self.int8[name]} of {self.products} products in int8"
             lines.append(f"  {name}: logits within {difference:.2g} of ours (allowed {self.allowed:.2g}){seen}")
         return "\n".join(lines)
 
