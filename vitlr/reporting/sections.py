@@ -29,15 +29,15 @@ ENGINES = {
     "vitlr": "vitlr's kernels, fused",
 }
 MEANINGS = {
-    "rank": "a layer's matrix as a product of two thin ones; the fewer columns between them, the smaller and the coarser.",
-    "width": "hidden neurons of an MLP, or channels of queries and keys, that are left.",
-    "bits": "what a stored weight takes on average, where weights are rounded.",
-    "MACs": "multiplications with additions for one image.",
-    "predicted error": "what the plan expected from calibration images alone: with the objectives fisher and loss the KL, "
-    "in nats, else a squared error of outputs. It ranks choices; measured KL is two to five times as large.",
-    "KL, agreement": "how far the small model's answers are from dense's (0: equal), and how often their first class is "
-    "the same.",
-    "attn, mlp": "bars of what a whole attention or MLP loses by a smaller width.",
+    "rank": "A layer's matrix is a product of two thin ones; the fewer columns between them, the smaller and coarser.",
+    "width": "Hidden neurons of an MLP, or channels of queries and keys, that are left.",
+    "bits": "What a stored weight takes on average, where weights are rounded.",
+    "MACs": "Multiplications with additions for one image.",
+    "predicted error": "What the plan expected from calibration images alone: with the objectives fisher and loss KL in "
+    "nats, else a squared error of outputs. It ranks choices; measured KL is two to five times as large.",
+    "KL, agreement": "How far the small model's answers are from dense's (0: equal), and how often both name the same "
+    "class first.",
+    "attn, mlp": "Bars of what a whole attention or MLP loses by a smaller width.",
 }
 
 
