@@ -15,11 +15,15 @@ from vitlr.ops.dispatch import registry
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: `make(seed)` gives its arguments."""
+    """One call of an op: `make(seed)` gives its arguments.
+
+    `meant(*arguments)`: what the op means, in fp64, where its specification in fp64 rounds on the way.
+    """
 
     op: str
     label: str
     make: Callable[[int], tuple]
+    meant: Callable[..., Tensor] | None = None
 
     @property
     def dtype(self) -> str:
