@@ -14,6 +14,7 @@ from vitlr.checkpoint import files as checkpoint_file
 from vitlr.checkpoint import folders
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 
 _WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
 _RESULTS = {"--out": "model", "--plan-out": "plan"}  # what an earlier run may have left there
@@ -106,7 +107,11 @@ def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None
 
 
 def parse_device(name: str | None) -> torch.device:
-    """cpu, cuda or cuda:N; None is the GPU where there is one. `InputError` for one that is unknown or not there."""
+    """cpu, cuda or cuda:N; None is the GPU where there is one, of several processes its own.
+
+    `InputError` for one that is unknown or not there.
+    """
+    name = processes.place(name)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

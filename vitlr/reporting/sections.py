@@ -21,6 +21,13 @@ LINES = {
     "losses": "What that is predicted to cost, in the unit of the plan's objective; predictions rank choices.",
     "spectra": "Spectra: the share of a layer's loss left at every rank, deeper ones darker, a dot for the plan.",
 }
+ENGINES = {
+    "torch": "plain torch",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "vitlr": "vitlr's kernels, fused",
+}
 
 
 def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | None, texts: dict[str, Any]) -> list[str]:
@@ -64,8 +71,8 @@ def _how(rows: Sequence[Row], texts: dict[str, Any]) -> str:
     images = max(row.images for row in rows)
     judged = f"Judged on {images} images; the interval is Wilson's, of 95 %. " if images else "No images were given. "
     return (
-        f"{judged}MB are those of the file, of dense its weights. ms: one image, the faster of the model as it is and "
-        f"fused, in turns with dense, {texts['threads']} thread(s) of {processor()}."
+        f"{judged}MB are those of the file, of dense its weights. ms: one image in float32, the faster of plain "
+        f"torch and vitlr's kernels, in turns with dense in plain torch, {texts['threads']} thread(s) of {processor()}."
     )
 
 
@@ -83,14 +90,31 @@ def _one(subject: Subject, texts: dict[str, Any]) -> Iterator[str]:
         yield _blocks(plan)
         yield page.folded("Every layer, and why", _layers(plan))
     yield page.heading("Time", 3)
-    names = {"dense": "dense", "small": "as it is", "fused": "fused"}
-    there = [name for name in names if name in subject.times[1]]
-    lines = [[f"{batch} at once", *(f"{ms[name]:.2f}" for name in there)] for batch, ms in subject.times.items()]
-    yield page.table(["ms an image", *(names[name] for name in there)], lines)
+    yield from _time(subject)
     if subject.spotted:
         yield page.heading("Where it disagrees with dense most", 3)
         yield page.words("By KL(dense, small) in nats; the share that each gives to its first five classes.", soft=True)
         yield page.cards(_card(one, texts) for one in subject.spotted)
+
+
+def _time(subject: Subject) -> Iterator[str]:
+    """Milliseconds by engine and batch, dense and small, and how many times faster small is in the same engine."""
+    speeds = subject.speeds
+    header = ["ms an image"]
+    for batch in speeds.ms:
+        header += [f"dense, {batch} at once", "small", "speed"]
+    lines = []
+    for engine, called in ENGINES.items():
+        if any(engine in at for at in speeds.ms.values()):
+            line = [called]
+            for at in speeds.ms.values():
+                dense, small = (at.get(engine, {}).get(which) for which in ("dense", "small"))
+                times = "" if dense is None or small is None else f"{dense / small:.2f}x"
+                line += [_number(dense, 1, ".2f"), _number(small, 1, ".2f"), times]
+            lines.append(line)
+    yield page.table(header, lines)
+    for where, why in speeds.refused.items():
+        yield page.words(f"Not timed: {where}: {why}", soft=True)
 
 
 def _summary(subject: Subject, plan: Plan) -> str:

@@ -17,12 +17,15 @@ from vitlr.nn import (
     Fp8Linear,
     Fp8MLP,
     FusedAttention,
+    FusedProjections,
+    FusedRotaryAttention,
     Int8Block,
     Int8Linear,
     Int8MLP,
     LowRankGLU,
     LowRankLinear,
     LowRankMLP,
+    NamedLowRankMLP,
     QuantizedLinear,
     ResidualLowRankLinear,
     SelectedLinear,
@@ -37,7 +40,18 @@ from vitlr.surgery.bytes import multiply_bytes, multiply_fp8
 from vitlr.surgery.mlps import widen_mlp
 
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
-FUSED: tuple[type[Fused], ...] = (Int8MLP, Fp8MLP, LowRankMLP, LowRankGLU, FusedAttention, Int8Block, Fp8Block)
+FUSED: tuple[type[Fused], ...] = (
+    Int8MLP,
+    Fp8MLP,
+    LowRankMLP,
+    NamedLowRankMLP,
+    LowRankGLU,
+    FusedAttention,
+    FusedRotaryAttention,
+    FusedProjections,
+    Int8Block,
+    Fp8Block,
+)
 
 
 def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = False) -> nn.Module:
@@ -80,10 +94,11 @@ def fuse(
     stats: Statistics | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
+    """Gather every MLP with a low-rank layer, and attention, into one module each; `unfuse` takes it back.
 
-    Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
-    `FusedAttention`. With `fold`, norms and layer scales beside low-rank
+    Only where that is exact: plain MLPs become a `LowRankMLP` (by other names than timm's a `NamedLowRankMLP`), gated
+    ones a `LowRankGLU`, timm's attention a `FusedAttention`, where it rotates queries and keys a
+    `FusedRotaryAttention`, transformers' a `FusedProjections`. With `fold`, norms and layer scales beside low-rank
     layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
     which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that

@@ -95,10 +95,10 @@ def bench(
 
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
-    from vitlr.cli.plain_torch import PlainTorch
     from vitlr.cli.timed import throughputs
     from vitlr.data.loader import open_data
     from vitlr.data.preprocessing import input_size
+    from vitlr.engines.runners import PlainTorch
     from vitlr.measuring import cost
     from vitlr.ops.backends import native
     from vitlr.surgery import fusion
@@ -106,7 +106,8 @@ def bench(
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
     if engines is not None:
-        from vitlr.cli.commands.bench_engines import by_engine, parse_engines
+        from vitlr.cli.commands.bench_engines import by_engine
+        from vitlr.engines.names import parse_engines
 
         names = parse_engines(engines)
         if device is not None and where.type != "cpu":

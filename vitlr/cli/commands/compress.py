@@ -124,6 +124,7 @@ def compress(
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
     from vitlr.decomposition.spectra_file import place
+    from vitlr.runtime import processes
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
@@ -152,7 +153,7 @@ def compress(
     def decided(plan: Any) -> None:
         if plan.why:
             typer.echo(f"method {plan.method}: {in_flags(plan.why, flags_of(compress))}", err=True)
-        if plan_out is not None:
+        if plan_out is not None and processes.first():
             plan.save(plan_out)
 
     done = compressed(
@@ -167,6 +168,8 @@ def compress(
         decided=decided,
         watch=lambda *stage: _watched(*stage, stats=stats, resume=resume),
     )
+    if not processes.first():
+        return Result({}, "")
     plan, text = done.plan, [str(done.plan)]
     rungs = [] if done.report is None else done.report.to_dict()["rungs"]
     size = plan.bytes_kept
