@@ -151,17 +151,6 @@ def residual_linear(
     return Call("lowrank_residual_linear", f"{K}x{N} r={r} {form}/{group} M={M} {_name(dtype)}", make)
 
 
-def gram(T: int, n: int, dtype: torch.dtype, device: torch.device, weighted: bool = False) -> Call:
-    """`gram_update_` of T rows."""
-
-    def make(seed: int) -> tuple:
-        new = Random(seed, dtype, device)
-        C = torch.zeros(n, n, dtype=torch.float64, device=device)
-        return C, new(T, n), new(T, dtype=torch.float32).abs() if weighted else None
-
-    return Call("gram_update_", f"n={n} T={T}{' weighted' if weighted else ''} {_name(dtype)}", make)
-
-
 def chain(b: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> Call:
     """`weighted_gram_chain` of b problems."""
 
