@@ -113,6 +113,13 @@ def test_without_images_the_dense_model_is_that_of_the_file(made, tmp_path):
     assert "plain torch" in seen.words and "vitlr's kernels, fused" in seen.words and "OpenVINO" not in seen.words
 
 
+def test_blocks_are_counted_and_a_small_model_is_told_in_millions_of_macs(made, tmp_path):
+    seen = check_alone(report(made[2][0], tmp_path / "out").read_text())
+    assert "MACs, M" in seen.words and "MACs 0.00" not in seen.words
+    drawn = (tmp_path / "out" / f"{made[2][0].stem}_kept.svg").read_text()
+    assert "block</text>" in drawn and not re.search(r">\s*\d+\.\d+\s*</text>", drawn), "no half of a block"
+
+
 def test_time_is_told_by_engine_and_who_cannot_run_a_model_is_named(made, tmp_path, monkeypatch):
     from vitlr.engines import runners
     from vitlr.engines.names import installed

@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from vitlr.cli.command import flags_of, in_flags
+from vitlr.cli.early import check_places
 from vitlr.errors import Interrupted, ProcessLost, VitlrError
 from vitlr.runtime.launch import launched, launched_first
 
@@ -57,6 +58,7 @@ def guarded(command: Callable[..., Result], together: bool = False) -> Callable[
             return
         aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
+            check_places(options)
             with _warnings_on_stderr(), aside, _joined(options) if together else contextlib.nullcontext():
                 result = command(**options)
             if as_json or result.text:

@@ -41,13 +41,14 @@ def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | No
 
 
 def _table(rows: Sequence[Row]) -> str:
-    header = ["", "MB", "params, M", "MACs, G"]
+    of, letter = _macs(max((row.macs or 0 for row in rows), default=0))
+    header = ["", "MB", "params, M", f"MACs, {letter}"]
     judged = [key for key in ("top1", "agreement", "kl", "cosine") if any(getattr(r, key) is not None for r in rows)]
     heads = {"top1": "top-1, % (95 %)", "agreement": "agreement, %", "kl": "KL, nats", "cosine": "cosine"}
     header += [*(heads[key] for key in judged), "ms", "speed"]
     lines = []
     for row in rows:
-        cells = [row.name, f"{row.bytes / 1e6:.2f}", _number(row.params, 1e6, ".2f"), _number(row.macs, 1e9, ".3f")]
+        cells = [row.name, f"{row.bytes / 1e6:.2f}", _number(row.params, 1e6, ".2f"), _number(row.macs, of, ".3f")]
         cells += [_judged(row, key) for key in judged]
         cells += [_number(row.ms, 1, ".1f"), "" if row.speedup is None else f"{row.speedup:.2f}x"]
         lines.append(cells)
@@ -56,6 +57,11 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _number(value: float | None, unit: float, form: str) -> str:
     return "" if value is None else format(value / unit, form)
+
+
+def _macs(most: int) -> tuple[float, str]:
+    """The unit that multiply-accumulates are told in: billions, of small models millions."""
+    return (1e9, "G") if most >= 1e8 else (1e6, "M")
 
 
 def _judged(row: Row, key: str) -> str:
@@ -123,7 +129,10 @@ def _summary(subject: Subject, plan: Plan) -> str:
     done += [f"{len(plan.narrowed)} of {len(plan.widths)} widths narrower"] * bool(plan.narrowed)
     images = subject.recipe.get("images")
     seen = f", from {images} images" if isinstance(images, int) else ""
-    totals = [("parameters", plan.params, plan.params_kept, 1e6, "M"), ("MACs", plan.macs, plan.macs_kept, 1e9, "G")]
+    totals = [
+        ("parameters", plan.params, plan.params_kept, 1e6, "M"),
+        ("MACs", plan.macs, plan.macs_kept, *_macs(plan.macs)),
+    ]
     totals.append(("bytes", plan.bytes, plan.bytes_kept, 1e6, "MB"))
     kept = ", ".join(f"{name} {a / unit:.2f} to {b / unit:.2f} {word}" for name, a, b, unit, word in totals)
     made = f"Budget {plan.budget}, method {plan.method}, objective {plan.objective}{seen}"

@@ -24,6 +24,7 @@ from vitlr.cli.options import (
     model_arguments,
 )
 from vitlr.cli.result import Result, table, wrapped
+from vitlr.engines.names import parse_engines
 from vitlr.errors import InputError
 
 
@@ -90,6 +91,7 @@ def bench(
     for flag, value in judged.items():
         if value is not None and (engines is None or data is None):
             raise InputError(f"{flag} is for accuracy in --engines, which takes --data; vitlr validate tells it alone")
+    names = None if engines is None else parse_engines(engines)
     args = model_arguments(img_size, num_classes, model_kwargs)
     import torch
 
@@ -105,11 +107,9 @@ def bench(
 
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
-    if engines is not None:
+    if names is not None:
         from vitlr.cli.commands.bench_engines import by_engine
-        from vitlr.engines.names import parse_engines
 
-        names = parse_engines(engines)
         if device is not None and where.type != "cpu":
             raise InputError(f"--engines are timed on the CPU, not on {device}; leave --device out")
         network = open_model(model, source, device=torch.device("cpu"), weights=data is not None)
