@@ -58,7 +58,9 @@ class Rows(NamedTuple):
     squares: Tensor | None = None
 
 
-def config(M: int | None, K: int, N: int, dtype: torch.dtype, form: torch.dtype, target: Target) -> Config:
+def config(
+    M: int | None, K: int, N: int, dtype: torch.dtype, form: torch.dtype, target: Target, residual: bool = False
+) -> Config:
     """The tiles of a shape; dtype is that of the floats, form that of the bytes; M is None while rows are not known.
 
     Raises Unsupported for a dtype or size that is not taken and where no tiles fit the shared memory.
@@ -68,17 +70,24 @@ def config(M: int | None, K: int, N: int, dtype: torch.dtype, form: torch.dtype,
     check_dtype(dtype, target)
     check_sizes(K=K, N=N)
     row = tables.nearest(KERNEL, target, form, M=M, K=K, N=N)
-    wanted = _tiles(M or 12608, N, target) if row is None else Config(**row)
+    wanted = _tiles(M or 12608, K, N, residual, target) if row is None else Config(**row)
     return fitting(wanted, SMALLER, shared_memory, target)
 
 
-def _tiles(M: int, N: int, target: Target) -> Config:
-    """Two programs a processor, so that one issues activations while the other multiplies; small tiles for few rows."""
+def _tiles(M: int, K: int, N: int, residual: bool, target: Target) -> Config:
+    """Two programs a processor, so that one issues activations while the other multiplies; small tiles for few rows.
+
+    Where K is long, what tiles read from L2 takes longer than either: there one wide tile a processor, whose registers
+    have no room for a residual.
+    """
     tiles_of = lambda BM, BN: triton.cdiv(M, BM) * triton.cdiv(N, BN)  # noqa: E731
     if not target.hopper and target.backend != "interpreter":
         return Config(64, 128, 64, 4, 3)
     if tiles_of(128, 128) < target.sms:
         return Config(64, 64, 128, 4, 4)
+    covers = 2 * triton.cdiv(N, 256) == triton.cdiv(N, 128)  # wide tiles end where narrow ones do
+    if K > 512 and covers and target.hopper and not residual:
+        return Config(128, 256, 128, 8, 4)
     return Config(128, 128, 128, 8, 3)
 
 
@@ -167,7 +176,7 @@ def to_floats(
     def launch(config: Config) -> None:
         _launch(rows, W, scale, bias, act, Rows(y), config, target, residual=residual)
 
-    launch(_chosen(rows.q, W, y.dtype, target, launch))
+    launch(_chosen(rows.q, W, y.dtype, target, launch, residual is not None))
 
 
 def to_fp8(
@@ -203,9 +212,11 @@ def to_int8(
     return Rows(q)
 
 
-def _chosen(q: Tensor, W: Tensor, dtype: torch.dtype, target: Target, launch: Callable[[Config], None]) -> Config:
+def _chosen(
+    q: Tensor, W: Tensor, dtype: torch.dtype, target: Target, launch: Callable[[Config], None], residual: bool = False
+) -> Config:
     (M, K), N = q.shape, len(W)
-    own = config(M, K, N, dtype, W.dtype, target)
+    own = config(M, K, N, dtype, W.dtype, target, residual)
     return tables.measure(KERNEL, partial(configs, target), {"M": M, "K": K, "N": N}, W.dtype, target, launch) or own
 
 
@@ -235,7 +246,8 @@ def cases(target: Target) -> list[Case]:
 
     @where_taken
     def case(form: str, M: int, K: int, N: int, act: str, out: str, sm_80: int, sm_90: int) -> Case:
-        chosen = config(M, K, N, torch.bfloat16, FP8 if form == "fp8" else torch.int8, target)
+        bytes_, residual = FP8 if form == "fp8" else torch.int8, out == "residual"
+        chosen = config(M, K, N, torch.bfloat16, bytes_, target, residual)
         byte_, fp8 = ("*fp8e4nv", True) if form == "fp8" else ("*i8", False)
         pointers = {"q": byte_, "W": byte_, "scale": "*fp32", "bias": "*fp32"}
         if fp8:
@@ -264,10 +276,10 @@ def cases(target: Target) -> list[Case]:
         for form in ("fp8", "int8")
         for case_ in (
             *case(form, 12608, 224, 3072, "gelu", "bytes", 255, 128),
-            *case(form, 12608, 3072, 224, "none", "bytes", 255, 128),
-            *case(form, 12608, 768, 1920, "gelu", "bytes", 255, 128),
+            *case(form, 12608, 3072, 224, "none", "bytes", 255, 255),
+            *case(form, 12608, 768, 1920, "gelu", "bytes", 255, 255),
             *case(form, 12608, 1920, 768, "none", "residual", 255, 152),
-            *case(form, 12608, 768, 2304, "none", "floats", 255, 128),
+            *case(form, 12608, 768, 2304, "none", "floats", 255, 255),
             *case(form, 197, 768, 3072, "silu", "bytes", 255, 255),
             *case(form, 12608, 100, 90, "gelu", "bytes", 255, 255),
         )

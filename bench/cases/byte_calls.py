@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases.calls import Call, Random
+from vitlr.ops.layers import attention
 from vitlr.ops.layers import fp8_chain as fp8_op
 from vitlr.ops.layers import int8_chain as int8_op
+from vitlr.ops.layers.activations import ACTIVATIONS
 
 Acts = Sequence[str]
 
@@ -42,7 +45,7 @@ def int8_chain(
         extra = new(M, widths[-1]) if residual else None
         return new(M, widths[0]), *_columns(steps), extra, list(acts), _norm(new, widths[0], norm), 1e-5
 
-    return Call("int8_chain", _label(M, widths, acts, dtype, residual, norm, more), make)
+    return Call("int8_chain", _label(M, widths, acts, dtype, residual, norm, more), make, _meant)
 
 
 def int8_attention(images: int, tokens: int, width: int, heads: int, dtype: torch.dtype, device: torch.device) -> Call:
@@ -54,7 +57,34 @@ def int8_attention(images: int, tokens: int, width: int, heads: int, dtype: torc
         x = new(images, tokens, width)
         return x, _norm(new, width, True), [*qkv], [*proj], x, heads, 1e-5
 
-    return Call("int8_attention", f"{width} in {heads} heads M={images}x{tokens} {_name(dtype)}", make)
+    label = f"{width} in {heads} heads M={images}x{tokens} {_name(dtype)}"
+    return Call("int8_attention", label, make, _attention_meant)
+
+
+def _meant(
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
+    multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Tensor | None], residual: Tensor | None,
+    acts: Acts, norm: Sequence[Tensor] = (), eps: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`int8_chain` without rounding: where a last bit moves a byte to its neighbour, nobody is wrong."""
+    y = F.layer_norm(x, x.shape[-1:], *(part.double() for part in norm), eps) if norm else x
+    for *floats, wide, act in zip(codes, scales, biases, multipliers, shifts, wides, acts, strict=True):
+        W, scale, bias, multiplier, shift = (part.double() for part in floats)
+        y = y if wide is None else torch.cat([y, y[..., wide]], -1)
+        q = (y * multiplier + shift).clamp(0, int8_op.LARGEST)
+        y = ACTIVATIONS[act][0](F.linear(q, W) * scale + bias)
+    return y if residual is None else y + residual
+
+
+def _attention_meant(
+    x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor], proj: Sequence[Tensor], residual: Tensor, heads: int,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """`int8_attention` likewise, of one step on each side."""
+    before, after = ([[part] for part in side] for side in (qkv, proj))
+    y = _meant(x, *before, None, ["none"], norm, eps)  # type: ignore[call-arg,arg-type]
+    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return _meant(attention.reference(q, k, v), *after, residual, ["none"])  # type: ignore[call-arg,arg-type]
 
 
 def _step(new: Random, K: int, N: int, more: int) -> int8_op.Step:

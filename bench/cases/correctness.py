@@ -35,8 +35,6 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     yield calls.mlp(70, 64, 96, 48, 24, None, dtype, device)
     for form, group in (("int8", 32), ("int4", 32), ("fp8", 64), ("blockdiag", 32)):
         yield calls.residual_linear(63, 128, 96, 24, form, group, dtype, device)
-    for weighted in (False, True):
-        yield calls.gram(150, 70, dtype, device, weighted)
     yield calls.chain(2, 40, 72, torch.float32, device)
     for packed in (False, True):
         yield calls.glu(63, 64, 80, 48, 24, 40, dtype, device, packed, residual=packed)
@@ -82,7 +80,7 @@ def check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
 def references(call: Call, args: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """What plain torch gives in the call's dtype, and the specification in fp64."""
     reference = call.reference()
-    exact = _run(reference, _double(args))
+    exact = _run(reference, _double(args)) if call.meant is None else call.meant(*_double(args))
     return (_like_many_rows(call, args) if device.type == "cuda" else _run(reference, args)), exact
 
 

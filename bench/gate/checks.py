@@ -177,12 +177,6 @@ def triton_groups(device: torch.device) -> list[Group]:
         for M in (12608, 197)
         for form, group in FORMS
     ]
-    grams = [
-        calls.gram(12608, n, dtype, device, weighted)
-        for n in (768, 192)
-        for dtype in (BF16, FP32)
-        for weighted in (False, True)
-    ]
     glus = [glu(packed, device) for packed in (True, False)]
     chain = [calls.chain(48, 768, 768, FP32, device), calls.chain(2, 40, 72, FP32, device)]
     given = {
@@ -194,7 +188,6 @@ def triton_groups(device: torch.device) -> list[Group]:
         ("lowrank_glu", "triton.row_block"): [*glus, *_ragged(device, "lowrank_glu")],
         (RESIDUAL, "triton.one_pass"): [*residuals, *_ragged(device, RESIDUAL)],
         (RESIDUAL, "triton.two_pass"): [*residuals, *_ragged(device, RESIDUAL)],
-        ("gram_update_", "triton.split_rows"): [*grams, *_ragged(device, "gram_update_")],
         ("weighted_gram_chain", "triton.chain"): chain,
         (FP8, "triton.bytes"): [
             *(byte_mlp(FP8, M, r, device) for M in (12608, 197) for r in BYTE_MLPS),

@@ -49,11 +49,11 @@ def _bytes() -> Call:
 
 
 def _first() -> Window:
-    mlp, gram = calls.mlp(20, 32, 40, 32, 16, 16, FP32, CPU), calls.gram(40, 24, FP32, CPU)
+    mlp, chain = calls.mlp(20, 32, 40, 32, 16, 16, FP32, CPU), calls.chain(2, 24, 40, FP32, CPU)
     right = [
         Group("linear", [check(_linear(M, dtype), "triton.row_block") for M in (17, 33) for dtype in (FP32, FP16)]),
         Group("mlp", [check(mlp, "triton.row_block")]),
-        Group("gram", [check(gram, "triton.split_rows")]),
+        Group("chain", [check(chain, "triton.chain")]),
         Group("bytes", [check(_bytes(), "triton.bytes")]),
     ]
     early = [name for name in FAULTS if name != "fault.hangs_later"]  # that one is right until it is timed

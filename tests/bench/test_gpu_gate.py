@@ -45,9 +45,12 @@ def test_every_kernel_compiles_within_its_bounds_and_is_right_in_the_interpreter
     written = json.loads((tmp_path / "gate.json").read_text())
     assert not written["failures"] and "green" in done.stdout
     modules = {row["module"] for row in written["compiled"]}
-    assert {"gram", "lowrank_linear", "lowrank_mlp", "lowrank_residual_linear", "weighted_gram_chain"} <= modules
-    assert {row["target"] for row in written["compiled"]} == {"sm_80", "sm_90", "gfx942"}
-    assert all(row["bound"] for row in written["compiled"] if row["target"] != "gfx942"), "a case without a bound"
+    assert {"byte_linear", "byte_rows"} | {
+        f"lowrank_{name}" for name in ("linear", "mlp", "residual_linear")
+    } <= modules
+    assert "weighted_gram_chain" in modules
+    assert {row["target"] for row in written["compiled"]} == {"sm_80", "sm_90"}
+    assert all(row["bound"] for row in written["compiled"]), "a case without a bound"
 
 
 @pytest.mark.slow
@@ -112,8 +115,6 @@ def test_the_mlp_is_checked_with_several_items_a_cta_and_every_rank_that_plans_n
     assert "768-3072-768 r=128,128 M=20005 gelu bfloat16" in labels
     for r in (64, 128, 224, 256):
         assert f"768-3072-768 r={r},{r} M=12608 gelu bfloat16" in labels
-    grams = {task.call for task in every_task(1) if task.op == "gram_update_"}
-    assert {"n=768 T=12608 bfloat16", "n=768 T=12608 weighted bfloat16"} <= grams
 
 
 def test_a_cuda_graph_is_the_first_thing_a_cuda_kernel_has_to_survive():

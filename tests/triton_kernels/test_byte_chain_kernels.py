@@ -225,9 +225,14 @@ def test_ampere_multiplies_int8():
 
 
 def test_tiles_by_shape():
-    many, few = (byte_linear.config(M, 768, 3072, torch.bfloat16, FP8, SM90) for M in (12608, 197))
-    assert (many.BM, many.BN) == (128, 128) and (few.BM, few.BN) == (64, 64)
-    assert 2 * byte_linear.shared_memory(many) <= SM90.shared_memory, "two programs a processor"
+    def tile(M, K, N, residual=False):
+        return byte_linear.config(M, K, N, torch.bfloat16, FP8, SM90, residual)
+
+    short, few, long = tile(12608, 224, 3072), tile(197, 224, 3072), tile(12608, 3072, 224)
+    assert (short.BM, short.BN) == (128, 128) and (few.BM, few.BN) == (64, 64) and (long.BM, long.BN) == (128, 256)
+    assert 2 * byte_linear.shared_memory(short) <= SM90.shared_memory, "two programs a processor"
+    assert tile(12608, 3072, 768).BN == 256 and tile(12608, 3072, 768, residual=True).BN == 128
+    assert tile(12608, 3072, 700).BN == 256 and tile(12608, 3072, 640).BN == 128, "half of a wide tile would be empty"
     assert all(byte_linear.shared_memory(option) <= SM80.shared_memory for option in byte_linear.configs(SM80))
 
 

@@ -28,8 +28,9 @@ def floor(key: Key, ceilings: registry.Ceilings, target: Any = None) -> float | 
     M, size, steps = key.M or 0, key.dtype.itemsize, len(key.acts)
     total = 1e6 * M * key.widths[0] * (size + 1) / ceilings.bytes_per_s
     for i, ((K, N), act) in enumerate(zip(pairwise(key.widths), key.acts, strict=True)):
-        config = linear.config(M, K, N, key.dtype, form, target)
-        tile, last = config.BM * config.BN, i == steps - 1
+        last = i == steps - 1
+        config = linear.config(M, K, N, key.dtype, form, target, last and key.residual)
+        tile = config.BM * config.BN
         # A tile of bytes costs half of what its FLOPs would in 16 bits; `issued` counts in those.
         each = max(2 * tile * K, 2 * triton.issued(tile, act, target))
         moved = M * K + N * K + M * N * (size * (1 + key.residual) if last else 1)
