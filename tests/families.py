@@ -1,45 +1,50 @@
-"""The families of timm that vitlr supports, each at a size that runs in milliseconds."""
+"""Families of timm whose linears are counted, in float64: the small models of `bench/families`."""
 
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
 import timm
 import torch
 from torch import nn
 
-VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
-P16, P14 = {**VIT, "img_size": 32}, {**VIT, "img_size": 28}
-SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 32, "window_size": 4, "num_classes": 5}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+of_timm = pytest.importorskip("bench.families.of_timm", reason="bench/ is not beside the tests")
+P14, P16 = of_timm.P14, of_timm.P16
 BLOCK = 4  # qkv, proj, fc1, fc2
 
-# name: (arguments, targets, linears that the model as it stands reads past)
-MODELS = {
-    "vit_tiny_patch16_224": (P16, 2 * BLOCK, 0),
-    "deit_tiny_patch16_224": (P16, 2 * BLOCK, 0),
-    "deit_tiny_distilled_patch16_224": (P16, 2 * BLOCK, 0),
-    "deit3_small_patch16_224": (P16, 2 * BLOCK, 0),
-    "vit_small_patch14_dinov2": (P14, 2 * BLOCK, 0),
-    "vit_small_patch14_reg4_dinov2": (P14, 2 * BLOCK, 0),
-    "vit_base_patch16_siglip_224": (P16, 2 * BLOCK + 4, 0),  # and kv, proj, fc1, fc2 of the attention pooling
-    "vit_base_patch16_clip_224": (P16, 2 * BLOCK, 0),
-    "eva02_base_patch14_224": (P14, 2 * 7, 0),  # q, k, v, proj, fc1_g, fc1_x, fc2
-    "eva02_tiny_patch14_224": (P14, 2 * BLOCK, 2),
-    "eva_giant_patch14_224": (P14, 2 * BLOCK, 2),
-    "beit_base_patch16_224": (P16, 2 * BLOCK, 2),
-    "beitv2_base_patch16_224": (P16, 2 * BLOCK, 2),
-    "vit_small_patch16_dinov3_qkvb": (P16, 2 * BLOCK, 2),
-    "vit_base_patch16_rope_reg1_gap_256": (P16, 2 * BLOCK, 2),
-    "swin_tiny_patch4_window7_224": (SWIN, 2 * BLOCK + 1, 0),  # and the reduction between the stages
-    "swinv2_tiny_window8_256": (SWIN, 2 * BLOCK + 1, 2),
-    "swinv2_cr_tiny_ns_224": (SWIN, 2 * BLOCK + 1, 0),
-    "convnext_tiny": ({"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_classes": 5, "img_size": 32}, 4 * 2, 0),
+# family: targets, linears that the model as it stands reads past
+COUNTS = {
+    "ViT": (2 * BLOCK, 0),
+    "DeiT": (2 * BLOCK, 0),
+    "DeiT, distilled": (2 * BLOCK, 0),
+    "DeiT III": (2 * BLOCK, 0),
+    "DINOv2": (2 * BLOCK, 0),
+    "DINOv2, registers": (2 * BLOCK, 0),
+    "SigLIP": (2 * BLOCK + 4, 0),  # and kv, proj, fc1, fc2 of the attention pooling
+    "CLIP": (2 * BLOCK, 0),
+    "EVA02, base": (2 * 7, 0),  # q, k, v, proj, fc1_g, fc1_x, fc2
+    "EVA02, tiny": (2 * BLOCK, 2),
+    "EVA": (2 * BLOCK, 2),
+    "BEiT": (2 * BLOCK, 2),
+    "BEiTv2": (2 * BLOCK, 2),
+    "DINOv3": (2 * BLOCK, 2),
+    "ViT, rotary": (2 * BLOCK, 2),
+    "Swin": (2 * BLOCK + 1, 0),  # and the reduction between the stages
+    "SwinV2": (2 * BLOCK + 1, 2),
+    "SwinV2, CR": (2 * BLOCK + 1, 0),
+    "ConvNeXt, linears": (4 * 2, 0),
 }
+# name in timm: (arguments, targets, linears that the model as it stands reads past)
+MODELS = {of_timm.MODELS[family][0]: (of_timm.MODELS[family][1], *counts) for family, counts in COUNTS.items()}
+PIXELS = {of_timm.MODELS[family][0]: of_timm.MODELS[family][2] for family in COUNTS}
 
 
 def arguments(name: str) -> tuple[dict, int]:
     """What timm makes the small model from, and its image size."""
-    args = dict(MODELS[name][0])
-    size = args["img_size"]
-    if name == "convnext_tiny":  # takes any size
-        del args["img_size"]
-    return args, size
+    return dict(MODELS[name][0]), PIXELS[name]
 
 
 def make(name: str) -> tuple[nn.Module, torch.Tensor]:

@@ -234,3 +234,12 @@ def test_budgets_of_milliseconds_are_the_table_that_their_run_left():
         assert share / promised - 1 == pytest.approx(row["off"], abs=1e-6)
         cells = f"| {row['budget']} | {promised:.1%} | {share:.1%} ({told['measured_ms']:.1f} ms) | {row['off']:+.1%} |"
         assert cells in page and f"| {row['top1']:.2f} | {row['kl']:.4f} | {row['predicted_error']:.4f} |" in page
+
+
+def test_predictions():
+    """The ratios of measured to predicted loss, by kind."""
+    text = MEASURED.read_text()
+    for row in results("docs/results/predictions.json")["rows"]:
+        asked = row["asked"].removeprefix("bytes:").removeprefix("params:").replace("MB", " MB").replace("%", " ?%")
+        line = next(line for line in text.splitlines() if re.match(rf"\| {re.escape(row['kind'])} \| .*\d\.\d", line))
+        assert re.search(rf"\b{asked} {row['kl'] / row['predicted']:.1f}\b", line), (row["kind"], row["asked"])

@@ -62,6 +62,14 @@ class WithPooler(nn.Module):
         return {"last": h, "pooled": self.pooler(h).tanh()}
 
 
+def test_layers_of_another_output_stay_dense_where_no_gradient_is_asked_for_too(tiny_vit, batches, caplog):
+    model = WithPooler(tiny_vit(num_classes=0)).eval()
+    model.config = argparse.Namespace(model_type="hand")  # so that no head is looked for
+    small = vitlr.compress(model, batches, "params:80%", objective="output", method="lowrank", rank_step=4)
+    assert "1 layers stay dense (pooler): the answer does not depend on them" in caplog.text
+    assert type(small.pooler) is nn.Linear and not torch.equal(small(X)["last"], model(X)["last"])
+
+
 def test_layers_of_another_output_stay_dense_and_output_fn_reaches_them(tiny_vit, batches, caplog, tmp_path):
     model = WithPooler(tiny_vit(num_classes=0)).eval()
     model.config = argparse.Namespace(model_type="hand")  # so that no head is looked for

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import calls
+from bench.cases import byte_calls, calls
 from bench.cases.calls import Call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -41,6 +41,12 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     for packed in (False, True):
         yield calls.glu(63, 64, 80, 48, 24, 40, dtype, device, packed, residual=packed)
     yield calls.glu(63, 64, 80, 48, None, 24, dtype, device)
+    yield byte_calls.fp8_chain(63, (64, 24, 130, 40, 48), ("none", "gelu", "none", "none"), dtype, device, True, True)
+    for act in ("gelu_tanh", "silu", "sigmoid", "relu"):
+        yield byte_calls.fp8_chain(70, (90, 130, 33), (act, "none"), dtype, device)
+        yield byte_calls.int8_chain(70, (90, 130, 33), (act, "none"), dtype, device, True, True, more=3)
+    yield byte_calls.int8_chain(63, (64, 24, 130, 40, 48), ("none", "gelu", "none", "none"), dtype, device)
+    yield byte_calls.int8_attention(2, 17, 48, 3, dtype, device)
 
 
 def interpreted() -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from bench.common import write_json
 from bench.gate import choice, lines, models, solve
 from bench.gate.lines import Line
 from vitlr.ops.dispatch import measured, registry
+from vitlr.ops.dispatch.ceilings import peaks
 
 CPU = torch.device("cpu")
 
@@ -47,8 +48,11 @@ def red(found: Sequence[Line]) -> list[str]:
         if line["kind"] == "solve" and line.get("value"):
             told += solve.failures(line["value"])
         if line["kind"] == "model" and line.get("value"):
-            off = [row["off"] for row in line["value"] if row["off"] is not None]
-            told += [f"{line['id']}: with kernels {one:.2g} off plain products" for one in off if not one <= models.OFF]
+            told += [
+                f"{line['id']}: {row['model']} is {row['off']:.2g} off plain products"
+                for row in line["value"]
+                if row["off"] is not None and not row["off"] <= models.OFF[row["model"]]
+            ]
         if line["kind"] == "build" and line.get("value") and "debug" not in line["call"]:
             told += [f"{kernel} spills" for kernel in line["value"]["spilled"]]
         if line["kind"] == "choice" and line.get("value"):
@@ -69,7 +73,7 @@ def markdown(found: Sequence[Line]) -> str:
     )
     parts = [head, facts]
     if limits is not None:
-        peak = max(limits.flops_per_s.values())
+        peak = limits.flops_per_s[torch.bfloat16]
         parts.append(
             f"Measured ceilings: copy {limits.bytes_per_s / 1e12:.2f} TB/s, bf16 product {peak / 1e12:.0f} TFLOP/s."
         )
@@ -89,8 +93,7 @@ def ceilings(found: Sequence[Line]) -> registry.Ceilings | None:
     value = lines.value(found, "ceilings")
     if value is None:
         return None
-    peak = value["flops_per_s"]
-    return registry.Ceilings("measured", value["bytes_per_s"], {torch.bfloat16: peak, torch.float16: peak})
+    return registry.Ceilings("measured", value["bytes_per_s"], peaks(value["flops_per_s"]))
 
 
 def _machine(found: Sequence[Line]) -> dict[str, Any]:

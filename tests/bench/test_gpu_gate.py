@@ -62,7 +62,7 @@ def test_no_fault_and_no_kill_loses_anything_but_itself(tmp_path):
     assert {"dense", "dense epilogue", "dense compiled", "torch", "torch epilogue", "torch compiled"} <= timed.keys()
     assert "triton.row_block" in timed
     plans = {row["plan"] for line in lines.results(found).values() if line["kind"] == "model" for row in line["value"]}
-    assert plans == {"ranks 8", "params:60%", "joint"}
+    assert plans == {"ranks 8", "params:60%", "joint params:60%"}
     text = (tmp_path / "report.md").read_text()
     assert "fault.hangs_later float32: hung" in text and "two deaths stopped this candidate" in text
 
@@ -123,12 +123,29 @@ def test_a_cuda_graph_is_the_first_thing_a_cuda_kernel_has_to_survive():
 
 
 def test_window_two_times_every_mlp_against_torch_compile_and_cublas():
-    rows = [task for task in every_task(2) if task.kind == "row" and task.given["dense"] == "mlp"]
+    rows = [task for task in every_task(2) if task.kind == "row" and task.op == "lowrank_mlp"]
     assert len(rows) >= 12
     assert all(set(plan.EPILOGUES) <= set(task.given["rivals"]) for task in rows)
     assert sum(set(plan.COMPILED_RIVALS) <= set(task.given["rivals"]) for task in rows) >= 12
-    models = {(task.given["plan"], task.given["batch"]) for task in every_task(2) if task.kind == "model"}
-    assert models == {(name, batch) for name in ("ranks 128", "params:40%", "joint") for batch in (1, 64, 256)}
+
+
+def test_window_two_runs_the_plans_that_people_take_in_bf16_and_in_bytes():
+    models = [task for task in every_task(2) if task.kind == "model" and "cache" not in task.call]
+    cells = {(task.given["plan"], task.given["batch"]) for task in models}
+    ours = {(name, batch) for name in ("ranks 128", "params:40%", "joint params:60%") for batch in (1, 64, 256)}
+    assert cells == ours | {(f"joint params:{share}%", batch) for share in (80, 40) for batch in (64, 256)}
+    graphs = [task for task in models if task.given.get("mode", "graph") == "graph"]
+    assert all("names" not in task.given for task in graphs)  # all of them: dense, products, fused, fp8, dense fp8
+
+
+def test_what_window_two_times_in_bytes_is_checked_before_and_has_its_rivals():
+    rows = [task for task in every_task(2) if task.kind == "row" and task.op in ("fp8_chain", "int8_chain")]
+    labels = " ".join(task.call for task in rows)
+    assert all(form in labels for form in ("768-224-3072-224-768", "768-384-3072-384-768", "768-3072-768", "768-1920"))
+    assert all({"dense", "dense epilogue", plan.FP8_RIVAL} <= set(task.given["rivals"]) for task in rows)
+    assert all("four epilogue" in task.given["rivals"] for task in rows if "224" in task.call or "384" in task.call)
+    checked = {(task.op, task.call) for number in (1, 2) for task in every_task(number) if task.kind == "check"}
+    assert {(task.op, task.given["call"].label) for task in rows} <= checked
 
 
 def test_only_what_went_wrong_on_the_cuda_kernels_is_bisected():

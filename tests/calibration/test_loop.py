@@ -225,11 +225,13 @@ def test_layers_with_one_input_share_one_moment_but_not_their_gradients():
             close(stats.layers[name].gradient, D.T @ D)
 
 
-def test_layers_that_no_image_reaches_are_named():
-    with pytest.raises(InputError, match="dead"):
-        calibrate(Shared(dead=True), [torch.randn(2, 4, 8)])
-    stats = calibrate(Shared(dead=True), [torch.randn(2, 4, 8)], exclude="dead")
-    assert "dead" not in stats.layers
+@pytest.mark.parametrize("objective", ["loss", "output"])
+def test_layers_that_no_image_reaches_stay_dense_and_are_named(objective, caplog):
+    stats = calibrate(Shared(dead=True), [torch.randn(2, 4, 8)], objective=objective)
+    assert len(stats.layers) == 5 and stats.notes["unreached"] == ["dead"]
+    assert "1 layers stay dense (dead): images do not call them" in caplog.text
+    with pytest.raises(InputError, match="dead"):  # nothing is left
+        calibrate(Shared(dead=True), [torch.randn(2, 4, 8)], include="dead")
 
 
 def test_features_get_a_gradient_from_noise(tiny_vit, images):

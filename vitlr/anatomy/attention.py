@@ -11,17 +11,24 @@ from torch import Tensor, nn
 from vitlr.nn import SelectedLinear
 from vitlr.nn._fused import original_of
 from vitlr.nn.fused_attention import CLASSES
+from vitlr.nn.fused_projections import CLASSES as PROJECTIONS
 from vitlr.runtime.modules import class_of, join
 
 SUPPORTED = (
-    "timm's ViT, EVA, BEiT and Swin attention, nn.MultiheadAttention, and that of transformers' ViT, DeiT and DINOv2"
+    "timm's ViT, EVA, BEiT and Swin attention, nn.MultiheadAttention, torchvision's Swin, and that of transformers' "
+    "ViT, DeiT, DINOv2, CLIP, SigLIP and their like"
 )
 
 SCORES_SUPPORTED = (
-    "timm's ViT and Swin attention without norms of q and k, nn.MultiheadAttention, and that of transformers' ViT, "
-    "DeiT and DINOv2"
+    "timm's ViT and Swin attention without norms of q and k, nn.MultiheadAttention, torchvision's Swin, and that of "
+    "transformers' ViT, DeiT, DINOv2, CLIP, SigLIP and their like"
 )
 
+# transformers' attention that adds a bias of positions to its scores.
+_BIASED = (
+    "transformers.models.beit.modeling_beit.BeitAttention",
+    "transformers.models.swin.modeling_swin.SwinAttention",
+)
 # Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
 _KNOWN = {
     "timm.layers.attention.Attention",
@@ -32,20 +39,20 @@ _KNOWN = {
     "timm.models.swin_transformer.WindowAttention",
     "timm.models.swin_transformer_v2.WindowAttention",
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
-    "transformers.models.vit.modeling_vit.ViTAttention",
-    "transformers.models.deit.modeling_deit.DeiTAttention",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
     "vitlr.nn.multihead_linears.MultiheadLinears",
+    "vitlr.nn.window_linears.WindowLinears",
+    *PROJECTIONS,
+    *_BIASED,
 }
 # Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
 _PLAIN_SCORES = {
     "timm.layers.attention.Attention",
     "timm.models.vision_transformer.Attention",
     "timm.models.swin_transformer.WindowAttention",
-    "transformers.models.vit.modeling_vit.ViTAttention",
-    "transformers.models.deit.modeling_deit.DeiTAttention",
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Attention",
     "vitlr.nn.multihead_linears.MultiheadLinears",
+    "vitlr.nn.window_linears.WindowLinears",
+    *PROJECTIONS,
+    *_BIASED,
 }
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
 _OUT = ("proj", "o_proj", "out_proj")
@@ -142,7 +149,7 @@ def why_no_scores(model: nn.Module) -> dict[str, str]:
     found, refused = attentions(model)
     for name in found:
         module = model.get_submodule(name)
-        if class_of(module) not in _PLAIN_SCORES:
+        if class_of(module) not in _PLAIN_SCORES or getattr(module, "cosine", False):
             refused[name] = f"{type(module).__qualname__} does more to queries and keys than multiply them"
         for norm in ("q_norm", "k_norm"):
             if type(getattr(module, norm, nn.Identity())) is not nn.Identity:

@@ -10,13 +10,13 @@ import re
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from vitlr.anatomy import linears
+from vitlr.anatomy import depthwise, linears
+from vitlr.anatomy.hidden_neurons import FUNCTIONS, LINEARS, Hidden, NotOne, check_alone
 from vitlr.errors import InputError
-from vitlr.nn import Int8Linear, LowRankGLU, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
-from vitlr.nn._formula import Formula, Untraceable
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankGLU, QuantizedLinear, SelectedLinear
+from vitlr.nn._formula import Untraceable
 from vitlr.nn._fused import original_of
 from vitlr.nn._fused_mlp import FusedMlp
 
@@ -24,10 +24,8 @@ SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
 )
 _MARK = "vitlr_full_width"  # on an MLP that was narrowed: the width it had before anything was removed
-_INTEGERS = (QuantizedLinear, Int8Linear)
-_LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, *_INTEGERS)
+_BYTES = (QuantizedLinear, Int8Linear, Fp8Linear)
 _LOOKS_LIKE_ONE = re.compile(r"mlp|ffn|feed_?forward|swiglu", re.IGNORECASE)
-_FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Mlp:
     """An MLP `fc2(h)` with `h = act(fc1(x))` or `act(gate(x)) * value(x)`, `h [D]`, by the names of its linears.
 
     `first` and `second` are relative to the module called `name`. In a `packed` one the single first linear has 2 D
-    rows: neuron j is rows j and D + j.
+    rows: neuron j is rows j and D + j. `between`: a depthwise convolution whose channel j is neuron j's.
     """
 
     name: str
@@ -43,6 +41,7 @@ class Mlp:
     first: tuple[str, ...]
     second: str
     packed: bool = False
+    between: str = ""
 
     @property
     def fc1(self) -> tuple[nn.Module, ...]:
@@ -53,6 +52,12 @@ class Mlp:
     def fc2(self) -> nn.Module:
         """The second linear, dense or low-rank."""
         return self.module.get_submodule(self.second)
+
+    @property
+    def conv(self) -> nn.Conv2d | None:
+        """The depthwise convolution between its linears."""
+        found = self.module.get_submodule(self.between) if self.between else None
+        return found if isinstance(found, nn.Conv2d) else None
 
     @property
     def width(self) -> int:
@@ -107,16 +112,15 @@ def read_mlp(module: nn.Module, name: str = "") -> Mlp:
     """Read one module as an MLP. Raises `InputError` with the reason where its neurons cannot be removed one by one."""
     if isinstance(module, FusedMlp):
         first = module.kept[:-2]  # before act and fc2
-        return Mlp(name, module, first, "fc2", isinstance(module, LowRankGLU) and len(first) == 1)
+        return Mlp(name, module, first, module.kept[-1], isinstance(module, LowRankGLU) and len(first) == 1)
     try:
-        return _read_pair(module, name) or _read_forward(module, name)
-    except _NotOne as reason:
+        known = (_read_pair, _read_encoder_layer, _read_depthwise)
+        return next((mlp for read in known if (mlp := read(module, name)) is not None), None) or _read_forward(
+            module, name
+        )
+    except NotOne as reason:
         what = f"{name} ({type(module).__qualname__})" if name else type(module).__qualname__
         raise InputError(f"{what} keeps its width: {reason}. Supported: {SUPPORTED}") from None
-
-
-class _NotOne(Exception):
-    """Why a module is no MLP whose neurons stand each for itself."""
 
 
 def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
@@ -125,7 +129,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
         fused = isinstance(module, FusedMlp)
-        if not fused and not _has_pair(module) and sum(isinstance(m, _LINEARS) for m in module.children()) < 2:
+        if not fused and not _has_pair(module) and sum(isinstance(m, LINEARS) for m in module.children()) < 2:
             if _named_like_one(name, module) and any(isinstance(m, nn.Conv2d) for m in module.children()):
                 refused[name] = "its layers are convolutions, not linears"
             continue
@@ -140,7 +144,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
         if selected:
             refused[name] = f"channels were taken out of {selected[0]} already"
             continue
-        integers = [child for child, linear in inside.items() if isinstance(linear, _INTEGERS)]
+        integers = [child for child, linear in inside.items() if isinstance(linear, _BYTES)]
         if integers:
             refused[name] = f"the weights of {integers[0]} are integers already"
             continue
@@ -160,7 +164,7 @@ def _named_like_one(name: str, module: nn.Module) -> bool:
 def _has_pair(module: nn.Module) -> bool:
     """Whether a block holds its MLP as transformers writes it: `intermediate` (dense, activation) and `output`."""
     first, second = (getattr(module, child, None) for child in ("intermediate", "output"))
-    return isinstance(getattr(first, "dense", None), _LINEARS) and isinstance(getattr(second, "dense", None), _LINEARS)
+    return isinstance(getattr(first, "dense", None), LINEARS) and isinstance(getattr(second, "dense", None), LINEARS)
 
 
 def _read_pair(module: nn.Module, name: str) -> Mlp | None:
@@ -168,100 +172,38 @@ def _read_pair(module: nn.Module, name: str) -> Mlp | None:
         return None
     act = module.get_submodule("intermediate")._modules.get("intermediate_act_fn")
     if act is None:
-        raise _NotOne("its intermediate has no activation that could be looked at")
-    _check_alone("intermediate.intermediate_act_fn", act)
+        raise NotOne("its intermediate has no activation that could be looked at")
+    check_alone("intermediate.intermediate_act_fn", act)
     return _sized(Mlp(name, module, ("intermediate.dense",), "output.dense"))
 
 
-_LINEAR = r"([^ ()]+)\(x\)"
-_WHOLE = re.compile(_LINEAR)
-_HALF = re.compile(rf"halves of {_LINEAR}|{_LINEAR}\[[01]\]")
-_GATED = re.compile(rf"{_LINEAR} \* (?!\1\(){_LINEAR}")
-_PACKED = re.compile(rf"{_LINEAR}\[([01])\] \* \1\(x\)\[(?!\2)[01]\]")
+def _read_encoder_layer(module: nn.Module, name: str) -> Mlp | None:
+    """Torch's own layer, whose forward has too many ways to be traced."""
+    if type(module) is not nn.TransformerEncoderLayer:
+        return None
+    if isinstance(act := module.activation, nn.Module):
+        check_alone("activation", act)
+    elif act not in FUNCTIONS:
+        raise NotOne(f"its hidden neurons go through {getattr(act, '__name__', act)}")
+    return _sized(Mlp(name, module, ("linear1",), "linear2"))
 
 
-class _Hidden(Formula):
-    """Follows the hidden neurons from the first linears to the second: `fc1(x)`, `fc1(x)[0] * fc1(x)[1]`.
-
-    What treats every neuron alone is left out of the formula, and `x` is all that holds none.
-    """
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        super().__init__(module)
-        self.name = name
-        self.found: Mlp | None = None
-
-    def input(self, node: fx.Node, first: bool) -> str:
-        return "x"
-
-    def call(self, node: fx.Node, args: list[str]) -> str:
-        name, hidden = str(node.target), self._hidden(node)
-        child = self.module.get_submodule(name)
-        if isinstance(child, _LINEARS):
-            if not hidden:
-                return f"{name}(x)"
-            whole, gated, packed = (form.fullmatch(hidden[0]) for form in (_WHOLE, _GATED, _PACKED))
-            made = whole or gated or packed
-            if self.found is not None or args != hidden[:1] or made is None:
-                raise _NotOne("its hidden neurons are read otherwise than by one linear")
-            first = made.groups() if made is gated else made.groups()[:1]
-            self.found = Mlp(self.name, self.module, first, name, made is packed)
-            return "x"
-        if not hidden:
-            return "x"
-        if hidden[0].startswith("halves of "):
-            raise _NotOne(f"its hidden neurons go through {name}")
-        _check_alone(name, child)
-        return hidden[0]
-
-    def step(self, node: fx.Node, args: list[str]) -> str:
-        hidden = self._hidden(node)
-        if not hidden:
-            return "x"
-        if node.op == "output":
-            raise _NotOne("its hidden neurons are part of what it returns")
-        made = super().step(node, args)
-        if any(form.fullmatch(made) for form in (_HALF, _GATED, _PACKED)):
-            return made
-        if node.op == "call_function" and node.target in _FUNCTIONS and not hidden[0].startswith("halves of "):
-            return hidden[0]
-        raise _NotOne(f"its hidden neurons go through {getattr(node.target, '__name__', node.target)}")
-
-    def _hidden(self, node: fx.Node) -> list[str]:
-        return [value for arg in node.all_input_nodes if (value := self.values[arg]) != "x"]
+def _read_depthwise(module: nn.Module, name: str) -> Mlp | None:
+    names = depthwise.parts(module)
+    if names is None:
+        return None
+    for child, other in depthwise.others(module).items():
+        check_alone(child, other)
+    return _sized(Mlp(name, module, names[:1], names[2], between=names[1]))
 
 
 def _read_forward(module: nn.Module, name: str) -> Mlp:
     """The MLP that a module's forward is, on any device, unrun."""
-    hidden = _Hidden(module, name)
     try:
-        hidden.read()
+        first, second, packed = Hidden(module).found()
     except Untraceable as reason:
-        raise _NotOne(str(reason)) from reason
-    if hidden.found is None:
-        raise _NotOne("no linear reads what another one and an activation made")
-    return _sized(hidden.found)
-
-
-def _check_alone(name: str, module: nn.Module) -> None:
-    """Raise `_NotOne` unless a module treats every entry of the last dimension alone and all alike."""
-    if "norm" in type(module).__name__.lower():
-        raise _NotOne(
-            f"its {name} is a {type(module).__name__} over the hidden neurons, so what it makes of one depends on all"
-        )
-    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-        raise _NotOne(f"its {name} ({type(module).__name__}) has weights of its own")
-    if isinstance(module, (nn.Dropout, nn.Identity)):
-        return
-    v = torch.linspace(-3.0, 3.0, 14).reshape(2, 7)
-    picked = torch.tensor([5, 0, 3])
-    try:
-        with torch.no_grad():
-            same = torch.allclose(module(v.clone())[:, picked], module(v[:, picked].clone()), rtol=1e-5, atol=1e-6)
-    except Exception as error:
-        raise _NotOne(f"its {name} ({type(module).__name__}) takes no small tensor ({type(error).__name__})") from error
-    if not same:
-        raise _NotOne(f"its {name} ({type(module).__name__}) mixes the hidden neurons")
+        raise NotOne(str(reason)) from reason
+    return _sized(Mlp(name, module, first, second, packed))
 
 
 def _sized(mlp: Mlp) -> Mlp:
@@ -269,5 +211,5 @@ def _sized(mlp: Mlp) -> Mlp:
     rows = mlp.width * (2 if mlp.packed else 1)
     sizes = [int(linear.out_features) for linear in mlp.fc1]  # type: ignore[arg-type]
     if any(size != rows for size in sizes):
-        raise _NotOne(f"its linears do not fit: {sizes} rows before {mlp.width} columns")
+        raise NotOne(f"its linears do not fit: {sizes} rows before {mlp.width} columns")
     return mlp

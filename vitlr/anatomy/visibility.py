@@ -10,13 +10,13 @@ from typing import Concatenate, ParamSpec, TypeVar
 from torch import nn
 
 from vitlr.anatomy import timm
-from vitlr.nn import MultiheadLinears, PointwiseConv
+from vitlr.nn import MultiheadLinears, PointwiseConv, WindowLinears
 from vitlr.runtime.modules import join, swap, uncompiled
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OPENED: tuple[type[MultiheadLinears] | type[PointwiseConv], ...] = (MultiheadLinears, PointwiseConv)
+_OPENED = (MultiheadLinears, PointwiseConv, WindowLinears)
 _NESTED = "vitlr_use_nested_tensor"  # on an encoder of torch's: what it said before its attentions were opened
 
 
@@ -36,7 +36,8 @@ def visible(model: nn.Module, *, keep: bool = False) -> Iterator[tuple[str, ...]
     With `keep` they stay so, unless an error leaves the block.
     timm's `F.linear(x, W, b)` becomes `qkv(x) + b`: the same function, rounded once more where BLAS adds the bias
     before it rounds. At most, on logits of BEiT-B, EVA-giant and SwinV2-B: 7e-16 in fp64, 3e-7 in fp32, 8e-3 in bf16.
-    An `nn.MultiheadAttention` becomes `MultiheadLinears`, a 1x1 convolution `PointwiseConv`, on the same numbers.
+    An `nn.MultiheadAttention` becomes `MultiheadLinears`, a 1x1 convolution `PointwiseConv`, torchvision's attention
+    in windows `WindowLinears`, on the same numbers.
     """
     switched = [attention for _, attention in timm.switchable(model) if not getattr(attention, timm.SWITCH)]
     before = {id(module) for module in model.modules()}

@@ -28,12 +28,13 @@ from vitlr.data.batches import (
     call,
     count_images,
     first_images,
+    for_model,
     image_dtype,
     image_shape,
+    on_device,
     one_image,
     tensors,
     tensors_in,
-    to_model,
 )
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_losses, what_is
@@ -118,22 +119,22 @@ def calibrate(
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         run: Statistics | None = None
-        doubt = 0.0
+        doubts: list[Tensor] = []  # read at the end: the device is not waited for
         taps: list[Tap] = []
         others: Others | None = None
         ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
         share = Share.of(loader)
         for batch in share:
-            inputs = None if batch is None else to_model(model, batch)
+            given = None if batch is None else for_model(model, batch)
+            inputs = None if given is None else on_device(model, given)
             images = 0 if inputs is None else count_images(inputs)
             if run is None:
                 one = example(model, inputs if images else None)
                 if one is None:
                     continue
                 found = probe(model, targets, one)
-                if needs_gradient and loss_fn is None:
-                    lost |= unreached(model, targets, one, output_fn)
+                lost |= found.silent if loss_fn is not None else unreached(model, targets, one, output_fn)
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one)
@@ -177,7 +178,7 @@ def calibrate(
                 with torch.set_grad_enabled(needs_gradient):
                     output = call(model, inputs)
                     if needs_gradient:
-                        seeds = image_seeds(tensors(inputs), wanted.seed)
+                        seeds = image_seeds(tensors(given), wanted.seed)
                         if loss_fn is not None:
                             losses = [scalar(loss_fn(output, batch))]
                         else:
@@ -185,7 +186,7 @@ def calibrate(
                             if not run.answer:
                                 _say(run, what_is(model, picked)[1], picked)
                             losses = sampled_losses(model, picked, seeds, wanted.samples)
-                            doubt = max(doubt, largest_doubt(model, picked))
+                            doubts.append(largest_doubt(model, picked))
                         _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
                 run.images += images
                 run.whole = True
@@ -198,7 +199,7 @@ def calibrate(
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
     together(run)
     everywhere(run)
-    doubt = max(processes.gather(doubt))
+    doubt = max(processes.gather(max((float(found) for found in doubts), default=0.0)))
     run.check_finite()
     if by_gradient and loss_fn is None and doubt < _DOUBT:
         run.notes["certain"] = doubt
@@ -340,5 +341,6 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
         layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+    stats.others = {name: lost.cpu() for name, lost in stats.others.items()}
     share_moments(stats.layers)
     return stats

@@ -22,15 +22,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Probe:
-    """What one image showed: MACs, the layer that first read each layer's input, leading sizes of the inputs."""
+    """What one image showed: MACs, the layer that first read each layer's input, leading sizes of the inputs.
+
+    And which layers are never called, so that nothing else is known of them.
+    """
 
     macs: int
     owners: dict[str, str]
     leading: dict[str, frozenset[int]]
+    silent: frozenset[str]
 
 
 def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Probe:
-    """Send one image (a batch of one) through; `InputError` where the model cannot take it or never calls a target."""
+    """Send one image (a batch of one) through; `InputError` where the model cannot take it or calls no target."""
     # Holding the inputs keeps their identities apart; a version is another tensor, since it was written to in between.
     sources: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in targets}
     handles = [linear.register_forward_pre_hook(_remember(sources[name], name)) for name, linear in targets.items()]
@@ -47,11 +51,10 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
         for handle in handles:
             handle.remove()
     silent = [name for name in targets if not sources[name]]
-    if silent:
+    if len(silent) == len(targets):
         raise InputError(
             f"{len(silent)} linear layers are never called ({some(silent)}): "
-            "the model reads their weights itself or does not use them, and replacing them would change nothing; "
-            "leave them out with exclude="
+            "the model reads their weights itself or does not use them, and replacing them would change nothing"
         )
     first: dict[tuple[tuple[int, int], ...], str] = {}
     owners = {}
@@ -59,7 +62,8 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
         read = tuple((id(x), version) for x, version in sources[name])
         # The input's moment is kept where it is the smaller one; equal inputs then share it.
         owners[name] = first.setdefault(read, name) if linear.out_features > linear.in_features else name
-    return Probe(macs, owners, {name: frozenset(x.shape[0] for x, _ in read) for name, read in sources.items()})
+    leading = {name: frozenset(x.shape[0] for x, _ in read) for name, read in sources.items()}
+    return Probe(macs, owners, leading, frozenset(silent))
 
 
 def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any, alone: Any) -> set[str]:
@@ -94,7 +98,7 @@ def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any
 def unreached(
     model: nn.Module, targets: Mapping[str, nn.Linear], image: Any, output_fn: Callable[[Any], Tensor] | None
 ) -> set[str]:
-    """The layers that the answer does not depend on, unless that is all of them; a warning names them.
+    """The layers that are not called, or that the answer does not depend on, unless that is all; a warning names them.
 
     Those that it depends on past autograd (no_grad, detach) are none of them: nothing could be said of these.
     """
@@ -103,19 +107,25 @@ def unreached(
         return first_tensor(answer if output_fn is None else output_fn(answer))
 
     found = reached(model, targets, image, pick)
-    lost = [name for name in targets if not found.get(name, False)]
-    if len(lost) == len(targets):
-        return set()
+    silent = [name for name in targets if name not in found]
+    lost = [name for name in found if not found[name]]
+    if len(lost) == len(found):
+        lost = []
     lost = [name for name in lost if not changes(model, targets[name], image, pick)]
-    if not lost:
-        return set()
-    _logger.warning(
-        "%d layers stay dense (%s): the answer does not depend on them, they serve another output; output_fn= picks "
-        "what counts, objective='output' measures them all",
-        len(lost),
-        some(lost),
-    )
-    return set(lost)
+    if silent:
+        _logger.warning(
+            "%d layers stay dense (%s): images do not call them, or the model reads past them",
+            len(silent),
+            some(silent),
+        )
+    if lost:
+        _logger.warning(
+            "%d layers stay dense (%s): the answer does not depend on them, they serve another output; output_fn= "
+            "picks what counts",
+            len(lost),
+            some(lost),
+        )
+    return {*silent, *lost}
 
 
 def scalar(loss: Any) -> Tensor:

@@ -320,6 +320,7 @@ class _Keeper:
     def _save(self) -> None:
         assert self.stats is not None
         start = time.monotonic()
+        self.stats.check_finite()  # answers on other devices were not looked at
         self.stats.notes |= self.notes
         if processes.first():
             self.stats.save(self.path)

@@ -19,7 +19,7 @@ _CALLS = 1_500_000
 _RESULT = 32 * 2**20  # bytes
 _RESULTS = 320_000_000  # entries
 _TABLES = 64 * 2**20  # bytes
-_DEPTHS = frozenset({"depth", "depths", "num_hidden_layers", "num_layers"})
+_DEPTHS = frozenset({"depth", "depths", "layers", "num_hidden_layers", "num_layers", "stages"})
 _FREE = frozenset(
     {"__get__", "view", "reshape", "detach", "transpose", "unsqueeze", "expand", "flatten", "permute", "__getitem__"}
 )  # views, and memory that nobody touches

@@ -23,13 +23,14 @@ Origin = dict[str, Any]
 # fmt: off
 ARGUMENTS = frozenset({
     "act_layer", "always_partition", "attn_drop_rate", "class_token", "conv_mlp", "depth", "depths", "dims",
-    "distilled", "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "fc_norm",
-    "final_norm", "global_pool", "head_init_scale", "in_chans", "img_size", "init_values", "kernel_sizes",
+    "distilled", "drop_path_rate", "drop_rate", "dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_dims",
+    "fc_norm", "final_norm", "global_attn_indexes", "global_pool", "head_init_scale", "in_chans", "img_size",
+    "init_values", "kernel_sizes",
     "ls_init_value", "mlp_ratio", "no_embed_class", "norm_layer", "num_classes", "num_heads", "num_reg_tokens",
     "output_stride", "patch_drop_rate", "patch_size", "pos_drop_rate", "pos_embed", "pre_norm",
     "pretrained_window_sizes", "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "qkv_fused", "ref_feat_shape",
-    "reg_tokens", "scale_attn_inner_norm", "scale_mlp_norm", "strict_img_size", "swiglu_align_to", "swiglu_mlp",
-    "use_abs_pos_emb", "use_fc_norm", "use_post_norm", "use_rel_pos_bias", "use_rot_pos_emb",
+    "reg_tokens", "scale_attn_inner_norm", "scale_mlp_norm", "stages", "strict_img_size", "swiglu_align_to",
+    "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm", "use_post_norm", "use_rel_pos_bias", "use_rot_pos_emb",
     "use_shared_rel_pos_bias", "window_ratio", "window_size",
 })
 # fmt: on

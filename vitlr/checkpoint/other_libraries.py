@@ -1,4 +1,4 @@
-"""Models of transformers and torchvision from a name and plain arguments: found out, checked, built."""
+"""Models of transformers, torchvision and open_clip from a name and plain arguments: found out, checked, built."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from vitlr.checkpoint import open_clip_towers
+from vitlr.checkpoint.plain_args import Args, plain
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
-Args = dict[str, Any]
-_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,79}")
-_TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
-_LARGEST = 1_000_000
 _ATTENTION = "attn_implementation"
-# What would have a configuration fetch code or weights: other models by name, kernels by repository.
-_FETCHED = re.compile(r"_.*|.*backbone.*|auto_map|.*name_or_path|quantization_config|trust_remote_code|.*checkpoint.*")
 _SAID_ELSEWHERE = frozenset(
     {
         "architectures",
@@ -41,25 +37,6 @@ class Library(NamedTuple):
     check: Callable[[str, Mapping[str, Any]], Args]
     """The arguments, if they and the name are known and plain. Raises `InputError`."""
     build: Callable[[str, Args], nn.Module]
-
-
-def _plain(key: str, value: Any, nested: int = 4) -> Any:
-    """The value, if it is JSON of plain numbers and words. Raises `InputError`."""
-    if isinstance(value, Mapping) and nested and len(value) <= 200:
-        for inner in value:
-            if not isinstance(inner, str) or not _KEY.fullmatch(inner) or _FETCHED.fullmatch(inner):
-                raise InputError(f"the model's {key} has {str(inner)[:80]!r}, which no file may set")
-        return {inner: _plain(inner, of, nested - 1) for inner, of in value.items()}
-    if isinstance(value, (list, tuple)) and nested and len(value) <= 256:
-        return [_plain(key, item, nested - 1) for item in value]
-    number = isinstance(value, (int, float)) and abs(value) <= _LARGEST  # NaN compares false
-    if value is None or isinstance(value, bool) or number or (isinstance(value, str) and _TEXT.fullmatch(value)):
-        return value
-    raise InputError(f"the model argument {key}={str(value)[:80]!r} is not a plain value in range")
-
-
-def _missing(name: str, library: str) -> InputError:
-    return InputError(f"{name} is a model of {library}, which is not installed: pip install {library}")
 
 
 def _class_of_transformers(name: str) -> Any:
@@ -105,7 +82,7 @@ def _check_transformers(name: str, args: Mapping[str, Any]) -> Args:
     labels, attention = args.pop("id2label", None), args.pop(_ATTENTION, None)
     if attention not in (None, "eager", "sdpa"):
         raise InputError(f"{_ATTENTION}={str(attention)[:80]!r}, expected eager or sdpa")
-    checked: Args = _plain("configuration", args)
+    checked: Args = plain("configuration", args)
     if labels is not None:
         whole = isinstance(labels, Mapping) and len(labels) <= 100_000
         if not whole or not all(str(k).isdecimal() and isinstance(v, str) and len(v) <= 400 for k, v in labels.items()):
@@ -171,7 +148,7 @@ def _check_torchvision(name: str, args: Mapping[str, Any]) -> Args:
     allowed = {*_VIT_ARGS, "representation_size", "num_layers", "num_heads"} if name == _VIT else {"num_classes"}
     if unknown := args.keys() - allowed:
         raise InputError(f"the model argument {min(unknown)[:80]!r} is not one that vitlr stores in a file")
-    return {key: _plain(key, value, 0) for key, value in args.items()}
+    return {key: plain(key, value, 0) for key, value in args.items()}
 
 
 def _build_of_torchvision(name: str, args: Args) -> nn.Module:
@@ -185,6 +162,7 @@ def _build_of_torchvision(name: str, args: Args) -> nn.Module:
 LIBRARIES = {
     "transformers": Library(_find_in_transformers, _check_transformers, _build_of_transformers),
     "torchvision": Library(_find_in_torchvision, _check_torchvision, _build_of_torchvision),
+    "open_clip": Library(open_clip_towers.find, open_clip_towers.check, open_clip_towers.build),
 }
 
 

@@ -28,6 +28,7 @@ from vitlr.cli.commands.report import report
 from vitlr.cli.commands.validate import validate
 from vitlr.cli.options import OUTPUT, AsJson
 from vitlr.cli.result import Result, guarded, wrapped
+from vitlr.errors import InputError
 from vitlr.runtime.launch import launched_first, silence
 
 app = typer.Typer(
@@ -64,6 +65,8 @@ def demo(
     as_json: AsJson = False,
 ) -> Result:
     """Train a small ViT on digits, compress it, and show what that changed; no download, a few minutes."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, expected a folder")
     from vitlr.cli.commands.demo import run
 
     return Result(run(quick=quick, out=out, json=as_json), "")

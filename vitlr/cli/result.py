@@ -18,6 +18,7 @@ import typer
 
 from vitlr.cli import interrupts
 from vitlr.cli.command import flags_of, in_flags
+from vitlr.cli.early import check_places
 from vitlr.errors import Interrupted, ProcessLost, VitlrError
 from vitlr.runtime.launch import launched, launched_first
 
@@ -58,6 +59,7 @@ def guarded(command: Callable[..., Result], together: bool = False) -> Callable[
             return
         aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
+            check_places(options)
             with _warnings_on_stderr(), aside, _joined(options) if together else contextlib.nullcontext():
                 result = command(**options)
             if as_json or result.text:

@@ -17,7 +17,7 @@ from vitlr.data import preprocessing
 from vitlr.data.classes import label_images, num_classes, read_class_map
 from vitlr.data.decoding import decode, listing
 from vitlr.data.options import Preprocessing
-from vitlr.data.readers import open_reader
+from vitlr.data.readers import name_of, open_reader
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import seeded
 from vitlr.runtime.fields import keywords
@@ -167,7 +167,7 @@ class Loader:
 
 @keywords(Preprocessing)
 def open_data(
-    path: str | os.PathLike[str],
+    path: Any,
     model: nn.Module,
     *,
     class_map: str | os.PathLike[str] | Mapping[str, int] | None = None,
@@ -180,7 +180,7 @@ def open_data(
     data_config: Any = None,
     **changes: Any,
 ) -> Loader:
-    """Open a folder, a .tar or `hfds/NAME` as timm does, with the evaluation transform of `model`.
+    """Open a folder, a .tar, `hfds/NAME` or a `datasets.Dataset`, with the evaluation transform of `model`.
 
     That is what `vitlr.data.data_config` finds, with `data_config` (a mapping in timm's words, a transformers image
     processor, a torchvision preset) and `mean`, `std`, `img_size`, `crop_pct`, `interpolation` before it; the loader
@@ -188,7 +188,8 @@ def open_data(
 
     `class_map` is a text file with one folder name a line in the model's class order (or {name: index}); images of
     other folders are left out and reported. `skip` and `limit` choose `order[skip : skip + limit]` of the fixed order.
-    `split` names the split of an `hfds/` data set. With `need_labels` the classes must be the model's (None: where the
+    `split` names the split of an `hfds/` data set; of such a one columns are found by what they hold, images and
+    classes, not by their names. With `need_labels` the classes must be the model's (None: where the
     data set has any, a folder without class folders has none). `workers` is the number of worker processes, 0 for none.
 
     Raises `InputError` for data that is missing, empty or unreadable, for classes that do not fit, and where nothing
@@ -199,13 +200,13 @@ def open_data(
             f"batch_size={batch_size}, limit={limit}, skip={skip}, workers={workers}: "
             "expected batch_size and limit >= 1, skip and workers >= 0"
         )
-    path = os.fspath(path)
+    data, path = path, name_of(path)
     config, made = preprocessing.described(model, data_config, **changes)
     classes = None
     if need_labels is not False or class_map is not None:
         classes = num_classes(model, config["input_size"])
     names_to_class = None if class_map is None else read_class_map(class_map, classes)
-    reader, native, names = open_reader(path, split)
+    reader, native, names = open_reader(data, split)
     need_labels = names.keys() != {""} if need_labels is None else need_labels
     labels = label_images(path, native, names, names_to_class, classes, need_labels)
 

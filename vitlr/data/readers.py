@@ -14,6 +14,7 @@ from typing import Any
 
 from vitlr.data.classes import natural
 from vitlr.data.decoding import check_archive
+from vitlr.data.places import hub_name
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
@@ -21,21 +22,36 @@ _logger = logging.getLogger(__name__)
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
-    """timm's reader of `path`, the label of every image in the data set's own classes, and those classes by name."""
+def name_of(data: Any) -> str:
+    """A path as it is, a data set of the library `datasets` by the name that it has. `InputError` for anything else."""
+    if isinstance(data, (str, os.PathLike)):
+        return os.fspath(data)
+    if isinstance(data, Mapping):
+        raise InputError(f"data is {len(data)} splits ({', '.join(map(str, data))}); give one of them")
+    if not all(hasattr(data, key) for key in ("features", "cast_column", "__len__", "__getitem__")):
+        raise InputError(
+            f"data is a {type(data).__name__}, expected a folder of images, a .tar, hfds/NAME or a Dataset of datasets"
+        )
+    return str(getattr(getattr(data, "info", None), "dataset_name", None) or "a data set")
+
+
+def open_reader(data: Any, split: str) -> tuple[Any, Sequence[int], dict[str, int]]:
+    """The reader of `data`, the label of every image in the data set's own classes, and those classes by name."""
     from timm.data.readers import create_reader
 
-    prefix, _, rest = path.partition("/")
-    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
-    if not hub and not Path(path).exists():
-        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
+    path = name_of(data)
+    if not isinstance(data, (str, os.PathLike)):
+        images = HubImages(data, path)
+        return images, images.labels, images.classes
+    hub = hub_name(path)
     if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
         raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
     if not hub and not Path(path).is_dir():
         check_archive(path)
     try:
         if hub:
-            images = HubImages(rest, split)
+            datasets: Any = importlib.import_module("datasets")
+            images = HubImages(datasets.load_dataset(hub, split=split), hub)
             return images, images.labels, images.classes
         if Path(path).is_dir():
             with _extensions():
@@ -55,12 +71,11 @@ def open_reader(path: str, split: str) -> tuple[Any, Sequence[int], dict[str, in
 
 
 class HubImages:
-    """A data set of the hub, or a folder that `datasets` reads: its column of images, and of classes if it has one."""
+    """A table of `datasets`, whatever its columns are called: that of images, and of classes if it has one."""
 
-    def __init__(self, name: str, split: str) -> None:
+    def __init__(self, table: Any, name: str) -> None:
         datasets: Any = importlib.import_module("datasets")
 
-        table = datasets.load_dataset(name, split=split)
         kinds = table.features
         images = [column for column, kind in kinds.items() if isinstance(kind, datasets.Image)]
         if not images:

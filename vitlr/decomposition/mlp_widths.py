@@ -19,9 +19,13 @@ from vitlr.errors import InputError
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MlpSpectrum(WidthSpectrum):
-    """All widths of one MLP at once. In a `packed` one neuron j is rows j and D + j of its single first linear."""
+    """All widths of one MLP at once. In a `packed` one neuron j is rows j and D + j of its single first linear.
+
+    `beside` is what a neuron takes outside the linears: parameters, MACs of an image and bytes.
+    """
 
     packed: bool
+    beside: Mapping[str, float]
 
     def shape(self, name: str, full: tuple[int, int], width: int) -> tuple[int, int]:
         """(N, K) of one of its linears at a width; `full` is what it has now."""
@@ -31,6 +35,10 @@ class MlpSpectrum(WidthSpectrum):
         """The rows of every first linear that stay with the neurons `keep`."""
         rows = torch.cat([keep, keep + self.full_width]) if self.packed else keep
         return dict.fromkeys(self.first, rows)
+
+    def extra(self, width: int, quantity: str) -> float:
+        """What a width costs besides its linears' weights and biases: a convolution loses what its neurons took."""
+        return (width - self.full_width) * self.beside.get(quantity, 0.0)
 
 
 def solve_mlp(
@@ -54,7 +62,19 @@ def solve_mlp(
         step=step,
         known=known,
         packed=mlp.packed,
+        beside=_beside(mlp, stats),
     )
+
+
+def _beside(mlp: Mlp, stats: Statistics) -> dict[str, float]:
+    """What a neuron of an MLP takes outside the linears."""
+    conv = mlp.conv
+    if conv is None:
+        return {}
+    weights = conv.weight[0].numel()
+    params = weights + (conv.bias is not None)
+    tokens = stats.layers[mlp.linears[-1]].tokens / max(stats.images, 1)
+    return {"params": params, "macs": weights * tokens, "bytes": params * conv.weight.element_size()}
 
 
 def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapping[str, Mlp]:

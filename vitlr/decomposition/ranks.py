@@ -62,7 +62,9 @@ class _Problem:
         if not (torch.isfinite(energies).all() and torch.isfinite(P).all() and torch.isfinite(Q).all()):
             raise NumericalError(f"layer {name}: its moments or weights hold NaN or Inf; calibrate again in float32")
         layer = self.layer
-        return LayerSpectrum(name, layer.in_features, layer.out_features, layer.side, energies, P, Q, self.mean)
+        mean = None if self.mean is None else self.mean.cpu()
+        tensors = energies.cpu(), P.cpu(), Q.cpu()
+        return LayerSpectrum(name, layer.in_features, layer.out_features, layer.side, *tensors, mean)
 
     def failed(self, reason: object) -> NumericalError:
         """The error that names the layer."""

@@ -17,6 +17,7 @@ DAMPING = 0.5  # of both sides, of their mean: the same bytes lose least from 0.
 PRICED = 0.1  # the same in what errors are said to cost: ranks and widths count their losses so (docs/method.md)
 _OUTLIER = 10  # times the median: no entry counts for more in the mean, or one huge input would damp all others
 _LEAST = 0.1  # of the plain mean, where most entries are nearly nothing: sums in float32 are not exact to that
+_STILL = 1e-6  # of the moment about zero
 _NOTHING = 1e-12  # of every direction where none was seen
 
 
@@ -93,7 +94,9 @@ class Sides:
         C = _left(layer.sum("input_moment" if layer.side == "output" else "moment"), self.columns)
         if self.has_bias:
             total = _left(layer.sum("input_sum"), self.columns)
-            C = torch.addr(C, total, total, alpha=-1 / max(layer.tokens, 1))
+            about = torch.addr(C, total, total, alpha=-1 / max(layer.tokens, 1))
+            # The same input for all images, a class token's for one: what is left is the rounding of its sums.
+            C = about if about.trace() > _STILL * C.trace() else torch.zeros_like(about)
         return self.objective.of_activations(C)
 
     def _entries(self, what: str, M: Tensor, through: Tensor | None) -> Entries:

@@ -38,7 +38,7 @@ def decompose(
     *,
     centred: bool = False,
     damping: float = DAMPING,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Spectra:
     """Solve all layers for all ranks in float64.
@@ -46,7 +46,8 @@ def decompose(
     `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
     an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
     output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
-    into the bias. `damping` is added to F relative to its mean eigenvalue.
+    into the bias. `damping` is added to F relative to its mean eigenvalue. Ranks are solved on `device`, by default
+    where the model is, and all that is found lies on the CPU.
 
     Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
     solve meets NaN or Inf or does not converge.
@@ -65,7 +66,7 @@ def solve(
     step: int = 0,
     known: Spectra | None = None,
     at_hand: Mapping[tuple[str, str], Solved] = MappingProxyType({}),
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     skip: Callable[[NumericalError], None] | None = None,
     progress: Progress | None = None,
 ) -> Spectra:
@@ -80,6 +81,7 @@ def solve(
     the layer, MLP or attention.
     """
     check_fits(parts, stats)
+    device = next((linear.weight.device for linear in parts.linears.values()), None) if device is None else device
     if known is not None and not kinds:
         return known
     options = options or Decomposition()
@@ -103,7 +105,7 @@ def solve(
             progress(reached, total)
 
     def rank(own: Sequence[str]) -> Iterator[LayerSpectrum]:
-        found = solve_ranks(own, parts, stats, objective, device)
+        found = solve_ranks(own, parts, stats, objective, device or "cpu")
         return found if processes.world() == 1 else iter(sorted(found, key=lambda layer: own.index(layer.name)))
 
     told(0)  # the first one may take a while

@@ -38,12 +38,13 @@ class FusedMlp(Fused):
     def objection(cls, module: nn.Module, kept: tuple[str, ...]) -> str | None:
         """Why the children of an MLP cannot be run by one operation; None if they can. Its forward is not looked at.
 
-        `kept`: the names of its linears and of `act`.
+        `kept`: the names of its first linears, of the activation and of the second linear.
         """
         missing = [name for name in kept if not isinstance(getattr(module, name, None), nn.Module)]
         if missing:
             return f"it has no {', '.join(missing)}"
-        linears = {name: module.get_submodule(name) for name in kept if name != "act"}
+        *_, act_name, _ = kept
+        linears = {name: module.get_submodule(name) for name in kept if name != act_name}
         for name, child in linears.items():
             if type(child) not in cls.TAKES:
                 return f"{name} is a {type(child).__name__}, not a plain linear"
@@ -52,7 +53,7 @@ class FusedMlp(Fused):
         lacking = cls.lacking(linears)
         if lacking is not None:
             return lacking
-        act = module.get_submodule("act")
+        act = module.get_submodule(act_name)
         if activation_name(act) is None:
             return f"its activation {type(act).__name__} is none of {', '.join(ACTIVATIONS)}"
         if module._parameters or module._buffers:
@@ -74,7 +75,7 @@ class FusedMlp(Fused):
         raise NotImplementedError
 
 
-# timm's own classes by name: this package does not import timm.
+# Classes of timm and transformers by name: this package imports neither.
 _ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": "none",
     "torch.nn.modules.activation.SiLU": "silu",
@@ -84,6 +85,9 @@ _ACTIVATIONS = {
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.Sigmoid": "sigmoid",
     "timm.layers.activations.Swish": "silu",
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_tanh",
+    "transformers.activations.SiLUActivation": "silu",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,12 @@ class LowRankMLP(FusedMlp):
         return self._dispatched(x)
 
     @torch.jit.unused
+    def _parts(self) -> tuple[Any, nn.Module, Any]:
+        return self.fc1, self.act, self.fc2
+
+    @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
-        fc1, act, fc2 = self.fc1, self.act, self.fc2
+        fc1, act, fc2 = self._parts()
         if has_kernels(op.OP) and not is_transformed():
             name, first, second = activation_name(act), factors(fc1), factors(fc2)
             if name and first and second and not has_hooks(act):

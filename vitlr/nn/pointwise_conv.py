@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
@@ -48,6 +50,11 @@ class PointwiseConv(nn.Module):
         return made.train(dense.training)
 
     @property
+    def weight(self) -> Any:
+        """That of `linear`, of which parents ask dtype and device."""
+        return self.linear.weight
+
+    @property
     def plain(self) -> bool:
         """Whether its linear is an ordinary one, so that `to_dense` needs nothing but its parameters."""
         return type(self.linear) is nn.Linear
@@ -65,5 +72,6 @@ class PointwiseConv(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(x.movedim(-3, -1))
-        return y.movedim(-1, -3)
+        y: Tensor = self.linear(x.movedim(-3, -1)).movedim(-1, -3)
+        # An activation that writes into this view would take its gradient past whoever listens to the linear.
+        return y.clone() if y.requires_grad else y

@@ -13,13 +13,19 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.nn import (
     FoldedScale,
+    Fp8Block,
+    Fp8Linear,
+    Fp8MLP,
     FusedAttention,
+    FusedProjections,
+    FusedRotaryAttention,
     Int8Block,
     Int8Linear,
     Int8MLP,
     LowRankGLU,
     LowRankLinear,
     LowRankMLP,
+    NamedLowRankMLP,
     QuantizedLinear,
     ResidualLowRankLinear,
     SelectedLinear,
@@ -30,10 +36,22 @@ from vitlr.runtime.modules import swap, uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
-from vitlr.surgery.bytes import multiply_bytes
+from vitlr.surgery.bytes import multiply_bytes, multiply_fp8
 from vitlr.surgery.mlps import widen_mlp
 
-FUSED: tuple[type[Fused], ...] = (Int8MLP, LowRankMLP, LowRankGLU, FusedAttention, Int8Block)
+_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
+FUSED: tuple[type[Fused], ...] = (
+    Int8MLP,
+    Fp8MLP,
+    LowRankMLP,
+    NamedLowRankMLP,
+    LowRankGLU,
+    FusedAttention,
+    FusedRotaryAttention,
+    FusedProjections,
+    Int8Block,
+    Fp8Block,
+)
 
 
 def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = False) -> nn.Module:
@@ -49,7 +67,7 @@ def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = Fals
         )
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
+        if isinstance(module, _SWAPPED):
             swap(model, name, module.to_linear().train(module.training))
     for mlp in narrowed_mlps(model).values() if full_width else ():
         widen_mlp(mlp)
@@ -72,31 +90,37 @@ def fuse(
     *,
     inplace: bool = False,
     fold: bool = True,
-    bits: int | None = None,
+    bits: int | str | None = None,
     stats: Statistics | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
-    """Gather every MLP with a low-rank layer, and timm's attention, into one module each; `unfuse` takes it back.
+    """Gather every MLP with a low-rank layer, and attention, into one module each; `unfuse` takes it back.
 
-    Only where that is exact: plain MLPs become a `LowRankMLP`, gated ones a `LowRankGLU`, attention a
-    `FusedAttention`. With `fold`, norms and layer scales beside low-rank
+    Only where that is exact: plain MLPs become a `LowRankMLP` (by other names than timm's a `NamedLowRankMLP`), gated
+    ones a `LowRankGLU`, timm's attention a `FusedAttention`, where it rotates queries and keys a
+    `FusedRotaryAttention`, transformers' a `FusedProjections`. With `fold`, norms and layer scales beside low-rank
     layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
     which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`.
+    `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
+    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none.
     `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
-    if bits not in (None, 8):
-        raise InputError(f"bits={bits!r}: expected 8, or None for layers as they are")
-    if (bits is None) != (stats is None):
+    if bits not in (None, 8, "fp8"):
+        raise InputError(f"bits={bits!r}: expected 8, 'fp8', or None for layers as they are")
+    if (bits == 8) != (stats is not None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
     model = uncompiled(model)
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
         multiply_bytes(model, stats, progress)
+    if bits == "fp8":
+        unfuse(model, inplace=True)
+        multiply_fp8(model)
     _gather(model)
     if fold:
         folding.fold(model)

@@ -16,7 +16,8 @@ def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = No
     """Keep the hidden neurons `keep [h]` of an MLP and remove the others, in place.
 
     Rows `keep` of the first linears (gate and value alike) and their biases, columns `keep` of the second stay; where a
-    layer is a `LowRankLinear` they are rows of `up` and columns of `down`. `weight` replaces what reads the hidden
+    layer is a `LowRankLinear` they are rows of `up` and columns of `down`. Channels `keep` of a depthwise convolution
+    in between stay. `weight` replaces what reads the hidden
     neurons, to make up for those removed: W₂ `[N, h]`, or B₂ `[r, h]` of a low-rank fc2; `bias [N]` likewise replaces
     b₂. A pair whose rank no longer fits becomes the plain linear that it multiplies to.
 
@@ -34,6 +35,10 @@ def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = No
         if out.bias is not None:
             _replace(out, "bias", out.bias[rows.to(out.bias.device)])
         linear.out_features = out.out_features = len(rows)
+    if mlp.conv is not None:
+        _resize(mlp.conv, width)
+        for key in _held(mlp.conv):
+            _replace(mlp.conv, key, getattr(mlp.conv, key)[keep.to(mlp.conv.weight.device)])
     second = _ready(mlp, mlp.second, width)
     into, out = (second.down, second.up) if isinstance(second, LowRankLinear) else (second, second)
     _replace(into, "weight", into.weight[:, keep.to(into.weight.device)] if weight is None else weight)
@@ -56,6 +61,11 @@ def widen_mlp(mlp: Mlp) -> None:
             value = getattr(linear, key)
             if value is not None:
                 _replace(linear, key, value.new_zeros(size).index_copy(0, rows.to(value.device), value))
+    if mlp.conv is not None:
+        _resize(mlp.conv, full)
+        for key in _held(mlp.conv):
+            value = getattr(mlp.conv, key)
+            _replace(mlp.conv, key, torch.cat([value, value.new_zeros(more, *value.shape[1:])]))
     second = mlp.fc2
     assert isinstance(second, nn.Linear)
     second.in_features = full
@@ -102,7 +112,16 @@ def _ready(mlp: Mlp, name: str, limit: int) -> nn.Linear | LowRankLinear:
     return linear
 
 
-def _replace(linear: nn.Linear, key: str, value: Tensor) -> None:
+def _resize(conv: nn.Conv2d, width: int) -> None:
+    """As many channels as there are neurons, each on its own."""
+    conv.in_channels = conv.out_channels = conv.groups = width
+
+
+def _held(conv: nn.Conv2d) -> list[str]:
+    return ["weight"] if conv.bias is None else ["weight", "bias"]
+
+
+def _replace(linear: nn.Linear | nn.Conv2d, key: str, value: Tensor) -> None:
     """A new parameter in place of an old one: of its dtype, device and `requires_grad`."""
     old = getattr(linear, key)
     new = value.detach().to(device=old.device, dtype=old.dtype, copy=True).contiguous()

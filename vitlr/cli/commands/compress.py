@@ -112,6 +112,7 @@ def compress(
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
     parse_budget(budget)  # what needs no torch is refused before it is there
+    parse_rungs(refine)
     for cls in (Planning, Calibration):
         cls.of(**own(cls, options))
     if out is None and not plan_only:

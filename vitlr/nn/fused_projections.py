@@ -1,0 +1,90 @@
+"""Self-attention of transformers' blocks, with everything between its four linears as one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitlr.nn._fused import Fused
+from vitlr.nn._plain import foreign_weight, has_hooks, is_transformed
+from vitlr.ops.dispatch.registration import kernel_chosen
+from vitlr.ops.dispatch.registry import has_kernels
+from vitlr.ops.layers import attention as op
+from vitlr.runtime.modules import class_of
+
+_OF = "transformers.models"
+# Classes whose forward is known, by name: heads of q_proj, k_proj and v_proj, softmax(q kᵀ / √d) v, then `out`.
+CLASSES = frozenset(
+    {
+        f"{_OF}.vit.modeling_vit.ViTAttention",
+        f"{_OF}.deit.modeling_deit.DeiTAttention",
+        f"{_OF}.dinov2.modeling_dinov2.Dinov2Attention",
+        f"{_OF}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention",
+        f"{_OF}.vit_msn.modeling_vit_msn.ViTMSNAttention",
+        f"{_OF}.ijepa.modeling_ijepa.IJepaAttention",
+        f"{_OF}.clip.modeling_clip.CLIPAttention",
+        f"{_OF}.siglip.modeling_siglip.SiglipAttention",
+        f"{_OF}.owlv2.modeling_owlv2.Owlv2Attention",
+    }
+)
+_INPUTS, _OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")
+
+
+class FusedProjections(Fused):
+    """`y = out(softmax(q kᵀ / √d) v)`, q, k, v from linears of their own: transformers' attention as it is in a ViT.
+
+    The children keep their names, so state_dict keys do not change. The op `attention` runs without mask where dispatch
+    chooses a kernel, otherwise `F.scaled_dot_product_attention`, as in the original, which gives no softmax back
+    either. Raises InputError with the reason of `why_not`.
+    """
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__(attention)
+        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        self.is_causal: bool = attention.is_causal  # type: ignore[assignment]
+
+    @classmethod
+    def children_of(cls, module: nn.Module) -> tuple[str, ...]:
+        return tuple(name for name in module._modules if name in (*_INPUTS, *_OUT))
+
+    @classmethod
+    def why_not(cls, module: nn.Module) -> str | None:
+        """Why a module cannot become a FusedProjections with the same outputs; None if it can."""
+        if isinstance(module, cls):
+            return "it is one already"
+        if class_of(module) not in CLASSES:
+            return "it is no attention of transformers' that is known"
+        kept = cls.children_of(module)
+        extra = [name for name, _ in module.named_children() if name not in kept]
+        if len(kept) != 4 or extra or module._parameters or module._buffers:
+            return f"it has {', '.join([*kept, *extra, *module._parameters, *module._buffers])}, expected four linears"
+        how = getattr(module.config, "_attn_implementation", None)
+        if how != "sdpa":
+            return f"it runs as {how}, which may give its softmax back"
+        dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+        if dropout:
+            return "it drops out attention"
+        if (foreign := foreign_weight(module)) is not None:
+            return f"it holds a {foreign}, no plain weight"
+        return "it has hooks" if has_hooks(module) else None
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (self._heads(self.get_submodule(name)(hidden_states)) for name in _INPUTS)
+        asked = kwargs.get("is_causal")
+        causal = bool(self.is_causal if asked is None else asked) and attention_mask is None and q.shape[2] > 1
+        plain = attention_mask is None and not causal and not is_transformed() and foreign_weight(self) is None
+        out = self.get_submodule(next(name for name in self.kept if name in _OUT))
+        if plain and has_kernels(op.OP):
+            keys = None if torch.compiler.is_compiling() else k.shape[2]
+            if kernel_chosen(op.OP, q, keys, self.head_dim):
+                return out(op.attention(q, k, v)), None
+        y = F.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=causal)
+        return out(y.transpose(1, 2).flatten(2)), None
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
