@@ -2,21 +2,32 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
 
 import pytest
 import together
 import torch
+from commandline import NAME, TINY
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, DistributedSampler
 
+from vitlr.calibration import loop, resuming
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.statistics import Statistics
+from vitlr.checkpoint import files
 from vitlr.checkpoint.creation import create_model
 from vitlr.compression import compressed
 from vitlr.data.loader import open_data
 from vitlr.decomposition import ranks
 from vitlr.errors import InputError, NumericalError
 from vitlr.planning.planner import plan
-from vitlr.runtime import processes
+from vitlr.planning.plans import Plan
+from vitlr.runtime import processes, storage
 from vitlr.training import train
 
 ALL = {"objective": ("fisher", "output", "normalized"), "extras": ("rounding", "ranges", "row_gradient")}
@@ -68,10 +79,13 @@ def test_there_may_be_fewer_batches_than_processes():
     close(together.run(measured, 4, batches(1))[3], measured(batches(1)))
 
 
+def data(path, size):
+    return open_data(path, tiny(), batch_size=size, workers=0)
+
+
 def of_folder(path, stats=None, **how):
-    model = tiny()
-    loader = open_data(path, model, batch_size=3, workers=0)
-    return calibrate(model, loader, resume=stats, **how), loader.skipped
+    loader = data(path, 3)
+    return calibrate(tiny(), loader, resume=stats, **how), loader.skipped
 
 
 def test_files_are_dealt_out_by_batches_and_those_that_are_broken_are_counted_once(image_folder):
@@ -86,7 +100,7 @@ def test_files_are_dealt_out_by_batches_and_those_that_are_broken_are_counted_on
 
 def test_a_process_whose_files_are_all_broken_is_no_reason_to_stop(image_folder):
     path = image_folder(images=2)
-    loader = open_data(path, tiny(), batch_size=3, workers=0)
+    loader = data(path, 3)
     second_batch = [loader.dataset.reader.filename(i, absolute=True) for i, _ in loader.dataset.chosen[3:6]]
     for name in second_batch:
         (path / name).write_bytes(b"none")
@@ -278,3 +292,123 @@ def timed():
 def test_milliseconds_are_refused_beside_others():
     for found in together.run(timed, 2):
         assert isinstance(found, InputError) and "milliseconds" in str(found)
+
+
+@pytest.fixture
+def line(image_folder, tmp_path):
+    """The arguments of a small `compress` in which nothing is left to decide."""
+    weights, data = tmp_path / "weights.safetensors", image_folder(images=8)
+    save_file(tiny().state_dict(), weights)
+    given = ["--checkpoint", weights, "--data", data, "--budget", "params:70%", "--rank-step", 4, "--batch-size", 4]
+    return ["compress", NAME, *given, "--out", tmp_path / "small.safetensors", *TINY]
+
+
+def ended(children, within=60.0):
+    """The exit statuses of processes that end in that time."""
+    end = time.monotonic() + within
+    for child in children:
+        child.join(max(end - time.monotonic(), 0.1))
+    late = [child.pid for child in children if child.exitcode is None]
+    for child in children:
+        child.kill()
+    assert not late, f"still there after {within:.0f} s"
+    return [child.exitcode for child in children]
+
+
+def said(folder, count):
+    return [[(folder / f"{i}.{stream}").read_text() for stream in ("out", "err")] for i in range(count)]
+
+
+def unwriting():
+    """Let process 1 die of what it writes."""
+    if os.environ["RANK"] == "1":
+        storage.save_file = lambda *given: os._exit(7)
+
+
+def test_one_process_writes_and_speaks_and_the_plan_is_that_of_one(line, tmp_path):
+    extra = ["--stats", tmp_path / "s", "--plan-out", tmp_path / "plan.json", "--refine", "refit"]
+    children = together.shell([*line, *extra, "--resume", tmp_path / "kept"], 2, tmp_path, unwriting)
+    assert ended(children, 120) == [0, 0], said(tmp_path, 2)
+    (out, err), silent = said(tmp_path, 2)
+    assert "wrote" in out and "calibrating: 40 images" in err and silent == ["", ""]
+    made = Plan.load(tmp_path / "plan.json")
+    alone = plan(tiny(), calibrate(tiny(), data(tmp_path / "folder", 4)), "params:70%", rank_step=4)
+    assert str(made) == str(replace(alone, why=""))
+    assert files.load(tmp_path / "small.safetensors") is not None
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("change", [["--budget", "parms:70%"], ["--data", "nothing"], ["--no-such-flag"]])
+def test_bad_input_is_said_once(line, tmp_path, change):
+    children = together.shell([*line, *change], 2, tmp_path)
+    assert ended(children) == [2, 2]
+    (out, err), silent = said(tmp_path, 2)
+    assert out == "" and err.lower().count("error") == 1 and silent == ["", ""]
+
+
+def broken():
+    """Let process 1 alone find an error in what it reads."""
+    shapes = chain([(3, 32, 32)] * 2, repeat((1, 2, 3)))
+    if os.environ["RANK"] == "1":
+        loop.image_shape = lambda inputs: next(shapes)
+
+
+def test_what_one_process_finds_wrong_the_first_one_says(line, tmp_path):
+    children = together.shell([*line, "--stats", tmp_path / "s"], 2, tmp_path, broken)
+    assert ended(children) == [2, 2]
+    (out, err), silent = said(tmp_path, 2)
+    assert out == "" and silent == ["", ""] and err.count("error") == 1
+    assert "images of (1, 2, 3)" in err and "(process 1 of 2)" in err
+
+
+def dying():
+    """Save after every round; let process 1 be killed in its fourth."""
+    resuming._ROUNDS, resuming._LEAST, resuming._SHARE = 1, 0.0, 1e9
+    calls, call = [], loop.call
+
+    def counted(*given):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given)
+
+    loop.call = counted
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_message_and_any_number_go_on(line, tmp_path):
+    stats = tmp_path / "s"
+    began = time.monotonic()
+    children = together.shell([*line, "--stats", stats], 2, tmp_path, dying)
+    assert ended(children) == [1, -signal.SIGKILL] and time.monotonic() - began < 60
+    (out, err), _ = said(tmp_path, 2)
+    assert out == "" and err.count("error: ") == 1 and "Traceback" not in err
+    assert "another process of this run died" in err and f"is in {stats}, run the same command again" in err
+    kept = Statistics.load(stats)
+    assert kept.images == 24 and not kept.notes["complete"] and not (tmp_path / "small.safetensors").exists()
+    close(
+        calibrate(tiny(), data(tmp_path / "folder", 4), resume=stats), calibrate(tiny(), data(tmp_path / "folder", 4))
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_runs_it_and_its_end_by_a_killed_process_is_bounded(line, tmp_path):
+    """The launcher itself: a whole run, and one of which a process dies."""
+    script = tmp_path / "dying.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_processes\nfrom vitlr.cli import app\n"
+        "if sys.argv.pop(1) == 'die': test_processes.dying()\n"
+        "app.main()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    given, stats = [*map(str, line), "--stats"], tmp_path / "s"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    done = subprocess.run([*launcher, script, "die", *given, stats], capture_output=True, env=env, timeout=200)
+    told = done.stderr.decode()
+    assert done.returncode == 1 and done.stdout == b"" and told.count("error: ") == 1, told[-3000:]
+    assert time.monotonic() - began < 150
+    assert not Statistics.load(stats).notes["complete"]
+    done = subprocess.run([*launcher, "-m", "vitlr", *given, stats], capture_output=True, env=env, timeout=200)
+    assert done.returncode == 0 and done.stdout.count(b"wrote ") == 1, done.stderr.decode()[-3000:]
+    assert Statistics.load(stats).notes["complete"]

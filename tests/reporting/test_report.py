@@ -107,6 +107,13 @@ def test_the_page_needs_nothing_else_and_says_what_was_measured(made, batches, t
     assert len(inside) == 7 and all("<svg" in svg and "attn.qkv" in svg for svg in inside[1:])
 
 
+def test_one_file_makes_no_figure_of_one_dot_and_words_are_explained(made, batches, tmp_path):
+    path = report(made[2][0], tmp_path / "out", validation=batches, reference=made[0])
+    seen = check_alone(path.read_text())
+    assert not (tmp_path / "out" / "accuracy.svg").exists() and "top-1, %" in seen.words
+    assert all(word in seen.words for word in ("What these words mean", "predicted error", "MACs", "agreement"))
+
+
 def test_without_images_the_dense_model_is_that_of_the_file(made, tmp_path):
     seen = check_alone(report(made[2][0], tmp_path / "out").read_text())
     assert "dense" in seen.words and "No images were given" in seen.words and "top-1" not in seen.words

@@ -16,6 +16,7 @@ from typing import Any
 
 import typer
 
+from vitlr.cli import interrupts
 from vitlr.cli.command import flags_of, in_flags
 from vitlr.cli.early import check_places
 from vitlr.errors import Interrupted, ProcessLost, VitlrError
@@ -128,6 +129,7 @@ def _fail(message: str, status: int, cause: BaseException) -> None:
     if launched():
         from vitlr.runtime import processes
 
+        interrupts.disarm()  # the launcher ends what is left, which is no interrupt to speak of
         interrupted = isinstance(cause, KeyboardInterrupt)
         if not (interrupted or isinstance(cause, ProcessLost)):
             processes.leave_words(message, status)

@@ -85,7 +85,7 @@ def report(
         _draw(subject, place, reference, stats)
     rows = _rows(subjects, dense, judged_dense)
     overview = None
-    if judged_dense is not None:
+    if judged_dense is not None and len(subjects) > 1:  # one dot would be no figure
         overview = place / "accuracy.svg"
         figures.draw_frontier(rows, overview)
     texts = _texts(subjects, validation, reference, class_names)

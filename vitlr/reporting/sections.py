@@ -28,6 +28,17 @@ ENGINES = {
     "openvino": "OpenVINO",
     "vitlr": "vitlr's kernels, fused",
 }
+MEANINGS = {
+    "rank": "A layer's matrix is a product of two thin ones; the fewer columns between them, the smaller and coarser.",
+    "width": "Hidden neurons of an MLP, or channels of queries and keys, that are left.",
+    "bits": "What a stored weight takes on average, where weights are rounded.",
+    "MACs": "Multiplications with additions for one image.",
+    "predicted error": "What the plan expected from calibration images: with the objectives fisher and loss KL in "
+    "nats, else a squared error of outputs. It ranks choices; measured KL is two to five times as large.",
+    "KL, agreement": "How far the small model's answers are from dense's (0: equal), and how often both name the same "
+    "class first.",
+    "attn, mlp": "Bars of what a whole attention or MLP loses by a smaller width.",
+}
 
 
 def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | None, texts: dict[str, Any]) -> list[str]:
@@ -37,6 +48,7 @@ def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | No
         parts.append(page.figure(overview, "accuracy against megabytes and milliseconds"))
     for subject in subjects:
         parts += _one(subject, texts)
+    parts.append(page.folded("What these words mean", page.table(["", ""], [*MEANINGS.items()], long=1)))
     return parts
 
 
