@@ -15,7 +15,7 @@ from bench.cases.calls import Call
 from bench.cases.clock import in_turns, input_sets, microseconds, prepared
 from bench.cases.correctness import Fault, judge, references
 from bench.gate import choice as choices
-from bench.gate import lines, models, parts, prepare, rivals
+from bench.gate import lines, models, parts, pipeline, prepare, rivals
 from bench.gate import solve as solvers
 from bench.gate.candidates import runner, why_not
 from bench.gate.tasks import Task
@@ -38,6 +38,7 @@ __all__ = [
     "row",
     "solve",
     "sweep",
+    "whole",
 ]  # the kinds of tasks
 
 
@@ -201,6 +202,11 @@ def model(worker: Worker, task: Task) -> Answer:
     with choices.trusting(worker.device, lines.times(book), lines.excluded(book)):
         found = models.run(worker.kept, worker.device, worker.begin, **task.given)
     return {"value": found}
+
+
+def whole(worker: Worker, task: Task) -> Answer:
+    """Calibration and plan of a whole model, on the card and on the CPU."""
+    return {"value": pipeline.run(worker.device, worker.begin, **task.given)}
 
 
 def solve(worker: Worker, task: Task) -> Answer:

@@ -96,7 +96,8 @@ def byte_row(op: str, M: int, form: int | str, device: torch.device, seconds: fl
 def window_one(device: torch.device) -> Window:
     """What is right, and the first times."""
     cuda, triton = cuda_groups(device), triton_groups(device)
-    checks = [build(), *triton[:1], *cuda, *triton[1:]]
+    whole = Group("whole", [Task("whole", "calibration and plan of a ViT-B", deadline=90, seconds=30)])
+    checks = [build(), whole, *triton[:1], *cuda, *triton[1:]]
     timed = [mlp_row(mlp(M, r, device), 3.0 if M < 20000 else 5.0) for M in (12608, 50432) for r in RANKS]
     timed += [mlp_row(mlp(197, r, device), 2.0) for r in RANKS]
     timed += [row(linear(layer, 12608, 128, device), "linear", ("dense",), 1.5) for layer in ("fc1", "fc2", "qkv")]

@@ -55,6 +55,7 @@ def _first() -> Window:
         Group("mlp", [check(mlp, "triton.row_block")]),
         Group("chain", [check(chain, "triton.chain")]),
         Group("bytes", [check(_bytes(), "triton.bytes")]),
+        Group("whole", [Task("whole", "calibration and plan", given={"images": 4, "batch": 2, "make": _tiny})]),
     ]
     early = [name for name in FAULTS if name != "fault.hangs_later"]  # that one is right until it is timed
     wrong = [Group(name, [check(_linear(M), name) for M in (17, 18, 33)]) for name in early if name != "fault.hangs"]

@@ -61,6 +61,8 @@ def test_no_fault_and_no_kill_loses_anything_but_itself(tmp_path):
     found = lines.read(tmp_path / "two" / "window2.jsonl")
     kinds = {line["kind"] for line in lines.results(found).values()}
     assert {"ceilings", "check", "row", "compile", "model", "solve", "choice"} <= kinds
+    whole = next(line["value"] for line in lines.results(found).values() if line["kind"] == "whole")
+    assert whole["off"] < 1e-5 and whole["ranks"] and "calibration and plan" in (tmp_path / "report.md").read_text()
     timed = next(line["value"]["us"] for line in lines.results(found).values() if "torch.compile" in line["id"])
     assert {"dense", "dense epilogue", "dense compiled", "torch", "torch epilogue", "torch compiled"} <= timed.keys()
     assert "triton.row_block" in timed

@@ -33,7 +33,7 @@ MEANINGS = {
     "width": "Hidden neurons of an MLP, or channels of queries and keys, that are left.",
     "bits": "What a stored weight takes on average, where weights are rounded.",
     "MACs": "Multiplications with additions for one image.",
-    "predicted error": "What the plan expected from calibration images alone: with the objectives fisher and loss KL in "
+    "predicted error": "What the plan expected from calibration images: with the objectives fisher and loss KL in "
     "nats, else a squared error of outputs. It ranks choices; measured KL is two to five times as large.",
     "KL, agreement": "How far the small model's answers are from dense's (0: equal), and how often both name the same "
     "class first.",
