@@ -20,7 +20,7 @@ from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, 
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
-from vitlr.calibration.shares import Share, begin_anew, everywhere, example, together
+from vitlr.calibration.shares import NOTHING, Share, begin_anew, everywhere, example, together
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
 from vitlr.calibration.wants import Wants
@@ -126,7 +126,7 @@ def calibrate(
         stack.callback(_remove, taps)
         share = Share.of(loader)
         for batch in share:
-            given = None if batch is None else for_model(model, batch)
+            given = None if batch is NOTHING else for_model(model, batch)
             inputs = None if given is None else on_device(model, given)
             images = 0 if inputs is None else count_images(inputs)
             if run is None:

@@ -7,7 +7,7 @@ first image on: statistics cut short can be gone on from by any number of proces
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -21,9 +21,11 @@ from vitlr.data.loader import Loader
 from vitlr.errors import InputError
 from vitlr.runtime import processes
 
+NOTHING: Any = object()  # in the place of a batch, in rounds where others have one and this process has none
+
 
 class Share:
-    """The batches of one process among several, None in rounds where others have one and it has none.
+    """The batches of one process among several, or `NOTHING`.
 
     A `Loader` reads only these; of any other all processes see all batches, which must be the same for all, unless its
     sampler is a `DistributedSampler`. `begun` is called when a batch is there.
@@ -38,15 +40,19 @@ class Share:
         return loader if isinstance(loader, Share) else cls(loader)
 
     def __iter__(self) -> Iterator[Any]:
-        alone, known = processes.world() == 1, getattr(self.loader, "skipped", 0)
-        batches = iter(self.loader if alone else self._own())
+        if processes.world() == 1:
+            for batch in self.loader:
+                self.begun()
+                yield batch
+            return
+        known, batches = getattr(self.loader, "skipped", 0), iter(self._own())
         while True:
-            batch = next(batches, None)
-            if not any(processes.gather(batch is not None)):
+            batch = next(batches, NOTHING)
+            if not any(processes.gather(batch is not NOTHING)):
                 break
             self.begun()
             yield batch
-        if not alone and isinstance(self.loader, Loader):
+        if isinstance(self.loader, Loader):
             self.loader.told(processes.gather(self.loader.corrupt), known)
 
     def _own(self) -> Iterable[Any]:
@@ -56,13 +62,13 @@ class Share:
         if isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
             return self.loader
         batches = iter(self.loader)
-        first = next(batches, None)
+        first = next(batches, NOTHING)
         if len(set(processes.gather(_digest(first)))) > 1:
             raise InputError(
                 "the loader gives every process other images, so some would count twice and some not at all; let it "
                 "shuffle by a generator with a fixed seed, or give it a DistributedSampler"
             )
-        return islice(chain([] if first is None else [first], batches), number, None, count)
+        return islice(chain([] if first is NOTHING else [first], batches), number, None, count)
 
 
 def example(model: nn.Module, inputs: Any) -> Any:
@@ -85,7 +91,7 @@ def together(stats: Statistics) -> None:
         for key, tensor in layer.sums():
             processes.sum_in_order([tensor], SUMS[key].join)
     tokens = [layer.tokens for layer in stats.layers.values()]
-    found = processes.gather((stats.images, tokens, stats.others, stats.answer))
+    found = processes.gather((stats.images, tokens, _on_host(stats.others), stats.answer))
     stats.answer = next((answer for *_, answer in found if answer), "")
     if not processes.first():
         begin_anew(stats)
@@ -93,7 +99,8 @@ def together(stats: Statistics) -> None:
     stats.images = sum(images for images, *_ in found)
     for layer, *counts in zip(stats.layers.values(), *(tokens for _, tokens, *_ in found), strict=True):
         layer.tokens = sum(counts)
-    for _, _, others, _ in found[1:]:
+    stats.others = {}
+    for _, _, others, _ in found:
         for name, lost in others.items():
             stats.others[name] = stats.others[name] + lost if name in stats.others else lost
 
@@ -113,9 +120,14 @@ def everywhere(stats: Statistics) -> None:
         return
     processes.spread(tensor for layer in stats.layers.values() for _, tensor in layer.sums())
     tokens = [layer.tokens for layer in stats.layers.values()]
-    stats.images, tokens, stats.others = processes.from_rank(0, (stats.images, tokens, stats.others))
+    stats.images, tokens, stats.others = processes.from_rank(0, (stats.images, tokens, _on_host(stats.others)))
     for layer, count in zip(stats.layers.values(), tokens, strict=True):
         layer.tokens = count
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is pickled would come back on the card of whoever sent it."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _here(value: Any) -> Any:
