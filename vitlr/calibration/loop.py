@@ -128,7 +128,9 @@ def calibrate(
                 continue
             if run is None:
                 found = probe(model, targets, one_image(inputs))
-                lost |= found.silent if loss_fn is not None else unreached(model, targets, one_image(inputs), output_fn)
+                if loss_fn is None:
+                    lost |= unreached(model, targets, one_image(inputs), output_fn, needs_gradient)
+                lost |= found.silent
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one_image(inputs))
