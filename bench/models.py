@@ -46,10 +46,10 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 - ranks, widths, bits: `method="lowrank"` and `"joint"` at `{BUDGETS["joint"]}`, `"bits"` at
   `{BUDGETS["bits"]}`. Widths are those of hidden neurons (MLPs) and of queries and keys (q·k): of how
   many of those that are there;
-- file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=` (torchvision's Swin and
-  MaxViT do at sizes other than those that torchvision has names for);
-- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank. Attention with a bias of positions (Swin,
-  BEiT) keeps its module, since no kernel of ours takes one;
+- file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=` (torchvision's Swin
+  and MaxViT do at sizes other than those that torchvision has names for);
+- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank. Attention with a bias of positions
+  (Swin, BEiT) keeps its module, since no kernel of ours takes one;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
   `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """

@@ -19,8 +19,8 @@ def main(
     classes = sum(path.is_dir() for path in Path(train).iterdir())
     model = vitlr.create_model(name, checkpoint=checkpoint, num_classes=classes)
 
+    judge = open_data(val, model, need_labels=True)  # first: a folder of other classes is refused before the work
     small = vitlr.compress(model, open_data(train, model, limit=1000), budget)
-    judge = open_data(val, model, need_labels=True)
     metrics = vitlr.evaluate(small, judge, reference=model)
     print("dense:", vitlr.evaluate(model, judge))
     print("small:", metrics)

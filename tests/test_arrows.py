@@ -42,11 +42,11 @@ WINGS = (
 
 
 def modules() -> dict[str, Path]:
-    """Every module by its dotted name without `vitlr.`; the package's own file, which re-exports, is none."""
+    """Every module by its dotted name without `vitlr.`; the package's own two are none."""
     found = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        name = ".".join(parts[:-1] if parts[-1] in ("__init__", "__main__") else parts)
         if name and parts[0] != "triton_kernels":  # a package of its own, which imports nothing of ours
             found[name] = path
     return found

@@ -112,6 +112,31 @@ def test_calibration_and_solving():
     assert said[solving][0] == f"{found['chain / loss']['ratio']:.1f} times faster"
 
 
+def test_calibration_of_large_models():
+    table, measured = rows(ROOT / "docs" / "scale.md"), results("bench/results/calibrate_fisher.json")
+    seconds = measured["seconds"]["calibrate fisher, hidden"] / measured["images"]
+    found = {row["model"]: row for row in results("bench/results/scale.json")["rows"]}
+    for name, key in (
+        ("ViT-B/16", "vit_base_patch16_224"),
+        ("ViT-L/16", "vit_large_patch16_224"),
+        ("ViT-g/14 of DINOv2", "vit_giant_patch14_dinov2"),
+    ):
+        row = found[key]
+        sizes = [
+            f"{row['bytes_layer'] / 1e6:.0f} MB",
+            f"{row['bytes_block'] / 1e6:.0f} MB",
+            f"{row['bytes'] / 1e9:.2f} GB",
+        ]
+        assert table[f"{name}, {row['blocks']} blocks"] == sizes
+        gflop, image, thousand, whole = table[name]
+        assert gflop == f"{row['gflop']:.0f}"
+        each = seconds * row["gflop"] / found["vit_base_patch16_224"]["gflop"]
+        assert float(image.split(",")[0]) == pytest.approx(each, abs=0.05)
+        minutes = float(thousand.split()[0]) * {"min": 1, "h": 60}[thousand.split()[1]]
+        assert minutes == pytest.approx(1000 * each / 60, rel=0.03)
+        assert whole == f"{each * 1281167 / 86400:.0f} days"
+
+
 def test_planning_of_large_models():
     table, found = rows(MEASURED), results("bench/results/planning.json")
     for name, key in (
@@ -209,3 +234,12 @@ def test_budgets_of_milliseconds_are_the_table_that_their_run_left():
         assert share / promised - 1 == pytest.approx(row["off"], abs=1e-6)
         cells = f"| {row['budget']} | {promised:.1%} | {share:.1%} ({told['measured_ms']:.1f} ms) | {row['off']:+.1%} |"
         assert cells in page and f"| {row['top1']:.2f} | {row['kl']:.4f} | {row['predicted_error']:.4f} |" in page
+
+
+def test_predictions():
+    """The ratios of measured to predicted loss, by kind."""
+    text = MEASURED.read_text().partition("How far predictions fall short, by kind")[2].partition("Alone,")[0]
+    for row in results("docs/results/predictions.json")["rows"]:
+        asked = row["asked"].removeprefix("bytes:").removeprefix("params:").replace("MB", " MB").replace("%", " ?%")
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row['kind']} |"))
+        assert re.search(rf"\b{asked} {row['kl'] / row['predicted']:.1f}\b", line), (row["kind"], row["asked"])

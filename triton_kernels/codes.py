@@ -1,7 +1,7 @@
-"""Codes of a compact residual inside kernels: bytes to values on fp32, in registers.
+"""Bytes inside kernels: codes of a compact residual to fp32 values, values to e4m3, and the scales of its rows.
 
-The layouts are those of `vitlr.ops.layers.codes`: int8; int4, two to a byte, even column low, 8 added; fp8, bits of
-e4m3fn.
+The layouts of residuals are those of `vitlr.ops.layers.codes`: int8; int4, two to a byte, even column low, 8 added;
+fp8, bits of e4m3fn.
 """
 
 from __future__ import annotations
@@ -50,3 +50,30 @@ def load_codes(R, n, live, k0, srn, srk, FORM: tl.constexpr, K: tl.constexpr, BK
             tl.static_assert(FORM == "int8", "unknown form")
             value = codes.to(tl.float32)
     return value
+
+
+LARGEST = tl.constexpr(416.0)
+"""What a row's scale is chosen for: e4m3 ends at 448, and a row that was rounded once may be 1/16 longer."""
+
+
+@triton.jit
+def scale_of(reach):
+    """The least power of two with `416 scale >= reach`, so that to divide by it rounds nothing; its inverse.
+
+    NaN where reach is NaN or Inf: a row's scale tells of it, whatever became of its bytes.
+    """
+    bits = tl.maximum(reach * (1.0 / LARGEST), 1e-30).to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFFFF) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True) + 0.0 * reach, (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def e4m3(p, BY_HAND: tl.constexpr):
+    """p in e4m3, to the nearest, ties to even, ends at ±448. BY_HAND: the interpreter's own carries are wrong."""
+    if BY_HAND:
+        # 2^-120 moves the least normal number to that of fp32, so that the exponents are the same, subnormals included.
+        bits = (tl.minimum(tl.abs(p), 448.0) * 7.52316384526264e-37).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+        bits = tl.where(p != p, 0x7F, bits) | tl.where(p < 0, 0x80, 0)
+        return bits.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    return p.to(tl.float8e4nv)

@@ -20,7 +20,6 @@ from .targets import Target, Unsupported, interpreting
 _TENSOR_CORES = {  # the instruction by which each architecture multiplies matrices
     "sm_90": r"wgmma\.mma_async",
     "sm_100": r"tcgen05\.mma",
-    "gfx942": r"v_mfma_",
 }
 _MMA = r"\bmma\.sync"
 
@@ -79,20 +78,11 @@ def compile_case(case: Case, target: Target) -> Report:
     attributes = {(names.index(name), *map(int, rest)): [["tt.divisibility", 16]] for name, *rest in paths}
     source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
     options: dict[str, Any] = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if target.backend == "hip":
-        options["num_stages"] = min(case.num_stages, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton's own remarks about its defaults
-        compiled = triton.compile(
-            source, GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32), options
-        )
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers = _largest(r"\.vgpr_count:\s*(\d+)", text)
-        spilled = 4 * _largest(r"\.vgpr_spill_count:\s*(\d+)", text)
-    else:
-        text = compiled.asm["ptx"]
-        registers, spilled = _resources(compiled.asm["cubin"])
+        compiled = triton.compile(source, GPUTarget(target.backend, target.arch, 32), options)
+    text = compiled.asm["ptx"]
+    registers, spilled = _resources(compiled.asm["cubin"])
     used = re.search(_TENSOR_CORES.get(target.name, _MMA), text) is not None
     problems = []
     if spilled:

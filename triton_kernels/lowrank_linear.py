@@ -81,7 +81,7 @@ def tiles(M: int, config: Config) -> int:
 def shared_memory(config: Config, r: int, residual: bool, dtype: torch.dtype) -> int:
     """Bytes of shared memory, at least what the compilers take: the larger of the two loops, which share it.
 
-    Compared with their figures for sm_80, sm_86, sm_89, sm_90 and gfx942.
+    Compared with their figures for sm_80, sm_86, sm_89 and sm_90.
     """
     BM, BN, BK, size, R = config.BM, config.BN, config.BK, dtype.itemsize, sum(two_powers(r))
     shrink = config.shrink_stages * BK * (BM + R) * size

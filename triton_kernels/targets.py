@@ -28,7 +28,7 @@ class Target:
         return self.name == "sm_90"
 
 
-# Shared memory a block can opt in to; CUDA programming guide, "Compute capabilities", and the CDNA 3 ISA guide.
+# Shared memory a block can opt in to; CUDA programming guide, "Compute capabilities".
 TARGETS = {
     target.name: target
     for target in (
@@ -38,7 +38,6 @@ TARGETS = {
         Target("sm_90", "cuda", 90, 227 * 1024, 132),
         Target("sm_100", "cuda", 100, 227 * 1024, 148),
         Target("sm_120", "cuda", 120, 99 * 1024, 170),
-        Target("gfx942", "hip", "gfx942", 64 * 1024, 304),
     )
 }
 INTERPRETER = Target("interpreter", "interpreter", 0, 227 * 1024, 132)
@@ -67,9 +66,9 @@ _cards: dict[torch.device, Target] = {}
 def _card(device: torch.device) -> Target:
     if device not in _cards:
         properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:  # whose numbers are others'
+            raise Unsupported(f"{properties.name} is no NVIDIA GPU, the kernels are made for {', '.join(TARGETS)}")
         name = f"sm_{properties.major}{properties.minor}"
-        if torch.version.hip is not None:
-            name = properties.gcnArchName.partition(":")[0]
         known = TARGETS.get(name)
         if known is None:
             raise Unsupported(f"{properties.name} is {name}, the kernels are made for {', '.join(TARGETS)}")

@@ -151,7 +151,7 @@ def decompose(
     *,
     centred: bool = False,
     damping: float = 0.1,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: Progress | bool | None = None,
 ) -> Spectra: ...
 def evaluate(

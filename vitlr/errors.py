@@ -1,5 +1,7 @@
 """What can go wrong, told apart by what the user can do about it."""
 
+from __future__ import annotations
+
 _MOST = 1200  # letters of a message
 
 
@@ -29,6 +31,16 @@ class RunError(VitlrError, RuntimeError):
 
 class NumericalError(RunError):
     """The numbers failed (exit status 1): NaN, Inf or no convergence; the message names the layer."""
+
+
+class ProcessLost(RunError):
+    """Another process of the run failed or died (exit status 1, or its own); the message is what it said."""
+
+    def and_then(self, advice: str) -> ProcessLost:
+        """The same error, which also says how to go on."""
+        error = ProcessLost(f"{self}; {advice}")
+        error.exit_status = self.exit_status
+        return error
 
 
 class Interrupted(KeyboardInterrupt):

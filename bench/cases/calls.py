@@ -15,11 +15,15 @@ from vitlr.ops.dispatch import registry
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op: `make(seed)` gives its arguments."""
+    """One call of an op: `make(seed)` gives its arguments.
+
+    `meant(*arguments)`: what the op means, in fp64, where its specification in fp64 rounds on the way.
+    """
 
     op: str
     label: str
     make: Callable[[int], tuple]
+    meant: Callable[..., Tensor] | None = None
 
     @property
     def dtype(self) -> str:
@@ -145,17 +149,6 @@ def residual_linear(
         return new(M, K), new(r, K, fan_in=K), new(N, r, fan_in=r), R, scale, new(N), form, group
 
     return Call("lowrank_residual_linear", f"{K}x{N} r={r} {form}/{group} M={M} {_name(dtype)}", make)
-
-
-def gram(T: int, n: int, dtype: torch.dtype, device: torch.device, weighted: bool = False) -> Call:
-    """`gram_update_` of T rows."""
-
-    def make(seed: int) -> tuple:
-        new = Random(seed, dtype, device)
-        C = torch.zeros(n, n, dtype=torch.float64, device=device)
-        return C, new(T, n), new(T, dtype=torch.float32).abs() if weighted else None
-
-    return Call("gram_update_", f"n={n} T={T}{' weighted' if weighted else ''} {_name(dtype)}", make)
 
 
 def chain(b: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> Call:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import calls
+from bench.cases import byte_calls, calls
 from bench.cases.calls import Call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -35,12 +35,16 @@ def small(device: torch.device, dtype: torch.dtype) -> Iterator[Call]:
     yield calls.mlp(70, 64, 96, 48, 24, None, dtype, device)
     for form, group in (("int8", 32), ("int4", 32), ("fp8", 64), ("blockdiag", 32)):
         yield calls.residual_linear(63, 128, 96, 24, form, group, dtype, device)
-    for weighted in (False, True):
-        yield calls.gram(150, 70, dtype, device, weighted)
     yield calls.chain(2, 40, 72, torch.float32, device)
     for packed in (False, True):
         yield calls.glu(63, 64, 80, 48, 24, 40, dtype, device, packed, residual=packed)
     yield calls.glu(63, 64, 80, 48, None, 24, dtype, device)
+    yield byte_calls.fp8_chain(63, (64, 24, 130, 40, 48), ("none", "gelu", "none", "none"), dtype, device, True, True)
+    for act in ("gelu_tanh", "silu", "sigmoid", "relu"):
+        yield byte_calls.fp8_chain(70, (90, 130, 33), (act, "none"), dtype, device)
+        yield byte_calls.int8_chain(70, (90, 130, 33), (act, "none"), dtype, device, True, True, more=3)
+    yield byte_calls.int8_chain(63, (64, 24, 130, 40, 48), ("none", "gelu", "none", "none"), dtype, device)
+    yield byte_calls.int8_attention(2, 17, 48, 3, dtype, device)
 
 
 def interpreted() -> list[dict[str, Any]]:
@@ -76,7 +80,7 @@ def check_call(call: Call, device: torch.device) -> Iterator[dict[str, Any]]:
 def references(call: Call, args: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """What plain torch gives in the call's dtype, and the specification in fp64."""
     reference = call.reference()
-    exact = _run(reference, _double(args))
+    exact = _run(reference, _double(args)) if call.meant is None else call.meant(*_double(args))
     return (_like_many_rows(call, args) if device.type == "cuda" else _run(reference, args)), exact
 
 

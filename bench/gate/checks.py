@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench.cases import calls, correctness
+from bench.cases import byte_calls, calls, correctness
 from bench.cases.calls import Call
 from bench.cases.shapes import geometry
 from bench.gate.tasks import Group, Task
@@ -20,6 +20,7 @@ RANKS = (64, 128, 224, 256)
 MLP = "lowrank_mlp"
 LINEAR = "lowrank_linear"
 RESIDUAL = "lowrank_residual_linear"
+FP8, INT8 = "fp8_chain", "int8_chain"
 COMPILED = 2.5  # planned seconds of a check for which Triton compiles
 LAUNCHED = 0.7  # and of one that only runs
 BUILD = "build csrc/cuda"
@@ -176,12 +177,6 @@ def triton_groups(device: torch.device) -> list[Group]:
         for M in (12608, 197)
         for form, group in FORMS
     ]
-    grams = [
-        calls.gram(12608, n, dtype, device, weighted)
-        for n in (768, 192)
-        for dtype in (BF16, FP32)
-        for weighted in (False, True)
-    ]
     glus = [glu(packed, device) for packed in (True, False)]
     chain = [calls.chain(48, 768, 768, FP32, device), calls.chain(2, 40, 72, FP32, device)]
     given = {
@@ -193,8 +188,22 @@ def triton_groups(device: torch.device) -> list[Group]:
         ("lowrank_glu", "triton.row_block"): [*glus, *_ragged(device, "lowrank_glu")],
         (RESIDUAL, "triton.one_pass"): [*residuals, *_ragged(device, RESIDUAL)],
         (RESIDUAL, "triton.two_pass"): [*residuals, *_ragged(device, RESIDUAL)],
-        ("gram_update_", "triton.split_rows"): [*grams, *_ragged(device, "gram_update_")],
         ("weighted_gram_chain", "triton.chain"): chain,
+        (FP8, "triton.bytes"): [
+            *(byte_mlp(FP8, M, r, device) for M in (12608, 197) for r in BYTE_MLPS),
+            *(byte_linear(FP8, 12608, N, device) for N in (2304, 768)),
+            byte_mlp(FP8, 50437, 224, device),
+            *_ragged(device, FP8),
+        ],
+        (INT8, "triton.bytes"): [
+            *(byte_mlp(INT8, M, r, device) for M in (12608, 197) for r in BYTE_MLPS),
+            byte_linear(INT8, 12608, 2304, device),
+            *_ragged(device, INT8),
+        ],
+        ("int8_attention", "triton.bytes"): [
+            byte_calls.int8_attention(8, 197, 768, 12, BF16, device),
+            *_ragged(device, "int8_attention"),
+        ],
     }
     # A kernel is compiled once for a dtype and tile: most of a candidate's calls find it there.
     groups = []
@@ -202,6 +211,23 @@ def triton_groups(device: torch.device) -> list[Group]:
         tasks = [check(call, candidate, COMPILED if index < 8 else 1.0) for index, call in enumerate(every)]
         groups.append(Group(f"{op} {candidate}", tasks))
     return groups
+
+
+BYTE_MLPS: tuple[int | str, ...] = (224, 384, "dense", "narrow")
+
+
+def byte_mlp(op: str, M: int, form: int | str, device: torch.device) -> Call:
+    """The MLP of ViT-B in bytes as it stands in a block: of that rank, dense, or narrowed to 1920 channels."""
+    low = (form, 3072, form) if isinstance(form, int) else (1920 if form == "narrow" else 3072,)
+    acts = ["none"] * (len(low) // 2) + ["gelu"] + ["none"] * (len(low) // 2 + 1)
+    make = byte_calls.fp8_chain if op == FP8 else byte_calls.int8_chain
+    return make(M, (768, *low, 768), acts, BF16, device, residual=True, norm=True)  # type: ignore[arg-type]
+
+
+def byte_linear(op: str, M: int, N: int, device: torch.device) -> Call:
+    """A linear from 768 channels to N in bytes, after its norm."""
+    make = byte_calls.fp8_chain if op == FP8 else byte_calls.int8_chain
+    return make(M, (768, N), ["none"], BF16, device, norm=True)
 
 
 FORMS = (("int8", 64), ("int4", 64), ("fp8", 128), ("blockdiag", 64))

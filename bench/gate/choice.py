@@ -82,7 +82,8 @@ def by_neighbours(rows: Sequence[Row]) -> tuple[float, str]:
 
 def key_of(row: Row, device: torch.device) -> Any:
     """The op's key of a row."""
-    fields = {**row["key"], "device": device}
+    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in row["key"].items()}
+    fields = {**listed, "device": device}  # JSON knows no tuples
     if "dtype" in fields:
         fields["dtype"] = getattr(torch, fields["dtype"])
     return registry._ops[row["op"]].key_type(**fields)

@@ -15,7 +15,7 @@ from bench.cases.calls import Call
 from bench.cases.clock import in_turns, input_sets, microseconds, prepared
 from bench.cases.correctness import Fault, judge, references
 from bench.gate import choice as choices
-from bench.gate import lines, models, parts, prepare, rivals
+from bench.gate import lines, models, parts, pipeline, prepare, rivals
 from bench.gate import solve as solvers
 from bench.gate.candidates import runner, why_not
 from bench.gate.tasks import Task
@@ -38,6 +38,7 @@ __all__ = [
     "row",
     "solve",
     "sweep",
+    "whole",
 ]  # the kinds of tasks
 
 
@@ -153,12 +154,13 @@ def row(worker: Worker, task: Task) -> Answer:
     del plain, exact
     candidates = list(functions)
     inputs = dict.fromkeys(functions, sets)
-    if task.given["dense"]:
-        dense = input_sets(rivals.inputs(task.given["dense"], sets[0], worker.device), worker.device)
-        for name in task.given["rivals"]:
-            if (call.op, name, task.dtype) not in bad:
-                functions[name] = rivals.function(name, task.given["dense"], call.op, worker.device)
-                inputs[name] = sets if name.startswith("torch") else dense
+    form, of_kind = task.given["dense"], {"own": sets}
+    for name in task.given["rivals"]:
+        if (call.op, name, task.dtype) not in bad:
+            functions[name], kind = rivals.function(name, form, call.op, worker.device), rivals.takes(name, form)
+            if kind not in of_kind:
+                of_kind[kind] = input_sets(rivals.inputs(kind, call.op, sets[0], worker.device), worker.device)
+            inputs[name] = of_kind[kind]
     runs = {}
     for name, function in functions.items():
         with Blamed(worker, "first replay", call.op, name, task.dtype) as held:
@@ -169,7 +171,7 @@ def row(worker: Worker, task: Task) -> Answer:
             runs[name] = run
     worker.begin("turns")
     us = in_turns(runs, {name: len(inputs[name]) for name in runs}, worker.device)
-    if any(name in runs for name in ("dense compiled", "torch compiled")):
+    if any(name.endswith(" compiled") for name in runs):
         torch.compiler.reset()
     value = {
         "op": call.op,
@@ -187,8 +189,9 @@ def compile(worker: Worker, task: Task) -> Answer:
     args = call.make(0)
     name = task.given["rival"]
     worker.begin("compile", task.op, name, task.dtype)
+    kind = rivals.takes(name, "mlp")
     function = rivals.function(name, "mlp", call.op, worker.device)
-    function(*(args if name.startswith("torch") else rivals.inputs("mlp", args, worker.device)(0)))
+    function(*(args if kind == "own" else rivals.inputs(kind, call.op, args, worker.device)(0)))
     synchronise(worker.device)
     return {"value": "compiled"}
 
@@ -199,6 +202,11 @@ def model(worker: Worker, task: Task) -> Answer:
     with choices.trusting(worker.device, lines.times(book), lines.excluded(book)):
         found = models.run(worker.kept, worker.device, worker.begin, **task.given)
     return {"value": found}
+
+
+def whole(worker: Worker, task: Task) -> Answer:
+    """Calibration and plan of a whole model, on the card and on the CPU."""
+    return {"value": pipeline.run(worker.device, worker.begin, **task.given)}
 
 
 def solve(worker: Worker, task: Task) -> Answer:

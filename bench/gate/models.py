@@ -23,8 +23,9 @@ from vitlr.nn import LowRankLinear
 from vitlr.surgery.fusion import fuse
 
 MODEL = "vit_base_patch16_224"
-OFF = 0.1
-"""How far the outputs of the fused model may be from those of plain products, relatively: bf16 in 48 layers."""
+OFF = {"fused": 0.1, "fp8": 0.4}
+"""How far outputs may be from those of plain products, relatively: bf16 in 48 layers, 8-bit floats in as many."""
+NAMES = ("dense", "products", "fused", "fp8", "dense fp8")
 
 
 def low_rank(dense: nn.Module, share: float, step: int = 16) -> nn.Module:
@@ -40,20 +41,28 @@ def low_rank(dense: nn.Module, share: float, step: int = 16) -> nn.Module:
     return _filled(restructure(copy.deepcopy(dense), layers))
 
 
-def joint(dense: nn.Module, width: float = 0.625, rank: float = 0.3) -> nn.Module:
-    """A copy in the form of a joint plan: every MLP narrowed, three linears of 48 low-rank, as such plans of ViT-B are.
+def joint(dense: nn.Module, share: float, rank: float = 0.3, least: float = 0.25) -> nn.Module:
+    """A copy in the form of a joint plan: MLPs as narrow as `share` of the parameters asks, three qkv low-rank.
 
-    Which channels and layers go is decided by nothing: the time depends on shapes alone.
+    Where that would leave less than `least` of the MLPs, more linears of attention are low-rank. Which channels and
+    layers go is decided by nothing: the time depends on shapes alone.
     """
-    layers: dict[str, dict[str, Any]] = {}
-    for mlp in find_mlps(dense).values():
-        layers[mlp.name] = {"width": int(mlp.width * width) // 16 * 16}
-    names = [name for name in linears.targets(dense) if name.endswith("qkv")]
-    for name in names[:: max(1, len(names) // 3)][:3]:
+    mlps, layers = list(find_mlps(dense).values()), {}
+    inside = [name for name in linears.targets(dense) if name.endswith(("qkv", "proj"))]
+    three = [name for name in inside if name.endswith("qkv")]
+    three = three[:: max(1, len(three) // 3)][:3]
+    over = count_params(dense) * (1 - share)  # what has to go
+    for name in [*three, *(name for name in inside if name not in three)]:
+        width = 1 - over / sum(sum(p.numel() for p in mlp.module.parameters()) for mlp in mlps)
+        if name not in three and width >= least:
+            break
         linear = dense.get_submodule(name)
         N, K = linear.out_features, linear.in_features
-        layers[name] = {"rank": max(8, int(rank * K) // 8 * 8), "in_features": K, "out_features": N}
-        layers[name]["bias"] = linear.bias is not None
+        r = max(8, int(rank * K) // 8 * 8)
+        layers[name] = {"rank": r, "in_features": K, "out_features": N, "bias": linear.bias is not None}
+        over -= N * K - r * (N + K)
+    width = 1 - over / sum(sum(p.numel() for p in mlp.module.parameters()) for mlp in mlps)
+    layers |= {mlp.name: {"width": max(16, int(mlp.width * width) // 16 * 16)} for mlp in mlps}
     return _filled(restructure(copy.deepcopy(dense), layers))
 
 
@@ -76,12 +85,11 @@ def _filled(model: nn.Module) -> nn.Module:
 
 
 def planned(dense: nn.Module, plan: str) -> nn.Module:
-    """A compressed copy by the plan's name: `joint`, `ranks R` or `params:P%`."""
-    if plan == "joint":
-        return joint(dense)
+    """A compressed copy by the plan's name: `ranks R`, `params:P%` or `joint params:P%`."""
     if plan.startswith("ranks "):
         return fixed_rank(dense, int(plan.removeprefix("ranks ")))
-    return low_rank(dense, float(plan.removeprefix("params:").removesuffix("%")) / 100)
+    share = float(plan.rpartition(":")[2].removesuffix("%")) / 100
+    return joint(dense, share) if plan.startswith("joint") else low_rank(dense, share)
 
 
 @torch.inference_mode()
@@ -92,12 +100,13 @@ def run(
     plan: str,
     batch: int,
     mode: str = "graph",
-    names: tuple[str, ...] = ("dense", "products", "fused"),
+    names: tuple[str, ...] = NAMES,
     make: Callable[[], nn.Module] = lambda: create_model(MODEL),
 ) -> list[dict[str, Any]]:
     """Rows {plan, batch, model, mode, images_per_s, peak_mb, off} of the dense model and of the compressed one.
 
-    `off`: ‖fused − products‖ / ‖products‖ of the outputs, where kernels run at shapes that nobody checked.
+    `off`: ‖fused − products‖ / ‖products‖ of the outputs, and of "fp8" likewise, where kernels run at shapes that
+    nobody checked.
     `kept` holds the models of the last plan from one call to the next.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -106,10 +115,12 @@ def run(
         torch.manual_seed(0)
         kept["made"] = make().eval()
         kept["dense"] = copy.deepcopy(kept["made"]).to(device, dtype)
+        kept["dense fp8"] = fuse(kept["dense"], bits="fp8")
     if kept.get("plan") != plan:
         small = planned(kept["made"], plan).eval()
         pair = {"products": two_gemms(small), "fused": fuse(small)}
         kept |= {"plan": plan, **{name: model.to(device, dtype) for name, model in pair.items()}}
+        kept["fp8"] = fuse(small.to(device, dtype), bits="fp8")
     models = {name: kept[name] for name in names}
     size = (3, *kept["made"].patch_embed.img_size)
     x = torch.randn(batch, *size, device=device, dtype=dtype)
@@ -120,7 +131,8 @@ def run(
         outputs[name] = functions[name](x).double()
     if mode != "graph":
         outputs["products"] = kept["products"](x).double()
-    off = float((outputs["fused"] - outputs["products"]).norm() / outputs["products"].norm())
+    plain = outputs["products"]
+    off = {name: float((outputs[name] - plain).norm() / plain.norm()) for name in OFF if name in outputs}
     begin("turns")
     us = microseconds(functions, [(x,)], device, rounds=10, graphs=mode != "eager")
     return [
@@ -131,7 +143,7 @@ def run(
             "mode": mode,
             "images_per_s": round(1e6 * batch / value, 1),
             "peak_mb": _peak(functions[name], x, device),
-            "off": off if name == "fused" else None,
+            "off": off.get(name),
         }
         for name, value in us.items()
     ]

@@ -19,11 +19,15 @@ from bench.gate import lines
 from bench.gate.checks import (
     BF16,
     BUILD,
+    BYTE_MLPS,
     FORMS,
+    FP8,
     FP32,
+    INT8,
     LINEAR,
     MLP,
     RANKS,
+    byte_mlp,
     check,
     cuda_groups,
     glu,
@@ -32,6 +36,7 @@ from bench.gate.checks import (
     triton_groups,
 )
 from bench.gate.lines import Line
+from bench.gate.models import NAMES
 from bench.gate.tasks import Group, Phase, Task, Window
 
 DEBUG_BUILD = f"{BUILD}, debug"
@@ -73,6 +78,7 @@ def row(call: Call, dense: str = "", rivals: Sequence[str] = (), seconds: float 
 
 EPILOGUES = ("dense", "dense epilogue", "torch epilogue")
 COMPILED_RIVALS = ("dense compiled", "torch compiled")
+FP8_RIVAL = "dense fp8 compiled"
 
 
 def mlp_row(call: Call, seconds: float, compiled: bool = False) -> Task:
@@ -81,10 +87,17 @@ def mlp_row(call: Call, seconds: float, compiled: bool = False) -> Task:
     return row(call, "mlp", rivals, seconds)
 
 
+def byte_row(op: str, M: int, form: int | str, device: torch.device, seconds: float) -> Task:
+    """The MLP of a block in bytes against the dense one in bf16 and in fp8, and against four products of bf16."""
+    four = ("four epilogue",) if isinstance(form, int) else ()
+    return row(byte_mlp(op, M, form, device), "mlp", ("dense", "dense epilogue", *four, FP8_RIVAL), seconds)
+
+
 def window_one(device: torch.device) -> Window:
     """What is right, and the first times."""
     cuda, triton = cuda_groups(device), triton_groups(device)
-    checks = [build(), *triton[:1], *cuda, *triton[1:]]
+    whole = Group("whole", [Task("whole", "calibration and plan of a ViT-B", deadline=90, seconds=30)])
+    checks = [build(), whole, *triton[:1], *cuda, *triton[1:]]
     timed = [mlp_row(mlp(M, r, device), 3.0 if M < 20000 else 5.0) for M in (12608, 50432) for r in RANKS]
     timed += [mlp_row(mlp(197, r, device), 2.0) for r in RANKS]
     timed += [row(linear(layer, 12608, 128, device), "linear", ("dense",), 1.5) for layer in ("fc1", "fc2", "qkv")]
@@ -105,26 +118,41 @@ def grid(device: torch.device) -> list[Task]:
     """Rows of window 2 after those of MLPs: ViT-B's linears, then other operations and models."""
     rows = [
         row(linear(layer, M, r, device), "linear", ("dense",), 0.8)
-        for M in (12608, 197, 50432)
-        for r in (64, 128, 224)
+        for M in (12608, 197)
+        for r in (128, 224)
         for layer in ("fc1", "fc2", "qkv", "proj")
     ]
     for M in (197, 12608):
         rows += [
             row(calls.residual_linear(M, 768, 2304, 32, *form, BF16, device), "linear", ("dense",), 1.0)
             for form in FORMS
+            if form[0] in ("int8", "fp8")
         ]
     for model, r in (("small", 64), ("large", 192), ("huge", 192)):
         g = geometry({"huge": "vit_huge_patch14_224"}.get(model, f"vit_{model}_patch16_224"))
         call = calls.mlp(64 * g.tokens, g.width, g.hidden, g.width, r, r, BF16, device)
-        rows.append(mlp_row(call, 3.0))
+        rows.append(mlp_row(call, 2.5))
     rows += [row(glu(packed, device), seconds=1.5) for packed in (True, False)]
-    rows += [row(calls.gram(12608, n, BF16, device), seconds=1.0) for n in (768, 192)]
     rows += [row(calls.chain(48, 768, 768, dtype, device), seconds=1.0) for dtype in (torch.float64, FP32)]
-    return rows
+    return [*rows, *byte_rows(device)]
 
 
-PLANS = ("params:40%", "joint", "ranks 128")
+def byte_rows(device: torch.device) -> list[Task]:
+    """MLPs in bytes, as plans of ViT-B need them."""
+    rows = [byte_row(FP8, 12608, form, device, 2.5) for form in BYTE_MLPS]
+    return [*rows, byte_row(FP8, 50432, 224, device, 3.0), byte_row(INT8, 12608, 224, device, 2.5)]
+
+
+PLANS = (
+    ("joint params:60%", (64, 256, 1)),
+    ("joint params:80%", (64, 256)),
+    ("joint params:40%", (64, 256)),
+    ("params:40%", (64, 256, 1)),
+    ("ranks 128", (64, 256, 1)),
+)
+"""Plans of ViT-B and the batches that they run with."""
+SECONDS = {64: 3.0, 256: 3.5, 1: 2.0}
+"""What a model is planned to take at a batch."""
 SOLVERS = (
     "torch.linalg.eigh, batched",
     "loop of torch.linalg.eigh",
@@ -145,23 +173,23 @@ def _seconds(solver: str) -> float:
     return 5.0 if solver == SOLVERS[0] else 3.0 if "loop" in solver else 0.9
 
 
+def _compiles(shapes: Sequence[Call], device: torch.device) -> list[Group]:
+    """What torch.compile makes of rivals, in lanes of their own."""
+
+    def task(call: Call, name: str) -> Task:
+        return Task("compile", f"{name}, {call.label}", call.op, name, call.dtype, {"call": call, "rival": name}, 60, 7)
+
+    # The rival of the other rows of bytes is the dense MLP of these.
+    eights = [row.given["call"] for row in byte_rows(device) if "224" in row.call or "1920" in row.call]
+    lanes = [[task(call, name) for call in shapes[index::4] for name in COMPILED_RIVALS] for index in range(4)]
+    lanes += [[task(call, FP8_RIVAL) for call in eights[index::2]] for index in range(2)]
+    return [Group(f"torch.compile {index}", lane) for index, lane in enumerate(lanes)]
+
+
 def window_two(device: torch.device) -> Window:
     """Everything else, for what window 1 found right."""
     shapes = [mlp(M, r, device) for M in (12608, 50432) for r in (128, 224, 64, 256)]
     shapes += [mlp(M, r, device) for M in (197, 1576) for r in (128, 64)]
-    compiles = [
-        Group(
-            f"torch.compile {index}",
-            [
-                Task(
-                    "compile", f"{name}, {call.label}", call.op, name, call.dtype, {"call": call, "rival": name}, 60, 7
-                )
-                for call in shapes[index::4]
-                for name in COMPILED_RIVALS
-            ],
-        )
-        for index in range(4)
-    ]
     checks = [
         Group(f"{op} {name}", [check(task.given["call"], name, 1.5) for task in grid(device) if task.op == op])
         for op, name in (
@@ -170,6 +198,8 @@ def window_two(device: torch.device) -> Window:
             (LINEAR, "cuda.cluster"),
             (MLP, "triton.row_block"),
             (MLP, "cuda.sm90"),
+            (FP8, "triton.bytes"),
+            (INT8, "triton.bytes"),
         )
     ]
     checks = [Group(g.name, g.tasks, BUILD if "cuda" in g.name else "") for g in checks]
@@ -182,29 +212,37 @@ def window_two(device: torch.device) -> Window:
     ]
     sweeps.append(tiles[1])
     models = [
-        Task("model", f"{plan} batch {batch} graph", given={"plan": plan, "batch": batch}, deadline=60, seconds=3.0)
-        for plan in PLANS
-        for batch in (64, 256, 1)
+        Task("model", f"{plan} batch {batch} graph", "", "", "", {"plan": plan, "batch": batch}, 60, SECONDS[batch])
+        for plan, batches in PLANS
+        for batch in batches
     ]
-    compiled = {"plan": PLANS[-1], "batch": 64, "mode": "compiled", "names": ("dense", "fused")}
+    eager = {"batch": 64, "mode": "eager", "names": NAMES[1:]}
+    first = [
+        Task("model", f"{plan}, for the compiler's cache", given={"plan": plan, **eager}, deadline=60, seconds=15)
+        for plan, _ in PLANS
+    ]
+    last = PLANS[-1][0]
+    compiled = {"plan": last, "batch": 64, "mode": "compiled", "names": ("dense", "fused")}
     cell, warm = (
-        Task("model", f"{PLANS[-1]} batch 64 {label}", given=compiled, deadline=60, seconds=seconds)
+        Task("model", f"{last} batch 64 {label}", given=compiled, deadline=60, seconds=seconds)
         for label, seconds in (("compiled", 12), ("compiled, for the compiler's cache", 50))
     )
     solvers = [
         Task("solve", name, "batched_solve", name, "float64", {"solver": name}, 30.0, _seconds(name))
         for name in SOLVERS
     ]
-    ahead = [build(), Group("compiled model", [warm]), Group("tiles", tiles[:1]), *compiles, *checks]
+    apart = [Group("compiled model", [warm]), Group("tiles", tiles[:1]), *(Group(task.call, [task]) for task in first)]
+    ahead = [*apart, *_compiles(shapes, device), *checks]
+    ahead = [build(), *sorted(ahead, key=lambda group: -group.seconds)]
     return Window(
         "window 2",
         [
             Phase("ceilings", 6, lambda found: [_ceilings()]),
             Phase("precompile", 60, lambda found: ahead, lanes=10),
             Phase("MLPs", 45, lambda found: [Group("MLPs", [mlp_row(call, 3.5, compiled=True) for call in shapes])]),
-            Phase("grid", 58, lambda found: [Group("grid", grid(device))]),
+            Phase("grid", 47, lambda found: [Group("grid", grid(device))]),
             Phase("tuning", 20, lambda found: [Group("tuning", sweeps)]),
-            Phase("models", 43, lambda found: [Group("models", [*models, cell])]),
+            Phase("models", 54, lambda found: [Group("models", [*models, cell])]),
             Phase("solve", 18, lambda found: [Group("solve", solvers)]),
             Phase("choice", 4, lambda found: [Group("choice", [Task("choice", "of every row", seconds=2)])]),
         ],

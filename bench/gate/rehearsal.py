@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import calls
+from bench.cases import byte_calls, calls
 from bench.cases.calls import Call
 from bench.common import ROOT
 from bench.gate import lines, report
@@ -44,18 +44,28 @@ def _linear(M: int, dtype: torch.dtype = FP32) -> Call:
     return calls.linear(M, 32, 48, 16, dtype, CPU)
 
 
+def _bytes() -> Call:
+    return byte_calls.fp8_chain(20, (32, 16, 40, 16, 32), ("none", "gelu", "none", "none"), FP32, CPU, True, True)
+
+
 def _first() -> Window:
-    mlp, gram = calls.mlp(20, 32, 40, 32, 16, 16, FP32, CPU), calls.gram(40, 24, FP32, CPU)
+    mlp, chain = calls.mlp(20, 32, 40, 32, 16, 16, FP32, CPU), calls.chain(2, 24, 40, FP32, CPU)
     right = [
         Group("linear", [check(_linear(M, dtype), "triton.row_block") for M in (17, 33) for dtype in (FP32, FP16)]),
         Group("mlp", [check(mlp, "triton.row_block")]),
-        Group("gram", [check(gram, "triton.split_rows")]),
+        Group("chain", [check(chain, "triton.chain")]),
+        Group("bytes", [check(_bytes(), "triton.bytes")]),
+        Group("whole", [Task("whole", "calibration and plan", given={"images": 4, "batch": 2, "make": _tiny})]),
     ]
     early = [name for name in FAULTS if name != "fault.hangs_later"]  # that one is right until it is timed
     wrong = [Group(name, [check(_linear(M), name) for M in (17, 18, 33)]) for name in early if name != "fault.hangs"]
     wrong.append(Group("fault.hangs", [_until(3.0, check(_linear(M), "fault.hangs")) for M in (17, 18, 33)]))
     rivals = ("dense", "dense epilogue", "torch epilogue")
-    timed = [row(mlp, "mlp", rivals), _until(10.0, row(_linear(33), "linear", ("dense",)))]
+    timed = [
+        row(mlp, "mlp", rivals),
+        row(_bytes(), "mlp", ("dense", "four epilogue")),
+        _until(10.0, row(_linear(33), "linear", ("dense",))),
+    ]
     ceilings = Group("ceilings", [Task("ceilings", "copy and product", anew=True)])
     return Window(
         "rehearsed window 1",
@@ -82,7 +92,7 @@ def _second() -> Window:
     tiny = {"batch": 2, "make": _tiny}
     models = [
         Task("model", f"{plan} batch 2 {mode}", given={"plan": plan, "mode": mode, **tiny}, deadline=60)
-        for plan, mode in (("ranks 8", "graph"), ("params:60%", "graph"), ("joint", "graph"), ("joint", "compiled"))
+        for plan, mode in PLANS
     ]
     sizes = {"count": 3, "n": 48, "rank": 8}
     solvers = [
@@ -99,6 +109,14 @@ def _second() -> Window:
             Phase("choice", 30, lambda found: [Group("choice", [Task("choice", "of every row")])]),
         ],
     )
+
+
+PLANS = (
+    ("ranks 8", "graph"),
+    ("params:60%", "graph"),
+    ("joint params:60%", "graph"),
+    ("joint params:60%", "compiled"),
+)
 
 
 def _tiny() -> torch.nn.Module:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from bench.common import write_json
-from bench.gate import choice, lines, models, solve
+from bench.gate import choice, lines, models, pipeline, solve
 from bench.gate.lines import Line
 from vitlr.ops.dispatch import measured, registry
+from vitlr.ops.dispatch.ceilings import peaks
 
 CPU = torch.device("cpu")
 
@@ -44,11 +45,16 @@ def red(found: Sequence[Line]) -> list[str]:
     for line in lines.results(found).values():
         if line.get("fault") and not line["candidate"]:
             told.append(f"{line['id']}: {line['fault']}, {line['detail']}")
+        if line["kind"] == "whole" and line.get("value") and not line["value"]["off"] <= pipeline.OFF:
+            told.append(f"{line['id']}: {line['value']['sum']} is {line['value']['off']:.2g} off the CPU's")
         if line["kind"] == "solve" and line.get("value"):
             told += solve.failures(line["value"])
         if line["kind"] == "model" and line.get("value"):
-            off = [row["off"] for row in line["value"] if row["off"] is not None]
-            told += [f"{line['id']}: with kernels {one:.2g} off plain products" for one in off if not one <= models.OFF]
+            told += [
+                f"{line['id']}: {row['model']} is {row['off']:.2g} off plain products"
+                for row in line["value"]
+                if row["off"] is not None and not row["off"] <= models.OFF[row["model"]]
+            ]
         if line["kind"] == "build" and line.get("value") and "debug" not in line["call"]:
             told += [f"{kernel} spills" for kernel in line["value"]["spilled"]]
         if line["kind"] == "choice" and line.get("value"):
@@ -69,13 +75,14 @@ def markdown(found: Sequence[Line]) -> str:
     )
     parts = [head, facts]
     if limits is not None:
-        peak = max(limits.flops_per_s.values())
+        peak = limits.flops_per_s[torch.bfloat16]
         parts.append(
             f"Measured ceilings: copy {limits.bytes_per_s / 1e12:.2f} TB/s, bf16 product {peak / 1e12:.0f} TFLOP/s."
         )
     parts += [_section("What failed", _list(red(found))), _section("What is right", _checks(found))]
     parts += [_section("Times", _times(found, limits)), _section("Plans of the CUDA kernel", _sweeps(found))]
     parts += [_section("Whole models", _models(found)), _section("Batched solve", _solves(found))]
+    parts.append(_section("Calibration and plan on the card, beside other checks", _whole(found)))
     rows = lines.times(found)
     if len(rows) > 1:
         ratio, where = choice.by_neighbours(rows)
@@ -89,8 +96,7 @@ def ceilings(found: Sequence[Line]) -> registry.Ceilings | None:
     value = lines.value(found, "ceilings")
     if value is None:
         return None
-    peak = value["flops_per_s"]
-    return registry.Ceilings("measured", value["bytes_per_s"], {torch.bfloat16: peak, torch.float16: peak})
+    return registry.Ceilings("measured", value["bytes_per_s"], peaks(value["flops_per_s"]))
 
 
 def _machine(found: Sequence[Line]) -> dict[str, Any]:
@@ -166,6 +172,16 @@ def _models(found: Sequence[Line]) -> str:
             ratio = f"{r['images_per_s'] / dense:.2f}x"
             cells.append((r["plan"], r["batch"], r["mode"], r["model"], f"{r['images_per_s']:.0f}", ratio, peak))
     return _table(("plan", "batch", "mode", "model", "images/s", "of dense", "peak MB"), cells)
+
+
+def _whole(found: Sequence[Line]) -> str:
+    cells = []
+    for line in lines.results(found).values():
+        if line["kind"] == "whole" and (value := line.get("value")):
+            peak = "" if value["peak_mb"] is None else f"{value['peak_mb']:.0f}"
+            far = f"{value['off']:.1e} ({value['sum']})"
+            cells.append((line["call"], far, f"{value['images_per_s']:.0f}", peak, f"{value['plan_s']:.1f}"))
+    return _table(("what", "furthest off the CPU's", "images/s", "peak MB", "plan, s"), cells)
 
 
 def _solves(found: Sequence[Line]) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from commandline import NAME, TINY
 
-from vitlr.cli.commands import bench_engines
+from vitlr.engines import names, runners
 from vitlr.engines.running import ENGINES, Engine
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -15,7 +15,7 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 
 def test_every_engine_is_timed_and_judged_beside_the_others(run, squeeze, image_folder, tmp_path):
     run(*squeeze())
-    engines = [name for name in ("torch", *ENGINES, "vitlr") if name != "openvino" or bench_engines.is_installed(name)]
+    engines = [name for name in ("torch", *ENGINES, "vitlr") if name in names.installed()]
     asked = ("--engines", ",".join(engines), "-b", "1,2", "--repeats", "2", "--data", image_folder(name="val"))
     answer = run("bench", tmp_path / "small.safetensors", *asked, "--json").json
     assert [(row["batch_size"], row["engine"]) for row in answer["results"]] == [
@@ -38,14 +38,14 @@ def test_the_table_fits_eighty_columns(run, weights, image_folder):
 
 
 def test_all_are_those_that_are_installed(monkeypatch):
-    monkeypatch.setattr(bench_engines, "is_installed", lambda name: name == "openvino")
-    assert bench_engines.parse_engines("all") == ("torch", "compile", "openvino", "vitlr")
+    monkeypatch.setattr(names, "is_installed", lambda name: name != "onnxruntime")
+    assert names.parse_engines("all") == ("torch", "compile", "openvino", "vitlr")
 
 
 def test_compiled_it_runs_on_plain_torch(tiny_vit, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: seen.append((model, dynamic)) or model)
-    made = bench_engines._runners(tiny_vit(), ("torch", "compile"), tmp_path, "float32")
+    made = runners.runners(tiny_vit(), ("torch", "compile"), tmp_path)
     assert list(made) == ["torch", "compile"] and seen == [(made["torch"].model, False)]
     assert not any(isinstance(runner, Engine) for runner in made.values())
 

@@ -26,6 +26,7 @@ def test_a_narrower_model_is_written_and_read(run, squeeze, tmp_path, method):
     assert rows and all(row["width"] <= row["full_width"] == 128 for row in rows)
     seen = run("inspect", tmp_path / "small.safetensors").out
     assert re.search(r"^blocks\.\d\.mlp +narrowed +\d+ of 128 +hidden width kept$", seen, re.MULTILINE)
+    assert max(map(len, seen.splitlines()[:-6])) <= 80  # below, the name is the file's path
 
 
 def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(run, refused, squeeze, tmp_path):
@@ -121,6 +122,7 @@ def test_attention_may_lose_heads_or_channels(run, refused, squeeze, tmp_path):
     assert run(*channels).status == 0
     seen = run("inspect", tmp_path / "small.safetensors").out
     assert re.search(r"^blocks\.\d\.attn\.\w+ +narrowed +\d+/\d+ x \d+/\d+ +channels kept$", seen, re.MULTILINE)
+    assert max(map(len, seen.splitlines()[:-6])) <= 80
     assert run(*squeeze("--stats", stats, "--method", "widths+ranks", *STEPS)).status == 0
 
 

@@ -18,10 +18,12 @@ def test_the_page_is_written_with_its_figures(run, squeeze, tmp_path, weights, t
     vitlr.save(model, dense)
     given = ["--data", tmp_path / "folder", "--reference", dense, "--stats", tmp_path / "stats.safetensors"]
     files = [tmp_path / "small.safetensors", tmp_path / "copy.safetensors"]
-    values = run("report", *files, *given, "-o", tmp_path / "page", "--pictures", "2", "--json").json
+    values = run(
+        "report", *files, *given, "-o", tmp_path / "page", "--pictures", "2", "--engines", "torch", "--json"
+    ).json
     assert values["bytes"] == (tmp_path / "page" / "report.html").stat().st_size < 3e6
     assert len(values["figures"]) == 7
-    text = run("report", files[0], "-o", tmp_path / "page").out
+    text = run("report", files[0], "-o", tmp_path / "page", "--engines", "vitlr").out
     assert text.startswith(f"wrote {tmp_path}/page/report.html: ")
 
 
@@ -33,5 +35,6 @@ def test_what_can_be_refused_first_is(refused, tmp_path, unread):
     assert "goes with --reference" in refused("report", small, "-o", tmp_path / "p", *checkpoint)
     assert "no such file" in refused("report", small, "-o", tmp_path / "p", "--reference", NAME)
     assert "cannot read --class-names" in refused("report", small, "-o", tmp_path / "p", "--class-names", small)
+    assert "'magic' is unknown" in refused("report", small, "-o", tmp_path / "p", "--engines", "torch,magic")
     small.write_text("")
     assert "is a file, expected a folder" in refused("report", small, "-o", small)

@@ -48,6 +48,7 @@ def test_rows_are_those_of_the_models_in_their_files(model, opened, tmp_path):
         judged = vitlr.evaluate(small, opened[1], model)
         assert row.bytes == path.stat().st_size and row.top1 == judged.top1 and row.agreement == judged.agreement
         assert row.kl == pytest.approx(judged.kl) and row.ms > 0 and row.speedup > 0
+        assert row.ms * row.speedup == pytest.approx(dense.ms), "the table agrees with itself"
         assert small.vitlr_info["plan"]["budget"] == row.name and small.vitlr_info["recipe"]["images"] == 20
     assert bits.bytes <= 0.5 * dense.bytes and ranks.params <= 0.7 * dense.params and ranks.macs < dense.macs
     assert bits.method in ("bits", "mix") and ranks.method == "joint" and not ranks.rounds_only

@@ -18,7 +18,7 @@ from vitlr.errors import InputError
 from vitlr.reporting import disagreement, page
 from vitlr.reporting.judging import Judge
 from vitlr.reporting.layers import by_kind, place
-from vitlr.reporting.report import report
+from vitlr.reporting.report import report as report_in
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 EVIL = "<script>alert('1')</script>\"><img src=http://evil.example/x onerror=alert(1)>$x_1$"
@@ -30,6 +30,11 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def report(*given, **more):
+    """The page, its models timed in nothing but what is here anyway."""
+    return report_in(*given, **{"engines": ("torch",), **more})
 
 
 class Seen(HTMLParser):
@@ -102,10 +107,46 @@ def test_the_page_needs_nothing_else_and_says_what_was_measured(made, batches, t
     assert len(inside) == 7 and all("<svg" in svg and "attn.qkv" in svg for svg in inside[1:])
 
 
+def test_one_file_makes_no_figure_of_one_dot_and_words_are_explained(made, batches, tmp_path):
+    path = report(made[2][0], tmp_path / "out", validation=batches, reference=made[0])
+    seen = check_alone(path.read_text())
+    assert not (tmp_path / "out" / "accuracy.svg").exists() and "top-1, %" in seen.words
+    assert all(word in seen.words for word in ("What these words mean", "predicted error", "MACs", "agreement"))
+
+
 def test_without_images_the_dense_model_is_that_of_the_file(made, tmp_path):
     seen = check_alone(report(made[2][0], tmp_path / "out").read_text())
     assert "dense" in seen.words and "No images were given" in seen.words and "top-1" not in seen.words
-    assert "fused" in seen.words
+    assert "plain torch" in seen.words and "vitlr's kernels, fused" in seen.words and "OpenVINO" not in seen.words
+
+
+def test_blocks_are_counted_and_a_small_model_is_told_in_millions_of_macs(made, tmp_path):
+    seen = check_alone(report(made[2][0], tmp_path / "out").read_text())
+    assert "MACs, M" in seen.words and "MACs 0.00" not in seen.words
+    drawn = (tmp_path / "out" / f"{made[2][0].stem}_kept.svg").read_text()
+    assert "block</text>" in drawn and not re.search(r">\s*\d+\.\d+\s*</text>", drawn), "no half of a block"
+
+
+def test_time_is_told_by_engine_and_who_cannot_run_a_model_is_named(made, tmp_path, monkeypatch):
+    from vitlr.engines import runners
+    from vitlr.engines.names import installed
+    from vitlr.errors import RunError
+
+    there = [name for name in installed() if name in runners.OTHERS]
+    if not there:
+        pytest.skip("neither ONNX Runtime nor OpenVINO is installed")
+    called = [{"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[name] for name in there]
+    seen = check_alone(report(made[2][0], tmp_path / "out", engines=None).read_text())
+    assert all(name in seen.words for name in called) and "torch.compile" not in seen.words
+    assert "dense, 1 at once" in seen.words and "dense, 8 at once" in seen.words
+
+    def fails(model, path):
+        raise RunError("no such operation in ONNX")
+
+    monkeypatch.setattr(runners, "export", fails)
+    seen = check_alone(report(made[2][0], tmp_path / "out", engines=there).read_text())
+    assert f"Not timed: small in {', '.join(there)}: no such operation in ONNX" in seen.words
+    assert not any(name in seen.words for name in called) and "plain torch" in seen.words
 
 
 def test_hostile_names_become_text(made, batches, tmp_path):

@@ -11,10 +11,12 @@ import triton.language as tl
 from tolerance import assert_close_to
 
 from vitlr.ops.layers.activations import ACTIVATIONS
+from vitlr.ops.layers.fp8_chain import scale_of
 from vitlr.triton_kernels.activations import INSTRUCTIONS, activate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+ALL = {**DTYPES, torch.float8_e4m3fn: tl.float8e4nv}
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def apply(p: torch.Tensor, act: str, dtype: torch.dtype) -> torch.Tensor:
     """`activate` on fp32 values, before they are rounded to dtype."""
     p = p.float().to(DEVICE)
     y = torch.full_like(p, math.nan)
-    _kernel[(triton.cdiv(len(p), 65536),)](p, y, len(p), act, DTYPES[dtype], 65536)
+    _kernel[(triton.cdiv(len(p), 65536),)](p, y, len(p), act, ALL[dtype], 65536)
     return y.cpu()
 
 
@@ -36,6 +38,17 @@ def every(dtype: torch.dtype) -> torch.Tensor:
     """All finite numbers of a 16-bit dtype."""
     values = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
     return values[values.isfinite()]
+
+
+def test_gelu_for_e4m3_is_a_ninth_of_half_a_step_away_at_most():
+    # A row that holds p has a scale of |p| / 416 at least, a power of two, and steps no finer than 2^-9 of that.
+    p = torch.cat([torch.linspace(-30, 30, 200_001), every(torch.float16).float()])
+    exact = EXACT["gelu"](p.double())
+    least = scale_of(p.abs()).double()
+    exponent = torch.frexp((exact.abs() / least).clamp_min(2.0**-6))[1] - 1
+    error = (apply(p, "gelu", torch.float8_e4m3fn).double() - exact).abs() / least
+    worst = (error / torch.ldexp(torch.ones_like(exact), exponent - 4)).max().item()
+    assert 0.09 <= worst <= 0.11, worst  # no looser than what is seen
 
 
 def half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -38,6 +38,12 @@ def test_an_architecture_that_nobody_compiled_for_is_refused(card):
         targets.target_of(torch.device("cuda:0"))
 
 
+def test_a_card_of_another_maker_is_refused_whatever_its_number(card):
+    card.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(targets.Unsupported, match="a card is no NVIDIA GPU, the kernels are made for sm_80"):
+        targets.target_of(torch.device("cuda:0"))
+
+
 def test_the_interpreter_stands_for_any_device(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert targets.target_of(torch.device("cpu")) is targets.INTERPRETER

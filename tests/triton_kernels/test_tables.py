@@ -54,7 +54,7 @@ def test_the_nearest_row_in_octaves(sizes, expected):
 def test_rows_of_other_targets_and_widths_do_not_count():
     assert nearest(SM80, r=64, M=12608) == {"BM": 32}
     assert nearest(dtype=torch.float32, r=64, M=12608) is None
-    assert nearest(TARGETS["gfx942"], r=64, M=12608) is None
+    assert nearest(TARGETS["sm_100"], r=64, M=12608) is None
     assert nearest(INTERPRETER, r=64, M=12608) == {"BM": 128}
     assert tables.nearest("unheard of", SM90, torch.bfloat16, r=64) is None
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.nn._formula import Formula
 
-LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)
+LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
 FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from vitlr.anatomy import naming, timm
 from vitlr.anatomy.naming import Hidden
 from vitlr.errors import InputError
-from vitlr.nn import Int8Linear, LowRankLinear, ResidualLowRankLinear
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, ResidualLowRankLinear
 from vitlr.runtime import modules
 
 __all__ = [
@@ -122,9 +122,10 @@ def norms_before(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def scales_after(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (layer scale, low-rank or int8 layer) by name where the scale multiplies what that returns, no more."""
+    """Yield (layer scale, low-rank or byte layer) by name where the scale multiplies what that returns, no more."""
     for _, _, last, scale in timm.half_blocks(model):
-        if is_scale(model.get_submodule(scale)) and isinstance(model.get_submodule(last), (LowRankLinear, Int8Linear)):
+        takes = isinstance(model.get_submodule(last), (LowRankLinear, Int8Linear, Fp8Linear))
+        if takes and is_scale(model.get_submodule(scale)):
             yield scale, last
 
 

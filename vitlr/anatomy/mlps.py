@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitlr.anatomy import depthwise, linears
 from vitlr.anatomy.hidden_neurons import FUNCTIONS, LINEARS, Hidden, NotOne, check_alone
 from vitlr.errors import InputError
-from vitlr.nn import Int8Linear, LowRankGLU, QuantizedLinear, SelectedLinear
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankGLU, QuantizedLinear, SelectedLinear
 from vitlr.nn._formula import Untraceable
 from vitlr.nn._fused import original_of
 from vitlr.nn._fused_mlp import FusedMlp
@@ -24,7 +24,7 @@ SUPPORTED = (
     "timm's Mlp, GluMlp, SwiGLU and SwiGLUPacked, and others of the form fc2(act(fc1(x))) or fc2(act(g(x)) * v(x))"
 )
 _MARK = "vitlr_full_width"  # on an MLP that was narrowed: the width it had before anything was removed
-_INTEGERS = (QuantizedLinear, Int8Linear)
+_BYTES = (QuantizedLinear, Int8Linear, Fp8Linear)
 _LOOKS_LIKE_ONE = re.compile(r"mlp|ffn|feed_?forward|swiglu", re.IGNORECASE)
 
 
@@ -144,7 +144,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
         if selected:
             refused[name] = f"channels were taken out of {selected[0]} already"
             continue
-        integers = [child for child, linear in inside.items() if isinstance(linear, _INTEGERS)]
+        integers = [child for child, linear in inside.items() if isinstance(linear, _BYTES)]
         if integers:
             refused[name] = f"the weights of {integers[0]} are integers already"
             continue

@@ -13,10 +13,12 @@ from vitlr.calibration.sums import SUMS, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_
+from vitlr.runtime.modules import read_freely
 
 COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
 
 
+Scale = float | Tensor  # a power of two
 _SMALL, _LARGE = 2.0**-50, 2.0**50  # beyond, products of two entries near float32's own ends
 
 
@@ -133,16 +135,17 @@ class Tap:
         if "input_abs" in wanted:
             s.sum("input_abs").add_(rows.abs().sum(0, dtype=torch.float32))
 
-    def _add_gram(self, key: str, X: Tensor, size: float = 1.0) -> None:
+    def _add_gram(self, key: str, X: Tensor, size: Scale = 1.0) -> None:
         """`C += size² Xᵀ X`, also where the squares are none that float32 has."""
         C = self.stats.sum(key)
         X, own = unit(X)
-        if own * size == 1.0:
+        size = own * size
+        if not isinstance(size, Tensor) and size == 1.0:
             gram_update_(C, X)
             return
         part = torch.zeros_like(C)
         gram_update_(part, X)
-        C.add_(part, alpha=(own * size) ** 2)
+        _add(C, part, size**2)
 
     def _add_squares(self, key: str, t: Tensor) -> None:
         rows = t.detach().reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
@@ -208,8 +211,8 @@ class Tap:
         with exact_products(h.device):
             R = self._roots(g)
             rows, total = R @ h, R.sum(2)
-            s.sum("image_input_sum").add_((total.unsqueeze(1) @ rows).sum((0, 1)), alpha=size_h * size_g**2)
-        s.sum("image_output_gradient").add_(total.double().square().sum(), alpha=size_g**2)
+            _add(s.sum("image_input_sum"), (total.unsqueeze(1) @ rows).sum((0, 1)), size_h * size_g**2)
+        _add(s.sum("image_output_gradient"), total.double().square().sum(), size_g**2)
         self._add_gram("image_input_moment", rows.flatten(0, 1), size_h * size_g)
 
     def _add_scores(self, y: Tensor, g: Tensor) -> None:
@@ -226,12 +229,12 @@ class Tap:
         )  # [images, heads, tokens, d]
         (y, size_y), (g, size_g) = unit(y), unit(g)
         with exact_products(y.device):
-            s.sum("score_moment").add_((y.mT @ y).sum(0), alpha=size_y**2)
-            s.sum("score_gradient").add_((g.mT @ g).sum(0), alpha=size_g**2)
+            _add(s.sum("score_moment"), (y.mT @ y).sum(0), size_y**2)
+            _add(s.sum("score_gradient"), (g.mT @ g).sum(0), size_g**2)
             if self.by_image:
                 P, size = y.mT @ g, (size_y * size_g) ** 2
-                s.sum("image_score_moment").add_((P @ P.mT).sum(0), alpha=size)
-                s.sum("image_score_gradient").add_((P.mT @ P).sum(0), alpha=size)
+                _add(s.sum("image_score_moment"), (P @ P.mT).sum(0), size)
+                _add(s.sum("image_score_gradient"), (P.mT @ P).sum(0), size)
 
     def _by_image(self, t: Tensor) -> Tensor:
         t = self._per_image(t.detach().reshape(-1, t.shape[-1]), len(t))
@@ -258,22 +261,41 @@ class Tap:
         (g, size_g), (x, size_x) = unit(g), unit(x)
         wide = tokens * sum(self.linear.weight.shape) > self.linear.weight.numel()
         squares = (g.mT @ x).square().sum((0, 2)) if wide else ((x @ x.mT) @ g).mul_(g).sum((0, 1))
-        self.stats.sum("row_gradient").add_(squares, alpha=(size_g * size_x) ** 2)
+        _add(self.stats.sum("row_gradient"), squares, (size_g * size_x) ** 2)
 
 
-def unit(t: Tensor) -> tuple[Tensor, float]:
+def unit(t: Tensor) -> tuple[Tensor, Scale]:
     """A tensor and 1; where products of its entries would leave float32, `t / s` with entries up to 1, and s.
 
-    s is a power of two, so nothing is rounded.
+    s is a power of two, so nothing is rounded. On the CPU the largest entry is looked at, and what is of common size
+    stays as it is; elsewhere looking would wait for the device, so s stays there and `t / s` is always a product.
     """
-    largest = 0.0
-    if t.numel() and t.dtype != torch.float64:
-        low, high = torch.aminmax(t)  # a tenth of a norm's time
-        largest = max(-float(low), float(high))
+    if not t.numel() or t.dtype in (torch.float64, torch.float16):
+        return t, 1.0
+    low, high = torch.aminmax(t)  # a tenth of a norm's time
+    if not read_freely(t):
+        return _unit_unread(t, torch.maximum(-low, high).double())
+    largest = max(-float(low), float(high))
     if largest == 0.0 or _SMALL < largest < _LARGE or not math.isfinite(largest):
         return t, 1.0
     power = max(math.frexp(largest)[1], -126)
     return t.float() * 2.0**-power, 2.0**power
+
+
+def _unit_unread(t: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """`unit` where the largest entry, in float64, is on a device that is not waited for."""
+    common = (largest > _SMALL) & (largest < _LARGE) | (largest == 0) | ~largest.isfinite()
+    power = torch.where(common, 0, torch.frexp(largest).exponent.clamp(min=-126))
+    one = torch.ones_like(largest)
+    return t * torch.ldexp(one, -power).to(t.dtype), torch.ldexp(one, power)
+
+
+def _add(total: Tensor, part: Tensor, size: Scale) -> None:
+    """`total += size · part`, in float64 where the size is on a device."""
+    if isinstance(size, Tensor):
+        total.add_(part.double() * size)
+    else:
+        total.add_(part, alpha=size)
 
 
 def sketches(seeds: Sequence[int], samples: int, taps: Sequence[Tap]) -> Sequence[Tensor | None]:

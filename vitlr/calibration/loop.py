@@ -20,6 +20,7 @@ from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, 
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
+from vitlr.calibration.shares import Share, begin_anew, everywhere, example, together
 from vitlr.calibration.statistics import Statistics
 from vitlr.calibration.sums import LayerStatistics, share_moments
 from vitlr.calibration.wants import Wants
@@ -27,15 +28,17 @@ from vitlr.data.batches import (
     call,
     count_images,
     first_images,
+    for_model,
     image_dtype,
     image_shape,
+    on_device,
     one_image,
     tensors,
     tensors_in,
-    to_model,
 )
 from vitlr.errors import InputError, NumericalError
 from vitlr.measuring.losses import certain, image_seeds, largest_doubt, sampled_losses, what_is
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
@@ -116,35 +119,41 @@ def calibrate(
         extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         run: Statistics | None = None
-        doubt = 0.0
+        doubts: list[Tensor] = []  # read at the end: the device is not waited for
         taps: list[Tap] = []
         others: Others | None = None
         ordered = False  # it is known how the rows of images lie in a batch
         stack.callback(_remove, taps)
-        for batch in loader:
-            inputs = to_model(model, batch)
-            images = count_images(inputs)
-            if images == 0:
-                continue
+        share = Share.of(loader)
+        for batch in share:
+            given = None if batch is None else for_model(model, batch)
+            inputs = None if given is None else on_device(model, given)
+            images = 0 if inputs is None else count_images(inputs)
             if run is None:
-                found = probe(model, targets, one_image(inputs))
+                one = example(model, inputs if images else None)
+                if one is None:
+                    continue
+                found = probe(model, targets, one)
                 if loss_fn is None:
-                    lost |= unreached(model, targets, one_image(inputs), output_fn, needs_gradient)
+                    lost |= unreached(model, targets, one, output_fn, needs_gradient)
                 lost |= found.silent
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
-                    found = probe(model, targets, one_image(inputs))
+                    found = probe(model, targets, one)
                     extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
-                fresh = _empty(targets, found, image_shape(inputs))
+                fresh = _empty(targets, found, image_shape(one))
+                processes.check_same("model", fresh.fingerprint)
                 fresh.objectives, fresh.extras = objectives, extras
                 fresh.samples, fresh.seed = wanted.samples, wanted.seed
-                fresh.dtype = image_dtype(inputs)
+                fresh.dtype = image_dtype(one)
                 if lost:
                     fresh.notes["unreached"] = sorted(lost)
                 if why_not:
                     fresh.notes["no_hidden"] = why_not
                 if stats is not None:
                     stats.check_addable(fresh)
+                    if not processes.first():  # what there was is the first one's
+                        begin_anew(stats)
                 run = stats or fresh
                 heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
@@ -156,7 +165,7 @@ def calibrate(
                 ]
                 if ROUNDING in extras and by_gradient:
                     others = stack.enter_context(Others(model, targets))
-            elif image_shape(inputs) != run.input_shape:
+            if images and image_shape(inputs) != run.input_shape:
                 raise InputError(
                     f"the loader gives images of {image_shape(inputs)} after images of {run.input_shape}; MACs and "
                     "tokens depend on the size, so calibrate with one"
@@ -164,30 +173,35 @@ def calibrate(
             if images > 1 and not ordered:
                 ordered = True
                 _order(model, taps, inputs)
-            run.whole = False
-            for tap in taps:
-                tap.forward(images)
-            with torch.set_grad_enabled(needs_gradient):
-                output = call(model, inputs)
-                if needs_gradient:
-                    seeds = image_seeds(tensors(inputs), wanted.seed)
-                    if loss_fn is not None:
-                        losses = [scalar(loss_fn(output, batch))]
-                    else:
-                        picked = output_fn(output) if output_fn is not None else output
-                        if not run.answer:
-                            _say(run, what_is(model, picked)[1], picked)
-                        losses = sampled_losses(model, picked, seeds, wanted.samples)
-                        doubt = max(doubt, largest_doubt(model, picked))
-                    _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
-            run.images += images
-            run.whole = True
+            if images:
+                run.whole = False
+                for tap in taps:
+                    tap.forward(images)
+                with torch.set_grad_enabled(needs_gradient):
+                    output = call(model, inputs)
+                    if needs_gradient:
+                        seeds = image_seeds(tensors(given), wanted.seed)
+                        if loss_fn is not None:
+                            losses = [scalar(loss_fn(output, batch))]
+                        else:
+                            picked = output_fn(output) if output_fn is not None else output
+                            if not run.answer:
+                                _say(run, what_is(model, picked)[1], picked)
+                            losses = sampled_losses(model, picked, seeds, wanted.samples)
+                            doubts.append(largest_doubt(model, picked))
+                        _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
+                run.images += images
+                run.whole = True
+            seen = sum(processes.gather(run.images))
             if on_batch is not None:
                 on_batch(run)
             if progress is not None:
-                progress(run.images, images_of(loader))
+                progress(seen, images_of(share.loader))
     if run is None:
         raise InputError("the loader gave no image; calibration needs at least one (a few hundred are better)")
+    together(run)
+    everywhere(run)
+    doubt = max(processes.gather(max((float(found) for found in doubts), default=0.0)))
     run.check_finite()
     if by_gradient and loss_fn is None and doubt < _DOUBT:
         run.notes["certain"] = doubt
@@ -329,5 +343,6 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
         layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+    stats.others = {name: lost.cpu() for name, lost in stats.others.items()}
     share_moments(stats.layers)
     return stats

@@ -43,8 +43,8 @@ class Others:
             if p.grad is None:  # nothing depends on it, or it is not known what does
                 continue
             g = compact.by_row(p.grad)
-            found = torch.stack([(g * E).sum(1).double().square().sum() for E in self.errors[name]]).cpu()
-            sums[name] = sums[name] + found if name in sums else found
+            found = torch.stack([(g * E).sum(1).double().square().sum() for E in self.errors[name]])
+            sums[name] = sums[name].to(found.device) + found if name in sums else found
             p.grad = None
 
 

@@ -18,17 +18,20 @@ from torch import nn
 
 from vitlr.anatomy import linears, visibility
 from vitlr.calibration.options import HIDDEN, VALUES, Calibration
+from vitlr.calibration.shares import Share, together
 from vitlr.calibration.statistics import Statistics
 from vitlr.data.batches import count_images
 from vitlr.data.loader import Loader
 from vitlr.data.preprocessing import input_size
-from vitlr.errors import InputError, Interrupted
+from vitlr.errors import InputError, Interrupted, ProcessLost
+from vitlr.runtime import processes
 from vitlr.runtime.fields import names_of
 from vitlr.runtime.progress import Progress
 
 _logger = logging.getLogger("vitlr")
 _SHARE = 0.05  # of the time that may go into saving on the way
 _LEAST = 5.0  # seconds between two saves
+_ROUNDS = 8  # of several processes, after which their sums are brought together
 _DISK = 1e8  # bytes a second assumed before the first save
 
 
@@ -192,6 +195,8 @@ def _measured(
             stats = found
         except KeyboardInterrupt as cause:
             raise keeper.interrupted() from cause
+        except ProcessLost as cause:
+            raise (cause.and_then(keeper.how_to_go_on) if path.exists() else cause) from cause
     stats.check_finite()
     keeper.finish(stats)
     return stats
@@ -232,6 +237,7 @@ class _Keeper:
         self._done, self._skipped = notes["files_done"], notes["skipped"]
         self._images = found.images if found is not None else 0
         self._busy = self._asked = False
+        self._rounds = 0
         self._saved_at = time.monotonic()
         self._cost: float | None = None
 
@@ -240,19 +246,25 @@ class _Keeper:
         """Files of this loader that could not be read."""
         return int(getattr(self.loader, "skipped", 0))
 
-    def batches(self) -> Iterator[Any]:
-        for batch in self.loader:
-            self._busy = True
-            yield batch
+    def batches(self) -> Share:
+        return Share(self.loader, self._begin)
+
+    def _begin(self) -> None:
+        self._busy = True
 
     def after_batch(self, stats: Statistics) -> None:
         self.stats = stats
-        self.notes["skipped"] = self._skipped + self.skipped
-        self.notes["files_done"] = self._done + stats.images - self._images + self.skipped
-        self._busy = False
-        if self._asked:
+        self._rounds += 1
+        found = processes.gather((stats.images, self.skipped, self._asked))
+        images, skipped, asked = (sum(numbers) for numbers in zip(*found, strict=True))
+        self.notes["skipped"] = self._skipped + skipped
+        self.notes["files_done"] = self._done + images - self._images + skipped
+        if asked or processes.world() == 1 or self._rounds % _ROUNDS == 0:
+            together(stats)
+            self._busy = False
+        if asked:
             raise KeyboardInterrupt
-        if self._due(stats):
+        if not self._busy and self._due(stats):
             self._save()
 
     def finish(self, stats: Statistics) -> None:
@@ -261,6 +273,7 @@ class _Keeper:
         self.notes.update(complete=True, skipped=self._skipped + self.skipped)
         self.stats = stats
         self._save()
+        processes.gather(None)  # what comes next reads the file
 
     def interrupted(self) -> Interrupted:
         """Save what is whole and say what can be done with it."""
@@ -270,6 +283,11 @@ class _Keeper:
         done, total = self.notes["files_done"], self.notes["images_total"]
         of = "" if total is None else f" of {total}"
         return Interrupted(f"{done}{of} images are in {self.path}, run the same command again to go on")
+
+    @property
+    def how_to_go_on(self) -> str:
+        """For whom another process is lost: sums are together in the file only."""
+        return f"what was measured until the last save is in {self.path}, run the same command again to go on"
 
     @contextmanager
     def interrupts(self) -> Iterator[None]:
@@ -285,6 +303,9 @@ class _Keeper:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if processes.world() > 1:  # launchers send it more than once; all end together, after this round
+            self._asked = True
+            return
         if not self._busy or self._asked:
             raise KeyboardInterrupt
         self._asked = True
@@ -299,7 +320,9 @@ class _Keeper:
     def _save(self) -> None:
         assert self.stats is not None
         start = time.monotonic()
+        self.stats.check_finite()  # answers on other devices were not looked at
         self.stats.notes |= self.notes
-        self.stats.save(self.path)
+        if processes.first():
+            self.stats.save(self.path)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - start

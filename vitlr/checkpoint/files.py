@@ -21,7 +21,7 @@ from vitlr.checkpoint.structure import restructure, structure
 from vitlr.data import preprocessing
 from vitlr.errors import InputError
 from vitlr.measuring.cost import is_rounded
-from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
 from vitlr.runtime.copies import duplicate
@@ -56,6 +56,8 @@ def save(
     """
     path = check_writable(path)
     model = uncompiled(model)
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise InputError('this model multiplies 8-bit floats, which files do not hold: save it before fuse(bits="fp8")')
     tensors, tied = _state(model)
     info = getattr(model, "vitlr_info", None) or {}
     header = {

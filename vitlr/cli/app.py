@@ -8,6 +8,8 @@ to stderr. Nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,8 @@ from vitlr.cli.commands.report import report
 from vitlr.cli.commands.validate import validate
 from vitlr.cli.options import OUTPUT, AsJson
 from vitlr.cli.result import Result, guarded, wrapped
+from vitlr.errors import InputError
+from vitlr.runtime.launch import launched_first, silence
 
 app = typer.Typer(
     name="vitlr",
@@ -61,6 +65,8 @@ def demo(
     as_json: AsJson = False,
 ) -> Result:
     """Train a small ViT on digits, compress it, and show what that changed; no download, a few minutes."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file, expected a folder")
     from vitlr.cli.commands.demo import run
 
     return Result(run(quick=quick, out=out, json=as_json), "")
@@ -111,19 +117,37 @@ _EXAMPLES = {
     "bench": "vitlr bench small.safetensors --batch-size 1,64",
 }
 
+_TOGETHER = (compress, finetune)  # what several processes of a launcher share; all else is process 0's
+_LINGER = 3.0  # seconds
+
 for _command in (inspect, frontier, compress, prune, finetune, validate, report, export, bench, doctor, demo):
     _name = _command.__name__
-    app.command(_name, cls=Command, epilog=_EXAMPLES.get(_name), short_help=_SHORT[_name])(guarded(_command))
+    _run = guarded(_command, together=_command in _TOGETHER)
+    app.command(_name, cls=Command, epilog=_EXAMPLES.get(_name), short_help=_SHORT[_name])(_run)
 
 
 def main() -> Any:
-    """Run the command line; SIGTERM ends it as an interrupt does, with no partial file."""
+    """Run the command line; SIGTERM ends it as an interrupt does, with no partial file.
+
+    Of several processes of a launcher only the first one says anything, but for faults in this program.
+    """
     interrupts.arm()
+    if not launched_first():
+        silence()
     try:
         return app()
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code and not launched_first():
+            time.sleep(_LINGER)  # the launcher ends all when one does, and process 0 may be about to say the same
+        raise
+    except Exception:
+        if launched_first():
+            raise
+        traceback.print_exc(file=sys.__stderr__)
+        sys.exit(1)
     finally:
         interrupts.disarm()
 

@@ -13,9 +13,10 @@ from torch import nn
 from vitlr.checkpoint import files as checkpoint_file
 from vitlr.checkpoint import folders
 from vitlr.checkpoint.creation import create_model, origin
+from vitlr.cli.early import WEIGHT_FILES
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 
-_WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin"}
 _RESULTS = {"--out": "model", "--plan-out": "plan"}  # what an earlier run may have left there
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +34,7 @@ def names_a_file(name: str) -> bool:
     """Whether `name` is meant as a file that rebuilds itself, alone or in a folder, rather than as a timm name."""
     if folders.is_folder_name(name):
         return folders.is_ours(name)
-    return Path(name).is_file() or Path(name).suffix in _WEIGHT_FILES
+    return Path(name).is_file() or Path(name).suffix in WEIGHT_FILES
 
 
 def open_model(name: str, source: Source, *, device: torch.device, weights: bool = True) -> nn.Module:
@@ -106,7 +107,11 @@ def _check_same_input(model: nn.Module, reference: nn.Module, name: str) -> None
 
 
 def parse_device(name: str | None) -> torch.device:
-    """cpu, cuda or cuda:N; None is the GPU where there is one. `InputError` for one that is unknown or not there."""
+    """cpu, cuda or cuda:N; None is the GPU where there is one, of several processes its own.
+
+    `InputError` for one that is unknown or not there.
+    """
+    name = processes.place(name)
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -16,8 +16,11 @@ from typing import Any
 
 import typer
 
+from vitlr.cli import interrupts
 from vitlr.cli.command import flags_of, in_flags
-from vitlr.errors import Interrupted, VitlrError
+from vitlr.cli.early import check_places
+from vitlr.errors import Interrupted, ProcessLost, VitlrError
+from vitlr.runtime.launch import launched, launched_first
 
 _NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -42,15 +45,22 @@ def resumable(folder: Path | None) -> Iterator[None]:
         raise Interrupted(f"run the same command again to go on from the snapshots in {folder}") from cause
 
 
-def guarded(command: Callable[..., Result]) -> Callable[..., None]:
-    """Run a command, print its result, and turn what vitlr raises on purpose into one line and an exit status."""
+def guarded(command: Callable[..., Result], together: bool = False) -> Callable[..., None]:
+    """Run a command, print its result, and turn what vitlr raises on purpose into one line and an exit status.
+
+    Several processes of a launcher run it `together`, else the first one alone.
+    """
     flags = flags_of(command)
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
         as_json = bool(options.get("as_json"))
+        if not (together or launched_first()):
+            return
+        aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
-            with _warnings_on_stderr(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            check_places(options)
+            with _warnings_on_stderr(), aside, _joined(options) if together else contextlib.nullcontext():
                 result = command(**options)
             if as_json or result.text:
                 typer.echo(json.dumps(result.values, allow_nan=False) if as_json else result.text)
@@ -102,7 +112,29 @@ def wrapped(text: str, indent: int = 2, columns: int = 80) -> str:
     )
 
 
+@contextlib.contextmanager
+def _joined(options: dict[str, Any]) -> Iterator[None]:
+    """With the other processes that a launcher started, if it did."""
+    if not launched():
+        yield
+        return
+    from vitlr.cli.models import parse_device
+    from vitlr.runtime import processes
+
+    with processes.joined(parse_device(options.get("device"))):
+        yield
+
+
 def _fail(message: str, status: int, cause: BaseException) -> None:
+    if launched():
+        from vitlr.runtime import processes
+
+        interrupts.disarm()  # the launcher ends what is left, which is no interrupt to speak of
+        interrupted = isinstance(cause, KeyboardInterrupt)
+        if not (interrupted or isinstance(cause, ProcessLost)):
+            processes.leave_words(message, status)
+        elif interrupted and (said := processes.words()) is not None:  # that is why the launcher interrupts
+            status, message = said
     typer.echo("error: " + " ".join(message.split()), err=True)
     raise typer.Exit(status) from cause
 

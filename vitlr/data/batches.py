@@ -14,19 +14,30 @@ from vitlr.runtime.modules import like
 
 def to_model(model: nn.Module, batch: Any) -> Any:
     """What the model is called with: the batch without labels, on the model's device, in its dtype."""
-    wanted = like(model)
+    return on_device(model, for_model(model, batch))
+
+
+def for_model(model: nn.Module, batch: Any) -> Any:
+    """The same where the batch is: whoever reads it there need not wait for the model's device."""
+    dtype = like(model).dtype
     if isinstance(batch, Mapping):
-        return {key: _like(value, wanted) for key, value in batch.items() if key not in LABELS}
+        return {key: _in(dtype, value) for key, value in batch.items() if key not in LABELS}
     first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
     if not isinstance(first, Tensor):
         raise InputError(f"the loader gave {type(first).__name__}, expected tensors, tuples or dicts of tensors")
-    return _like(first, wanted)
+    return _in(dtype, first)
 
 
-def _like(value: Any, wanted: Tensor) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(wanted.device, wanted.dtype if value.is_floating_point() else value.dtype)
+def on_device(model: nn.Module, inputs: Any) -> Any:
+    """What `for_model` gave, on the model's device."""
+    device = like(model).device
+    if isinstance(inputs, dict):
+        return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    return inputs.to(device)
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 LABELS = ("labels", "label")  # what dicts call them

@@ -53,7 +53,7 @@ class Loader:
         self.has_labels = has_labels
         self.dataset, self.path, self.batch_size, self.workers = dataset, path, batch_size, workers
         self.images, self.config, self.made = len(dataset), dataset.config, made
-        self._corrupt: dict[int, str] = {}
+        self.corrupt: dict[int, str] = {}
         self._batches = DataLoader(
             dataset,
             batch_size=batch_size,
@@ -71,19 +71,38 @@ class Loader:
 
     @property
     def skipped(self) -> int:
-        return len(self._corrupt)
+        return len(self.corrupt)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         known = self.skipped
         read = 0
         for images, labels, corrupt in self._batches:
-            self._corrupt.update(corrupt)
+            self.corrupt.update(corrupt)
             if len(labels):
                 read += len(labels)
                 yield images, labels
         if not read:
-            raise InputError(f"none of the {self.images} images in {self.path} could be read: {self._examples()}")
+            raise self._unreadable()
         self._warn(known)
+
+    def share(self, number: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every `count`-th batch from the `number`-th on; one of which no file could be read is empty."""
+        step, most = self.batch_size, self.images
+        own = [p for start in range(number * step, most, count * step) for p in range(start, min(start + step, most))]
+        for images, labels, corrupt in self.subset(own)._batches:
+            self.corrupt.update(corrupt)
+            yield images, labels
+
+    def told(self, corrupt: Iterable[Mapping[int, str]], known: int) -> None:
+        """End a pass that several shared, each with files that it could not read; `known` were so before."""
+        for theirs in corrupt:
+            self.corrupt.update(theirs)
+        if self.skipped >= self.images:
+            raise self._unreadable()
+        self._warn(known)
+
+    def _unreadable(self) -> InputError:
+        return InputError(f"none of the {self.images} images in {self.path} could be read: {self._examples()}")
 
     @property
     def fingerprint(self) -> str:
@@ -132,7 +151,7 @@ class Loader:
         )
         try:
             for images, labels, corrupt in loader:
-                self._corrupt.update(corrupt)
+                self.corrupt.update(corrupt)
                 yield images, labels
         finally:
             self._warn(known)
@@ -143,7 +162,7 @@ class Loader:
             _logger.warning("skipped %d of %d images that could not be read: %s", count, self.images, examples)
 
     def _examples(self) -> str:
-        return some(list(self._corrupt.values()))
+        return some(list(self.corrupt.values()))
 
 
 @keywords(Preprocessing)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vitlr.data.classes import natural
 from vitlr.data.decoding import check_archive
+from vitlr.data.places import hub_name
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
@@ -42,10 +43,7 @@ def open_reader(data: Any, split: str) -> tuple[Any, Sequence[int], dict[str, in
     if not isinstance(data, (str, os.PathLike)):
         images = HubImages(data, path)
         return images, images.labels, images.classes
-    prefix, _, rest = path.partition("/")
-    hub = prefix.lower() == "hfds" and rest and not Path(path).exists()
-    if not hub and not Path(path).exists():
-        raise InputError(f"no data at {path}: expected a folder of images, a .tar or hfds/NAME")
+    hub = hub_name(path)
     if not hub and not Path(path).is_dir() and Path(path).suffix != ".tar":
         raise InputError(f"cannot read {path}: expected a folder of images, a .tar or hfds/NAME")
     if not hub and not Path(path).is_dir():
@@ -53,7 +51,7 @@ def open_reader(data: Any, split: str) -> tuple[Any, Sequence[int], dict[str, in
     try:
         if hub:
             datasets: Any = importlib.import_module("datasets")
-            images = HubImages(datasets.load_dataset(rest, split=split), rest)
+            images = HubImages(datasets.load_dataset(hub, split=split), hub)
             return images, images.labels, images.classes
         if Path(path).is_dir():
             with _extensions():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from vitlr.decomposition.spectra import LayerSpectrum, Levels
 from vitlr.errors import InputError
 from vitlr.nn import LowRankLinear, QuantizedLinear
 from vitlr.ops.linalg.threads import in_threads
+from vitlr.runtime import processes
 
 Array = NDArray[np.float64]
 WIDTHS, RANKS = (0.15, 0.35, 0.6, 0.8), (0.3, 0.8)  # shares of the whole, and of break-even, that are estimated
@@ -66,6 +68,11 @@ class LinearLevels:
     def name(self) -> str:
         """Of the linear."""
         return self.whole.name
+
+    @property
+    def solution(self) -> tuple[Any, Estimates, Estimates]:
+        """What it would take long to find again."""
+        return self.whole.solution, self.at_widths, self.at_ranks
 
     def ladder(self, width: int | None = None, rank: int | None = None) -> Ladder:
         """Bytes and nats of every level where its MLP has this width, and of both factors where it has this rank."""
@@ -159,16 +166,27 @@ def solve_levels(
     Raises what `Rounding.of` raises.
     """
 
+    def sides(name: str) -> Sides:
+        return Sides(stats.layers[name], objective, parts.linears[name].bias is not None)
+
     def solved(name: str) -> LinearLevels:
         before = known.get(name)
         if isinstance(before, LinearLevels):
             whole = before.whole
         else:
-            linear = parts.linears[name]
-            whole = Rounding.of(name, Sides(stats.layers[name], objective, linear.bias is not None), linear.weight)
+            whole = Rounding.of(name, sides(name), parts.linears[name].weight)
         assert whole.ladder  # made here, where layers go side by side
         return LinearLevels.of(whole, narrowings.get(name), spectra.get(name))
 
-    threads = torch.get_num_threads()
-    for start in range(0, len(names), threads):
-        yield from in_threads(solved, names[start : start + threads])
+    def worked(own: Sequence[str]) -> Iterator[Any]:
+        threads = torch.get_num_threads()
+        for start in range(0, len(own), threads):
+            found = in_threads(solved, own[start : start + threads])
+            yield from found if processes.world() == 1 else [levels.solution for levels in found]
+
+    for name, found in zip(names, processes.shared_out(worked, names), strict=True):
+        if processes.world() == 1:
+            yield found
+        else:
+            whole = Rounding.known(name, sides(name), parts.linears[name].weight, *found[0])
+            yield LinearLevels(whole, narrowings.get(name), spectra.get(name), *found[1:])

@@ -9,7 +9,7 @@ M may be singular; F is damped first. On a CPU one thread solves one layer, on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +28,9 @@ BATCH = 2**26  # entries of the matrices that a GPU solves at once: 113 of 768 x
 
 
 def solve_ranks(
-    parts: Parts, stats: Statistics, objective: Objective, device: str | torch.device = "cpu"
+    names: Sequence[str], parts: Parts, stats: Statistics, objective: Objective, device: str | torch.device = "cpu"
 ) -> Iterator[LayerSpectrum]:
-    """All ranks of all layers in float64, each as it is done. `NumericalError` naming a layer that meets NaN or Inf."""
+    """All ranks of these layers in float64, each as it is done. `NumericalError` naming one that meets NaN or Inf."""
 
     def prepare(name: str) -> _Problem:
         layer, W = stats.layers[name], parts.linears[name].weight.detach().to(device, torch.float64)
@@ -41,7 +41,7 @@ def solve_ranks(
         return _Problem(layer, M, None if F is None else objective.damped(F, W, layer.side), False, mean)
 
     batched = torch.device(device).type != "cpu"
-    return (_in_batches if batched else _one_by_one)(prepare, stats.layers)
+    return (_in_batches if batched else _one_by_one)(prepare, {name: stats.layers[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class _Problem:
         if not (torch.isfinite(energies).all() and torch.isfinite(P).all() and torch.isfinite(Q).all()):
             raise NumericalError(f"layer {name}: its moments or weights hold NaN or Inf; calibrate again in float32")
         layer = self.layer
-        return LayerSpectrum(name, layer.in_features, layer.out_features, layer.side, energies, P, Q, self.mean)
+        mean = None if self.mean is None else self.mean.cpu()
+        tensors = energies.cpu(), P.cpu(), Q.cpu()
+        return LayerSpectrum(name, layer.in_features, layer.out_features, layer.side, *tensors, mean)
 
     def failed(self, reason: object) -> NumericalError:
         """The error that names the layer."""

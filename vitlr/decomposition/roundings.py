@@ -55,6 +55,20 @@ class Rounding:
         """
         return cls(name, sides, weight.detach().cpu(), outputs or sides.of_outputs(), inputs or sides.of_inputs())
 
+    @classmethod
+    def known(
+        cls, name: str, sides: Sides, weight: Tensor, outputs: Entries, inputs: Entries, ladder: Ladder
+    ) -> Rounding:
+        """Of a `solution`."""
+        rounding = cls(name, sides, weight.detach().cpu(), outputs, inputs)
+        rounding.__dict__["ladder"] = ladder  # as `cached_property` keeps it
+        return rounding
+
+    @property
+    def solution(self) -> tuple[Entries, Entries, Ladder]:
+        """What it would take long to find again."""
+        return self.outputs, self.inputs, self.ladder
+
     @property
     def levels(self) -> list[int]:
         """Multiples of the ladder's step from which most columns' codes fit into 8 bits to where most vanish."""

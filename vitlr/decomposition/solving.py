@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +26,7 @@ from vitlr.decomposition.widths import Solved
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.threads import each_in_threads
+from vitlr.runtime import processes
 from vitlr.runtime.progress import Progress, shows
 
 
@@ -35,7 +38,7 @@ def decompose(
     *,
     centred: bool = False,
     damping: float = DAMPING,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Spectra:
     """Solve all layers for all ranks in float64.
@@ -43,7 +46,8 @@ def decompose(
     `objective`: "loss" or "fisher" (estimated increase of the loss in nats, comparable across layers, the tokens of
     an image taken as independent or together), "output" (squared output error per image) or "normalized" (relative
     output error, arXiv 2402.06004: energies sum to 1). `centred` measures deviations from the mean and moves the mean
-    into the bias. `damping` is added to F relative to its mean eigenvalue.
+    into the bias. `damping` is added to F relative to its mean eigenvalue. Ranks are solved on `device`, by default
+    where the model is, and all that is found lies on the CPU.
 
     Raises `InputError` where the statistics do not hold the objective, `NumericalError` naming the layer where a
     solve meets NaN or Inf or does not converge.
@@ -62,7 +66,7 @@ def solve(
     step: int = 0,
     known: Spectra | None = None,
     at_hand: Mapping[tuple[str, str], Solved] = MappingProxyType({}),
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     skip: Callable[[NumericalError], None] | None = None,
     progress: Progress | None = None,
 ) -> Spectra:
@@ -77,6 +81,7 @@ def solve(
     the layer, MLP or attention.
     """
     check_fits(parts, stats)
+    device = next((linear.weight.device for linear in parts.linears.values()), None) if device is None else device
     if known is not None and not kinds:
         return known
     options = options or Decomposition()
@@ -91,26 +96,35 @@ def solve(
     ]
     tasks = [task for kind in missing for task in _tasks(kind, parts, stats, objective, options, step, at_hand)]
     names = [name for name in stats.layers if name not in layers]
-    ranks = solve_ranks(parts, stats, objective, device) if names else iter(())
+    total, reached = len(names) + len(tasks) + len(roundable), 0
+
+    def told(done: int) -> None:
+        nonlocal reached
+        reached = max(reached, done)  # of several processes each hears of its share, and then of all
+        if progress is not None and total:
+            progress(reached, total)
+
+    def rank(own: Sequence[str]) -> Iterator[LayerSpectrum]:
+        found = solve_ranks(own, parts, stats, objective, device or "cpu")
+        return found if processes.world() == 1 else iter(sorted(found, key=lambda layer: own.index(layer.name)))
+
+    told(0)  # the first one may take a while
     # Widths first: what they need on the way is most while the factors of all layers are not there yet.
-    solved: Iterator[LayerSpectrum | Narrowing] = chain(_done(tasks, skip), ranks)
-    done, total = 0, len(names) + len(tasks) + len(roundable)
-    if progress is not None and total:
-        progress(0, total)  # the first one may take a while
+    ranked = processes.shared_out(rank, names, lambda done: told(len(tasks) + done))
+    solved: Iterator[LayerSpectrum | Narrowing] = chain(_done(tasks, skip, told), ranked)
+    done = 0
     for done, spectrum in enumerate(solved, 1):
         if isinstance(spectrum, LayerSpectrum):
             layers[spectrum.name] = spectrum
         else:
             widths[spectrum.name] = spectrum
-        if progress is not None:
-            progress(done, total)
+        told(done)
     of = {name: mlp for mlp in widths.values() if isinstance(mlp, MlpSpectrum) for name in (*mlp.first, mlp.second)}
     factored = layers if "factors" in kinds else {}
     unknown = [name for name in roundable if not _known(levels.get(name), of.get(name), factored.get(name))]
     for also, found in enumerate(solve_levels(unknown, parts, stats, objective, of, factored, levels), 1):
         levels[found.name] = found
-        if progress is not None:
-            progress(done + also, total)
+        told(done + also)
     layers = {name: layers[name] for name in stats.layers}  # batches come in an order of their own
     made = objective.name, stats.fingerprint, objective.centred, objective.damping
     return Spectra(layers, *made, widths, levels)
@@ -121,23 +135,33 @@ def _known(levels: Levels | None, narrowing: Narrowing | None, spectrum: LayerSp
 
 
 def _done(
-    tasks: Sequence[Callable[[], Narrowing]], skip: Callable[[NumericalError], None] | None
+    tasks: Sequence[_Task], skip: Callable[[NumericalError], None] | None, told: Callable[[int], None]
 ) -> Iterator[Narrowing]:
     """What tasks give, without those whose numbers fail where `skip` is told of them."""
 
-    def tried(task: Callable[[], Narrowing]) -> Narrowing | NumericalError:
+    def tried(task: _Task) -> Any:
         try:
-            return task()
+            found = task.solve(task.known)
         except NumericalError as cause:
             return cause
+        return found if processes.world() == 1 else found.solution  # small: what it was made from, all have
 
-    for found in each_in_threads(tried, tasks):
+    answers = processes.shared_out(lambda own: each_in_threads(tried, own), tasks, told)
+    for task, found in zip(tasks, answers, strict=True):
         if not isinstance(found, NumericalError):
-            yield found
+            yield found if processes.world() == 1 else task.solve(found)
         elif skip is None:
             raise found
         else:
             skip(found)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """How something that may get narrower is solved, from what is `known` of it if anything is."""
+
+    solve: Callable[[Any], Narrowing]
+    known: Solved | None = None
 
 
 def _tasks(
@@ -148,28 +172,20 @@ def _tasks(
     options: Decomposition,
     step: int,
     at_hand: Mapping[tuple[str, str], Solved],
-) -> list[Callable[[], Narrowing]]:
+) -> list[_Task]:
     """What there is to solve of one kind; `InputError` where there is nothing, or it was not measured."""
     if kind == "mlp":
         mlps = measured_mlps(parts, stats, objective)
         how = stats, objective, options, step
-        return [partial(solve_mlp, mlp, *how, at_hand.get((kind, name))) for name, mlp in mlps.items()]
+        return [_Task(partial(solve_mlp, mlp, *how), at_hand.get((kind, name))) for name, mlp in mlps.items()]
     if kind == "query_keys":
         found = measured_query_keys(parts, stats, objective)
-        return [partial(solve_query_keys, attention, stats, objective) for attention in found.values()]
+        return [_Task(partial(solve_query_keys, attention, stats, objective)) for attention in found.values()]
     found = measured_values(parts, stats, objective)
     macs = macs_between(parts, stats, found)
     return [
-        partial(
-            solve_values,
-            attention,
-            parts,
-            stats,
-            objective,
-            kind,
-            macs.get(name),
-            options,
-            step,
+        _Task(
+            partial(solve_values, attention, parts, stats, objective, kind, macs.get(name), options, step),
             at_hand.get((kind, name)),
         )
         for name, attention in found.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,10 @@ class Narrowing(Protocol):
     @property
     def errors(self) -> Tensor:
         """Loss of keeping w, for w = 0 … full width."""
+
+    @property
+    def solution(self) -> tuple[Any, ...]:
+        """What it would take long to find again, and is small."""
 
     def fits(self, options: Decomposition, step: int) -> bool:
         """Whether solving with these options would give the same, with the ranks at multiples of a step or, 0, none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from vitlr.decomposition.options import GRAINS, Decomposition
 from vitlr.decomposition.spectra import LayerSpectrum, Spectra
 from vitlr.decomposition.widths import Solved, WidthSpectrum
 from vitlr.errors import InputError, RunError
-from vitlr.runtime import storage
+from vitlr.runtime import processes, storage
 from vitlr.runtime.kinds import FLAG, NAME, PLAIN, among, check, number, tuple_of, whole
 
 SCHEMA = 1
@@ -87,6 +87,11 @@ class SpectraFile:
         known = {(width.kind, width.name) for width in widths} <= self.widths.keys()
         if self.digest is None or (self.spectra is not None and known):
             return
+        if processes.first():
+            self._write(spectra, widths)
+        processes.gather(None)  # a next plan reads the file
+
+    def _write(self, spectra: Spectra, widths: Sequence[WidthSpectrum]) -> None:
         header = {**self._made, "layers": [*spectra.layers], "widths": [_row(width) for width in widths]}
         tensors = dict(_of_layers(spectra.layers.values())) | dict(_of_widths(widths))
         try:

@@ -19,10 +19,12 @@ from vitlr.data import preprocessing
 from vitlr.data.batches import first_tensor
 from vitlr.engines.graphs import graph_of
 from vitlr.engines.installed import is_installed, need
+from vitlr.engines.names import check_target
 from vitlr.engines.products import products_of_bytes
 from vitlr.engines.running import ENGINES, Engine, OpenVino
 from vitlr.engines.spoken import speak
 from vitlr.errors import InputError, RunError
+from vitlr.nn import Fp8Linear
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import uncompiled
@@ -31,7 +33,6 @@ from vitlr.runtime.progress import Progress
 from vitlr.runtime.words import one_line
 from vitlr.surgery.fusion import fuse, to_dense, unfuse
 
-TARGETS = {"onnx": ".onnx", "openvino": ".xml"}
 _TOLERANCE = 1e-3  # of logits in float32, relative: other sums in another order, some dozen layers deep
 _FLIPS = 1.5  # times what rounding inputs moves logits: two engines round near ties apart, at most by √2 of it
 _LARGEST = 1.8e9  # bytes of numbers in one protobuf file, whose limit is 2^31
@@ -58,7 +59,7 @@ class Exported:
     def __str__(self) -> str:
         lines = [f"wrote {', '.join(self.files)}: {self.bytes / 1e6:.3f} MB"]
         for name, difference in self.differences.items():
-            seen = "" if not self.products else f", {self.int8[name]} of {self.products} products in int8"
+            seen = "" if not self.products else f",\n    {self.int8[name]} of {self.products} products in int8"
             lines.append(f"  {name}: logits within {difference:.2g} of ours (allowed {self.allowed:.2g}){seen}")
         return "\n".join(lines)
 
@@ -96,6 +97,8 @@ def export(
     model = uncompiled(model)
     if bits is not None or stats is not None:
         model = fuse(model, bits=bits, stats=stats, progress=progress)
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        raise InputError('this model multiplies 8-bit floats, which run here alone: export it before fuse(bits="fp8")')
     model = unfuse(model).cpu().float()
     shown = _shown(model, images, batch_size, input_size)
     inputs = [shown, *[shown[:1]] * (batch_size is None)]
@@ -125,24 +128,6 @@ def difference(theirs: Tensor, ours: Tensor) -> float:
     """`‖theirs - ours‖ / ‖ours‖` in float64."""
     a, b = theirs.double(), ours.double()
     return float((a - b).norm() / b.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
-def check_target(path: str | os.PathLike[str], to: str | None) -> str:
-    """What is written, by name or by the path's ending.
-
-    `InputError` where it is unknown, where name and ending disagree, and where what it takes is not installed.
-    """
-    path = Path(path)
-    ending = path.suffix.lower()
-    if to is None:
-        to = next((name for name, suffix in TARGETS.items() if suffix == ending), None)
-    if to not in TARGETS:
-        raise InputError(f"to={to!r} for {path.name}, expected one of {', '.join(TARGETS)}, or a path in .onnx or .xml")
-    if ending != TARGETS[to]:
-        raise InputError(f"{path} cannot be for {to}: such files end in {TARGETS[to]}")
-    for package in ("onnx", "onnxscript", "openvino" if to == "openvino" else "onnxruntime"):
-        need(package, f"export to {to}")
-    return to
 
 
 def _answer(model: nn.Module, images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitlr.anatomy.visibility import visible
 from vitlr.data.batches import call
-from vitlr.nn import Int8Linear, QuantizedLinear, ResidualLowRankLinear
+from vitlr.nn import Fp8Linear, Int8Linear, QuantizedLinear, ResidualLowRankLinear
 from vitlr.runtime import compact
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.modules import like
@@ -33,8 +33,8 @@ def count_params(model: nn.Module) -> int:
     """Number of parameters, tied ones once; quantised weights count, however they are stored."""
     total = sum(p.numel() for p in model.parameters())
     for m in model.modules():
-        if isinstance(m, Int8Linear):
-            total += m.in_features * m.out_features + m.out_features
+        if isinstance(m, (Int8Linear, Fp8Linear)):
+            total += m.in_features * m.out_features + m.out_features * (m.bias is not None)
         if isinstance(m, QuantizedLinear) or (isinstance(m, ResidualLowRankLinear) and m.scale is not None):
             total += m.in_features * m.out_features
     return total

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitlr.anatomy import linears
 from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError, NumericalError
-from vitlr.runtime.modules import unwrapped
+from vitlr.runtime.modules import read_freely, unwrapped
 
 _LEAST = 1e-300  # what is left to other classes, below which nothing is
 
@@ -120,10 +120,11 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     Logits z: `⟨w, z⟩` with the `w` of `contrasts`, so that `½ E[(gᵀδ)²]` estimates the KL divergence that a small
     change δ causes. Features f: `⟨ε, f / ‖f‖⟩` with Gaussian ε, so that the
     same expression estimates half the squared change of the normalised feature; of one number z, whose direction is its
-    sign and never changes, `ε z`. Raises `NumericalError` where the output is not finite.
+    sign and never changes, `ε z`. Raises `NumericalError` for an output on the
+    CPU that is not finite.
     """
     output = first_tensor(answer)
-    if not torch.isfinite(output).all():
+    if read_freely(output) and not torch.isfinite(output).all():  # elsewhere sums are looked at, in the end
         raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
     if is_logits(model, answer):
         signs = draws(seeds, samples, output.shape[1:], _signs).to(output.device)
@@ -133,14 +134,14 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     return [(features * direction).sum() for direction in noise]
 
 
-def largest_doubt(model: nn.Module, answer: Any) -> float:
+def largest_doubt(model: nn.Module, answer: Any) -> Tensor:
     """The largest `1 − max softmax` of a batch of logits: what the least certain answer leaves to all other classes.
 
-    Features, which have no classes, leave everything: 1.
+    Features, which have no classes, leave everything: 1. It stays on the answer's device.
     """
     if not is_logits(model, answer):
-        return 1.0
-    return float(1 - first_tensor(answer).detach().double().softmax(-1).amax(-1).amin())
+        return torch.ones(())
+    return 1 - first_tensor(answer).detach().double().softmax(-1).amax(-1).amin()
 
 
 def certain(doubt: float) -> str:

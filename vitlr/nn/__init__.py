@@ -1,6 +1,8 @@
 """Modules that stand where dense ones stood."""
 
 from vitlr.nn.folded_scale import FoldedScale
+from vitlr.nn.fp8_block import Fp8Block, Fp8MLP
+from vitlr.nn.fp8_linear import Fp8Linear
 from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.fused_projections import FusedProjections
 from vitlr.nn.fused_rotary import FusedRotaryAttention
@@ -20,6 +22,9 @@ from vitlr.nn.window_linears import WindowLinears
 
 __all__ = [
     "FoldedScale",
+    "Fp8Block",
+    "Fp8Linear",
+    "Fp8MLP",
     "FusedAttention",
     "FusedProjections",
     "FusedRotaryAttention",

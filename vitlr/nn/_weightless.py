@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Shadow:
@@ -57,3 +58,23 @@ class Weightless(nn.Module):
             (t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.empty(0, device="cpu")
         )
         return Shadow(stored.dtype, stored.device, (int(self.out_features), int(self.in_features)))  # type: ignore[arg-type]
+
+
+class Fixed(Weightless):
+    """A layer whose buffers keep their dtypes: `.to(dtype)` moves them, and leaves every bit of them as it is."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # As integers of their size floats pass through a cast.
+        held = {name: t for name, t in self._buffers.items() if t is not None and t.is_floating_point()}
+        self._buffers.update({name: t.view(_INTEGERS[t.itemsize]) for name, t in held.items()})
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, t in held.items():
+                moved = self._buffers[name]
+                assert moved is not None
+                self._buffers[name] = moved.view(t.dtype)
+        return self
+
+
+_INTEGERS = {1: torch.uint8, 4: torch.int32}

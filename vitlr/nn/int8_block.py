@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.int8_mlp import Int8MLP, steps
 from vitlr.ops.layers.int8_attention import int8_attention
-from vitlr.ops.layers.int8_chain import Norm, Step, int8_chain
+from vitlr.ops.layers.int8_chain import Norm, int8_chain
 from vitlr.runtime.modules import class_of
 
 # Classes whose forward is known, by name: this package does not import timm.
@@ -23,16 +23,16 @@ _BLOCKS = ("timm.models.vision_transformer.Block",)
 _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
 
 
-class _Parts(NamedTuple):
+class Parts(NamedTuple):
     """What both operations take."""
 
     norm1: Norm
-    qkv: list[Step]
-    proj: list[Step]
+    qkv: list[Any]
+    proj: list[Any]
     norm2: Norm
-    fc1: list[Step]
+    fc1: list[Any]
     act: str
-    fc2: list[Step]
+    fc2: list[Any]
 
 
 class Int8Block(Fused):
@@ -43,6 +43,7 @@ class Int8Block(Fused):
     and under a mask, autocast or a transform, they are called. Raises InputError with the reason of `why_not`.
     """
 
+    MLP: ClassVar[type[Int8MLP]] = Int8MLP
     KEPT = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
     if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Int8Block(Fused):
             return f"its children are not {', '.join(cls.KEPT)}"
         if module._parameters or module._buffers or has_hooks(module):
             return "it has parameters of its own, or hooks"
-        found = _parts(module)
+        found = _parts(module, cls.MLP)
         return found if isinstance(found, str) else None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -81,25 +82,28 @@ class Int8Block(Fused):
     @torch.jit.unused
     def _dispatched(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         plain = attn_mask is None and not is_causal and x.dim() == 3 and not is_transformed()
-        parts = _parts(self) if plain and not torch.is_autocast_enabled(x.device.type) else ""
+        parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
             return self._called(x, attn_mask, is_causal)
+        return self._halves(x, parts)
+
+    def _halves(self, x: Tensor, parts: Parts) -> Tensor:
         norm1, qkv, proj, norm2, fc1, act, fc2 = parts
         x = int8_attention(x, qkv, proj, self.attn.num_heads, x, norm1)  # type: ignore[arg-type]
         acts = ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2)
         return int8_chain(x, [*fc1, *fc2], acts, x, norm2)
 
 
-def _parts(block: nn.Module) -> _Parts | str:
+def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:
     """What the operations take of a block, or why they cannot stand for it."""
     norm1, attn, ls1, drop_path1, norm2, mlp, ls2, drop_path2 = (block._modules[name] for name in Int8Block.KEPT)
-    if type(attn) is not FusedAttention or type(mlp) is not Int8MLP:
-        return "its attention is no FusedAttention, or its MLP no Int8MLP"
+    if type(attn) is not FusedAttention or type(mlp) is not kind:
+        return f"its attention is no FusedAttention, or its MLP no {kind.__name__}"
     idle = [ls1, drop_path1, ls2, drop_path2, *(attn._modules[n] for n in ("q_norm", "k_norm", "norm", "proj_drop"))]
     if not all(child is not None and _idle(child) for child in idle):
         return "a layer scale, a drop path or a norm of its queries does something"
     qkv, proj, fc1, fc2 = (
-        steps(m._modules[n])  # type: ignore[arg-type]
+        steps(m._modules[n], kind.KIND)  # type: ignore[arg-type]
         for m, n in ((attn, "qkv"), (attn, "proj"), (mlp, "fc1"), (mlp, "fc2"))
     )
     act = activation_name(mlp.act)
@@ -110,7 +114,7 @@ def _parts(block: nn.Module) -> _Parts | str:
     before, after = _norm(norm1), _norm(norm2)
     if before is None or after is None:
         return f"its norms are none of {', '.join(_NORMS)} with weight and bias"
-    return _Parts(before, qkv, proj, after, fc1, act, fc2)
+    return Parts(before, qkv, proj, after, fc1, act, fc2)
 
 
 def _idle(child: nn.Module) -> bool:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
-from vitlr.nn._weightless import Weightless
+from vitlr.nn._weightless import Fixed
 from vitlr.ops.layers import int8_chain as op
 
 _FLOATS = ("scale", "bias", "multiplier", "shift")
 _LARGEST = 127  # of a code
 
 
-class Int8Linear(Weightless):
+class Int8Linear(Fixed):
     """`y = scale ⊙ (W q) + b` with `q = round(multiplier ⊙ x + shift)` from 0 to 255: x [..., K] -> y [..., N].
 
     `codes` [N, K] int8; `scale`, `bias` [N], `multiplier`, `shift` [K] in fp32, which `.to(dtype)` and autocast leave
@@ -25,6 +25,8 @@ class Int8Linear(Weightless):
     Channels that are now and then huge have more columns: those at `wide` [R] int32, rising, one for each time that a
     channel has another. K + R are then the columns of codes, multiplier and shift; without such channels it is None.
     """
+
+    CHAIN: ClassVar[Callable[..., Tensor]] = staticmethod(op.int8_chain)
 
     codes: Tensor
     scale: Tensor
@@ -145,19 +147,6 @@ class Int8Linear(Weightless):
             held = getattr(self, part)
             if not torch.equal(held[..., K:], held[..., wide]):
                 raise InputError(f"{name}: {part} of its wide channels differ from column to column")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        # Devices change, dtypes do not: as integers the floats pass through `.to(dtype)` bit for bit.
-        held = {name: self._buffers[name] for name in _FLOATS}
-        self._buffers.update({name: t.view(torch.int32) for name, t in held.items() if t is not None})
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            for name in _FLOATS:
-                t = self._buffers[name]
-                assert t is not None
-                self._buffers[name] = t.view(torch.float32)
-        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Copied, numbers of another dtype would be read as other numbers, without a word.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from vitlr.errors import InputError, NumericalError
 from vitlr.nn._plain import has_hooks, is_plain, is_transformed
 from vitlr.nn._weightless import Weightless
+from vitlr.nn.fp8_linear import Fp8Linear
 from vitlr.nn.int8_linear import Int8Linear
 from vitlr.ops.dispatch.registration import kernel_chosen
 from vitlr.ops.dispatch.registry import has_kernels
-from vitlr.ops.layers import int8_chain
 from vitlr.ops.layers import lowrank_linear as op
 from vitlr.ops.linalg.factors import balance
 
@@ -23,7 +24,7 @@ class LowRankLinear(Weightless):
 
     Two `nn.Linear` children, so that quantisers, adapters, FLOP counters and exporters see linears. Of
     `weight` there is only dtype, device and shape: a model that computes with it past `forward` is told so.
-    Two children that are `Int8Linear`s run as one chain of bytes.
+    Two children that are `Int8Linear`s or `Fp8Linear`s run as one chain of bytes.
     A kernel runs only where dispatch chooses one and both children are plain; otherwise the children are called.
     Raises InputError for a rank outside 1..min(K, N).
     """
@@ -67,9 +68,9 @@ class LowRankLinear(Weightless):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor) -> Tensor:
-        steps = None if is_transformed() else steps_of(self)
-        if steps is not None:
-            return int8_chain.int8_chain(x, steps, ["none", "none"])
+        for kind in () if is_transformed() else BYTES:
+            if (steps := steps_of(self, kind)) is not None:
+                return kind.CHAIN(x, steps, ["none", "none"])
         if has_kernels(op.OP) and not is_transformed() and is_plain(self.down) and is_plain(self.up):
             B, A, bias = self.down.weight, self.up.weight, self.up.bias
             sizes = (self.in_features, self.out_features, self.rank)
@@ -172,8 +173,12 @@ class LowRankLinear(Weightless):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={bias}"
 
 
-def steps_of(layer: LowRankLinear) -> list[int8_chain.Step] | None:
-    """The two steps of a layer whose factors are linears of bytes; None where they are not, or are listened to."""
+BYTES: tuple[type[Int8Linear] | type[Fp8Linear], ...] = (Int8Linear, Fp8Linear)
+"""Linears that multiply bytes."""
+
+
+def steps_of(layer: LowRankLinear, kind: type[Int8Linear] | type[Fp8Linear]) -> list[Any] | None:
+    """The two steps of a layer whose factors are linears of that kind; None where they are not, or are listened to."""
     parts: list[nn.Module] = [layer.down, layer.up]
-    found = [part for part in parts if isinstance(part, Int8Linear) and not has_hooks(part)]
+    found = [part for part in parts if isinstance(part, kind) and not has_hooks(part)]
     return [part.step for part in found] if len(found) == len(parts) else None

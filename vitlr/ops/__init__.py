@@ -4,6 +4,7 @@ from vitlr.ops import backends  # noqa: F401 (registers the candidates)
 from vitlr.ops.dispatch.registry import Candidate, Explanation, candidates, explain, register, select, unregister
 from vitlr.ops.layers import (
     attention,
+    fp8_chain,
     int8_attention,
     int8_chain,
     lowrank_glu,
@@ -20,6 +21,7 @@ __all__ = [
     "batched_solve",
     "candidates",
     "explain",
+    "fp8_chain",
     "gram",
     "int8_attention",
     "int8_chain",

@@ -21,6 +21,7 @@ from vitlr.nn import FusedAttention, LowRankLinear, LowRankMLP
 from vitlr.nn._fused import with_children
 from vitlr.nn._fused_mlp import activation_name
 from vitlr.planning.options import Planning
+from vitlr.runtime import processes
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import device_of, like, swap, uncompiled
 from vitlr.runtime.progress import Progress
@@ -72,6 +73,11 @@ def clocked(model: nn.Module, stats: Statistics, options: Planning, *, progress:
 def check_machine(model: nn.Module, options: Planning) -> None:
     """Raise `InputError` unless the model is where times are measured, and the threads are there."""
     clock.check_threads(options.threads)
+    if processes.world() > 1:
+        raise InputError(
+            "milliseconds are measured where nothing else runs, not beside other processes; keep the statistics of "
+            "this run in a file and plan from it by one process, or give a budget such as macs:50%"
+        )
     if device_of(model).type != "cpu":
         raise InputError(
             f"the model is on {device_of(model)}, and a budget of milliseconds is measured on the CPU: move it there, "

@@ -21,6 +21,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.report import Snapshots
 from vitlr.refinement.rounded import Loosened
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention
 from vitlr.runtime.kinds import ANY_NUMBER, NONE, tuple_of, whole
 from vitlr.runtime.modules import device_of
@@ -72,13 +73,16 @@ def _train(
     device = device_of(model)
 
     def loss_of(images: Tensor) -> Tensor:
+        own, weight = processes.part(images)
+        images = images[own]
         with autocast(device, recipe.amp):
             with torch.no_grad():
                 expected = first_tensor(judge.pick(reference(to_model(reference, images))))
             answers = first_tensor(judge.pick(model(to_model(model, images))))
-        loss = divergence(expected.to(answers.device).float(), answers.float(), judge.logits, recipe.temperature)
+        expected = expected.to(answers.device).float()
+        loss = weight * divergence(expected, answers.float(), judge.logits, recipe.temperature)
         for name in names:
-            loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name])
+            loss = loss + recipe.features / len(names) * _relative(blocks[0][name], blocks[1][name], weight)
         return loss
 
     with (
@@ -146,7 +150,7 @@ class Distilling(State):
         if self.updates == 1:
             self.start = time.monotonic()  # the first step starts workers and fills caches
         if self.updates == _TIMED and self.recipe.minutes is not None:
-            self.total = min(self._affordable(self.recipe.minutes), self.total or self.recipe.most_steps or _NO_END)
+            self.total = min(processes.agreed(self._affordable), self.total or self.recipe.most_steps or _NO_END)
         if self.note or not (self.over or self.updates % self.recipe.every == 0):
             return
         with self.judged() as model:
@@ -157,9 +161,10 @@ class Distilling(State):
             self.note = f"no gain on held-out images for {self.since_best} looks: stopped early"
         self.save()
 
-    def _affordable(self, minutes: float) -> int:
+    def _affordable(self) -> int:
+        assert self.recipe.minutes is not None
         each = (time.monotonic() - self.start) / (_TIMED - 1) + self.look_seconds / self.recipe.every
-        return max(self.updates, int(60 * minutes / each))
+        return max(self.updates, int(60 * self.recipe.minutes / each))
 
 
 class Rounding(Distilling):
@@ -198,8 +203,8 @@ def rate(step: int, total: int | None, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
-def _relative(expected: Tensor, found: Tensor) -> Tensor:
-    """`‖h − h̃‖² / ‖h − mean h‖²`, the mean over images and tokens."""
+def _relative(expected: Tensor, found: Tensor, weight: float) -> Tensor:
+    """`‖h − h̃‖² / ‖h − mean h‖²`, the mean over images and tokens; of several processes, this one's part of it."""
     expected, found = expected.detach().to(found.device).float(), found.float()
-    centred = expected - expected.flatten(0, -2).mean(0)
-    return (found - expected).square().sum() / centred.square().sum().clamp_min(1e-12)
+    centred = expected - processes.total(weight * expected.flatten(0, -2).mean(0))
+    return (found - expected).square().sum() / processes.total(centred.square().sum()).clamp_min(1e-12)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vitlr.data.loader import Loader, spread
 from vitlr.data.seeds import Schedule, derived_seed
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import seeded
 
 MIN_IMAGES = 32
@@ -93,6 +94,10 @@ class Proxy:
     def plain(self, limit: int) -> Iterator[Tensor]:
         """Batches of the first `limit` images to learn from, as the model sees them in use."""
         yield from self.source.plain(self.training[:limit])
+
+    def own(self, limit: int) -> Iterator[Tensor]:
+        """Those of them that are this process's."""
+        yield from self.source.plain(processes.share(self.training[:limit]))
 
     def mixed(self, batch_size: int, seed: int, start: int, crop: float, jitter: float, mix: bool) -> Iterator[Tensor]:
         """Augmented batches without end, from step `start` on; step k gives the same batch however it is reached."""

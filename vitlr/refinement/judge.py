@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vitlr.data.batches import to_model
 from vitlr.errors import NumericalError
 from vitlr.measuring.losses import agreeing, divergence, first_tensor, is_logits
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode
 
 
@@ -57,13 +58,15 @@ class Judge:
 
     @torch.no_grad()
     def _answers(self, model: nn.Module) -> Tensor:
-        found = []
-        with evaluation_mode(model):
-            for images in self.images.split(self.batch_size):
+        def answered(own: Sequence[Tensor]) -> Iterator[tuple[bool, Tensor]]:
+            for images in own:
                 answer = self.pick(model(to_model(model, images)))
-                self.logits = is_logits(model, answer)
-                found.append(first_tensor(answer).double().flatten(1).cpu())
-        return torch.cat(found)
+                yield is_logits(model, answer), first_tensor(answer).double().flatten(1).cpu()
+
+        with evaluation_mode(model):
+            found = [*processes.shared_out(answered, self.images.split(self.batch_size))]
+        self.logits = found[-1][0]
+        return torch.cat([answers for _, answers in found])
 
     def pick(self, answer: Any) -> Any:
         """What of a model's answer counts."""

@@ -27,6 +27,7 @@ from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
 from vitlr.refinement.share import Share
+from vitlr.runtime import processes
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import uncompiled
@@ -65,6 +66,8 @@ def refine(
     `output_fn(answer)` picks what of a model's answer counts, as in `calibrate`.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
     `watch("refining, distil", total, unit)` is entered for every rung and gives its `progress(done, total)`.
+    Several processes share the images of every batch and the modules that are solved one by one, and come to the same
+    weights.
     The `Refinement` report is left in `model.vitlr_refinement` and, for the file, in `model.vitlr_info["recipe"]`.
 
     Raises `InputError` for fewer than 32 images, images all alike, unknown options, models without low-rank layers,
@@ -89,6 +92,7 @@ def refine(
         "rungs": list(wanted),
         "recipe": asdict(recipe),
     }
+    processes.check_same("model", (run["model"], run["reference"]))
     with visibility.visible(reference):  # layers are known by the names that the compressed model has
         watch = watch or (lambda label, total, unit: shown(progress, label, total, unit))
         report = _climb(model, reference, proxy, judge, recipe, wanted, Snapshots(resume, run), watch)

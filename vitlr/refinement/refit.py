@@ -17,6 +17,7 @@ from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.share import Share
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.progress import Progress
 
@@ -120,10 +121,11 @@ def _measure(
         watched(reference, [name], lambda _, x, y: expected.append(y)),
         watched(model, [name], compare),
     ):
-        for images in proxy.plain(recipe.proxy_images):
+        for images in proxy.own(recipe.proxy_images):
             for part in images.split(recipe.batch_size):
                 run_until(reference, to_model(reference, part), name)
                 run_until(model, to_model(model, part), name)
+    sums.together()
     finite(name, sums.zz, sums.ez)
 
 
@@ -144,6 +146,13 @@ class Sums(ABC):
         self.z += z.sum(0)
         self.e += e.sum(0)
         self._multiply(z, e)
+
+    def together(self) -> None:
+        """Those of all processes, in each."""
+        tensors = (self.z, self.e, self.zz, self.ez)
+        processes.sum_in_order(tensors)
+        processes.spread(tensors)
+        self.tokens = sum(processes.gather(self.tokens))
 
     @abstractmethod
     def _multiply(self, z: Tensor, e: Tensor) -> None:

@@ -8,6 +8,7 @@ from a zero left and a random right factor. Merging is exact, `[A₁ A₂][B₁;
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Judge
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.share import Share
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.modules import device_of
 from vitlr.runtime.progress import Progress
@@ -59,11 +61,19 @@ def regrow(
         tokens = _collect(model, reference, proxy, recipe, block, names)
         before = {name: copy for name in names if (copy := _factors(model, name))}
         kept = 0
-        for name in names:
-            layer = model.get_submodule(name)
-            assert isinstance(layer, LowRankLinear)
-            generator = torch.Generator().manual_seed(recipe.seed)
-            kept += learn(layer, tokens[name], ranks[name], recipe.regrow_steps, generator)
+
+        def learnt_of(own: Sequence[str], tokens: dict[str, _Tokens] = tokens) -> Iterator[tuple[bool, Tensor, Tensor]]:
+            for name in own:
+                layer = model.get_submodule(name)
+                assert isinstance(layer, LowRankLinear)
+                generator = torch.Generator().manual_seed(recipe.seed)
+                takes = learn(layer, tokens[name], ranks[name], recipe.regrow_steps, generator)
+                A, B = _factors(model, name)
+                yield takes, A.cpu(), B.cpu()
+
+        for name, (takes, A, B) in zip(names, processes.shared_out(learnt_of, names), strict=True):
+            _set(model, name, A, B)
+            kept += takes
         kl = judge(model).kl if kept else math.inf
         if kl < nearest:
             nearest, learnt = kl, learnt + kept

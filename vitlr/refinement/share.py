@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from vitlr.refinement.recipe import Recipe
 from vitlr.refinement.report import Rung
+from vitlr.runtime import processes
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,11 @@ class Share:
 
     def over(self, steps: int) -> bool:
         """Whether after so many steps there are none left, or no time."""
-        late = self.minutes is not None and time.monotonic() - self.start >= 60 * self.minutes
+        late = self.minutes is not None and processes.agreed(self._late)
         return late or (self.steps is not None and steps >= self.steps)
+
+    def _late(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.start >= 60 * self.minutes
 
     def bound(self, recipe: Recipe) -> Recipe:
         """The recipe of a rung that counts its own steps."""

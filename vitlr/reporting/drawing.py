@@ -67,6 +67,15 @@ def megabytes(axes: Any, label: str = "MB of the file") -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def by_block(axes: Any) -> None:
+    """An axis of blocks, with no tick between two of them, and the kinds of layers above, where they hide nothing."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="block")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def plain(text: str) -> str:
     """A name as it is, cut short: matplotlib would set what stands between dollars as a formula."""
     text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -9,7 +9,7 @@ from typing import Any
 from vitlr.planning.options import ROUNDED
 from vitlr.planning.plans import LayerPlan, Plan
 from vitlr.reporting.advice import WORDS, key_of
-from vitlr.reporting.drawing import COLOURS, GREY, drawn, megabytes, plain
+from vitlr.reporting.drawing import COLOURS, GREY, by_block, drawn, megabytes, plain
 from vitlr.reporting.layers import by_kind
 from vitlr.reporting.rows import INT8, PLAIN, VITLR, Row
 
@@ -63,8 +63,8 @@ def draw_kept(plan: Plan, path: Path) -> None:
             x, y = [place for place, _ in rows], [100 * share(plan, row) for _, row in rows]
             axes.plot(x, y, color=COLOURS[index % len(COLOURS)], marker="o", ms=3.5, lw=1.3, label=plain(kind))
         what = "bits in the file" if plan.levels else "weights"
-        axes.set(xlabel="block", ylabel=f"{what} kept, %", ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        axes.set(ylabel=f"{what} kept, %", ylim=(0, None))
+        by_block(axes)
 
 
 def draw_losses(plan: Plan, path: Path) -> None:
@@ -78,8 +78,8 @@ def draw_losses(plan: Plan, path: Path) -> None:
             under = [heights.get(place, 0.0) for place in places]
             axes.bar(places, values, bottom=under, color=COLOURS[index % len(COLOURS)], label=plain(kind))
             heights |= {place: a + b for place, a, b in zip(places, under, values, strict=True)}
-        axes.set(xlabel="block", ylabel="predicted loss", ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        axes.set(ylabel="predicted loss", ylim=(0, None))
+        by_block(axes)
 
 
 def draw_spectra(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:

@@ -15,6 +15,7 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.creation import remade
 from vitlr.data.preprocessing import input_size
 from vitlr.decomposition.solving import decompose
+from vitlr.engines.names import check_engines, installed
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.planning.plans import Plan
@@ -30,6 +31,7 @@ from vitlr.runtime.progress import Progress, Watch, alone, shown
 
 SHOWN = 48  # pictures on a page
 POINTS = 64  # of a curve
+WITH = ("torch", "vitlr")  # what every file is timed in
 
 
 @alone
@@ -42,18 +44,23 @@ def report(
     stats: Statistics | None = None,
     class_names: Sequence[str] | None = None,
     pictures: int = 12,
+    engines: Sequence[str] | None = None,
     watch: Watch | None = None,
     progress: Progress | bool | None = None,
 ) -> Path:
     """Write `report.html`, one page that needs nothing else, and its figures as SVG beside it; the page's path.
 
-    Of every file: what its plan kept where and lost as predicted, size, MACs, and milliseconds an image as it is and
-    fused, beside the dense model's. With `validation` images accuracy and its interval, with the dense model as
-    `reference` agreement, KL and the `pictures` on which the two disagree most, and with `stats`, which the plan was
-    made from, spectra with what was chosen. `class_names` are in the model's order.
-    Raises `InputError` where matplotlib is missing, and for files and a folder that cannot be read or written.
+    Of every file: what its plan kept where and lost as predicted, size, MACs, and milliseconds an image in float32 in
+    plain torch, fused on vitlr's kernels, and in other `engines`, beside the dense model's: "onnxruntime", "openvino"
+    and "compile", by default the first two where they are installed; one that cannot run a model is named. With
+    `validation` images accuracy and its interval, with the dense model as `reference` agreement, KL and the `pictures`
+    on which the two disagree most, and with `stats`, which the plan was made from, spectra with what was chosen.
+    `class_names` are in the model's order. Raises `InputError` where matplotlib or an engine is missing, and for files
+    and a folder that cannot be read or written.
     """
     check_drawing()
+    others = installed() if engines is None else check_engines(engines, f"engines={engines!r}")
+    timed = (*WITH, *(name for name in others if name not in WITH and (name != "compile" or engines is not None)))
     paths = [Path(path) for path in ([files] if isinstance(files, (str, os.PathLike)) else files)]
     if not paths:
         raise InputError("files=() is empty; name some that vitlr wrote")
@@ -73,11 +80,12 @@ def report(
         if validation is not None:
             with watch(subject.name, getattr(validation, "images", None), "images") as advance:
                 judge_subject(subject, judge, validation, each, advance)
-        time_subject(subject, dense)
+        with watch(f"timing {subject.name}", None, "steps") as advance:
+            time_subject(subject, dense, timed, advance)
         _draw(subject, place, reference, stats)
     rows = _rows(subjects, dense, judged_dense)
     overview = None
-    if judged_dense is not None:
+    if judged_dense is not None and len(subjects) > 1:  # one dot would be no figure
         overview = place / "accuracy.svg"
         figures.draw_frontier(rows, overview)
     texts = _texts(subjects, validation, reference, class_names)
@@ -130,16 +138,15 @@ def _rows(subjects: Sequence[Subject], dense: nn.Module | None, judged: Judged |
     rows = []
     if dense is not None:
         found = cost.measure(dense, input_size(dense))
-        ms = subjects[0].times[1].get("dense")
+        ms = subjects[0].speeds.least("dense", ("torch",))
         more = {"images": 0} if judged is None else judged.to_dict()
         rows.append(Row(DENSE, DENSE, found.bytes, params=found.params, macs=found.macs, ms=ms, speedup=1.0, **more))
     for subject in subjects:
-        times = subject.times[1]
-        ms = min(times["small"], times["fused"])
+        ms, slow = subject.speeds.least("small", WITH), subject.speeds.least("dense", ("torch",))
         more = {"images": 0} if subject.judged is None else subject.judged.to_dict()
         facts: dict[str, Any] = {"params": subject.costs.params, "macs": subject.costs.macs, "ms": ms, **more}
         method = None if subject.plan is None else subject.plan.method
-        facts["speedup"] = times["dense"] / ms if "dense" in times else None
+        facts["speedup"] = None if ms is None or slow is None else slow / ms
         rows.append(Row(subject.name, VITLR, subject.size, method=method, **facts))
     return rows
 

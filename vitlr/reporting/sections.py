@@ -21,6 +21,24 @@ LINES = {
     "losses": "What that is predicted to cost, in the unit of the plan's objective; predictions rank choices.",
     "spectra": "Spectra: the share of a layer's loss left at every rank, deeper ones darker, a dot for the plan.",
 }
+ENGINES = {
+    "torch": "plain torch",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "vitlr": "vitlr's kernels, fused",
+}
+MEANINGS = {
+    "rank": "A layer's matrix is a product of two thin ones; the fewer columns between them, the smaller and coarser.",
+    "width": "Hidden neurons of an MLP, or channels of queries and keys, that are left.",
+    "bits": "What a stored weight takes on average, where weights are rounded.",
+    "MACs": "Multiplications with additions for one image.",
+    "predicted error": "What the plan expected from calibration images: with the objectives fisher and loss KL in "
+    "nats, else a squared error of outputs. It ranks choices; measured KL is two to five times as large.",
+    "KL, agreement": "How far the small model's answers are from dense's (0: equal), and how often both name the same "
+    "class first.",
+    "attn, mlp": "Bars of what a whole attention or MLP loses by a smaller width.",
+}
 
 
 def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | None, texts: dict[str, Any]) -> list[str]:
@@ -30,17 +48,19 @@ def all_of(subjects: Sequence[Subject], rows: Sequence[Row], overview: Path | No
         parts.append(page.figure(overview, "accuracy against megabytes and milliseconds"))
     for subject in subjects:
         parts += _one(subject, texts)
+    parts.append(page.folded("What these words mean", page.table(["", ""], [*MEANINGS.items()], long=1)))
     return parts
 
 
 def _table(rows: Sequence[Row]) -> str:
-    header = ["", "MB", "params, M", "MACs, G"]
+    of, letter = _macs(max((row.macs or 0 for row in rows), default=0))
+    header = ["", "MB", "params, M", f"MACs, {letter}"]
     judged = [key for key in ("top1", "agreement", "kl", "cosine") if any(getattr(r, key) is not None for r in rows)]
     heads = {"top1": "top-1, % (95 %)", "agreement": "agreement, %", "kl": "KL, nats", "cosine": "cosine"}
     header += [*(heads[key] for key in judged), "ms", "speed"]
     lines = []
     for row in rows:
-        cells = [row.name, f"{row.bytes / 1e6:.2f}", _number(row.params, 1e6, ".2f"), _number(row.macs, 1e9, ".3f")]
+        cells = [row.name, f"{row.bytes / 1e6:.2f}", _number(row.params, 1e6, ".2f"), _number(row.macs, of, ".3f")]
         cells += [_judged(row, key) for key in judged]
         cells += [_number(row.ms, 1, ".1f"), "" if row.speedup is None else f"{row.speedup:.2f}x"]
         lines.append(cells)
@@ -49,6 +69,11 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _number(value: float | None, unit: float, form: str) -> str:
     return "" if value is None else format(value / unit, form)
+
+
+def _macs(most: int) -> tuple[float, str]:
+    """The unit that multiply-accumulates are told in: billions, of small models millions."""
+    return (1e9, "G") if most >= 1e8 else (1e6, "M")
 
 
 def _judged(row: Row, key: str) -> str:
@@ -64,8 +89,8 @@ def _how(rows: Sequence[Row], texts: dict[str, Any]) -> str:
     images = max(row.images for row in rows)
     judged = f"Judged on {images} images; the interval is Wilson's, of 95 %. " if images else "No images were given. "
     return (
-        f"{judged}MB are those of the file, of dense its weights. ms: one image, the faster of the model as it is and "
-        f"fused, in turns with dense, {texts['threads']} thread(s) of {processor()}."
+        f"{judged}MB are those of the file, of dense its weights. ms: one image in float32, the faster of plain "
+        f"torch and vitlr's kernels, in turns with dense in plain torch, {texts['threads']} thread(s) of {processor()}."
     )
 
 
@@ -83,14 +108,31 @@ def _one(subject: Subject, texts: dict[str, Any]) -> Iterator[str]:
         yield _blocks(plan)
         yield page.folded("Every layer, and why", _layers(plan))
     yield page.heading("Time", 3)
-    names = {"dense": "dense", "small": "as it is", "fused": "fused"}
-    there = [name for name in names if name in subject.times[1]]
-    lines = [[f"{batch} at once", *(f"{ms[name]:.2f}" for name in there)] for batch, ms in subject.times.items()]
-    yield page.table(["ms an image", *(names[name] for name in there)], lines)
+    yield from _time(subject)
     if subject.spotted:
         yield page.heading("Where it disagrees with dense most", 3)
         yield page.words("By KL(dense, small) in nats; the share that each gives to its first five classes.", soft=True)
         yield page.cards(_card(one, texts) for one in subject.spotted)
+
+
+def _time(subject: Subject) -> Iterator[str]:
+    """Milliseconds by engine and batch, dense and small, and how many times faster small is in the same engine."""
+    speeds = subject.speeds
+    header = ["ms an image"]
+    for batch in speeds.ms:
+        header += [f"dense, {batch} at once", "small", "speed"]
+    lines = []
+    for engine, called in ENGINES.items():
+        if any(engine in at for at in speeds.ms.values()):
+            line = [called]
+            for at in speeds.ms.values():
+                dense, small = (at.get(engine, {}).get(which) for which in ("dense", "small"))
+                times = "" if dense is None or small is None else f"{dense / small:.2f}x"
+                line += [_number(dense, 1, ".2f"), _number(small, 1, ".2f"), times]
+            lines.append(line)
+    yield page.table(header, lines)
+    for where, why in speeds.refused.items():
+        yield page.words(f"Not timed: {where}: {why}", soft=True)
 
 
 def _summary(subject: Subject, plan: Plan) -> str:
@@ -99,7 +141,10 @@ def _summary(subject: Subject, plan: Plan) -> str:
     done += [f"{len(plan.narrowed)} of {len(plan.widths)} widths narrower"] * bool(plan.narrowed)
     images = subject.recipe.get("images")
     seen = f", from {images} images" if isinstance(images, int) else ""
-    totals = [("parameters", plan.params, plan.params_kept, 1e6, "M"), ("MACs", plan.macs, plan.macs_kept, 1e9, "G")]
+    totals = [
+        ("parameters", plan.params, plan.params_kept, 1e6, "M"),
+        ("MACs", plan.macs, plan.macs_kept, *_macs(plan.macs)),
+    ]
     totals.append(("bytes", plan.bytes, plan.bytes_kept, 1e6, "MB"))
     kept = ", ".join(f"{name} {a / unit:.2f} to {b / unit:.2f} {word}" for name, a, b, unit, word in totals)
     made = f"Budget {plan.budget}, method {plan.method}, objective {plan.objective}{seen}"

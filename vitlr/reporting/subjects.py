@@ -18,11 +18,8 @@ from vitlr.measuring.evaluation import evaluate
 from vitlr.planning.plans import Plan
 from vitlr.reporting.disagreement import Disagreement, Spotting
 from vitlr.reporting.judging import Judge, Judged
-from vitlr.reporting.speed import milliseconds
+from vitlr.reporting.speed import Speeds, by_engine
 from vitlr.runtime.progress import Progress
-from vitlr.surgery.fusion import fuse
-
-BATCHES = (1, 8)  # images at once whose time is measured
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Subject:
     size: int
     judged: Judged | None = None
     measured_on: str = ""
-    times: dict[int, dict[str, float]] = field(default_factory=dict)  # ms of an image by batch: dense, small, fused
+    speeds: Speeds = field(default_factory=Speeds)  # of "small", and of "dense" where it takes the same images
     spotted: list[Disagreement] = field(default_factory=list)
     drawn: dict[str, Path] = field(default_factory=dict)
 
@@ -73,10 +70,11 @@ def judge_subject(subject: Subject, judge: Judge | None, images: Any, count: int
     subject.spotted = spotting.found
 
 
-def time_subject(subject: Subject, dense: nn.Module | None) -> None:
-    models = {"small": subject.model, "fused": fuse(subject.model)}
+def time_subject(
+    subject: Subject, dense: nn.Module | None, engines: Sequence[str], progress: Progress | None = None
+) -> None:
+    models = {"small": subject.model}
     size = input_size(subject.model)
     if dense is not None and input_size(dense) == size:
         models["dense"] = dense
-    for batch in BATCHES:
-        subject.times[batch] = milliseconds(models, size, batch)
+    subject.speeds = by_engine(models, engines, size, progress)

@@ -143,7 +143,7 @@ def _found_rows(value: Tensor) -> tuple[Tensor, Tensor] | None:
     rows = by_row(value)
     for top in map(_top, reversed(BITS)):
         _, least = _by_rows(value, top)
-        exponent, exact = least.clone(), torch.zeros(len(least), dtype=torch.bool)
+        exponent, exact = least.clone(), torch.zeros_like(least, dtype=torch.bool)
         for off in (0, -1, 1):
             tried = _codes(rows, least + off, top) * power(least + off)[:, None]
             same = (tried == rows).all(1) & ~exact

@@ -36,6 +36,11 @@ def like(model: nn.Module) -> Tensor:
     return next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
 
 
+def read_freely(t: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a device that runs behind."""
+    return t.device.type == "cpu"
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model lives: the device of its first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -58,9 +58,11 @@ def shown(
     progress: Progress | bool | None, label: str, total: int | None = None, unit: str = "images"
 ) -> Iterator[Progress]:
     """`progress` where it is a function; where nothing is said a bar, if stderr is a terminal and no bar is there."""
+    from vitlr.runtime import processes  # needs torch, which is there where stages run
+
     if callable(progress):
         yield progress
-    elif progress is False or _drawn or sys.stderr is None or not sys.stderr.isatty():
+    elif progress is False or _drawn or not processes.first() or sys.stderr is None or not sys.stderr.isatty():
         yield _silent
     else:
         with bar(label, total, unit) as draw:

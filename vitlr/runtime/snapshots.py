@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 from vitlr.runtime.kinds import PLAIN, Spec, check
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import load_tensors, save_tensors
@@ -40,7 +41,7 @@ class Snapshots:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Keep tensors and plain values under `name`, in place of what was there, atomically."""
-        if self.folder is not None:
+        if self.folder is not None and processes.first():
             stored = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
             header = {"run": self.run, "state": dict(state)}
             save_tensors(self._path(name), stored, header, kind=self.kind, schema=SCHEMA)

@@ -1,15 +1,16 @@
-"""Linears that multiply bytes: an `Int8Linear` where a plain linear was, by what calibration saw of its inputs."""
+"""Linears that multiply bytes: integers, by what calibration saw of their inputs, or floats, by nothing."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from vitlr.anatomy import visibility
+from vitlr.anatomy import linears, visibility
 from vitlr.calibration.options import RANGES
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.byte_steps import byte_inputs
 from vitlr.errors import InputError
+from vitlr.nn import Fp8Linear
 from vitlr.runtime.modules import swap
 from vitlr.runtime.progress import Progress
 
@@ -35,3 +36,13 @@ def multiply_bytes(model: nn.Module, stats: Statistics, progress: Progress | Non
     for name in names:
         swap(model, name, layers[name].layer().train(found[name].training))
     return names
+
+
+@torch.no_grad()
+def multiply_fp8(model: nn.Module) -> list[str]:
+    """Put an `Fp8Linear` in place of all linears that can be compressed and of factors, in place; their names."""
+    visibility.make_visible(model)
+    found = linears.targets(model, factors=True)
+    for name, linear in found.items():
+        swap(model, name, Fp8Linear.from_linear(linear))
+    return list(found)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears
-from vitlr.nn import FoldedScale, Int8Linear, LowRankLinear
+from vitlr.nn import FoldedScale, Fp8Linear, Int8Linear, LowRankLinear
 from vitlr.nn._plain import has_hooks, is_plain
 from vitlr.runtime.modules import put
 
@@ -36,7 +36,7 @@ def fold(model: nn.Module) -> list[str]:
         gamma = scale.get_parameter("gamma")
         if not torch.isfinite(gamma).all():
             continue
-        if isinstance(low, Int8Linear):
+        if isinstance(low, (Int8Linear, Fp8Linear)):
             low.multiply(gamma)
         else:
             assert isinstance(low, LowRankLinear)

@@ -13,6 +13,9 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 from vitlr.nn import (
     FoldedScale,
+    Fp8Block,
+    Fp8Linear,
+    Fp8MLP,
     FusedAttention,
     FusedProjections,
     FusedRotaryAttention,
@@ -33,11 +36,13 @@ from vitlr.runtime.modules import swap, uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
-from vitlr.surgery.bytes import multiply_bytes
+from vitlr.surgery.bytes import multiply_bytes, multiply_fp8
 from vitlr.surgery.mlps import widen_mlp
 
+_SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
 FUSED: tuple[type[Fused], ...] = (
     Int8MLP,
+    Fp8MLP,
     LowRankMLP,
     NamedLowRankMLP,
     LowRankGLU,
@@ -45,6 +50,7 @@ FUSED: tuple[type[Fused], ...] = (
     FusedRotaryAttention,
     FusedProjections,
     Int8Block,
+    Fp8Block,
 )
 
 
@@ -61,7 +67,7 @@ def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = Fals
         )
     model = unfuse(model, inplace=inplace)
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
-        if isinstance(module, (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear)):
+        if isinstance(module, _SWAPPED):
             swap(model, name, module.to_linear().train(module.training))
     for mlp in narrowed_mlps(model).values() if full_width else ():
         widen_mlp(mlp)
@@ -84,7 +90,7 @@ def fuse(
     *,
     inplace: bool = False,
     fold: bool = True,
-    bits: int | None = None,
+    bits: int | str | None = None,
     stats: Statistics | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -98,18 +104,23 @@ def fuse(
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`.
+    `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
+    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none.
     `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
-    if bits not in (None, 8):
-        raise InputError(f"bits={bits!r}: expected 8, or None for layers as they are")
-    if (bits is None) != (stats is None):
+    if bits not in (None, 8, "fp8"):
+        raise InputError(f"bits={bits!r}: expected 8, 'fp8', or None for layers as they are")
+    if (bits == 8) != (stats is not None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
     model = uncompiled(model)
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
         multiply_bytes(model, stats, progress)
+    if bits == "fp8":
+        unfuse(model, inplace=True)
+        multiply_fp8(model)
     _gather(model)
     if fold:
         folding.fold(model)

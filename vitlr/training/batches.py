@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from vitlr.data.loader import Loader
 from vitlr.data.seeds import Schedule, derived_seed
 from vitlr.errors import InputError
+from vitlr.runtime import processes
 from vitlr.training.recipe import TrainRecipe
 
 Batch = tuple[Tensor, Tensor]
@@ -55,6 +57,10 @@ class Passes:
             raise InputError(f"the loader is a {type(loader).__name__} without a length; pass a DataLoader") from None
         if self.per_epoch == 0:
             raise InputError("the loader has no batches; check the data")
+        if processes.world() > 1 and isinstance(getattr(loader, "sampler", None), DistributedSampler):
+            raise InputError(
+                "the loader gives every process other images; give all the same batches: training shares them"
+            )
         self.loader, self.seed = loader, recipe.seed
         self.fingerprint = None  # what such a loader holds is known only by reading it
 

@@ -17,6 +17,7 @@ from vitlr.data.seeds import derived_seed
 from vitlr.errors import InputError
 from vitlr.measuring.losses import divergence, first_tensor
 from vitlr.nn import LowRankLinear
+from vitlr.runtime import processes
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
 from vitlr.runtime.fields import keywords
 from vitlr.runtime.modules import device_of
@@ -29,6 +30,7 @@ from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import TrainReport
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ def train(
     higher being better, on images held out for that. Frozen parameters stay frozen; modes are given back.
 
     A loss or a weight that is no number ends the training with the best weights so far, and a note in the report.
+    Several processes share the images of every batch, which all must be given alike, and their gradients are added up
+    in a fixed order; `loss` is then a mean over images, and process 0 validates.
+
     The same seed gives the same bits. `resume` names a folder for snapshots, from which an interrupted training goes
     on to the same bits; nothing random is stored, since all draws depend only on the seed and the step.
 
@@ -89,6 +94,7 @@ def train(
         "data": source.fingerprint,
         "recipe": recipe.to_dict(),
     }
+    processes.check_same("model", run["model"])
     snapshots = Snapshots(resume, run)
     for module in model.modules():
         if isinstance(module, LowRankLinear) and all(p.requires_grad for p in module.parameters()):
@@ -136,6 +142,10 @@ class _Objective:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
         images, targets = self._mixed(images, labels)
+        own, weight = processes.part(images)
+        images, targets = images[own], targets[own]
+        if processes.rank():  # what is drawn in layers is drawn for these images
+            torch.manual_seed(derived_seed(torch.initial_seed(), "process", processes.rank()))
         with autocast(self.device, self.recipe.amp):
             logits = first_tensor(self.model(to_model(self.model, images)))
         logits = logits.float()
@@ -152,7 +162,9 @@ class _Objective:
             added = self.penalty(self.model)
             parts["penalty"] = float(added.detach())
             value = value + added
-        return value, {**parts, "loss": float(value.detach())}
+        parts["loss"] = float(value.detach())
+        means = processes.gather({name: weight * number for name, number in parts.items()})
+        return weight * value, {name: sum(mean[name] for mean in means) for name in parts}
 
     def _expected(self, images: Tensor, logits: Tensor) -> Tensor:
         assert self.reference is not None
@@ -203,7 +215,7 @@ def _end_epoch(state: Epochs, validate: Callable[[nn.Module], float] | None) -> 
     validation = None
     if validate is not None:
         with state.judged(), evaluation_mode(state.model):
-            validation = float(validate(state.model))
+            validation = processes.agreed(lambda: float(validate(state.model)))
     state.end_epoch(validation)
 
 
@@ -278,5 +290,11 @@ def _check(model: nn.Module, reference: nn.Module | None) -> None:
             raise InputError(
                 f"{name} is {parameter.dtype}; training works in float32 and autocasts itself; cast afterwards"
             )
+    counting = [name for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)]
+    if counting and processes.world() > 1:
+        raise InputError(
+            f"{counting[0]} takes means over a batch, and every process has a part of it; train this model by one "
+            "process, or make it torch.nn.SyncBatchNorm"
+        )
     if torch.is_inference_mode_enabled():
         raise InputError("training needs gradients and cannot run under torch.inference_mode(); call it outside")

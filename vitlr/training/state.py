@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.measuring.losses import check_reached
+from vitlr.runtime import processes
 from vitlr.runtime.kinds import NONE, PLAIN, check, number, text, whole
 from vitlr.runtime.snapshots import Snapshots, check_like, copied, restore, stored
 from vitlr.training.optimizers import check_optimizer, optimizer_state, restore_optimizer
@@ -52,9 +53,12 @@ class State:
         return bool(self.note) or (self.total is not None and self.updates >= self.total)
 
     def add(self, loss: Tensor, parts: int = 1) -> bool:
-        """Add a loss's gradient, one of so many parts; one that is no number ends the training and changes nothing."""
+        """Add a loss's gradient, one of so many parts; one that is no number ends the training and changes nothing.
+
+        Of several processes each adds that of its own images, and the sum of all is the loss.
+        """
         check_reached(loss)
-        if not math.isfinite(value := float(loss.detach())):
+        if not math.isfinite(value := float(processes.total(loss.detach()))):
             self.note = f"the loss was {value} at {self.unit} {self.updates + 1}: stopped, kept the best before it"
             self.optimizer.zero_grad(set_to_none=True)
             return False
@@ -63,6 +67,9 @@ class State:
 
     def update(self) -> None:
         """Clip, step, follow with the running mean; gradients are gone afterwards."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        processes.sum_in_order(gradients)
+        processes.spread(gradients)
         self.clip([p for p in self.model.parameters() if p.grad is not None])
         self.schedule()
         self.optimizer.step()

@@ -13,6 +13,7 @@ from vitlr import ops
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import floors, measured, registry
 from vitlr.ops.dispatch.ceilings import H100, H200
+from vitlr.ops.layers.fp8_chain import Key as Chain
 from vitlr.ops.layers.lowrank_linear import Key
 
 SMALL, LARGE = Key(4, 32, 48, 8), Key(4096, 32, 48, 8)
@@ -248,3 +249,14 @@ def test_the_memory_of_decisions_is_bounded():
         for M in range(5000):
             ops.select("lowrank_linear", SMALL._replace(M=M))
         assert len(registry._chosen) <= 4096
+
+
+def test_chains_are_as_far_apart_as_their_widths(monkeypatch):
+    key = Chain(1000, (64, 256, 64), ("gelu", "none"), dtype=torch.bfloat16, device=torch.device("cuda"))
+    written = json.loads(json.dumps(measured.describe(key._replace(widths=(64, 128, 64)))))  # lists, as a file has them
+    rows = ({"op": "fp8_chain", "key": written, "us": {"torch": 3.0}},)
+    monkeypatch.setattr(measured, "table", lambda device: rows)
+    assert measured.nearest("fp8_chain", key).us == {"torch": 3.0}, "one octave"
+    assert measured.nearest("fp8_chain", key._replace(widths=(64, 512, 64))) is None, "two"
+    assert measured.nearest("fp8_chain", key._replace(widths=(64, 64), acts=("none",))) is None
+    assert measured.nearest("fp8_chain", key._replace(acts=("relu", "none"))) is None

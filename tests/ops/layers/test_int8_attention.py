@@ -103,7 +103,7 @@ def test_opcheck(monkeypatch, backend):
 
 def test_a_gradient_is_refused():
     x, qkv, proj, _, _ = parts(1, 3, 2, 4)
-    with pytest.raises(InputError, match="no gradient: layers of int8 are for running"):
+    with pytest.raises(InputError, match="no gradient: layers of bytes are for running"):
         int8_attention(x.requires_grad_(), qkv, proj, 2).sum().backward()
 
 

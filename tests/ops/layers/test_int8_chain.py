@@ -58,7 +58,7 @@ def test_compiled_for_any_number_of_rows():
 def test_a_gradient_is_refused():
     x = torch.randn(3, 8, requires_grad=True)
     y = int8_chain(x, [step(8, 4)], ["none"])
-    with pytest.raises(InputError, match="no gradient: layers of int8 are for running"):
+    with pytest.raises(InputError, match="no gradient: layers of bytes are for running"):
         y.sum().backward()
 
 

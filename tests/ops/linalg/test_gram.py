@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitlr.errors import InputError
 from vitlr.ops.backends import native
 from vitlr.ops.dispatch import registry
-from vitlr.ops.linalg.gram import ROWS, Key, gram_update_, reference, roofline
+from vitlr.ops.linalg.gram import ROWS, Key, gram_update_, products, reference, roofline
 
 OVERLOAD = torch.ops.vitlr.gram_update_.default
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
@@ -218,3 +218,20 @@ def test_bad_input(C, X, weight, message):
     with pytest.raises(InputError, match=message):
         gram_update_(C, X, weight)
     assert not C.any()
+
+
+def test_halves_on_a_gpu_are_multiplied_by_the_library_and_summed_in_fp32(monkeypatch):
+    X, asked = torch.randn(ROWS + 10, 5).bfloat16(), []
+
+    def mm(a, b, *, out_dtype):  # what torch has for CUDA alone
+        asked.append((a.shape, out_dtype))
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    class OnCuda:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        split = staticmethod(X.split)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    found = sum(P.double() for P in products(OnCuda(), None))
+    assert asked == [((5, ROWS), torch.float32), ((5, 10), torch.float32)]
+    torch.testing.assert_close(found, X.double().mT @ X.double(), rtol=1e-5, atol=1e-3)

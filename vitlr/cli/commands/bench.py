@@ -24,6 +24,7 @@ from vitlr.cli.options import (
     model_arguments,
 )
 from vitlr.cli.result import Result, table, wrapped
+from vitlr.engines.names import parse_engines
 from vitlr.errors import InputError
 
 
@@ -90,25 +91,25 @@ def bench(
     for flag, value in judged.items():
         if value is not None and (engines is None or data is None):
             raise InputError(f"{flag} is for accuracy in --engines, which takes --data; vitlr validate tells it alone")
+    names = None if engines is None else parse_engines(engines)
     args = model_arguments(img_size, num_classes, model_kwargs)
     import torch
 
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, names_a_file, open_model, parse_device, parse_precision
-    from vitlr.cli.plain_torch import PlainTorch
     from vitlr.cli.timed import throughputs
     from vitlr.data.loader import open_data
     from vitlr.data.preprocessing import input_size
+    from vitlr.engines.runners import PlainTorch
     from vitlr.measuring import cost
     from vitlr.ops.backends import native
     from vitlr.surgery import fusion
 
     where, dtype = parse_device(device), parse_precision(precision)
     source = Source(checkpoint, args)
-    if engines is not None:
-        from vitlr.cli.commands.bench_engines import by_engine, parse_engines
+    if names is not None:
+        from vitlr.cli.commands.bench_engines import by_engine
 
-        names = parse_engines(engines)
         if device is not None and where.type != "cpu":
             raise InputError(f"--engines are timed on the CPU, not on {device}; leave --device out")
         network = open_model(model, source, device=torch.device("cpu"), weights=data is not None)

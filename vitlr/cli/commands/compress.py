@@ -112,6 +112,7 @@ def compress(
     """Compress a trained model to a budget, from a few hundred images without labels."""
     start = time.perf_counter()
     parse_budget(budget)  # what needs no torch is refused before it is there
+    parse_rungs(refine)
     for cls in (Planning, Calibration):
         cls.of(**own(cls, options))
     if out is None and not plan_only:
@@ -124,6 +125,7 @@ def compress(
     from vitlr.compression import compressed, read_options
     from vitlr.data.loader import open_data
     from vitlr.decomposition.spectra_file import place
+    from vitlr.runtime import processes
 
     how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
@@ -152,7 +154,7 @@ def compress(
     def decided(plan: Any) -> None:
         if plan.why:
             typer.echo(f"method {plan.method}: {in_flags(plan.why, flags_of(compress))}", err=True)
-        if plan_out is not None:
+        if plan_out is not None and processes.first():
             plan.save(plan_out)
 
     done = compressed(
@@ -167,6 +169,8 @@ def compress(
         decided=decided,
         watch=lambda *stage: _watched(*stage, stats=stats, resume=resume),
     )
+    if not processes.first():
+        return Result({}, "")
     plan, text = done.plan, [str(done.plan)]
     rungs = [] if done.report is None else done.report.to_dict()["rungs"]
     size = plan.bytes_kept

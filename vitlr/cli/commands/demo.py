@@ -238,12 +238,13 @@ def _show(result: dict[str, Any], settings: Settings) -> None:
         "Reloaded files give bit-identical logits."
     )
     title = f"ViT of width {settings.width}, {settings.depth} blocks, on {result['test_images']} test digits"
-    lines = [title, "", table(header, rows), "", textwrap.fill(words, 80)]
+    lines = [title, "", table(header, rows), "", textwrap.fill(words, 80, break_on_hyphens=False)]
     lines += [textwrap.fill(small if result["quick"] else easy, 80), f"{result['seconds']:.0f} s in all."]
     if result["out"]:
         there = result["out"]
         lines += [f"Files and images are in {there}. To go on:"]
         lines += [
-            f"vitlr frontier {there}/dense.safetensors --data {there}/train --val {there}/test --out {there}/frontier"
+            f"vitlr frontier {there}/dense.safetensors --data {there}/train \\",
+            f"    --val {there}/test --out {there}/frontier",
         ]
     print("\n".join(lines))

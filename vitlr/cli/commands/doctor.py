@@ -173,6 +173,7 @@ def _shapes(device: torch.device) -> dict[str, dict[str, Any]]:
             **on,
         },
         "int8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
+        "fp8_chain": {"M": _ROWS, "widths": (_WIDTH, _HIDDEN, _WIDTH), "acts": ("gelu", "none"), **on},
     }
 
 

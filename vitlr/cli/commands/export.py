@@ -27,6 +27,7 @@ from vitlr.cli.options import (
 )
 from vitlr.cli.result import Result
 from vitlr.data.options import Preprocessing
+from vitlr.engines.names import check_target
 from vitlr.errors import InputError
 from vitlr.runtime.fields import taken
 
@@ -92,6 +93,7 @@ def export(
         raise InputError(f"--bits {bits}, expected 8; for fewer run vitlr compress --bits, and export what it writes")
     if bits is not None and data is None and stats is None:
         raise InputError("--bits 8 needs images that show what layers see: add --data (a folder, a .tar or hfds/NAME)")
+    check_target(out, to)
     args = model_arguments(img_size, num_classes, model_kwargs)
     import torch
 
@@ -101,7 +103,6 @@ def export(
     from vitlr.engines import export as engines
     from vitlr.runtime.progress import bar
 
-    engines.check_target(out, to)
     check_destinations({"--out F": out, "--stats": stats}, {"--data": Path(data) if data else None})
     network = open_model(model, Source(checkpoint, args), device=torch.device("cpu"))
     how: dict[str, Any] = {"batch_size": batch_size, "dynamic_size": dynamic_size}

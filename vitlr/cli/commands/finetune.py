@@ -78,6 +78,7 @@ def finetune(
     from vitlr.cli.models import Source, check_destinations, names_a_file, open_pair, parse_device
     from vitlr.data.loader import open_data
     from vitlr.measuring.cost import count_params
+    from vitlr.runtime import processes
     from vitlr.runtime.progress import bar
     from vitlr.training import train
 
@@ -96,6 +97,8 @@ def finetune(
     images, validate = open_data(data, network, **how, limit=limit), judge_on(val_data, network, how)
     with resumable(resume), bar("training", unit="updates") as progress:
         report = train(network, images, recipe, reference=dense, validate=validate, resume=resume, progress=progress)
+    if not processes.first():
+        return Result({}, "")
     info = getattr(network, "vitlr_info", None) or {}
     record = {**report.to_dict(), "data": data, "reference": reference}
     checkpoint_file.save(network, out, recipe={**(info.get("recipe") or {}), "training": record})

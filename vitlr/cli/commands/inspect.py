@@ -8,6 +8,8 @@ from vitlr.cli.options import AsJson, Checkpoint, FileOrModel, ImgSize, ModelKwa
 from vitlr.cli.result import Result, table
 from vitlr.runtime.words import gathered, numbered, tail
 
+COLUMNS, NAME, SHORTEST = 80, 27, 16  # of a terminal; of a name: so much tells the stages of ConvNeXt apart
+HEADER, NARROWED = ("W", "params", "share", "note"), "narrowed"
 MANY = 24  # rows beyond which those that are alike are summed up
 Cells = tuple[str, str, str, int, str]  # layer, what becomes of it, size, parameters, note
 _BYPASSED = "read past by the model; made visible exactly"
@@ -100,24 +102,13 @@ def _text(values: dict[str, Any]) -> str:
     order = {name: index for index, name in enumerate(values["order"])}
     rows = [_cells(row, heading) for row, heading in sorted(found, key=lambda pair: order.get(pair[0]["name"], 10**9))]
     widths = [(row["name"], f"{row['width']} of {row['full_width']}") for row in values["narrowed"]]
-    rows += [(name, "narrowed", size, 0, "hidden width kept") for name, size in widths]
+    rows += [(name, NARROWED, size, 0, "hidden width kept") for name, size in widths]
     rows += [
-        (row["name"], "narrowed", f"{row['heads']} of {row['full_heads']}", 0, "heads kept") for row in values["heads"]
+        (row["name"], NARROWED, f"{row['heads']} of {row['full_heads']}", 0, "heads kept") for row in values["heads"]
     ]
-    rows += [(row["name"], "narrowed", _channels(row), 0, "channels kept") for row in values["selected"]]
+    rows += [(row["name"], NARROWED, _channels(row), 0, "channels kept") for row in values["selected"]]
     rows = _summed(rows) if len(rows) > MANY else rows
-    shown = [
-        (
-            tail(name, 27),  # so much tells the stages of ConvNeXt apart
-            heading,
-            size,
-            f"{params / 1e6:.3f}M" if params else "",
-            f"{params / total:.1%}" if params else "",
-            note,
-        )
-        for name, heading, size, params, note in rows
-    ]
-    lines = [table(("layer", "", "W", "params", "share", "note"), shown, left=2)] if rows else []
+    lines = _lines(rows, total)
     counts = {key: sum(row["params"] for row in values[key]) for key in headings}
     rest = values["params"] - sum(counts.values())
     lines.append(f"{values['model']}: {values['params']:,} parameters; weights of linears:")
@@ -128,6 +119,19 @@ def _text(values: dict[str, Any]) -> str:
     if not values["targets"]:
         lines.append("nothing here can be compressed")
     return "\n".join(lines)
+
+
+def _lines(rows: list[Cells], total: int) -> list[str]:
+    """The table, as wide as a terminal; what is narrower follows, its words over the columns that it leaves empty."""
+    whole = [row for row in rows if row[1] != NARROWED]
+    figures = [(size, f"{n / 1e6:.3f}M", f"{n / total:.1%}", note) for _, _, size, n, note in whole]
+    rest = sum(max(map(len, column)) + 2 for column in zip(HEADER, *figures, strict=True)) + 2 + len("compressible")
+    name_width = max(min(NAME, COLUMNS - rest), SHORTEST)
+    shown = [(tail(row[0], name_width), row[1], *cells) for row, cells in zip(whole, figures, strict=True)]
+    narrow = [(tail(row[0], name_width), NARROWED, f"{row[2]} {row[4]}") for row in rows if row[1] == NARROWED]
+    first = max((len(cells[0]) for cells in (*shown, *narrow)), default=0)
+    lines = [table((f"{'layer':<{first}}", "", *HEADER), shown, left=2)] if shown else []
+    return lines + [f"{name:<{first}}  {heading:<12}  {words}" for name, heading, words in narrow]
 
 
 def _cells(row: dict[str, Any], heading: str) -> Cells:

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from vitlr.cli.command import takes
-from vitlr.cli.options import DATA, OUTPUT, AsJson, BatchSize, ClassMap, Data, Limit, Workers
+from vitlr.cli.options import DATA, MACHINE, OUTPUT, AsJson, BatchSize, ClassMap, Data, Limit, Workers
 from vitlr.cli.result import Result
 from vitlr.data.options import Preprocessing
+from vitlr.engines.names import parse_engines
 from vitlr.errors import InputError
 
 DENSE = "The dense model"
@@ -70,6 +71,15 @@ def report(
         int, typer.Option(metavar="N", min=0, help="Images shown of each file.", rich_help_panel=OUTPUT)
     ] = 12,
     as_json: AsJson = False,
+    engines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME",
+            help="Time it in these too: compile, onnxruntime, openvino. [default: the last two, where installed]",
+            show_default=False,
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     options: Any = None,
     batch_size: BatchSize = 64,
     workers: Workers = None,
@@ -82,6 +92,7 @@ def report(
     for flag, value in (("--reference-checkpoint", reference_checkpoint), ("--stats", stats)):
         if value is not None and reference is None:
             raise InputError(f"{flag} goes with --reference, the dense model")
+    timed = None if engines is None else parse_engines(engines)
     names = None if class_names is None else _names(class_names)
     import torch
 
@@ -112,6 +123,7 @@ def report(
         stats=found,
         class_names=names,
         pictures=pictures,
+        engines=timed,
         watch=_watched,
     )
     figures = sorted(str(found) for found in out.glob("*.svg"))

@@ -22,9 +22,17 @@ class Ceilings:
         return None if peak is None else 1e6 * max(flops / peak, size / self.bytes_per_s)
 
 
-# Copy bandwidth and bf16 GEMM as measured on such cards; their tensor cores run fp16 at the same rate.
-H100 = Ceilings("NVIDIA H100 80GB HBM3", 3.0e12, {torch.bfloat16: 798e12, torch.float16: 798e12})
-H200 = Ceilings("NVIDIA H200", 4.3e12, {torch.bfloat16: 790e12, torch.float16: 790e12})
+def peaks(bf16: float) -> dict[torch.dtype, float]:
+    """FLOP/s by dtype of a card whose bf16 products reach that: fp16 the same, bytes twice as many."""
+    return {
+        **dict.fromkeys((torch.bfloat16, torch.float16), bf16),
+        **dict.fromkeys((torch.float8_e4m3fn, torch.int8), 2 * bf16),
+    }
+
+
+# Copy bandwidth and bf16 GEMM as measured on such cards.
+H100 = Ceilings("NVIDIA H100 80GB HBM3", 3.0e12, peaks(798e12))
+H200 = Ceilings("NVIDIA H200", 4.3e12, peaks(790e12))
 
 
 def ceilings_of(device: torch.device | str) -> Ceilings | None:

@@ -78,11 +78,14 @@ def _octaves(op: str, asked: Mapping[str, Any], row: Mapping[str, Any]) -> float
     there = row["key"]
     if row["op"] != op or there.keys() != asked.keys():
         return math.inf
-    total = 0.0
-    for name, value in asked.items():
-        other = there[name]
-        if type(value) is int and type(other) is int:
-            total += abs(math.log2(max(value, 1) / max(other, 1)))
-        elif value != other:
-            return math.inf
-    return total
+    return sum(_apart(value, there[name]) for name, value in asked.items())
+
+
+def _apart(value: Any, other: Any) -> float:
+    """Octaves between two sizes, or between those of two chains; 0 for what is the same, and else infinity."""
+    if type(value) is int and type(other) is int:
+        return abs(math.log2(max(value, 1) / max(other, 1)))
+    if isinstance(value, (tuple, list)) and isinstance(other, (tuple, list)):  # JSON knows no tuples
+        same = len(value) == len(other)
+        return sum(map(_apart, value, other)) if same else math.inf
+    return 0.0 if value == other else math.inf

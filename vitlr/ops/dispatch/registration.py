@@ -89,7 +89,7 @@ def register_running_op(
     describe: Callable[..., Any],
     roofline: Callable[[Any, registry.Ceilings | None], registry.Roofline],
 ) -> Callable[..., Any]:
-    """Makes an op of integers known, that has no gradient, and gives what calls it by the short way.
+    """Makes an op of bytes known, that has no gradient, and gives what calls it by the short way.
 
     `describe(M, x, *rest)` checks the arguments, x [..., K] first, and returns the `key` of a call of M rows, whose
     last width is that of y; None: they are not known.
@@ -106,7 +106,8 @@ def register_running_op(
         return roofline(describe(math.prod(x.shape[:-1]), x, *rest), None).flops
 
     def refuse(ctx: Any, g: Tensor) -> None:
-        raise InputError(f"{name} has no gradient: layers of int8 are for running; train the model before it gets them")
+        why = "layers of bytes are for running; train the model before it gets them"
+        raise InputError(f"{name} has no gradient: {why}")
 
     op = define(schema, fake=fake, run=run, flops=flops)
     torch.library.register_autograd(f"vitlr::{name}", refuse, lib=_lib)

@@ -46,10 +46,19 @@ def gram_update_(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
 def reference(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
     """The specification, in plain torch; returns C."""
     with exact_products(X.device):
-        for x, w in blocks(X, weight):  # x [at most ROWS, n]
-            P = (x if w is None else x * w[:, None]).mT @ x
+        for P in products(X, weight):
             C += P.triu() + P.triu(1).mT  # a GEMM's two triangles need not round alike
     return C
+
+
+def products(X: Tensor, weight: Tensor | None) -> Iterator[Tensor]:
+    """`xᵀ diag(w) x` of ROWS rows at a time, in fp32, or fp64 for fp64 rows."""
+    if X.device.type == "cuda" and X.dtype in (torch.bfloat16, torch.float16) and weight is None:
+        # Products of halves are exact in fp32, in which tensor cores sum them: no copy of the rows in fp32.
+        yield from (torch.mm(x.mT, x, out_dtype=torch.float32) for x in X.split(ROWS))
+        return
+    for x, w in blocks(X, weight):
+        yield (x if w is None else x * w[:, None]).mT @ x
 
 
 def blocks(X: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
