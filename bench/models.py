@@ -46,8 +46,10 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 - ranks, widths, bits: `method="lowrank"` and `"joint"` at `{BUDGETS["joint"]}`, `"bits"` at
   `{BUDGETS["bits"]}`. Widths are those of hidden neurons (MLPs) and of queries and keys (q·k): of how
   many of those that are there;
-- file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=`;
-- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank;
+- file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=` (torchvision's Swin
+  and MaxViT do at sizes other than those that torchvision has names for);
+- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank. Attention with a bias of positions
+  (Swin, BEiT) keeps its module, since no kernel of ours takes one;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
   `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """
@@ -62,6 +64,7 @@ COLUMNS = {
     "compile": "compile",
 }
 SLOW = ("onnx", "compile")
+PASSED = "the answer does not depend on all of its linears, which stay dense"
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""
 
@@ -117,8 +120,10 @@ class Trial:
         self.small = small  # the other columns are asked of the last of these two
         chosen = Counter(row.kind for row in plan.widths)
         parts = [f"{chosen['mlp']} of {len(known) + len(refused)} MLPs"] if known or refused else []
-        if set(known) - {row.name for row in plan.widths}:
-            reasons.append("its hidden neurons say too little on so few images: their moment cannot be inverted")
+        assert self.stats is not None
+        for name in known.keys() - {row.name for row in plan.widths}:
+            passed = not self.stats.layers.keys() >= set(known[name].linears)
+            reasons.append(PASSED if passed else "its hidden neurons say too little on so few images")
         if heads or why:
             parts.append(f"{chosen['query_keys']} of {len(heads.keys() | why.keys())} q·k")
             reasons += [reason.partition(". Supported")[0] for reason in why.values()]

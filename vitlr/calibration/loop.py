@@ -134,7 +134,9 @@ def calibrate(
                 if one is None:
                     continue
                 found = probe(model, targets, one)
-                lost |= found.silent if loss_fn is not None else unreached(model, targets, one, output_fn)
+                if loss_fn is None:
+                    lost |= unreached(model, targets, one, output_fn, needs_gradient)
+                lost |= found.silent
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one)

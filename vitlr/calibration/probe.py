@@ -34,7 +34,10 @@ class Probe:
 
 
 def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Probe:
-    """Send one image (a batch of one) through; `InputError` where the model cannot take it or calls no target."""
+    """Send one image (a batch of one) through; `InputError` where the model cannot take it or calls no target.
+
+    A warning names those that it does not call.
+    """
     # Holding the inputs keeps their identities apart; a version is another tensor, since it was written to in between.
     sources: dict[str, list[tuple[Tensor, int]]] = {name: [] for name in targets}
     handles = [linear.register_forward_pre_hook(_remember(sources[name], name)) for name, linear in targets.items()]
@@ -55,6 +58,12 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
         raise InputError(
             f"{len(silent)} linear layers are never called ({some(silent)}): "
             "the model reads their weights itself or does not use them, and replacing them would change nothing"
+        )
+    if silent:
+        _logger.warning(
+            "%d layers stay dense (%s): images do not call them, or the model reads past them",
+            len(silent),
+            some(silent),
         )
     first: dict[tuple[tuple[int, int], ...], str] = {}
     owners = {}
@@ -96,9 +105,13 @@ def strided_layers(model: nn.Module, targets: Mapping[str, nn.Linear], pair: Any
 
 
 def unreached(
-    model: nn.Module, targets: Mapping[str, nn.Linear], image: Any, output_fn: Callable[[Any], Tensor] | None
+    model: nn.Module,
+    targets: Mapping[str, nn.Linear],
+    image: Any,
+    output_fn: Callable[[Any], Tensor] | None,
+    by_gradient: bool = True,
 ) -> set[str]:
-    """The layers that are not called, or that the answer does not depend on, unless that is all; a warning names them.
+    """The layers that the answer does not depend on, unless that is all of them; a warning names them.
 
     Those that it depends on past autograd (no_grad, detach) are none of them: nothing could be said of these.
     """
@@ -106,18 +119,16 @@ def unreached(
     def pick(answer: Any) -> Tensor:
         return first_tensor(answer if output_fn is None else output_fn(answer))
 
-    found = reached(model, targets, image, pick)
-    silent = [name for name in targets if name not in found]
+    try:
+        found = reached(model, targets, image, pick)
+    except RuntimeError:  # an operation that autograd knows no way back through
+        if by_gradient:
+            raise
+        return set()
     lost = [name for name in found if not found[name]]
     if len(lost) == len(found):
         lost = []
     lost = [name for name in lost if not changes(model, targets[name], image, pick)]
-    if silent:
-        _logger.warning(
-            "%d layers stay dense (%s): images do not call them, or the model reads past them",
-            len(silent),
-            some(silent),
-        )
     if lost:
         _logger.warning(
             "%d layers stay dense (%s): the answer does not depend on them, they serve another output; output_fn= "
@@ -125,7 +136,7 @@ def unreached(
             len(lost),
             some(lost),
         )
-    return {*silent, *lost}
+    return set(lost)
 
 
 def scalar(loss: Any) -> Tensor:
