@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears, visibility
-from vitlr.anatomy.attention import measurable, nothing, score_attentions
-from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
+from vitlr.anatomy.attention import score_attentions
+from vitlr.calibration.hidden import hidden_layers
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, VALUES, Calibration
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, Calibration
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
@@ -116,7 +116,7 @@ def calibrate(
         targets = linears.targets(model, include=wanted.include, exclude=wanted.exclude, factors=factors)
         lost = set() if stats is None else set(stats.notes.get("unreached", ()))  # layers that the answer passes by
         targets = {name: linear for name, linear in targets.items() if name not in lost}
-        extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
+        extras, widths, why_not = hidden_layers(model, targets, wanted, stats)
         needs_gradient = bool(by_gradient) or "row_gradient" in extras
         run: Statistics | None = None
         doubts: list[Tensor] = []  # read at the end: the device is not waited for
@@ -140,7 +140,7 @@ def calibrate(
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one)
-                    extras, widths, why_not = _hidden_layers(model, targets, wanted, stats)
+                    extras, widths, why_not = hidden_layers(model, targets, wanted, stats)
                 fresh = _empty(targets, found, image_shape(one))
                 processes.check_same("model", fresh.fingerprint)
                 fresh.objectives, fresh.extras = objectives, extras
@@ -282,53 +282,6 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     }
     weights = fingerprint({name: linear.weight for name, linear in targets.items()})
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
-
-
-def _hidden_layers(
-    model: nn.Module, targets: Mapping[str, nn.Linear], wanted: Calibration, stats: Statistics | None
-) -> tuple[tuple[str, ...], dict[str, int], str]:
-    """All extras, the linears whose whole input moment narrowing needs, and why there are none where none were had.
-
-    `InputError` where what was asked for cannot be measured or takes too much.
-    """
-    asked: tuple[str, ...] = (HIDDEN, VALUES) if wanted.hidden == "attention" else (HIDDEN,) if wanted.hidden else ()
-    if wanted.hidden is None and stats is not None:
-        asked = tuple(extra for extra in (HIDDEN, VALUES) if extra in stats.extras)
-    if wanted.hidden is None and stats is None and set(wanted.objectives) != {"normalized"}:  # has a unit of its own
-        try:
-            return *_widths(model, targets, wanted, (HIDDEN,)), ""
-        except InputError as cause:
-            return *_widths(model, targets, wanted, ()), str(cause)
-    return *_widths(model, targets, wanted, asked), ""
-
-
-def _widths(
-    model: nn.Module, targets: Mapping[str, nn.Linear], wanted: Calibration, asked: Sequence[str]
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The extras with those asked for, and the width of every linear whose whole input moment they need."""
-    extras = tuple(dict.fromkeys((*wanted.extras, *asked)))
-    widths: dict[str, int] = {}
-    if HIDDEN in extras:
-        mlps = find_mlps(model).values()
-        widths = {mlp.linears[-1]: mlp.width for mlp in mlps if set(mlp.linears) <= set(targets)}
-        if not widths and VALUES not in extras:
-            reasons = [f"{name}: {reason}" for name, reason in refused_mlps(model).items()]
-            why = reasons[0] if reasons else f"none is of a form that is known ({SUPPORTED})"
-            raise InputError(f"hidden=True finds no MLP whose width could change among the measured layers; {why}")
-    what = [f"{len(widths)} MLPs"] if widths else []
-    if VALUES in extras:
-        found, refused = measurable(model, targets)
-        if not found:
-            raise InputError(nothing(model, refused))
-        widths |= {attention.output: attention.width for attention in found.values()}
-        what.append(f"{len(found)} attentions")
-    taken = sum(8 * width**2 for width in widths.values()) * (2 if "fisher" in wanted.objectives else 1)
-    if taken > wanted.hidden_memory:
-        raise InputError(
-            f"the hidden moments of {' and '.join(what)} take {taken:,} bytes, more than "
-            f"hidden_memory={wanted.hidden_memory:,.0f}; raise it, or measure fewer of them (include=, exclude=)"
-        )
-    return extras, widths
 
 
 def _remove(taps: list[Tap]) -> None:
