@@ -57,7 +57,7 @@ def test_compiled_it_runs_on_plain_torch(tiny_vit, tmp_path, monkeypatch):
         (("--engines", "torch", "--vs", NAME), "--vs is none of them"),
         (("--engines", "torch", "--no-kernels"), "--kernels is none of them"),
         (("--engines", "torch", "--limit", "3"), "--limit is for accuracy in --engines, which takes --data"),
-        (("--data", "val"), "--data is for accuracy in --engines"),
+        (("--data", "."), "--data is for accuracy in --engines"),
         (("--engines", "torch,onnxruntime", "--precision", "bfloat16"), "ONNX Runtime computes in float32 and int8"),
     ],
 )
