@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bench.common import finish, parser, verdict
 from vitlr.calibration.loop import calibrate
 from vitlr.checkpoint.creation import create_model
+from vitlr.engines.openvino_core import openvino_core
 from vitlr.measuring.timing import compare
 from vitlr.ops.backends import native
 from vitlr.surgery.fusion import fuse
@@ -82,7 +83,7 @@ def openvinos(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Any]]:
     functions: dict[str, Callable[[], Any]] = {}
     for key, graph, precision in (("fp32", converted, "f32"), ("bf16", converted, "bf16"), ("int8", small, "bf16")):
         settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": str(torch.get_num_threads())}
-        compiled = ov.Core().compile_model(graph, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
+        compiled = openvino_core().compile_model(graph, "CPU", {**settings, "PERFORMANCE_HINT": "LATENCY"})
         functions[f"OpenVINO {key}"] = partial(compiled, images.numpy())
     return functions
 

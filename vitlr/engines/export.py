@@ -20,6 +20,7 @@ from vitlr.data.batches import first_tensor
 from vitlr.engines.graphs import graph_of
 from vitlr.engines.installed import is_installed, need
 from vitlr.engines.names import check_target
+from vitlr.engines.openvino_core import openvino_core
 from vitlr.engines.products import products_of_bytes
 from vitlr.engines.running import ENGINES, Engine, OpenVino
 from vitlr.engines.spoken import speak
@@ -167,7 +168,7 @@ def _write(graph: Any, path: Path, to: str) -> list[Path]:
     if to == "onnx":
         return [file for file in (onnx, onnx.with_name(f"{onnx.name}.data")) if file.is_file()]
     openvino = need("openvino", "export to openvino")
-    openvino.save_model(openvino.Core().read_model(onnx), path, compress_to_fp16=False)
+    openvino.save_model(openvino_core().read_model(onnx), path, compress_to_fp16=False)
     return [path, path.with_suffix(".bin")]
 
 

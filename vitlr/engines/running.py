@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.engines.installed import need
+from vitlr.engines.openvino_core import openvino_core
 from vitlr.errors import InputError, RunError
 from vitlr.runtime.words import one_line
 
@@ -88,7 +89,6 @@ class OpenVino(Engine):
     """OpenVINO's CPU plugin, one stream, computing what is not in bytes in `precision`."""
 
     def open(self, path: Path, precision: str) -> None:
-        openvino = need("openvino", "running a model in OpenVINO")
         hints = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
         settings = {
             "INFERENCE_PRECISION_HINT": hints[precision],
@@ -96,7 +96,7 @@ class OpenVino(Engine):
             "NUM_STREAMS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # no rounding unasked for
         }
-        compiled = openvino.Core().compile_model(path, "CPU", settings)
+        compiled = openvino_core().compile_model(path, "CPU", settings)
         self.request = compiled.create_infer_request()
         infos = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
         kinds = Counter(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.compare.frontier.subjects import Forward, Subject
 from vitlr.anatomy.linears import classifier_names
+from vitlr.engines.openvino_core import openvino_core
 
 Made = tuple[Forward, int, dict[str, Any]]  # what answers, bytes of its file, what else there is to say
 Make = Callable[[Subject, Path], Made]
@@ -73,7 +74,7 @@ def openvino(model: Any, folder: Path) -> Made:
     ov.save_model(model, path)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
     settings["INFERENCE_NUM_THREADS"] = str(torch.get_num_threads())
-    compiled = ov.Core().compile_model(path, "CPU", settings)
+    compiled = openvino_core().compile_model(path, "CPU", settings)
     return lambda x: torch.from_numpy(compiled(x.numpy())[0]), path.with_suffix(".bin").stat().st_size, {}
 
 
