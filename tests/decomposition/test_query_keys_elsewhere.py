@@ -8,10 +8,10 @@ from solved import solved
 from torch import nn
 
 import vitlr
-from vitlr.anatomy.attention import score_attentions, why_no_scores
+from vitlr.anatomy.attention import attentions, score_attentions, why_no_scores
 from vitlr.anatomy.visibility import visible
 from vitlr.data.batches import first_tensor
-from vitlr.surgery.attention import narrow_query_keys
+from vitlr.surgery.attention import narrow_attention, narrow_query_keys
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 WINDOWS = {"image_size": 32, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -175,3 +175,20 @@ def test_planes_go_in_the_order_of_what_they_cost_together():
     assert energies[-2:].sum() == pytest.approx(min(costs))
     assert (energies[::2] == energies[1::2]).all() and (energies.diff() <= 0).all()
     assert energies.sum() >= float((M * F).sum()) * (1 - 1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*TIMM, *TURNED])
+def test_value_channels_that_go_change_nothing_but_what_they_gave(name):
+    model, x = of_timm(name, *(TIMM | TURNED)[name])
+    with visible(model):
+        narrower = copy.deepcopy(model)
+        for attention in attentions(model)[0].values():
+            keep = torch.arange(attention.width)[1 :: 3 if attention.heads > 1 else 2]
+            mask = torch.zeros(attention.width, dtype=x.dtype).index_fill_(0, keep, 1)
+            output = model.get_submodule(attention.output)
+            output.register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask,))
+            narrow_attention(narrower, attention, keep)
+            value = narrower.get_submodule(attention.value)
+            assert value.linear.out_features == attention.rows(keep)[attention.value].numel() < value.out_features
+        torch.testing.assert_close(answer(narrower, x), answer(model, x), rtol=1e-9, atol=1e-9)
