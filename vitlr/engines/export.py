@@ -25,7 +25,7 @@ from vitlr.engines.products import products_of_bytes
 from vitlr.engines.running import ENGINES, Engine, OpenVino
 from vitlr.engines.spoken import speak
 from vitlr.errors import InputError, RunError
-from vitlr.nn import Fp8Linear
+from vitlr.nn import Fp8Linear, TokenInt8Linear
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import uncompiled
@@ -100,6 +100,8 @@ def export(
         model = fuse(model, bits=bits, stats=stats, progress=progress)
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise InputError('this model multiplies 8-bit floats, which run here alone: export it before fuse(bits="fp8")')
+    if any(isinstance(module, TokenInt8Linear) for module in model.modules()):
+        raise InputError("this model goes by ranges of tokens, which run here alone: export it with bits=8 and stats=")
     model = unfuse(model).cpu().float()
     shown = _shown(model, images, batch_size, input_size)
     inputs = [shown, *[shown[:1]] * (batch_size is None)]
