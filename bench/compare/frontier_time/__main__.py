@@ -82,7 +82,7 @@ def of_model(model: str, args: argparse.Namespace, body: dict[str, Any], path: P
     wanted = [name for name in ROWS if not args.only or any(part in name for part in args.only)]
     shape = tuple(images(subject, 1)[0].shape[1:])
     if args.prepare:
-        for name in wanted:
+        for name in sorted(wanted, key=lambda name: "compiled" in name):  # what takes longest comes last
             if body["rows"].get(name) and not args.again:
                 continue
             start = time.process_time()
