@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import nn
 
@@ -31,9 +33,7 @@ def multiply_bytes(
     """
     if RANGES not in stats.extras:
         raise InputError('these statistics hold no ranges of inputs: calibrate(..., extras=("ranges",))')
-    for name in stats.layers:
-        if isinstance(codes := dict(model.named_modules()).get(name), QuantizedLinear):
-            swap(model, name, codes.to_linear())
+    decode(model, stats.layers)
     visibility.make_visible(model)
     found = dict(model.named_modules())
     stats.check_fits({name: layer.weight for name in stats.layers if isinstance(layer := found.get(name), nn.Linear)})
@@ -47,6 +47,14 @@ def multiply_bytes(
     for name in names:
         swap(model, name, layers[name].layer().train(found[name].training))
     return names
+
+
+@torch.no_grad()
+def decode(model: nn.Module, names: Container[str] | None = None) -> None:
+    """Put linears in place of codes of rounded weights, of those names or of all, so that ranges can be measured."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear) and (names is None or name in names):
+            swap(model, name, module.to_linear())
 
 
 @torch.no_grad()
