@@ -14,11 +14,11 @@ from vitlr.errors import InputError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 pytest.importorskip("bench.compare.frontier_time", reason="bench/ is not beside the tests")
-from bench.compare.frontier_time import __main__ as program  # noqa: E402
-from bench.compare.frontier_time.figure import draw  # noqa: E402
-from bench.compare.frontier_time.page import BASE, INT8, markdown  # noqa: E402
-from bench.compare.frontier_time.rows import ROWS, SAME, images  # noqa: E402
-from bench.compare.frontier_time.subjects import Noise  # noqa: E402
+from bench.compare.frontier_time import __main__ as program
+from bench.compare.frontier_time.figure import draw
+from bench.compare.frontier_time.page import BASE, INT8, markdown
+from bench.compare.frontier_time.rows import ROWS, SAME, images
+from bench.compare.frontier_time.subjects import Noise
 
 MACHINE = {"processor": "one", "threads": 1, "torch": "2", "date": "2026-01-01"}
 

@@ -34,7 +34,7 @@ from vitlr.runtime.modules import uncompiled
 
 NAME = "frontier_time"
 SIZES = (8, 1)
-LEAST, MOST = 5, 60  # rounds
+LEAST, MOST = 4, 60  # rounds
 
 
 def judge(name: str, runner: nn.Module, subject: Subject, rows: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _arguments() -> argparse.Namespace:
     args.add_argument("--bank", type=int, default=500, help="images among which nearest neighbours are looked for")
     args.add_argument("--asked", type=int, default=500, help="images whose nearest neighbours are looked for")
     args.add_argument("--cpu-time", action="store_true", help="time of the processor, for a machine that others use")
-    args.add_argument("--seconds", type=float, default=60, help="that a batch size of a model is timed for, about")
+    args.add_argument("--seconds", type=float, default=45, help="that a batch size of a model is timed for, about")
     return args.parse_args()
 
 
