@@ -102,9 +102,9 @@ def _measured(
             answer = judge.pick(model(to_model(model, image)))
             away = divergence(expected, first_tensor(answer).float().flatten(1), is_logits(model, answer))
             (probe,) = sampled_losses(model, answer, image_seeds([image], seed), 1)
-            how = {"allow_unused": True, "materialize_grads": True}
-            total += slopes(weights, torch.autograd.grad(away, weights, retain_graph=True, **how))
-            rows.append(slopes(weights, torch.autograd.grad(probe, weights, **how)))
+            grads = torch.autograd.grad(away, weights, retain_graph=True, materialize_grads=True)
+            total += slopes(weights, grads)
+            rows.append(slopes(weights, torch.autograd.grad(probe, weights, materialize_grads=True)))
         progress(len(rows) * processes.world(), proxy.count)
     found = processes.gather((total, torch.stack(rows)))
     v = torch.cat([own for _, own in found])
