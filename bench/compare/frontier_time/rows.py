@@ -159,6 +159,7 @@ ROWS: dict[str, Make] = {
     "NNCF int8 in ONNX Runtime": lambda s, f: OnnxRuntime(nncf_onnx(s, f)),
     "NNCF int8 in OpenVINO, the rest bfloat16": lambda s, f: OpenVino(nncf_openvino(s, f), precision=HALF),
     "vitlr int8": own(dense_int8),
+    "vitlr int8 by token": own(lambda s, f: vitlr.fuse(s.model, bits=8, scales="token")),
     "vitlr int8 in OpenVINO": through_openvino("dense-int8", dense_int8),
 }
 SAME: dict[str, str] = {  # rows that answer as another does, but for ties: judged once
