@@ -12,7 +12,7 @@ from torch import nn
 from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
-from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
+from vitlr.anatomy.mlps import narrower_mlps, read_mlp
 from vitlr.errors import InputError
 from vitlr.nn import (
     Int8Linear,
@@ -105,7 +105,7 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(module, Int8Linear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
-    widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
+    widths = {name: {"width": width} for name, (width, _) in narrower_mlps(model).items()}
     heads = {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
     return {**widths, **heads, **selected, **layers}
 

@@ -81,7 +81,7 @@ class SpokenCodes(nn.Module):
             columns = torch.cat([columns, power(layer.column_exponent[layer.twice] - BYTE)])
             places = torch.cat([torch.arange(layer.in_features), layer.twice.long()])
         halves = split(codes)
-        self.in_halves = halves is not None
+        self.of_four_bits = halves is not None
         if halves is not None:
             codes, again = halves
             columns = torch.cat([columns, 16 * columns[again]])
@@ -103,7 +103,7 @@ class SpokenCodes(nn.Module):
 
 def halves(model: nn.Module) -> bool:
     """Whether any codes of a model that speaks so fit in four bits."""
-    return any(isinstance(module, SpokenCodes) and module.in_halves for module in model.modules())
+    return any(isinstance(module, SpokenCodes) and module.of_four_bits for module in model.modules())
 
 
 def speak(model: nn.Module) -> int:

@@ -69,8 +69,10 @@ def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = Fals
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, _SWAPPED):
             swap(model, name, module.to_linear().train(module.training))
-    for mlp in narrowed_mlps(model).values() if full_width else ():
-        widen_mlp(mlp)
+    if full_width:
+        visibility.make_visible(model)
+        for mlp in narrowed_mlps(model).values():
+            widen_mlp(mlp)
     visibility.put_back(model)
     unguard(model)
     return model
