@@ -83,7 +83,7 @@ def of_model(model: str, args: argparse.Namespace, body: dict[str, Any], path: P
     shape = tuple(images(subject, 1)[0].shape[1:])
     if args.prepare:
         for name in sorted(wanted, key=lambda name: "compiled" in name):  # what takes longest comes last
-            if body["rows"].get(name) and not args.again:
+            if "figures" in body["rows"].get(name, {}) and not args.again:
                 continue
             start = time.process_time()
             runners = opened(subject, folder, [name], body)
