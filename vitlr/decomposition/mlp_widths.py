@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitlr.anatomy.mlps import SUPPORTED, Mlp
+from vitlr.anatomy.mlps import SUPPORTED, Mlp, refused_mlps
 from vitlr.anatomy.reading import Parts
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.objectives import Objective
@@ -87,7 +87,8 @@ def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapp
     check_objective(objective.name, centred=objective.centred, widths=True)
     measured = parts.mlps_among(stats.layers)
     if not measured:
-        raise InputError(f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}")
+        none = f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}"
+        raise InputError(none if parts.mlps else next(iter(refused_mlps(parts.model).values()), none))
     if objective.by_gradient:
         narrow = {name for name, mlp in measured.items() if stats.layers[mlp.linears[-1]].side == "input"}
         if narrow == set(measured):
