@@ -105,22 +105,23 @@ def fuse(
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`.
     `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
-    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none.
+    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none. With
+    `stats`, measured of this very model with `extras=("rounding",)`, weights are rounded so that the loss moves least.
     `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits, and for statistics that are missing or of other weights.
     """
     if bits not in (None, 8, "fp8"):
         raise InputError(f"bits={bits!r}: expected 8, 'fp8', or None for layers as they are")
-    if (bits == 8) != (stats is not None):
+    if (bits == 8 and stats is None) or (bits is None and stats is not None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
     model = uncompiled(model)
     model = model if inplace else duplicate(model)
-    if stats is not None:
+    if bits is not None:
         unfuse(model, inplace=True)
-        multiply_bytes(model, stats, progress)
     if bits == "fp8":
-        unfuse(model, inplace=True)
-        multiply_fp8(model)
+        multiply_fp8(model, stats, progress)
+    elif stats is not None:
+        multiply_bytes(model, stats, progress)
     _gather(model)
     if fold:
         folding.fold(model)
