@@ -39,7 +39,7 @@ def rounded(linear: nn.Linear, layer: LayerStatistics, objective: Objective) -> 
     step = steps(W, scale)
     numbers, _ = round_to_steps(W, step, rows, columns, (_END * scale[:, None] / step).clamp(max=_WHOLE))
     codes = (numbers * step / scale[:, None]).float().to(fp8_chain.FP8)
-    bias = linear.bias
+    bias: Tensor | None = linear.bias
     if bias is not None:
         bias = (bias.detach().cpu().double() + (W - codes.double() * scale[:, None]) @ sides.mean()).float()
     scale = scale.float()

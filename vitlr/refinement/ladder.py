@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import fewer_heads
-from vitlr.anatomy.mlps import narrowed_mlps
+from vitlr.anatomy.mlps import narrower_mlps
 from vitlr.data.batches import to_model
 from vitlr.errors import InputError
 from vitlr.measuring.cost import count_bytes, is_rounded
@@ -153,7 +153,7 @@ def _with_work(model: nn.Module, wanted: tuple[str, ...]) -> tuple[str, ...]:
     if lowrank_layers(model):
         return wanted
     useful = tuple(rung for rung in wanted if rung != "regrow")
-    narrower = narrowed_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
+    narrower = narrower_mlps(model) or any(isinstance(module, SelectedLinear) for module in model.modules())
     if not (narrower or fewer_heads(model)) or (wanted and not useful):
         raise InputError("the model has no low-rank layer, so there is no error to compensate; compress it first")
     return useful

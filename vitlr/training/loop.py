@@ -111,8 +111,8 @@ def train(
                 if value is None:
                     break
                 for callback in callbacks:
-                    epoch = len(state.epochs) + 1
-                    callback(TrainStep(model, state.updates, state.total, epoch, float(value), state.lr))
+                    epoch, total = len(state.epochs) + 1, per_epoch * recipe.epochs
+                    callback(TrainStep(model, state.updates, total, epoch, float(value), state.lr))
                 if state.updates % per_epoch == 0:
                     _end_epoch(state, validate)
                 elif state.updates % recipe.recovery_interval == 0:
