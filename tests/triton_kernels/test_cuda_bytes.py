@@ -50,7 +50,7 @@ def hopper(monkeypatch):
         emulated.library().emulate(*given, ctas or 3, 0, told, len(told))
         assert not told.value, told.value.decode()
 
-    module = SimpleNamespace(lowrank_sm90=None)
+    module = SimpleNamespace(lowrank_sm90=None, fp8_linear_sm90=None)
     monkeypatch.setattr(native, "cuda_why_not", lambda device=None: None)
     monkeypatch.setattr(native, "capability", lambda device: 90)
     monkeypatch.setattr(native, "cuda", lambda: module)
