@@ -122,8 +122,8 @@ def test_expanded_rows(isa):
     torch.testing.assert_close(C, 500 * row.double().mT @ row.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_outside_is_read_or_written(isa):
-    T, n = 67, 35
+@pytest.mark.parametrize(("T", "n"), [(67, 35), (67, 99)])
+def test_nothing_outside_is_read_or_written(isa, T, n):
     guarded = torch.full((n * n + 128,), torch.nan, dtype=torch.float64)
     C = guarded[64:-64].view(n, n).zero_()
     memory = torch.full((T * n + 256,), torch.nan)
