@@ -114,7 +114,7 @@ class Trial:
             reason.partition("keeps its width: ")[2].partition(". Supported")[0] or reason
             for reason in refused.values()
         ]
-        if not known and not heads.keys() - why.keys():
+        if not known:
             return ["no", *dict.fromkeys(reasons or ["it has no MLP"])]
         small, plan = self._compressed("joint")
         self.small = small  # the other columns are asked of the last of these two

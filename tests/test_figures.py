@@ -224,6 +224,18 @@ def test_the_page_of_engines_is_made_of_its_figures(monkeypatch):
     assert (folder / "engines.md").read_text() == engines.markdown(body)
 
 
+def test_the_page_of_accuracy_against_milliseconds_is_made_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    page = pytest.importorskip("bench.compare.frontier_time.page", reason="bench/ is not beside the documents")
+    folder = ROOT / "docs" / "results"
+    if not (folder / "frontier_time.json").is_file():
+        pytest.skip("python -m bench.compare.frontier_time has not been run yet")
+    body = json.loads((folder / "frontier_time.json").read_text())
+    assert (folder / "frontier_time.md").read_text() == page.markdown(body)
+    svg = (folder / "frontier_time.svg").read_text()
+    assert all(f">{of['title']}, batch 8</text>" in svg for of in body.values() if of["key"])
+
+
 def test_budgets_of_milliseconds_are_the_table_that_their_run_left():
     kept = json.loads((ROOT / "docs" / "results" / "latency.json").read_text())["rows"]
     page = MEASURED.read_text()

@@ -15,6 +15,7 @@ TIMM = {"image_size": 224, "timm_model_name": "vit_tiny_patch16_224", "timm_pool
 MODELS: dict[str, dict[str, Any]] = {
     "CLIP, images": SMALL,
     "CLIP, images, pooled by attention": {**SMALL, "attentional_pool": True, "attn_pooler_queries": 4},
+    "CLIP, images, of timm's": TIMM,
 }
 
 

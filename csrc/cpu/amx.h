@@ -1,7 +1,7 @@
 // Products of blocks with panels in the tile registers of AMX, of bytes or of bf16: 32 rows by 32 columns at a time.
 //
-// The layouts are those of the vectors: sixteen words of a block's row are a row of a tile, and so are sixteen columns of
-// a word of a panel, which TDPBUSD multiplies to int32 and TDPBF16PS to fp32.
+// The layouts are those of the vectors: a chunk of a block's row is a row of a tile, and so are sixteen columns of a word
+// of a panel, which TDPBUSD multiplies to int32 and TDPBF16PS to fp32.
 #pragma once
 #include "cpu/bytes.h"
 
@@ -9,6 +9,7 @@ namespace vitlr {
 namespace {
 
 constexpr int64_t kTile = 16;  // rows, and words of a row, of a tile
+static_assert(kTile == kChunk, "a row of a tile is a chunk of a row");
 
 struct TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -41,29 +42,28 @@ inline void shape_tiles(int64_t rows) {
       _tile_dpbusd(C, A, B);         \
   } while (false)
 
-// sums [.][kColumns] of int32 or fp32 (+)= block x panel over the words of one chunk.
-template <class T, bool LOWER, bool RIGHT>
-void multiply_tiles(const Word* block, int64_t words, const Word* panel, Word* sums, bool add) {
+// What is done between two steps of a product: nothing.
+struct Nothing {
+  void operator()() const {}
+};
+
+// sums [.][kColumns] of int32 or fp32 = rows of a block of `rows` x panel; `between` is called after every sixteen words,
+// which keep the tiles busy for 64 cycles and the vector units not at all.
+template <class T, bool LOWER, bool RIGHT, class Between>
+void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, Between&& between) {
   constexpr int64_t width = RIGHT ? 2 * kTile : kTile;
   Word* const lower = sums + kTile * kColumns;
   written();
-  if (add) {
-    _tile_loadd(0, sums, kColumns * 4);
-    if (RIGHT) _tile_loadd(1, sums + kTile, kColumns * 4);
-    if (LOWER) _tile_loadd(2, lower, kColumns * 4);
-    if (LOWER && RIGHT) _tile_loadd(3, lower + kTile, kColumns * 4);
-  } else {
-    _tile_zero(0);
-    if (RIGHT) _tile_zero(1);
-    if (LOWER) _tile_zero(2);
-    if (LOWER && RIGHT) _tile_zero(3);
-  }
-  for (int64_t k = 0; k < words; k += kTile, panel += kTile * width) {
+  _tile_zero(0);
+  if (RIGHT) _tile_zero(1);
+  if (LOWER) _tile_zero(2);
+  if (LOWER && RIGHT) _tile_zero(3);
+  for (int64_t k = 0; k < words; k += kTile, block += kTile * rows, panel += kTile * width) {
     _tile_loadd(6, panel, width * 4);
-    _tile_loadd(4, block + k, kChunk * 4);
+    _tile_loadd(4, block, kTile * 4);
     VITLR_MULTIPLY(0, 4, 6);
     if (LOWER) {
-      _tile_loadd(5, block + kTile * kChunk + k, kChunk * 4);
+      _tile_loadd(5, block + kTile * kTile, kTile * 4);
       VITLR_MULTIPLY(2, 5, 6);
     }
     if (RIGHT) {
@@ -71,28 +71,24 @@ void multiply_tiles(const Word* block, int64_t words, const Word* panel, Word* s
       VITLR_MULTIPLY(1, 4, 7);
       if (LOWER) VITLR_MULTIPLY(3, 5, 7);
     }
+    between();
   }
   _tile_stored(0, sums, kColumns * 4);
   if (RIGHT) _tile_stored(1, sums + kTile, kColumns * 4);
   if (LOWER) _tile_stored(2, lower, kColumns * 4);
   if (LOWER && RIGHT) _tile_stored(3, lower + kTile, kColumns * 4);
+  written();
 }
 
-// sums [rows][kColumns] of int32 = block x panel of bytes, whose last words meet zeros. Chunk by chunk: that of the panel,
-// 16 KiB, stays in L1 for all rows, since tiles eat 64 bytes a cycle, twice what L2 gives.
-inline void multiply_block(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, bool wide) {
-  int64_t shaped = 0;
-  for (int64_t k = 0; k < words; k += kChunk) {
-    const int64_t depth = smaller(kChunk, words - k);
-    for (int64_t m = 0; m < rows; m += 2 * kTile) {
-      const int64_t count = smaller(2 * kTile, rows - m);
-      if (count != shaped) shape_tiles(shaped = count);
-      const auto multiply = count > kTile ? (wide ? multiply_tiles<Int8, true, true> : multiply_tiles<Int8, true, false>)
-                                          : (wide ? multiply_tiles<Int8, false, true> : multiply_tiles<Int8, false, false>);
-      multiply(block + k * rows + m * kChunk, depth, panel + k * (wide ? kColumns : kLanes), sums + m * kColumns, k > 0);
-    }
-  }
-  _tile_release();  // or every switch of threads would save them
+// The same for `count` rows, in tiles of that shape, and `columns` of the panel.
+template <class T, class Between>
+inline void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, int64_t count,
+                           int64_t columns, Between&& between) {
+  const bool lower = count > kTile, right = columns > kTile;
+  if (lower && right) return multiply_tiles<T, true, true>(block, rows, words, panel, sums, between);
+  if (lower) return multiply_tiles<T, true, false>(block, rows, words, panel, sums, between);
+  if (right) return multiply_tiles<T, false, true>(block, rows, words, panel, sums, between);
+  multiply_tiles<T, false, false>(block, rows, words, panel, sums, between);
 }
 
 inline double peak_of_tiles(int64_t rounds) {

@@ -192,10 +192,7 @@ template <class T>
 inline void multiply(const Word* block, int64_t rows, int64_t words, const Word* panel, float* sums, int64_t columns) {
 #if defined(__AMX_BF16__)
   // Rows that do not exist are multiplied as well, whatever lies there: nobody reads them.
-  const auto tiles = rows > kTile ? (columns > kTile ? multiply_tiles<T, true, true> : multiply_tiles<T, true, false>)
-                                  : (columns > kTile ? multiply_tiles<T, false, true> : multiply_tiles<T, false, false>);
-  for (int64_t k = 0; k < words; k += kChunk)
-    tiles(block + k * rows, smaller(kChunk, words - k), panel + k * columns, reinterpret_cast<Word*>(sums), k > 0);
+  multiply_tiles<T>(block, rows, words, panel, reinterpret_cast<Word*>(sums), rows, columns, Nothing());
 #else
   const Tile product = columns == kColumns ? tile_of<T, 2>(rows) : tile_of<T, 1>(rows);
   product(block, rows * kChunk, words, panel, sums, false);

@@ -44,6 +44,10 @@ inline Vector multiply_add<Int8>(Vector sum, const void* word, Vector w) {
 
 // The nearest integers from 0 to 255, in the low bytes of each lane; those of a NaN are 0.
 inline Integers nearest_bytes(Vector v) {
+#if defined(__AVX512F__)
+  const __m512 positive = _mm512_max_ps((__m512)v, _mm512_setzero_ps());  // the second one where the first is a NaN
+  return (Integers)_mm512_cvtps_epi32(_mm512_min_ps(positive, _mm512_set1_ps(255.0f)));
+#endif
   v = v > splat(0.0f) ? v : splat(0.0f);
   v = v < splat(255.0f) ? v : splat(255.0f);
   return (Integers)(v + splat(12582912.0f)) & 0xff;  // 1.5 * 2^23: the last bit is 1

@@ -18,7 +18,7 @@ constexpr int64_t kEnoughRows = 96;  // more make weights no cheaper, and every 
 
 int64_t block_words(int64_t width, const ChainKernel& kernel) {  // of one row
   const int64_t words = (width + kernel.elements - 1) / kernel.elements;
-  return (words + kChunk - 1) / kChunk * kChunk;
+  return (words + kChunk - 1) / kChunk * kChunk;  // a multiple of every kernel's chunk
 }
 
 struct Plan {
@@ -73,8 +73,7 @@ void run_block(const ChainKernel& kernel, const Rows& rows, const Layer* layers,
     }
     const int64_t panels = (N + kernel.columns - 1) / kernel.columns;
     call.index = last ? panels * share.index / share.count : 0;
-    const int64_t end = last ? panels * (share.index + 1) / share.count : panels;
-    for (; call.index < end; ++call.index) kernel.panel(call);
+    kernel.panels(call, last ? panels * (share.index + 1) / share.count : panels);
     block = next;
   }
 }

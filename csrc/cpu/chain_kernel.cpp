@@ -92,6 +92,11 @@ void fill_block(const void* x, int64_t row_stride, int64_t column_stride, int64_
   fill<T>(x, row_stride, column_stride, rows, K, block);
 }
 
+template <class T>
+void panels(const Panel& first, int64_t end) {
+  for (Panel call = first; call.index < end; ++call.index) panel<T>(call);
+}
+
 #define VITLR_JOIN3(a, b, c) a##b##c
 #define VITLR_NAME(dtype, isa) VITLR_JOIN3(chain_, dtype, isa)
 #define VITLR_STRING(isa) #isa
@@ -100,7 +105,7 @@ void fill_block(const void* x, int64_t row_stride, int64_t column_stride, int64_
 template <class T>
 constexpr ChainKernel kernel() {
   return {VITLR_TEXT(VITLR_ISA), kColumns,      kRows,         T::elements, T::bytes, packed_bytes<T>,
-          pack<T>,               pack_codes<T>, fill_block<T>, panel<T>,    peak_of<T>};
+          pack<T>,               pack_codes<T>, fill_block<T>, panels<T>,   peak_of<T>};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 import vitlr
 from vitlr.calibration.loop import calibrate
@@ -103,3 +104,17 @@ def test_balance_keeps_small_rows_beside_ones_that_are_1e16_times_as_large():
     error = (a @ b - product).norm(dim=1) / product.norm(dim=1)
     assert float(error.max()) < 1e-9
     assert float((a.norm() / b.norm()).log10().abs()) < 0.5
+
+
+def test_what_is_written_into_a_layers_output_afterwards_changes_no_sums():
+    """Products of outputs with gradients come in the backward pass, when an in-place activation has been by."""
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        hidden = nn.Linear(24, 16, bias=False)
+        model = nn.Sequential(nn.Linear(8, 24), hidden, nn.ReLU(inplace=inplace), nn.Linear(16, 12), nn.Linear(12, 3))
+        images = [torch.randn(4, 5, 8) for _ in range(3)]
+        found.append(vitlr.calibrate(model, images, hidden=False).layers["1"])
+    assert found[0].side == "output" and found[0].image_moment.any()
+    for key in ("moment", "image_moment", "image_gradient"):
+        torch.testing.assert_close(getattr(found[1], key), getattr(found[0], key), rtol=1e-5, atol=1e-9)

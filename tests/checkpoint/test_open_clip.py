@@ -112,3 +112,41 @@ def test_what_a_file_may_not_ask_for_is_refused(kind):
     name, args = change(*other_libraries.LIBRARIES["open_clip"].find(clip({})))
     with pytest.raises(InputError, match=word):
         origins.check_origin({"library": "open_clip", "name": name, "args": args})
+
+
+OF_TIMM = {
+    "a projection": ("vit_tiny_patch16_224", {"timm_pool": "token", "timm_proj_bias": True, "timm_drop_path": 0.1}),
+    "two linears": ("vit_tiny_patch16_224", {"timm_pool": "avg", "timm_proj": "mlp", "timm_drop": 0.1}),
+    "a network of convolutions": ("convnext_atto", {"timm_pool": "avg", "patch_dropout": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_TIMM)
+def test_a_tower_of_timms_loads_alone_and_so_does_the_clip_around_it(kind, tmp_path):
+    name, more = OF_TIMM[kind]
+    torch.manual_seed(0)
+    vision = {"image_size": 224, "timm_model_name": name, **more}
+    model = open_clip.CustomTextCLIP(16, vision, TEXT, quick_gelu=True).eval()
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    stats = vitlr.calibrate(model.visual, [x], objective="output", hidden=False)
+    plan = vitlr.plan(model.visual, stats, ranks={layer: 4 for layer in list(stats.layers)[:3]})
+    small = vitlr.apply(model.visual, plan)
+    vitlr.save(small, tmp_path / "m.safetensors")
+    assert torch.equal(answer(vitlr.load(tmp_path / "m.safetensors"), x), answer(small, x))
+    model.visual = small
+    vitlr.save(model, tmp_path / "both.safetensors")
+    texts = torch.randint(1, 63, (2, 8), generator=torch.Generator().manual_seed(1))
+    loaded = vitlr.load(tmp_path / "both.safetensors")
+    assert torch.equal(answer(loaded.visual, x), answer(small, x))
+    assert torch.equal(loaded.encode_text(texts), model.encode_text(texts))
+
+
+@pytest.mark.parametrize("key", ["timm_model_pretrained", "hf_model_name"])
+def test_a_file_has_no_weights_fetched_for_a_tower_of_timms(key):
+    config = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", key: True}
+    origin = {"library": "open_clip", "name": "TimmModel", "args": {"embed_dim": 16, "vision_cfg": config}}
+    with pytest.raises(InputError, match=key):
+        origins.check_origin(origin)
+    named = {"timm_model_name": "hf-hub:someone/something"}
+    with pytest.raises(InputError, match="is not a plain value"):
+        origins.check_origin({**origin, "args": {"embed_dim": 16, "vision_cfg": named}})

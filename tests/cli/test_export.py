@@ -48,6 +48,14 @@ def test_what_is_wrong_is_said_before_work_begins(refused, tmp_path, weights, un
     assert [path.name for path in tmp_path.iterdir()] == ["weights.safetensors"]
 
 
+def test_a_file_of_rounded_weights_multiplies_bytes(run, weights, image_folder, tmp_path):
+    images, codes = image_folder(images=4), tmp_path / "codes.safetensors"
+    how = ("--bits", 4, "--budget", "params:100%")
+    run("compress", NAME, "--checkpoint", weights, "--data", images, *how, "--out", codes, *TINY)
+    answer = run("export", codes, "--out", tmp_path / "int8.onnx", "--bits", 8, "--data", images, "--json").json
+    assert answer["products"] == answer["int8"]["onnxruntime"] > 4
+
+
 def test_a_file_that_multiplies_bytes_needs_no_images(run, tiny_vit, batches, tmp_path):
     model = tiny_vit()
     stats = vitlr.calibrate(model, batches, objective="output", hidden=False, extras=("ranges",))

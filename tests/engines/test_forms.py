@@ -72,6 +72,24 @@ def test_codes_stay_bytes_in_the_file(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("K", "beyond", "stored"), [(64, 0, 64), (64, 3, 68), (64, 16, 80), (64, 17, None), (63, 0, 64)]
+)
+def test_codes_that_four_bits_hold_take_half_a_byte(K, beyond, stored, tmp_path):
+    codes = torch.randint(-8, 8, (48, K), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    codes[5, :beyond] = (20 + 5 * torch.arange(beyond)) * (-1) ** torch.arange(beyond)
+    columns = torch.arange(K).short() % 3
+    layer = QuantizedLinear.from_codes(codes, torch.full((48,), -30).short(), columns, torch.ones(48))
+    model, images = nn.Sequential(nn.Flatten(2), layer).eval(), torch.randn(3, 3, 1, K)
+    done = export(model, tmp_path / "codes.onnx", images=images)
+    assert max(done.differences.values()) < 1e-6
+    found = [t for t in onnx.load(tmp_path / "codes.onnx").graph.initializer if len(t.dims) == 2]
+    kind = onnx.TensorProto.INT8 if stored is None else onnx.TensorProto.INT4
+    assert [(t.data_type, list(t.dims)) for t in found] == [(kind, [stored or K, 48])]
+    assert stored is None or len(found[0].raw_data) == stored * 48 / 2
+
+
+@torch.no_grad()
 def test_low_rank_is_two_products_and_a_fused_model_the_same_file(low, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     plain = export(low, tmp_path / "low.onnx", images=images)

@@ -10,7 +10,7 @@ import vitlr
 from vitlr.anatomy import linears
 from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError
-from vitlr.measuring.losses import is_logits, what_is
+from vitlr.measuring.losses import divergence, is_logits, what_is
 
 X = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -100,6 +100,52 @@ def test_one_number_an_image_is_taken_as_it_is(tiny_vit, batches):
     labelled = [(x, y % 2) for x, y in batches]
     metrics = vitlr.evaluate(model, labelled, model, output_fn=lambda z: torch.cat([-z, z], 1) / 2)
     assert metrics.agreement == 100 and metrics.kl == 0
+
+
+class Softened(nn.Module):
+    """A classifier whose answer are probabilities."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).softmax(-1)
+
+
+def test_probabilities_are_taken_by_their_logarithms(tiny_vit, batches):
+    """softmax of them once more would make every image a doubt."""
+    plain, soft = tiny_vit(), Softened(tiny_vit())
+    assert what_is(soft, soft(X)) == (True, "probabilities [images, 5], their logarithms for logits")
+    a, b = (vitlr.calibrate(model, batches, hidden=False) for model in (plain, soft))
+    for name, layer in a.layers.items():
+        assert (layer.gradient - b.layers[f"net.{name}"].gradient).norm() < 1e-4 * layer.gradient.norm()
+    small = vitlr.apply(plain, vitlr.plan(plain, a, "params:70%", rank_step=4, method="lowrank"))
+    ours, theirs = vitlr.evaluate(small, batches, plain), vitlr.evaluate(Softened(small), batches, soft)
+    assert theirs.kl == pytest.approx(ours.kl, rel=1e-4) and ours.kl > 1e-3
+    assert divergence(soft(X), Softened(small)(X), True, 2.0).item() == pytest.approx(
+        divergence(plain(X), small(X), True, 2.0).item(), rel=1e-4
+    )
+
+
+class TwoTasks(nn.Module):
+    """A head for each of two tasks."""
+
+    def __init__(self, net, heads):
+        super().__init__()
+        self.net, self.heads = net, heads
+
+    def forward(self, x):
+        answer = self.net(x)
+        return [head(answer) for head in self.heads.children()]
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, lambda heads: nn.ModuleDict({"a": heads[0], "b": heads[1]})])
+def test_every_head_of_several_tasks_is_a_classifier(tiny_vit, kind):
+    model = TwoTasks(tiny_vit(num_classes=0), kind([nn.Linear(32, 5), nn.Linear(32, 4)])).eval()
+    assert set(linears.kept(model).values()) == {"the classifier"} and len(linears.kept(model)) == 2
+    for answer in model(X):
+        assert is_logits(model, answer)
 
 
 def test_answers_in_dicts_and_tuples():

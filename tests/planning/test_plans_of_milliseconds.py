@@ -157,6 +157,19 @@ def test_mlps_with_a_gate_are_timed_linear_by_linear(tiny_vit):
     assert plan.latency.promised_ms <= 0.2 * plan.latency.dense_ms and plan.narrowed
 
 
+def test_mlps_by_other_names_are_timed_as_the_one_operation_that_fuse_makes_of_them(ticking):
+    transformers = pytest.importorskip("transformers")
+    config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**config, image_size=32, patch_size=8)).eval()
+    stats = vitlr.calibrate(model, [torch.randn(16, 3, 32, 32) for _ in range(3)])
+    mlps = {name: shape for name, shape in shapes_of(read(model), stats, 1).items() if ".mlp." in name}
+    assert len(mlps) == 4 and {(shape.sizes, shape.act) for shape in mlps.values()} == {((48, 192, 48), "gelu")}
+    plan = vitlr.plan(model, stats, "latency:60%", batch_size=2, **STEPS)
+    small = vitlr.apply(model, plan)
+    assert plan.latency.promised_ms == pytest.approx(ms(small), rel=0.01) and plan.narrowed
+
+
 @pytest.mark.parametrize(
     ("budget", "options", "words"),
     [

@@ -60,7 +60,8 @@ def test_neurons_that_read_and_write_nothing_go_without_a_trace(name):
     for name, mlp in mlps.items():
         keep = torch.tensor([j for j in range(mlp.width) if j not in gone[name].tolist()])
         narrow_mlp(mlp, keep)
-        assert mlp.conv.groups == mlp.conv.in_channels == len(mlp.conv.weight) == len(keep) == mlp.width
+        (conv,) = mlp.layers
+        assert conv.groups == conv.in_channels == len(conv.weight) == len(keep) == mlp.width
     torch.testing.assert_close(answer(model, x), before, rtol=1e-12, atol=1e-12)
 
 

@@ -46,6 +46,49 @@ def test_a_forward_that_would_run_the_original_is_refused_in_a_copy(tiny_vit, ba
             copied(model)
 
 
+def adapter_in_a_hook(model):
+    model.adapter = nn.Linear(32, 32)
+    model.blocks[0].register_forward_hook(lambda block, args, out: out + model.adapter(args[0]))
+
+
+def norm_in_a_table(model):
+    model.steps = {"norm": [lambda x: model.norm(x)]}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where"), [(adapter_in_a_hook, r"blocks\.0\._forward_hooks"), (norm_in_a_table, "steps")]
+)
+def test_functions_in_hooks_and_tables_that_would_run_the_original_are_refused(tiny_vit, batches, wrap, where):
+    """What they run is not compressed, so the copy's answer is right until its own weights change."""
+    model = tiny_vit()
+    wrap(model)
+    with pytest.raises(InputError, match=rf"{where} was put there by hand and holds on to this very model"):
+        compressed(model, batches)
+
+
+norm = nn.LayerNorm(32)  # a global of the name that hooks below read as an attribute
+
+
+def test_hooks_that_follow_a_copy_or_only_look_are_fine(tiny_vit, batches):
+    class Watching(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net, self.seen, self.norm = net, [], norm
+            net.blocks[0].register_forward_hook(self.watch)  # bound: deepcopy binds it again
+            net.blocks[1].register_forward_hook(lambda block, args, out: block.norm1 and None)
+
+        def watch(self, block, args, out):
+            self.seen[:] = [out.detach(), self.norm]
+
+        def forward(self, x):
+            return self.net(x) + self.seen[0].mean()
+
+    model = Watching(tiny_vit()).eval()
+    small = compressed(model, batches)
+    model.seen = None  # of the original
+    assert not torch.equal(small(batches[0][0]), small(batches[1][0]))
+
+
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_in_place_such_a_model_runs_what_is_new(tiny_vit, batches, wrap):
     model, plain = tiny_vit(), tiny_vit()

@@ -20,42 +20,46 @@ SUPPORTED = (
 )
 
 SCORES_SUPPORTED = (
-    "timm's ViT and Swin attention without norms of q and k, nn.MultiheadAttention, torchvision's Swin, and that of "
-    "transformers' ViT, DeiT, DINOv2, CLIP, SigLIP and their like"
+    "timm's ViT, EVA, BEiT and Swin attention without norms of q and k, nn.MultiheadAttention, torchvision's Swin, and "
+    "that of transformers' ViT, DeiT, DINOv2, CLIP, SigLIP and their like"
 )
 
-# transformers' attention that adds a bias of positions to its scores.
-_BIASED = (
-    "transformers.models.beit.modeling_beit.BeitAttention",
-    "transformers.models.swin.modeling_swin.SwinAttention",
-)
-# Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone.
-_KNOWN = {
+_OF = "transformers.models"
+# Classes whose forward is known: channel j of what the projection reads is made from channel j of v alone, and scores
+# are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them;
+_PLAIN = {
     "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
     "timm.models.vision_transformer.Attention",
-    "timm.models.eva.EvaAttention",
     "timm.models.beit.Attention",
+    "timm.models.cait.ClassAttn",
+    "timm.models.davit.WindowAttention",
+    "timm.models.hiera.MaskUnitAttention",
+    "timm.models.pvt_v2.Attention",
     "timm.models.swin_transformer.WindowAttention",
+    "timm.models.twins.GlobalSubSampleAttn",
+    "timm.models.twins.LocallyGroupedAttn",
+    "vitlr.nn.multihead_linears.MultiheadLinears",
+    "vitlr.nn.window_linears.WindowLinears",
+    *PROJECTIONS,
+    f"{_OF}.beit.modeling_beit.BeitAttention",
+    f"{_OF}.swin.modeling_swin.SwinAttention",
+}
+# the same of q and k that are turned by a token's place, in planes of two channels;
+_TURNED = {
+    "timm.layers.attention.AttentionRope",
+    "timm.models.eva.EvaAttention",
+    f"{_OF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention",
+}
+# the same of v, but more is done to q and k.
+_MORE = {
     "timm.models.swin_transformer_v2.WindowAttention",
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
-    "vitlr.nn.multihead_linears.MultiheadLinears",
-    "vitlr.nn.window_linears.WindowLinears",
-    *PROJECTIONS,
-    *_BIASED,
 }
-# Those whose scores are `q kᵀ` as the linears made q and k, but for what is added to or multiplies all of them.
-_PLAIN_SCORES = {
-    "timm.layers.attention.Attention",
-    "timm.models.vision_transformer.Attention",
-    "timm.models.swin_transformer.WindowAttention",
-    "vitlr.nn.multihead_linears.MultiheadLinears",
-    "vitlr.nn.window_linears.WindowLinears",
-    *PROJECTIONS,
-    *_BIASED,
-}
-_PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"))
+_KNOWN = _PLAIN | _TURNED | _MORE
+_KEYS_OF_FEWER = ("timm.models.pvt_v2.Attention", "timm.models.twins.GlobalSubSampleAttn")  # their norm is before k, v
+_PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("q", "kv"))
 _OUT = ("proj", "o_proj", "out_proj")
+_HEADS = ("num_heads", "num_attention_heads", "heads")
 _MARK = "vitlr_full_heads"  # on an attention that lost heads: how many it had before
 
 
@@ -63,7 +67,9 @@ _MARK = "vitlr_full_heads"  # on an attention that lost heads: how many it had b
 class Attention:
     """One attention by the names of its linears: `inputs` read the tokens, `output` reads the heads side by side.
 
-    Row `first + j` of the linear `value` makes channel j of the heads, `width` channels in all.
+    Row `first + j` of the linear `value` makes channel j of the heads, `width` channels in all. `bias`: a parameter
+    that is added to the queries behind their linear. `turned`: whether a token's place turns q and k in planes, which
+    are "pairs" of neighbours or of channels of the two "halves" of a head.
     """
 
     name: str
@@ -73,6 +79,8 @@ class Attention:
     output: str
     width: int
     heads: int
+    bias: str = ""
+    turned: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -81,8 +89,14 @@ class Attention:
 
     @property
     def queries_keys(self) -> tuple[str, ...]:
-        """Names of the linears that make queries and keys: one that makes the values too, or two."""
+        """Names of the linears that make queries and keys, and in the last one maybe the values too: one, or two."""
         return self.inputs[:2]
+
+    @property
+    def planes(self) -> Tensor:
+        """Channels of one head that only go together, [planes, 2]."""
+        channels = torch.arange(self.head_dim)
+        return channels.view(2, -1).mT if self.turned == "halves" else channels.view(-1, 2)
 
     @property
     def head_dim(self) -> int:
@@ -97,8 +111,10 @@ class Attention:
         v = torch.zeros(self.width, dtype=torch.bool)
         v[keep.cpu()] = True
         qk = v.view(self.heads, -1).any(1).repeat_interleave(self.head_dim)
-        parts = [torch.cat([qk, qk, v])] if len(self.inputs) == 1 else [qk, qk, v]
-        return {name: part.nonzero().flatten() for name, part in zip(self.inputs, parts, strict=True)}
+        parts = [qk, qk, v]
+        before = len(self.inputs) - 1  # all that is left is made by the last linear
+        made = [*parts[:before], torch.cat(parts[before:])]
+        return {name: part.nonzero().flatten() for name, part in zip(self.inputs, made, strict=True)}
 
     def whole(self, keep: Tensor) -> bool:
         """Whether the channels `keep` are all those of some heads."""
@@ -149,8 +165,12 @@ def why_no_scores(model: nn.Module) -> dict[str, str]:
     found, refused = attentions(model)
     for name in found:
         module = model.get_submodule(name)
-        if class_of(module) not in _PLAIN_SCORES or getattr(module, "cosine", False):
+        if class_of(module) in _MORE or getattr(module, "cosine", False):
             refused[name] = f"{type(module).__qualname__} does more to queries and keys than multiply them"
+        if getattr(module, "q_stride", 1) != 1:
+            refused[name] = "it takes the largest of several queries"
+        if isinstance(k_bias := getattr(module, "k_bias", None), Tensor) and not k_bias.is_meta and bool(k_bias.any()):
+            refused[name] = "its k_bias is not zero"
         for norm in ("q_norm", "k_norm"):
             if type(getattr(module, norm, nn.Identity())) is not nn.Identity:
                 refused[name] = f"its {norm} stands between the linear and the scores"
@@ -182,18 +202,30 @@ def _read(name: str, module: nn.Module) -> Attention | str:
         return f"it has no {' or '.join('/'.join(parts) for parts in _PARTS)} beside a {' or '.join(_OUT)}"
     if getattr(module, "gate", None) is not None:
         return "a gate of its own multiplies what its projection reads"
-    if type(children.get("norm", nn.Identity())) is not nn.Identity:
+    if class_of(module) not in _KEYS_OF_FEWER and type(children.get("norm", nn.Identity())) is not nn.Identity:
         return "a norm over its heads makes every channel depend on all"
     taken = [part for part in (*parts, out) if isinstance(children[part], SelectedLinear)]
     if taken:
         return f"channels were taken out of {join(name, taken[0])} already"
     sizes = {part: _size(children[part], "out_features") for part in parts}
     width = _size(children[out], "in_features")
-    heads = getattr(module, "num_heads", getattr(module, "num_attention_heads", 0))
-    if set(sizes.values()) != {3 * width // len(parts)} or type(heads) is not int or heads < 1 or width % heads:
+    heads = next((found for key in _HEADS if type(found := getattr(module, key, None)) is int), 0)
+    rows = [width] * (len(parts) - 1)
+    if list(sizes.values()) != [*rows, 3 * width - sum(rows)] or heads < 1 or width % heads:
         return f"its heads share keys and values ({sizes} rows for {width} channels in {heads} heads)"
     inputs = tuple(join(name, part) for part in parts)
-    return Attention(name, inputs, inputs[-1], 2 * width if len(parts) == 1 else 0, join(name, out), width, heads)
+    bare = (
+        isinstance(getattr(module, "q_bias", None), nn.Parameter) and getattr(children[parts[0]], "bias", None) is None
+    )
+    bias = join(name, "q_bias") if bare else ""
+    turned = "" if class_of(module) not in _TURNED else "halves" if _halves(module) else "pairs"
+    first = 3 * width - width * len(parts)
+    return Attention(name, inputs, inputs[-1], first, join(name, out), width, heads, bias, turned)
+
+
+def _halves(module: nn.Module) -> bool:
+    """Whether channel j of a head is turned together with j + d/2: as timm says, and always in transformers."""
+    return bool(getattr(module, "rotate_half", not class_of(module).startswith("timm.")))
 
 
 def loses_heads(module: nn.Module) -> bool:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.anatomy.channelwise import is_channelwise, is_map, linear_in
 from vitlr.nn._formula import Formula
+from vitlr.runtime.modules import join
 
-LINEARS = (nn.Linear, LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
 FUNCTIONS = {F.gelu, F.silu, F.relu, F.sigmoid, F.tanh, F.hardswish, F.dropout, torch.relu, torch.sigmoid, torch.tanh}
 
 
@@ -22,11 +22,15 @@ class NotOne(Exception):
 
 
 class Pair(NamedTuple):
-    """The linears around hidden neurons by name: gate and value in one, or two, or the only one before the second."""
+    """The linears around hidden neurons by name: gate and value in one, or two, or the only one before the second.
+
+    `between`: layers of which channel j is neuron j's.
+    """
 
     first: tuple[str, ...]
     second: str
     packed: bool
+    between: tuple[str, ...] = ()
 
 
 _LINEAR = r"([^ ()]+)\(x\)"
@@ -49,6 +53,7 @@ class Hidden(Formula):
         self.pairs: list[Pair] = []
         self.calls: Counter[str] = Counter()
         self.spoilt: dict[str, str] = {}
+        self.between: dict[str, tuple[str, ...]] = {}
 
     def found(self) -> Pair:
         """The one pair that there is. Raises `NotOne`, and `Untraceable`."""
@@ -64,7 +69,19 @@ class Hidden(Formula):
             several = "its hidden neurons are read otherwise than by one linear"
             none = several if self.pairs else "no linear reads what another one and an activation made"
             raise NotOne(next(iter(self.spoilt.values()), none))
-        return whole[0]
+        return self._inside(whole[0])
+
+    def _inside(self, pair: Pair) -> Pair:
+        """The pair with the linears that its children are or hold, and what stands between them."""
+        first = [linear_in(self.module.get_submodule(name)) for name in pair.first]
+        second = linear_in(self.module.get_submodule(pair.second))
+        assert second is not None
+        between = [
+            join(name, layer) for name, found in zip(pair.first, first, strict=True) if found for layer in found[1]
+        ]
+        between += [layer for name in pair.first for layer in self.between.get(name, ())]
+        names = tuple(_within(name, found[0]) for name, found in zip(pair.first, first, strict=True) if found)
+        return Pair(names, _within(pair.second, second[0]), pair.packed, tuple(between))
 
     def input(self, node: fx.Node, first: bool) -> str:
         return "x"
@@ -72,12 +89,12 @@ class Hidden(Formula):
     def call(self, node: fx.Node, args: list[str]) -> str:
         name, hidden = str(node.target), self._hidden(node)
         child = self.module.get_submodule(name)
-        if isinstance(child, LINEARS):
+        if linear_in(child) is not None:
             self.calls[name] += 1
             if not hidden:
                 return f"{name}(x)"
             whole, gated, packed = (form.fullmatch(hidden[0]) for form in (_WHOLE, _GATED, _PACKED))
-            made = whole or gated or packed
+            made = whole or (None if is_map(child) else gated or packed)
             if args != hidden[:1] or made is None:
                 self._spoil(hidden, "its hidden neurons are read otherwise than by one linear")
                 return f"{name}(x)"
@@ -88,6 +105,9 @@ class Hidden(Formula):
             return "x"
         if hidden[0].startswith("halves of ") or args != hidden[:1]:
             return self._spoil(hidden, f"its hidden neurons go through {name}")
+        if is_channelwise(child) and args == hidden[:1] and (maker := self._map(hidden[0])):
+            self.between[maker] = (*self.between.get(maker, ()), name)
+            return hidden[0]
         try:
             check_alone(name, child)
         except NotOne as reason:
@@ -107,6 +127,11 @@ class Hidden(Formula):
             return hidden[0]
         return self._spoil(hidden, f"its hidden neurons go through {getattr(node.target, '__name__', node.target)}")
 
+    def _map(self, hidden: str) -> str:
+        """The one child that made hidden neurons, if they are channels of a map; "" otherwise."""
+        made = _WHOLE.fullmatch(hidden)
+        return made[1] if made and is_map(self.module.get_submodule(made[1])) else ""
+
     def _spoil(self, hidden: list[str], reason: str) -> str:
         for made in hidden:
             for name in re.findall(_LINEAR, made):
@@ -115,6 +140,10 @@ class Hidden(Formula):
 
     def _hidden(self, node: fx.Node) -> list[str]:
         return [value for arg in node.all_input_nodes if (value := self.values[arg]) != "x"]
+
+
+def _within(name: str, child: str) -> str:
+    return join(name, child) if child else name
 
 
 def check_alone(name: str, module: nn.Module) -> None:

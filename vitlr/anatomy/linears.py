@@ -11,7 +11,7 @@ from torch import nn
 from vitlr.anatomy import naming, timm
 from vitlr.anatomy.naming import Hidden
 from vitlr.errors import InputError
-from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, ResidualLowRankLinear
+from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear
 from vitlr.runtime import modules
 
 __all__ = [
@@ -163,6 +163,8 @@ def _instead(regex: re.Pattern[str], surface: Surface) -> str:
 def _nothing(model: nn.Module, surface: Surface) -> str:
     if surface.targets:
         return "include and exclude leave no linear to compress; choose wider patterns"
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        return "the linears of this model hold codes of rounded weights: vitlr.to_dense(model) has linears again"
     for name, reason in (*((n, h.reason) for n, h in surface.hidden.items()), *surface.kept.items()):
         return f"{type(model).__qualname__} has no linear that can be compressed; {name}: {reason}"
     return f"{type(model).__qualname__} has no nn.Linear, so there is nothing to compress"

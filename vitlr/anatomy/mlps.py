@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vitlr.anatomy import depthwise, linears
-from vitlr.anatomy.hidden_neurons import FUNCTIONS, LINEARS, Hidden, NotOne, check_alone
+from vitlr.anatomy.channelwise import LINEARS, linear_in
+from vitlr.anatomy.hidden_neurons import FUNCTIONS, Hidden, NotOne, check_alone
+from vitlr.anatomy.visibility import visible
 from vitlr.errors import InputError
 from vitlr.nn import Fp8Linear, Int8Linear, LowRankGLU, QuantizedLinear, SelectedLinear
 from vitlr.nn._formula import Untraceable
@@ -33,7 +35,8 @@ class Mlp:
     """An MLP `fc2(h)` with `h = act(fc1(x))` or `act(gate(x)) * value(x)`, `h [D]`, by the names of its linears.
 
     `first` and `second` are relative to the module called `name`. In a `packed` one the single first linear has 2 D
-    rows: neuron j is rows j and D + j. `between`: a depthwise convolution whose channel j is neuron j's.
+    rows: neuron j is rows j and D + j. `between`: depthwise convolutions and norms by batch whose channel j is neuron
+    j's.
     """
 
     name: str
@@ -41,7 +44,7 @@ class Mlp:
     first: tuple[str, ...]
     second: str
     packed: bool = False
-    between: str = ""
+    between: tuple[str, ...] = ()
 
     @property
     def fc1(self) -> tuple[nn.Module, ...]:
@@ -54,10 +57,9 @@ class Mlp:
         return self.module.get_submodule(self.second)
 
     @property
-    def conv(self) -> nn.Conv2d | None:
-        """The depthwise convolution between its linears."""
-        found = self.module.get_submodule(self.between) if self.between else None
-        return found if isinstance(found, nn.Conv2d) else None
+    def layers(self) -> tuple[nn.Module, ...]:
+        """Those between its linears."""
+        return tuple(self.module.get_submodule(name) for name in self.between)
 
     @property
     def width(self) -> int:
@@ -103,9 +105,15 @@ def refused_mlps(model: nn.Module) -> dict[str, str]:
 
 
 def narrowed_mlps(model: nn.Module) -> dict[str, Mlp]:
-    """The MLPs that were narrowed (`vitlr.pruning.narrow_mlp`), by name."""
+    """The MLPs that were narrowed (`vitlr.pruning.narrow_mlp`), by name; those of convolutions must be visible."""
     marked = ((name, module) for name, module in model.named_modules() if hasattr(original_of(module), _MARK))
     return {name: read_mlp(module, name) for name, module in marked}
+
+
+def narrower_mlps(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """MLPs that were narrowed, by name: (width now, width before)."""
+    with visible(model):
+        return {name: (mlp.width, mlp.full_width) for name, mlp in narrowed_mlps(model).items()}
 
 
 def read_mlp(module: nn.Module, name: str = "") -> Mlp:
@@ -129,7 +137,7 @@ def _survey(model: nn.Module) -> tuple[dict[str, Mlp], dict[str, str]]:
     refused: dict[str, str] = {}
     for name, module in model.named_modules():
         fused = isinstance(module, FusedMlp)
-        if not fused and not _has_pair(module) and sum(isinstance(m, LINEARS) for m in module.children()) < 2:
+        if not fused and not _has_pair(module) and sum(linear_in(m) is not None for m in module.children()) < 2:
             if _named_like_one(name, module) and any(isinstance(m, nn.Conv2d) for m in module.children()):
                 refused[name] = "its layers are convolutions, not linears"
             continue
@@ -194,16 +202,16 @@ def _read_depthwise(module: nn.Module, name: str) -> Mlp | None:
         return None
     for child, other in depthwise.others(module).items():
         check_alone(child, other)
-    return _sized(Mlp(name, module, names[:1], names[2], between=names[1]))
+    return _sized(Mlp(name, module, names[:1], names[2], between=names[1:2]))
 
 
 def _read_forward(module: nn.Module, name: str) -> Mlp:
     """The MLP that a module's forward is, on any device, unrun."""
     try:
-        first, second, packed = Hidden(module).found()
+        pair = Hidden(module).found()
     except Untraceable as reason:
         raise NotOne(str(reason)) from reason
-    return _sized(Mlp(name, module, first, second, packed))
+    return _sized(Mlp(name, module, *pair))
 
 
 def _sized(mlp: Mlp) -> Mlp:

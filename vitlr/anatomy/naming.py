@@ -40,12 +40,17 @@ class Hidden:
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """Return the last linear of each child of `model` with a classifier's usual name (head, fc, classifier, ...)."""
+    """Return the last linear of each child of `model` with a classifier's usual name (head, fc, classifier, ...).
+
+    A list or dict of heads holds one for each task.
+    """
     found: list[nn.Module] = []
     for name, child in model.named_children():
-        linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
-        if _HEADS.fullmatch(name) and linears:
-            found.append(linears[-1])
+        several = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+        for head in child.children() if several else (child,):
+            linears = [m for m in head.modules() if isinstance(m, nn.Linear)]
+            if _HEADS.fullmatch(name) and linears:
+                found.append(linears[-1])
     return found or _behind_blocks(model)
 
 

@@ -40,12 +40,14 @@ class Tap:
         collect: Collection[str],
         leading: Collection[int],
         queries: tuple[int, int] | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         self.strided = False  # rows of one image are `images` apart, not neighbours
         self.asleep = False  # a run that is not counted
         self.stats, self.linear = stats, linear
         self.leading = leading  # first dimension of the input for one image
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
+        self.bias = bias  # [heads d], what is added to them behind it
         self.gradient_seen = False
         self.forward(0)
         self.wanted = stats.keys(collect, queries is not None)
@@ -89,7 +91,10 @@ class Tap:
         x, made = args[0].detach(), output.detach()
         if output.requires_grad:
             if self.stats.side == "output":
-                self._follow(output, self._without_bias(made).reshape(made.shape) if self.by_image else made)
+                seen = made
+                if self.by_image:  # of its own: what follows may write into the output
+                    seen = made.clone() if self.linear.bias is None else made - self.linear.bias
+                self._follow(output, seen)
             if "image_input_moment" in self.wanted:
                 output.register_hook(lambda g: self._add_hidden(x, g))
             if "output_gradient" in self.wanted:
@@ -97,7 +102,9 @@ class Tap:
             if "output_square" in self.wanted:
                 output.register_hook(lambda g: self._add_squares("output_square", g))
             if "score_moment" in self.wanted:
-                output.register_hook(lambda g: self._add_scores(made, g))
+                q = made[..., : math.prod(self.queries or ())]
+                q = q if self.bias is None else q + self.bias.detach()
+                output.register_hook(lambda g: self._add_scores(q, g))
             if "row_gradient" in self.wanted:
                 output.register_hook(lambda g: self._add_row_gradient(g, x))
         if not self.in_backward:
@@ -217,7 +224,7 @@ class Tap:
         """Moments of q and of its gradient by head, and of every image's `P = Σ_tokens q gᵀ`."""
         assert self.queries is not None
         s, (heads, d) = self.stats, self.queries
-        y, g = y[..., : heads * d], g[..., : heads * d]
+        g = g[..., : heads * d]
         if self.by_image:
             y, g = self._by_image(y), self._by_image(g)
         else:

@@ -157,10 +157,18 @@ def calibrate(
                 run = stats or fresh
                 heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
+                behind = {a.queries_keys[0]: model.get_parameter(a.bias) for a in heads if a.bias}
                 wants = Wants(run.layers, queries, _device(targets), objectives, extras, frozenset(widths))
                 wants.check_fits(wanted.most)
                 taps += [
-                    Tap(run.layers[name], targets[name], wants.of(name), found.leading[name], queries.get(name))
+                    Tap(
+                        run.layers[name],
+                        targets[name],
+                        wants.of(name),
+                        found.leading[name],
+                        queries.get(name),
+                        behind.get(name),
+                    )
                     for name in targets
                 ]
                 if ROUNDING in extras and by_gradient:

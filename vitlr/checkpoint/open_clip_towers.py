@@ -1,4 +1,4 @@
-"""Models of open_clip from plain arguments: a CLIP, or its tower of images, read off their modules."""
+"""Models of open_clip from plain arguments: a CLIP, or its tower of images, own or timm's, read off their modules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from vitlr.checkpoint.plain_args import Args, plain
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of
 
-_VISUAL, _CLIP, _CUSTOM = "VisionTransformer", "CLIP", "CustomTextCLIP"
+_VISUAL, _TIMM, _CLIP, _CUSTOM = "VisionTransformer", "TimmModel", "CLIP", "CustomTextCLIP"
+_TOWERS = (_VISUAL, _TIMM)
 _CLASSES = {
     "open_clip.transformer.VisionTransformer": _VISUAL,
+    "open_clip.timm_model.TimmModel": _TIMM,
     "open_clip.model.CLIP": _CLIP,
     "open_clip.model.CustomTextCLIP": _CUSTOM,
 }
@@ -23,30 +25,32 @@ _TOWER = {"width", "layers", "mlp_ratio", "ls_init_value", "pool_type", "output_
 _TOWER |= {"final_ln_after_pool"}
 _IMAGES = {"head_width", "patch_size", "image_size", "patch_dropout", "no_ln_pre"}
 _IMAGES |= {"attentional_pool", "attn_pooler_queries", "attn_pooler_heads", *_TOWER}
+_IMAGES |= {"timm_model_name", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"}
 _TEXTS = {"context_length", "vocab_size", "heads", "embed_cls", "pad_id", "eos_id", "no_causal_mask", "proj_type"}
 _TEXTS |= {"proj_bias", *_TOWER}
 _KNOWN = {
     _VISUAL: {"embed_dim", "vision_cfg", "quick_gelu"},
     _CLIP: {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias", "output_dict"},
 }
-_KNOWN[_CUSTOM] = _KNOWN[_CLIP]
+_KNOWN |= {_TIMM: _KNOWN[_VISUAL], _CUSTOM: _KNOWN[_CLIP]}
 _INSIDE = {"vision_cfg": _IMAGES, "text_cfg": _TEXTS}
 
 
 def find(model: nn.Module) -> tuple[str, Args] | None:
-    """Class and arguments of a CLIP whose towers are open_clip's own, or of a tower of images; None of any other."""
+    """Class and arguments of a CLIP whose towers are open_clip's own or timm's, or of one for images, or None."""
     name = _CLASSES.get(class_of(model))
     if name is None:
         return None
-    visual: Any = model if name == _VISUAL else model.visual
+    visual: Any = model if name in _TOWERS else model.visual
     texts: Any = model.text if name == _CUSTOM else model
     try:
-        args = {"embed_dim": visual.output_dim, "vision_cfg": _images(visual), "quick_gelu": _is_quick(visual)}
-        if name != _VISUAL:
+        args = _of_timm(visual) if _CLASSES.get(class_of(visual)) == _TIMM else _own(visual)
+        if name not in _TOWERS:
+            args["quick_gelu"] = _is_quick(texts)
             args |= {"text_cfg": _texts(texts), "output_dict": model.output_dict}
             args |= {} if model.logit_bias is None else {"init_logit_bias": 0.0}
         return name, check(name, args)
-    except (AttributeError, IndexError, InputError):  # a tower of another kind
+    except (AttributeError, IndexError, InputError, KeyError):  # a tower of another kind
         return None
 
 
@@ -71,7 +75,7 @@ def build(name: str, args: Args) -> nn.Module:
         raise InputError(
             f"{name} is a model of open_clip, which is not installed: pip install open_clip_torch"
         ) from cause
-    if name != _VISUAL:
+    if name not in _TOWERS:
         made: nn.Module = getattr(open_clip, name)(**args)
         return made
     texts = {"layers": 1, "width": 8, "heads": 1, "vocab_size": 8, "context_length": 4}  # thrown away
@@ -84,6 +88,29 @@ def _check_keys(args: Mapping[str, Any], known: set[str]) -> None:
         raise InputError(
             f"the model argument {str(min(unknown, key=str))[:80]!r} is not one that vitlr stores in a file"
         )
+
+
+def _own(visual: Any) -> Args:
+    return {"embed_dim": visual.output_dim, "vision_cfg": _images(visual), "quick_gelu": _is_quick(visual)}
+
+
+def _of_timm(visual: Any) -> Args:
+    """A model of timm's as a tower, with a projection of open_clip's behind it; of another head it says nothing."""
+    trunk, head = visual.trunk, dict(visual.head.named_children())
+    last = head["proj"] if "proj" in head else head["mlp"].fc2
+    rates = [module.drop_prob for module in trunk.modules() if type(module).__name__ == "DropPath"]
+    images = {
+        "image_size": list(visual.image_size),
+        "timm_model_name": trunk.pretrained_cfg["architecture"],
+        "timm_pool": getattr(trunk, "global_pool", None) or trunk.head.global_pool.pool_type,
+        "timm_proj": "linear" if "proj" in head else "mlp",
+        "timm_proj_bias": last.bias is not None,
+        "timm_drop": head["drop"].p if "drop" in head else head["mlp"].drop1.p,
+        "patch_dropout": getattr(getattr(trunk, "patch_drop", None), "prob", 0.0),
+    }
+    if rates:
+        images["timm_drop_path"] = max(rates)
+    return {"embed_dim": last.out_features, "vision_cfg": images}
 
 
 def _images(visual: Any) -> Args:
@@ -146,5 +173,5 @@ def _tower(transformer: Any, norm: Any) -> Args:
     return args
 
 
-def _is_quick(visual: Any) -> bool:
-    return type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+def _is_quick(tower: Any) -> bool:
+    return type(tower.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"

@@ -12,9 +12,16 @@ from torch import nn
 from vitlr.anatomy import visibility
 from vitlr.anatomy.attention import attentions as known_attentions
 from vitlr.anatomy.attention import fewer_heads, loses_heads
-from vitlr.anatomy.mlps import narrowed_mlps, read_mlp
+from vitlr.anatomy.mlps import narrower_mlps, read_mlp
 from vitlr.errors import InputError
-from vitlr.nn import Int8Linear, LowRankLinear, QuantizedLinear, ResidualLowRankLinear, SelectedLinear
+from vitlr.nn import (
+    Int8Linear,
+    LowRankLinear,
+    QuantizedLinear,
+    ResidualLowRankLinear,
+    SelectedLinear,
+    TokenInt8Linear,
+)
 from vitlr.ops.layers.lowrank_residual_linear import check_form
 from vitlr.pruning import narrow_mlp
 from vitlr.runtime.kinds import FLAG, NAME, PLAIN, check, whole
@@ -39,7 +46,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
         "twice?": [whole(0)],
         **_SIZES,
     },
-    "int8": {"int8": FLAG, "wide?": whole(1, _MOST_WIDE), **_SIZES},
+    "int8": {"int8": FLAG, "wide?": whole(1, _MOST_WIDE), "token?": FLAG, **_SIZES},
 }
 """What an entry of each kind holds; what is left of a model, and whether it fits, is for the change itself to say."""
 
@@ -51,8 +58,8 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
     "outputs", "in_features", "out_features", "bias"}}` for linears with channels taken out (how many are left, or
     None), `{linear: {"rank", "in_features", "out_features", "bias"}}` for low-rank layers; those with a residual have
     its `"residual"` (the form) and `"group_size"` as well, those of integers `"factors": "quantized"`. Dense layers of
-    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`, and how many further columns
-    their `"wide"` channels have.
+    integers have `"quantized"` in the rank's place, those that multiply bytes `"int8"`, how many further columns their
+    `"wide"` channels have, and `"token"` where they go by the range of every token.
     """
     layers = {
         name: {
@@ -92,12 +99,13 @@ def structure(model: nn.Module) -> dict[str, dict[str, Any]]:
             "out_features": module.out_features,
             "bias": True,
             **({} if module.wide is None else {"wide": len(module.wide)}),
+            **({"token": True} if isinstance(module, TokenInt8Linear) else {}),
         }
         for name, module in model.named_modules()
         if isinstance(module, Int8Linear)
     }
     selected = {name: module.describe() for name, module in model.named_modules() if isinstance(module, SelectedLinear)}
-    widths = {name: {"width": mlp.width} for name, mlp in narrowed_mlps(model).items()}
+    widths = {name: {"width": width} for name, (width, _) in narrower_mlps(model).items()}
     heads = {name: {"heads": now} for name, (now, _) in fewer_heads(model).items()}
     return {**widths, **heads, **selected, **layers}
 
@@ -249,7 +257,8 @@ def _multiply_bytes(dense: _Dense, name: str, entry: Entry) -> Do:
     if {key: entry.get(key) for key in expected} != expected:
         raise InputError(f"layer {name}: expected {expected}, the file says {entry!r:.200}")
     shape, wide = (entry["in_features"], entry["out_features"]), entry.get("wide", 0)
-    return lambda: swap(dense.model, name, _like(linear, Int8Linear, *shape, wide=wide))
+    kind = TokenInt8Linear if entry.get("token") else Int8Linear
+    return lambda: swap(dense.model, name, _like(linear, kind, *shape, wide=wide))
 
 
 CHANGES: dict[str, Callable[[_Dense, str, Entry], Do]] = {

@@ -28,9 +28,15 @@ _TINY = 1e-30  # where all is zero
 
 @torch.no_grad()
 def byte_inputs(
-    linears: Mapping[str, nn.Module], stats: Mapping[str, LayerStatistics], progress: Progress | None = None
+    linears: Mapping[str, nn.Module],
+    stats: Mapping[str, LayerStatistics],
+    progress: Progress | None = None,
+    spreading: bool = True,
 ) -> dict[str, Inputs]:
-    """The inputs of all layers that were measured, in steps and columns that suit all of them together."""
+    """The inputs of all layers that were measured, in steps and columns that suit all of them together.
+
+    Without `spreading` no channel has further columns.
+    """
     layers = {}
     for name, layer in stats.items():
         linear = linears[name]
@@ -39,7 +45,7 @@ def byte_inputs(
         _ = layers[name].cost  # the longest of it, and kept
         if progress is not None:
             progress(len(layers), len(stats))
-    for name, columns in spread(layers).items():
+    for name, columns in spread(layers).items() if spreading else ():
         layers[name].columns = columns
     return layers
 
@@ -137,11 +143,11 @@ class Inputs:
         return 1 + _over(u, high)
 
     @torch.no_grad()
-    def layer(self) -> Int8Linear:
+    def layer(self, kind: type[Int8Linear] = Int8Linear) -> Int8Linear:
         """The layer of bytes."""
         s, times, _ = self.choice(self.columns)
         middle, half = (self.low + self.high) / 2, s * times * LARGEST / 2
-        return Int8Linear.from_weight(self.W, self.linear.bias, middle - half, middle + half, self.mean, times)
+        return kind.from_weight(self.W, self.linear.bias, middle - half, middle + half, self.mean, times)
 
 
 def _foreseen(low: Tensor, high: Tensor, mean: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitlr.anatomy.mlps import SUPPORTED, Mlp
+from vitlr.anatomy.mlps import SUPPORTED, Mlp, refused_mlps
 from vitlr.anatomy.reading import Parts
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.objectives import Objective
@@ -37,7 +37,7 @@ class MlpSpectrum(WidthSpectrum):
         return dict.fromkeys(self.first, rows)
 
     def extra(self, width: int, quantity: str) -> float:
-        """What a width costs besides its linears' weights and biases: a convolution loses what its neurons took."""
+        """What a width costs besides its linears' weights and biases: layers between lose what its neurons took."""
         return (width - self.full_width) * self.beside.get(quantity, 0.0)
 
 
@@ -68,13 +68,14 @@ def solve_mlp(
 
 def _beside(mlp: Mlp, stats: Statistics) -> dict[str, float]:
     """What a neuron of an MLP takes outside the linears."""
-    conv = mlp.conv
-    if conv is None:
-        return {}
-    weights = conv.weight[0].numel()
-    params = weights + (conv.bias is not None)
+    found = {"params": 0.0, "macs": 0.0, "bytes": 0.0}
     tokens = stats.layers[mlp.linears[-1]].tokens / max(stats.images, 1)
-    return {"params": params, "macs": weights * tokens, "bytes": params * conv.weight.element_size()}
+    for layer in mlp.layers:
+        held = [(key, value[0]) for key, value in layer.state_dict().items() if value.ndim]
+        found["params"] += sum(value.numel() for key, value in held if key in layer._parameters)
+        found["bytes"] += sum(value.numel() * value.element_size() for _, value in held)
+        found["macs"] += layer.weight[0].numel() * tokens if isinstance(layer, nn.Conv2d) else 0.0
+    return found
 
 
 def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapping[str, Mlp]:
@@ -86,7 +87,8 @@ def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapp
     check_objective(objective.name, centred=objective.centred, widths=True)
     measured = parts.mlps_among(stats.layers)
     if not measured:
-        raise InputError(f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}")
+        none = f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}"
+        raise InputError(none if parts.mlps else next(iter(refused_mlps(parts.model).values()), none))
     if objective.by_gradient:
         narrow = {name for name, mlp in measured.items() if stats.layers[mlp.linears[-1]].side == "input"}
         if narrow == set(measured):

@@ -4,10 +4,15 @@ A head's scores are `qᵀ k`, the same for `B q` and `B⁻ᵀ k`, and need no mo
 some is a projector `1 − P_r Q_r` on the head's d channels, and an image's loss moves by `-tr((1 − P_r Q_r) P)` with
 `P = Σ_tokens q gᵀ`, g the gradient of the loss by q: the problem of `decomposition.ranks`, with a head for a layer.
 `(P_r Q_r q)ᵀ k = (Q_r q)ᵀ (P_rᵀ k)`, so queries and keys lose rows of their linears alike.
+
+Where a token's place turns q and k in planes of two channels, no B but one for each plane leaves the scores as they
+are: then whole planes go. `E[P_jj P_kk] = M_jk F_jk` makes the planes D cost `Σ_{p, q in D} C_pq`, C the sums of
+`M ∘ F` over pairs of planes, and they go one by one, the one first that then costs least.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +35,8 @@ class QueryKeySpectrum:
     """All numbers of directions of one attention at once, of all its heads together: a `Narrowing`.
 
     `P`, `Q [heads, d, d]` are nested projectors as in `LayerSpectrum`, `energies [heads, d]` what each direction costs,
-    descending; `errors[w]` the cost of keeping the w most expensive ones.
+    descending; `errors[w]` the cost of keeping the w most expensive ones. Of turned queries and keys directions are
+    channels, those of one plane side by side, and only even widths are any.
     """
 
     attention: Attention
@@ -80,6 +86,7 @@ class QueryKeySpectrum:
 
     def choices(self, step: int) -> list[int]:
         """Multiples of the step below the full width, and that."""
+        step = math.lcm(step, 2) if self.attention.turned else step
         return [*range(step, self.full_width, step), self.full_width]
 
     def shape(self, name: str, full: tuple[int, int], width: int) -> tuple[int, int]:
@@ -91,8 +98,8 @@ class QueryKeySpectrum:
         """What a width costs besides its linears' weights and biases: the numbers of the rows that are left."""
         if width == self.full_width or quantity != "bytes":
             return 0.0
-        packed = len(self.attention.queries_keys) == 1
-        return float(INDEX_BYTES * (2 * width + (self.full_width if packed else 0)))
+        values = len(self.attention.inputs) < 3  # made by one of these linears: then their rows are numbered as well
+        return float(INDEX_BYTES * (2 * width + (self.full_width if values else 0)))
 
     def rank_errors(self, name: str, width: int) -> Tensor | None:
         """Its linears have ranks only where no direction goes: those of the dense ones."""
@@ -106,6 +113,15 @@ class QueryKeySpectrum:
         kept[self.energies.flatten().argsort(descending=True, stable=True)[:width]] = True
         return kept.view_as(self.energies).sum(1).tolist()
 
+    def places(self, width: int) -> Tensor:
+        """The channels of all heads side by side that hold what is kept: the first ones of a head, or of its planes."""
+        d, ranks = self.attention.head_dim, self.ranks(width)
+        own = [
+            q.argmax(1)[:rank].sort().values if self.attention.turned else torch.arange(rank)
+            for q, rank in zip(self.Q, ranks, strict=True)
+        ]
+        return torch.cat([head * d + channels for head, channels in enumerate(own)])
+
 
 def solve_query_keys(
     attention: Attention, stats: Statistics, objective: Objective, known: tuple[Tensor, Tensor, Tensor] | None = None
@@ -114,7 +130,7 @@ def solve_query_keys(
     if known is not None:
         return QueryKeySpectrum(attention, *known)
     layer = stats.layers[attention.queries_keys[0]]
-    heads = [_solved(layer, head, objective, attention.name) for head in range(attention.heads)]
+    heads = [_solved(layer, head, objective, attention) for head in range(attention.heads)]
     energies, P, Q = (torch.stack(parts) for parts in zip(*heads, strict=True))
     return QueryKeySpectrum(attention, SCALE * energies, P, Q)
 
@@ -144,19 +160,39 @@ def has_query_keys(stats: Statistics, objective: Objective) -> bool:
     return objective.by_gradient and any(all(getattr(layer, key) is not None for key in keys) for layer in layers)
 
 
-def _solved(layer: LayerStatistics, head: int, objective: Objective, name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _solved(
+    layer: LayerStatistics, head: int, objective: Objective, attention: Attention
+) -> tuple[Tensor, Tensor, Tensor]:
     """Energies, P and Q of one head."""
+    name = attention.name
     keys = SCORES if objective.by_image else SCORES[:2]
     M, F, *by_image = (layer.sum(key)[head].double() for key in keys)
     P_Pt, Pt_P = by_image or (None, None)
     M, F = objective.of_activations(M, P_Pt), objective.of_gradients(F, Pt_P, layer.tokens)
     one = torch.eye(len(M), dtype=torch.float64)
     if not bool(F.any()):  # nothing depends on this head
-        return torch.zeros(len(M), dtype=torch.float64), one, one
+        Q = one[attention.planes.flatten()] if attention.turned else one
+        return torch.zeros(len(M), dtype=torch.float64), Q.mT, Q
     try:
-        energies, P, Q = solve(M, objective.damped(F, one, "output"))
+        F = objective.damped(F, one, "output")
+        energies, P, Q = _by_planes(M, F, attention.planes) if attention.turned else solve(M, F)
     except (torch.linalg.LinAlgError, NumericalError) as cause:
         raise NumericalError(f"attention {name}, head {head}: the solve failed ({cause}); calibrate again") from cause
     if not all(bool(torch.isfinite(part).all()) for part in (energies, P, Q)):
         raise NumericalError(f"attention {name}, head {head}: its moments hold NaN or Inf; calibrate again in float32")
     return energies, P, Q
+
+
+def _by_planes(M: Tensor, F: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where only whole planes go, `planes [d/2, 2]`: P and Q put their channels in order of their cost."""
+    C = (M * F)[planes[:, None, :, None], planes[None, :, None, :]].sum((2, 3))
+    more, left, gone, costs = C.diag().clone(), torch.ones(len(C), dtype=torch.bool), [], []
+    for _ in range(len(C)):  # what each plane that is left would add, as far as planes before it went
+        plane = int(torch.where(left, more, torch.inf).argmin())
+        gone.append(plane)
+        costs.append(more[plane].clone())
+        left[plane] = False
+        more += 2 * C[:, plane]
+    energies = torch.stack(costs).clamp(min=0).cummax(0).values.flip(0)
+    Q = torch.eye(planes.numel(), dtype=M.dtype)[planes[gone[::-1]].flatten()]
+    return (energies / 2).repeat_interleave(2), Q.mT.contiguous(), Q

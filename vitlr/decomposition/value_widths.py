@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vitlr.anatomy.attention import Attention, loses_heads, measurable, nothing
@@ -62,8 +63,8 @@ class ValueSpectrum(WidthSpectrum):
             return self.macs * (width / self.full_width - 1) if quantity == "macs" else 0.0
         if quantity != "bytes":
             return 0.0
-        full = self.full_width * (3 if len(self.first) == 1 else 1)
-        return INDEX_BYTES * float(width + sum(rows for rows in self._counts(width).values() if rows < full))
+        full = {name: len(rows) for name, rows in self.rows(torch.arange(self.full_width)).items()}
+        return INDEX_BYTES * float(width + sum(rows for name, rows in self._counts(width).items() if rows < full[name]))
 
     def _counts(self, width: int) -> dict[str, int]:
         if width not in self._left:

@@ -20,12 +20,13 @@ from vitlr.data.batches import first_tensor
 from vitlr.engines.graphs import graph_of
 from vitlr.engines.installed import is_installed, need
 from vitlr.engines.names import check_target
+from vitlr.engines.nibbles import OPSET, halve
 from vitlr.engines.openvino_core import openvino_core
 from vitlr.engines.products import products_of_bytes
 from vitlr.engines.running import ENGINES, Engine, OpenVino
-from vitlr.engines.spoken import speak
+from vitlr.engines.spoken import halves, speak
 from vitlr.errors import InputError, RunError
-from vitlr.nn import Fp8Linear
+from vitlr.nn import Fp8Linear, TokenInt8Linear
 from vitlr.runtime.contexts import evaluation_mode
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.modules import uncompiled
@@ -82,11 +83,11 @@ def export(
 
     `to`: "onnx" or "openvino", by default as the path ends. The graph takes any number of images (`batch_size`: that
     many only) of one size (`dynamic_size`: of any that the model takes). Low rank is two MatMuls; codes of quantised
-    weights stay bytes, dequantised in the graph; layers of int8 are QDQ, u8 inputs by s8 weights in rows, all else
-    float32. `bits=8` with `stats` makes such layers first, as `vitlr.fuse` does, with its `progress`. Logits are
-    compared on `images` [B, C, H, W], by default two of noise, on the first alone and at twice its size if it may be:
-    `‖theirs - ours‖ ≤ 0.001 ‖ours‖`, and of int8 layers what rounding their inputs moves logits by. The file is written
-    whole or not at all; numbers above 1.8 GB lie beside it, in `.data`.
+    weights stay bytes (four bits where nearly all fit), dequantised in the graph; layers of int8 are QDQ, u8 inputs by
+    s8 weights in rows, all else float32. `bits=8` with `stats` makes such layers first, as `vitlr.fuse` does, with its
+    `progress`. Logits are compared on `images` [B, C, H, W], by default two of noise, on the first alone and at twice
+    its size if it may be: `‖theirs - ours‖ ≤ 0.001 ‖ours‖`, and of int8 layers what rounding their inputs moves logits
+    by. The file is written whole or not at all; numbers above 1.8 GB lie beside it, in `.data`.
 
     Raises `InputError` for a place, a target or an engine that is not there, `RunError` for a model whose export
     fails (which operation, which module) and for engines that answer otherwise (by how much).
@@ -100,6 +101,8 @@ def export(
         model = fuse(model, bits=bits, stats=stats, progress=progress)
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise InputError('this model multiplies 8-bit floats, which run here alone: export it before fuse(bits="fp8")')
+    if any(isinstance(module, TokenInt8Linear) for module in model.modules()):
+        raise InputError("this model goes by ranges of tokens, which run here alone: export it with bits=8 and stats=")
     model = unfuse(model).cpu().float()
     shown = _shown(model, images, batch_size, input_size)
     inputs = [shown, *[shown[:1]] * (batch_size is None)]
@@ -107,7 +110,11 @@ def export(
     spoken = duplicate(model).eval()
     expected = speak(spoken)
     notes = {"vitlr": _notes(model)}
-    graph = graph_of(spoken, shown, batch=batch_size is None, size=dynamic_size, notes=notes)
+    half = halves(spoken)
+    how: dict[str, Any] = {"batch": batch_size is None, "size": dynamic_size, "opset": OPSET if half else None}
+    graph = graph_of(spoken, shown, notes=notes, **how)
+    if half:
+        halve(graph.graph)
     products = products_of_bytes(graph.graph)
     if products < expected:
         raise RunError(f"{expected} layers multiply bytes, {products} products of the graph do; nothing was written")

@@ -34,11 +34,14 @@ class Answer(nn.Module):
         return first_tensor(self.model(images))
 
 
-def graph_of(model: nn.Module, images: Tensor, *, batch: bool, size: bool, notes: Mapping[str, str]) -> Any:
+def graph_of(
+    model: nn.Module, images: Tensor, *, batch: bool, size: bool, notes: Mapping[str, str], opset: int | None = None
+) -> Any:
     """The graph (`onnx_ir.Model`) of a model in float32, its layers of integers said in ONNX's words.
 
     `images` [B, C, H, W] are an example; `batch`: of any number of them, `size`: of any height and width. `notes` are
-    kept with the graph. Raises `RunError` with the operation and the module that cannot be exported.
+    kept with the graph, `opset` is ONNX's version where a certain one is needed. Raises `RunError` with the operation
+    and the module that cannot be exported.
     """
     for package in ("onnx", "onnxscript"):
         need(package, "export")
@@ -50,7 +53,12 @@ def graph_of(model: nn.Module, images: Tensor, *, batch: bool, size: bool, notes
         try:
             exported = torch.export.export(answering, (images,), dynamic_shapes=(dims or None,))
             program = torch.onnx.export(
-                exported, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+                exported,
+                dynamo=True,
+                verbose=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=opset,
             )
         except Exception as cause:  # whatever a forward or a translation raises
             raise RunError(_refusal(answering, cause, size)) from cause

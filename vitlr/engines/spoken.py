@@ -3,8 +3,9 @@
     Int8Linear        W q, q = round(m ⊙ x + t)      x m + t -> QuantizeLinear -> DequantizeLinear -> MatMul codes
     QuantizedLinear   W_ij = q_ij 2^((r_i + c_j)/8)  x 2^(c/8) -> MatMul codes
 
-Codes stay one byte each in the file, and every row has its scale. What multiplies and shifts x stands alone, so that it
-can go into a norm before (`engines.norms`); inputs are quantised in steps of one, by the whole tensor.
+Codes stay one byte each in the file, half of one where nearly all of a layer fit (`engines.nibbles`), and every row
+has its scale. What multiplies and shifts x stands alone, so that it can go into a norm before (`engines.norms`);
+inputs are quantised in steps of one, by the whole tensor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitlr.engines.nibbles import split
 from vitlr.nn import Int8Linear, QuantizedLinear
 from vitlr.nn.quantized_linear import BYTE
 from vitlr.runtime.compact import power
@@ -58,7 +60,10 @@ class SpokenInt8(nn.Module):
 
 
 class SpokenCodes(nn.Module):
-    """A `QuantizedLinear` whose codes stay bytes; columns of two bytes are two columns each. For export only."""
+    """A `QuantizedLinear` whose codes stay bytes, or become halves of one; columns of two are two columns each.
+
+    For export only.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -75,6 +80,14 @@ class SpokenCodes(nn.Module):
             codes = torch.cat([codes, layer.fine], 1)
             columns = torch.cat([columns, power(layer.column_exponent[layer.twice] - BYTE)])
             places = torch.cat([torch.arange(layer.in_features), layer.twice.long()])
+        halves = split(codes)
+        self.of_four_bits = halves is not None
+        if halves is not None:
+            codes, again = halves
+            columns = torch.cat([columns, 16 * columns[again]])
+            if len(again):
+                places = torch.arange(layer.in_features) if places is None else places
+                places = torch.cat([places, places[again]])
         self.register_buffer("columns", places)
         self.register_buffer("codes", codes.t().contiguous())
         self.register_buffer("scale", power(layer.row_exponent))
@@ -86,6 +99,11 @@ class SpokenCodes(nn.Module):
             x = x.index_select(-1, self.columns)
         y = (x * self.multiplier) @ _weight(self.codes, self.scale)
         return y if self.bias is None else y + self.bias
+
+
+def halves(model: nn.Module) -> bool:
+    """Whether any codes of a model that speaks so fit in four bits."""
+    return any(isinstance(module, SpokenCodes) and module.of_four_bits for module in model.modules())
 
 
 def speak(model: nn.Module) -> int:

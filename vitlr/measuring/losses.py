@@ -17,6 +17,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.runtime.modules import read_freely, unwrapped
 
 _LEAST = 1e-300  # what is left to other classes, below which nothing is
+_WHOLE = 1e-2  # how far the sum of an image's probabilities may be off one, in half precision
 
 __all__ = [
     "agreeing",
@@ -29,6 +30,7 @@ __all__ = [
     "image_seeds",
     "is_logits",
     "kl",
+    "logits_in",
     "sampled_losses",
     "what_is",
 ]
@@ -87,6 +89,8 @@ def what_is(model: nn.Module, answer: Any) -> tuple[bool, str]:
     features = f"features {shape}: the squared change of their direction counts"
     if output.ndim != 2:
         return False, features
+    if read_freely(output) and bool(_sums_to_one(output.detach())):  # elsewhere it is not waited for
+        return True, f"probabilities {shape}, their logarithms for logits"
     if not isinstance(answer, Tensor) and output is _named(answer):
         return True, f"logits {shape}, so named in the answer"
     heads = linears.classifier_names(model)
@@ -98,6 +102,16 @@ def what_is(model: nn.Module, answer: Any) -> tuple[bool, str]:
     if not heads and said == output.shape[1]:
         return True, f"logits {shape}, as many as the model has classes"
     return False, features
+
+
+def logits_in(answer: Tensor) -> Tensor:
+    """Logits of an answer `[images, classes]`: `log p` where every row is a distribution, else as they are."""
+    probabilities = _sums_to_one(answer.detach())  # a tensor: a device that runs behind is not waited for
+    return torch.where(probabilities, answer.clamp(min=torch.finfo(answer.dtype).tiny).log(), answer)
+
+
+def _sums_to_one(answer: Tensor) -> Tensor:
+    return (answer >= 0).all() & ((answer.sum(-1, dtype=torch.float32) - 1).abs() < _WHOLE).all()
 
 
 def classes_said(model: nn.Module) -> int | None:
@@ -127,6 +141,7 @@ def sampled_losses(model: nn.Module, answer: Any, seeds: Sequence[int], samples:
     if read_freely(output) and not torch.isfinite(output).all():  # elsewhere sums are looked at, in the end
         raise NumericalError("the model's output holds NaN or Inf; check the weights and the images, or use float32")
     if is_logits(model, answer):
+        output = logits_in(output)
         signs = draws(seeds, samples, output.shape[1:], _signs).to(output.device)
         return [(output.float() * w).sum() for w in contrasts(output, signs).float()]
     features = directions(output.float())
@@ -141,7 +156,7 @@ def largest_doubt(model: nn.Module, answer: Any) -> Tensor:
     """
     if not is_logits(model, answer):
         return torch.ones(())
-    return 1 - first_tensor(answer).detach().double().softmax(-1).amax(-1).amin()
+    return 1 - logits_in(first_tensor(answer).detach().double()).softmax(-1).amax(-1).amin()
 
 
 def certain(doubt: float) -> str:
@@ -165,6 +180,7 @@ def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: flo
     """
     if not logits:
         return 0.5 * (directions(expected) - directions(answers)).square().sum(1).mean()
+    expected, answers = logits_in(expected), logits_in(answers)
     return temperature**2 * kl(expected / temperature, answers / temperature).mean()
 
 
@@ -176,7 +192,7 @@ def directions(features: Tensor) -> Tensor:
 
 def kl(expected: Tensor, answers: Tensor) -> Tensor:
     """`KL(softmax(e) || softmax(a))` of every image, in nats."""
-    p, q = expected.log_softmax(1), answers.log_softmax(1)
+    p, q = logits_in(expected).log_softmax(1), logits_in(answers).log_softmax(1)
     return (p.exp() * (p - q)).sum(1)
 
 

@@ -18,6 +18,7 @@ from vitlr.nn.pointwise_conv import PointwiseConv
 from vitlr.nn.quantized_linear import QuantizedLinear
 from vitlr.nn.residual_lowrank_linear import ResidualLowRankLinear
 from vitlr.nn.selected_linear import SelectedLinear
+from vitlr.nn.token_int8_linear import TokenInt8Linear
 from vitlr.nn.window_linears import WindowLinears
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "QuantizedLinear",
     "ResidualLowRankLinear",
     "SelectedLinear",
+    "TokenInt8Linear",
     "WindowLinears",
 ]

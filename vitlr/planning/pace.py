@@ -17,7 +17,14 @@ from vitlr.errors import InputError
 from vitlr.measuring import clock, times
 from vitlr.measuring.specimens import Shape, is_specimen
 from vitlr.measuring.times import Times
-from vitlr.nn import FusedAttention, LowRankLinear, LowRankMLP
+from vitlr.nn import (
+    FusedAttention,
+    FusedProjections,
+    FusedRotaryAttention,
+    LowRankLinear,
+    LowRankMLP,
+    NamedLowRankMLP,
+)
 from vitlr.nn._fused import with_children
 from vitlr.nn._fused_mlp import activation_name
 from vitlr.planning.options import Planning
@@ -109,23 +116,29 @@ def shapes_of(parts: Parts, stats: Statistics, batch_size: int) -> dict[str, Sha
 def _of_mlp(mlp: Mlp, stats: Statistics, batch_size: int) -> dict[str, Shape]:
     *first, second = mlp.linears
     rows = _rows(stats.layers[second], stats, batch_size)
-    if _is_one_operation(mlp):
+    if (act := _act_of_one_operation(mlp)) is not None:
         fc1, fc2 = mlp.fc1[0], mlp.fc2
         sizes = (int(fc1.in_features), mlp.width, int(fc2.out_features))  # type: ignore[arg-type]
         bias = fc1.bias is not None and fc2.bias is not None
-        shape = Shape(sizes, rows, 1, str(activation_name(mlp.module.get_submodule("act"))), bias)
-        return dict.fromkeys(mlp.linears, shape)
+        return dict.fromkeys(mlp.linears, Shape(sizes, rows, 1, act, bias))
     shapes = {name: _linear(linear, rows, 1) for name, linear in zip(first, mlp.fc1, strict=True)}
     return {**shapes, second: _linear(mlp.fc2, rows, 0)}
 
 
-def _is_one_operation(mlp: Mlp) -> bool:
-    """Whether `fuse` makes a `LowRankMLP` of it where its linears are of low rank, of a kind that can be timed."""
-    if mlp.first != ("fc1",) or mlp.second != "fc2" or mlp.packed:
-        return False
-    low = {name: LowRankLinear(2, 2, 1, device="meta") for name in (*mlp.first, mlp.second)}
-    trial = with_children(mlp.module, low)
-    return LowRankMLP.why_not(trial) is None and is_specimen(activation_name(mlp.module.get_submodule("act")))
+def _act_of_one_operation(mlp: Mlp) -> str | None:
+    """The activation of an MLP that `fuse` makes one module of where its linears are of low rank; None of others.
+
+    Nor of one whose kind cannot be timed.
+    """
+    names = (*mlp.first, mlp.second)
+    if mlp.packed or len(names) != 2 or any("." in name for name in names):
+        return None
+    trial = with_children(mlp.module, {name: LowRankLinear(2, 2, 1, device="meta") for name in names})
+    kind = next((kind for kind in (LowRankMLP, NamedLowRankMLP) if kind.why_not(trial) is None), None)
+    if kind is None:
+        return None
+    act = activation_name(mlp.module.get_submodule(kind.children_of(trial)[1]))
+    return act if is_specimen(act) else None
 
 
 def _linear(linear: nn.Module, rows: int, narrows: int | None) -> Shape:
@@ -141,6 +154,7 @@ def _as_fused(model: nn.Module) -> nn.Module:
     """A copy of a dense model as `fuse` leaves it: nothing but its attentions become one operation."""
     model = duplicate(model)
     for name, module in list(model.named_modules()):
-        if name and FusedAttention.why_not(module) is None:
-            swap(model, name, FusedAttention(module))
+        for kind in (FusedAttention, FusedRotaryAttention, FusedProjections):
+            if name and kind.why_not(module) is None:
+                swap(model, name, kind(module))
     return model

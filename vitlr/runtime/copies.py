@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import types
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ from vitlr.runtime.words import one_line
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy of a model; activations that its modules keep are copied without their graph.
 
-    A forward that was put on a module by hand and that closes over it (a wrapper, `torch.compile(model.forward)`) is
-    copied as it is and would run the original. Raises `InputError` for that, and for what cannot be copied.
+    A function that was put on a module by hand and that closes over one (a wrapper around a forward, a hook,
+    `torch.compile(model.forward)`) is copied as it is and would run the original. Raises `InputError` for that, and for
+    what cannot be copied.
     """
     kept = {id(t): t.detach().clone() for module in model.modules() for t in _graphs(vars(module))}
     try:
@@ -29,7 +31,7 @@ def duplicate(model: nn.Module) -> nn.Module:
     originals = {id(module) for module in model.modules()}
     for name, module in twin.named_modules():
         for key, value in vars(module).items():
-            if callable(value) and key not in _HARMLESS and any(id(found) in originals for found in _reached(value)):
+            if key not in _HARMLESS and any(id(found) in originals for found in _reached(value)):
                 raise InputError(
                     f"{name or type(model).__qualname__}.{key} was put there by hand and holds on to this very model: "
                     f"a copy would run the original, not what is compressed; {_REMEDY}"
@@ -101,9 +103,16 @@ def _reached(value: Any) -> Iterator[nn.Module]:
         elif isinstance(found, types.FunctionType):
             queue += [cell.cell_contents for cell in found.__closure__ or () if _filled(cell)]
             queue += [*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values(), *vars(found).values()]
-            queue += [found.__globals__[name] for name in found.__code__.co_names if name in found.__globals__]
+            queue += [found.__globals__[name] for name in _globals_of(found.__code__) if name in found.__globals__]
         elif isinstance(found, (list, tuple)):
             queue += found[:100]
+        elif isinstance(found, dict):  # also of hooks
+            queue += list(found.values())[:100]
+
+
+def _globals_of(code: types.CodeType) -> list[str]:
+    """The globals that a function reads; `co_names` has attributes as well."""
+    return [str(step.argval) for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"]
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vitlr.anatomy.attention import fewer_heads
-from vitlr.anatomy.mlps import narrowed_mlps
+from vitlr.anatomy.mlps import narrower_mlps
 from vitlr.errors import InputError
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def guard(model: nn.Module) -> None:
 
 def unguard(model: nn.Module) -> None:
     """Undo `guard`, for a model that is dense again and as wide as it was."""
-    if narrowed_mlps(model) or fewer_heads(model):
+    if narrower_mlps(model) or fewer_heads(model):
         return
     for module in model.modules():
         module.__dict__.pop(_SAVE, None)

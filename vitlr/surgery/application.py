@@ -170,7 +170,8 @@ def apply(
     image = plan.image or (None if stats is None else stats.image)
     if image is not None:
         changed = [row.name for row in plan.layers if row.rank or row.kept_in or row.kept_out or row.level is not None]
-        prove(small, changed, noise_image(small, image), original=None if inplace else model)
+        with visibility.visible(small):  # 1x1 convolutions that only lost channels are convolutions again
+            prove(small, changed, noise_image(small, image), original=None if inplace else model)
         small.vitlr_info = {**(getattr(small, "vitlr_info", None) or {}), "image": image}  # type: ignore[assignment]
     if plan.changes:
         guard(small)

@@ -76,12 +76,22 @@ def _checked(
 @torch.no_grad()
 def narrow_query_keys(model: nn.Module, spectrum: QueryKeySpectrum, width: int) -> None:
     """Rotate queries and keys of every head, and take the directions that go out of their linears, in place."""
-    full, d = spectrum.full_width, spectrum.attention.head_dim
-    linears = {name: _plain(model, name) for name in spectrum.attention.queries_keys}
+    attention, full = spectrum.attention, spectrum.full_width
+    linears = {name: _plain(model, name) for name in attention.queries_keys}
     rows = torch.cat([_with_bias(linear) for linear in linears.values()])  # of q, of k, and of v where one makes all
-    rows[: 2 * full] = _rotated(rows[: 2 * full].view(2, -1, d, rows.shape[1]), spectrum).flatten(0, 2)
-    head = torch.cat([h * d + torch.arange(rank) for h, rank in enumerate(spectrum.ranks(width))])
-    left = torch.cat([head, full + head, torch.arange(2 * full, len(rows))])
+    kept = spectrum.places(width)
+    if not attention.turned:  # else they stay what they are
+        behind = model.get_parameter(attention.bias) if attention.bias else None
+        if behind is not None:
+            rows[:full, -1] = behind
+        rows[: 2 * full] = _rotated(rows[: 2 * full].view(2, -1, attention.head_dim, rows.shape[1]), spectrum).flatten(
+            0, 2
+        )
+        if behind is not None:
+            module, key = model.get_submodule(attention.name), attention.bias.rpartition(".")[2]
+            new = torch.zeros_like(behind).index_copy(0, kept.to(behind.device), rows[kept, -1].to(behind))
+            setattr(module, key, nn.Parameter(new, requires_grad=behind.requires_grad))
+    left = torch.cat([kept, full + kept, torch.arange(2 * full, len(rows))])
     start = 0
     for name, linear in linears.items():
         stop = start + linear.out_features

@@ -36,7 +36,7 @@ from vitlr.runtime.modules import swap, uncompiled
 from vitlr.runtime.progress import Progress
 from vitlr.surgery import folding
 from vitlr.surgery.alien import unguard
-from vitlr.surgery.bytes import multiply_bytes, multiply_fp8
+from vitlr.surgery.bytes import multiply_bytes, multiply_fp8, multiply_tokens
 from vitlr.surgery.mlps import widen_mlp
 
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
@@ -69,8 +69,10 @@ def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = Fals
     for name, module in reversed(list(model.named_modules())):  # what a SelectedLinear holds before itself
         if isinstance(module, _SWAPPED):
             swap(model, name, module.to_linear().train(module.training))
-    for mlp in narrowed_mlps(model).values() if full_width else ():
-        widen_mlp(mlp)
+    if full_width:
+        visibility.make_visible(model)
+        for mlp in narrowed_mlps(model).values():
+            widen_mlp(mlp)
     visibility.put_back(model)
     unguard(model)
     return model
@@ -92,6 +94,7 @@ def fuse(
     fold: bool = True,
     bits: int | str | None = None,
     stats: Statistics | None = None,
+    scales: str = "static",
     progress: Progress | None = None,
 ) -> nn.Module:
     """Gather every MLP with a low-rank layer, and attention, into one module each; `unfuse` takes it back.
@@ -103,21 +106,30 @@ def fuse(
     which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
-    timm's blocks in which all linears do become an `Int8Block`.
+    timm's blocks in which all linears do become an `Int8Block`. With `scales="token"` every token's bytes go by its own
+    range (`TokenInt8Linear`): nothing is cut off, `stats` may be left out, and codes of rounded weights stay as they
+    are; slower, as nothing between two linears is bytes.
     `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
     statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none.
     `progress(layers done, layers)` is called after each layer whose steps were found.
-    Raises `InputError` for other bits, and for statistics that are missing or of other weights.
+    Raises `InputError` for other bits and scales, and for statistics that are missing or of other weights.
     """
     if bits not in (None, 8, "fp8"):
         raise InputError(f"bits={bits!r}: expected 8, 'fp8', or None for layers as they are")
-    if (bits == 8) != (stats is not None):
+    if scales not in ("static", "token"):
+        raise InputError(f"scales={scales!r}: expected 'static', ranges that calibration saw, or 'token'")
+    if scales == "token" and bits != 8:
+        raise InputError(f"scales='token' goes with bits=8, not with bits={bits!r}")
+    if (bits == 8) != (stats is not None) and scales == "static":
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
     model = uncompiled(model)
     model = model if inplace else duplicate(model)
     if stats is not None:
         unfuse(model, inplace=True)
-        multiply_bytes(model, stats, progress)
+        multiply_bytes(model, stats, progress, by_token=scales == "token")
+    elif scales == "token":
+        unfuse(model, inplace=True)
+        multiply_tokens(model)
     if bits == "fp8":
         unfuse(model, inplace=True)
         multiply_fp8(model)

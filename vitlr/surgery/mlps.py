@@ -17,7 +17,7 @@ def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = No
 
     Rows `keep` of the first linears (gate and value alike) and their biases, columns `keep` of the second stay; where a
     layer is a `LowRankLinear` they are rows of `up` and columns of `down`. Channels `keep` of a depthwise convolution
-    in between stay. `weight` replaces what reads the hidden
+    or a norm by batch in between stay. `weight` replaces what reads the hidden
     neurons, to make up for those removed: W₂ `[N, h]`, or B₂ `[r, h]` of a low-rank fc2; `bias [N]` likewise replaces
     b₂. A pair whose rank no longer fits becomes the plain linear that it multiplies to.
 
@@ -35,10 +35,10 @@ def narrow_mlp(mlp: Mlp | nn.Module, keep: Tensor, *, weight: Tensor | None = No
         if out.bias is not None:
             _replace(out, "bias", out.bias[rows.to(out.bias.device)])
         linear.out_features = out.out_features = len(rows)
-    if mlp.conv is not None:
-        _resize(mlp.conv, width)
-        for key in _held(mlp.conv):
-            _replace(mlp.conv, key, getattr(mlp.conv, key)[keep.to(mlp.conv.weight.device)])
+    for layer in mlp.layers:
+        _resize(layer, width)
+        for key, value in _by_channel(layer):
+            _replace(layer, key, value[keep.to(value.device)])
     second = _ready(mlp, mlp.second, width)
     into, out = (second.down, second.up) if isinstance(second, LowRankLinear) else (second, second)
     _replace(into, "weight", into.weight[:, keep.to(into.weight.device)] if weight is None else weight)
@@ -61,11 +61,11 @@ def widen_mlp(mlp: Mlp) -> None:
             value = getattr(linear, key)
             if value is not None:
                 _replace(linear, key, value.new_zeros(size).index_copy(0, rows.to(value.device), value))
-    if mlp.conv is not None:
-        _resize(mlp.conv, full)
-        for key in _held(mlp.conv):
-            value = getattr(mlp.conv, key)
-            _replace(mlp.conv, key, torch.cat([value, value.new_zeros(more, *value.shape[1:])]))
+    for layer in mlp.layers:
+        _resize(layer, full)
+        for key, value in _by_channel(layer):
+            fill = 1.0 if key == "running_var" else 0.0
+            _replace(layer, key, torch.cat([value, value.new_full((more, *value.shape[1:]), fill)]))
     second = mlp.fc2
     assert isinstance(second, nn.Linear)
     second.in_features = full
@@ -112,17 +112,21 @@ def _ready(mlp: Mlp, name: str, limit: int) -> nn.Linear | LowRankLinear:
     return linear
 
 
-def _resize(conv: nn.Conv2d, width: int) -> None:
+def _resize(layer: nn.Module, width: int) -> None:
     """As many channels as there are neurons, each on its own."""
-    conv.in_channels = conv.out_channels = conv.groups = width
+    for key in ("in_channels", "out_channels", "groups", "num_features"):
+        if hasattr(layer, key):
+            setattr(layer, key, width)
 
 
-def _held(conv: nn.Conv2d) -> list[str]:
-    return ["weight"] if conv.bias is None else ["weight", "bias"]
+def _by_channel(layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """What a layer holds for every channel."""
+    held = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+    return [(key, value) for key, value in held if value.ndim]  # not how many batches a norm has seen
 
 
-def _replace(linear: nn.Linear | nn.Conv2d, key: str, value: Tensor) -> None:
-    """A new parameter in place of an old one: of its dtype, device and `requires_grad`."""
-    old = getattr(linear, key)
+def _replace(layer: nn.Module, key: str, value: Tensor) -> None:
+    """A new parameter or buffer in place of an old one: of its dtype, device and `requires_grad`."""
+    old = getattr(layer, key)
     new = value.detach().to(device=old.device, dtype=old.dtype, copy=True).contiguous()
-    setattr(linear, key, nn.Parameter(new, requires_grad=old.requires_grad))
+    setattr(layer, key, nn.Parameter(new, requires_grad=old.requires_grad) if key in layer._parameters else new)

@@ -102,12 +102,14 @@ def export(
     from vitlr.data.loader import open_data
     from vitlr.engines import export as engines
     from vitlr.runtime.progress import bar
+    from vitlr.surgery.bytes import decode
 
     check_destinations({"--out F": out, "--stats": stats}, {"--data": Path(data) if data else None})
     network = open_model(model, Source(checkpoint, args), device=torch.device("cpu"))
     how: dict[str, Any] = {"batch_size": batch_size, "dynamic_size": dynamic_size}
     measured = None
     if bits is not None:
+        decode(network)
         read: dict[str, Any] = {"batch_size": _AT_ONCE, "workers": workers, "limit": limit, **images_as}
         loader = None if data is None else open_data(data, network, **read)
         with bar("calibrating", None if loader is None else loader.images) as progress:

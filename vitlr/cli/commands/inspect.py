@@ -28,7 +28,7 @@ def inspect(
 
     from vitlr.anatomy import linears, visibility
     from vitlr.anatomy.attention import fewer_heads
-    from vitlr.anatomy.mlps import narrowed_mlps
+    from vitlr.anatomy.mlps import narrower_mlps
     from vitlr.checkpoint import origins
     from vitlr.checkpoint.structure import structure
     from vitlr.cli.models import Source, open_model
@@ -58,7 +58,7 @@ def inspect(
         if "quantized" in s
     ]
     narrowed = [
-        {"name": name, "width": mlp.width, "full_width": mlp.full_width} for name, mlp in narrowed_mlps(network).items()
+        {"name": name, "width": now, "full_width": full} for name, (now, full) in narrower_mlps(network).items()
     ]
     heads = [{"name": name, "heads": now, "full_heads": full} for name, (now, full) in fewer_heads(network).items()]
     selected = [

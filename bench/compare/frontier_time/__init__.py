@@ -1,0 +1,1 @@
+"""Accuracy against milliseconds: what a user could run instead, and what vitlr runs."""
