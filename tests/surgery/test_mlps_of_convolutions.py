@@ -142,3 +142,15 @@ def test_a_norm_by_batch_over_tokens_is_none_of_neurons():
     model = nn.Module()
     model.mlp = Mixing(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
     assert not find_mlps(model) and "keeps its width" in refused_mlps(model)["mlp"]
+
+
+def test_narrow_convolutions_without_biases_are_told_apart_without_memory_too():
+    """As files are compared with models before memory is taken."""
+    with torch.device("meta"):
+        model = nn.Module()
+        model.mlp = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.ReLU(), nn.Conv2d(16, 8, 1, bias=False))
+    with visible(model, keep=True):
+        narrow_mlp(find_mlps(model)["mlp"], torch.arange(12))
+    put_back(model)
+    assert [type(module) for module in model.mlp] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert [tuple(p.shape) for p in model.parameters()] == [(12, 8, 1, 1), (8, 12, 1, 1)]

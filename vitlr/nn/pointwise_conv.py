@@ -64,7 +64,8 @@ class PointwiseConv(nn.Module):
         linear = self.linear
         assert isinstance(linear, nn.Linear)
         for dense in self._dense:
-            if dense.weight.data_ptr() == linear.weight.data_ptr() and dense.bias is linear.bias:
+            own = dense.weight.shape[:2] == linear.weight.shape  # on the meta device all lie in one place
+            if own and dense.weight.data_ptr() == linear.weight.data_ptr() and dense.bias is linear.bias:
                 return dense.train(self.training)
         dense = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
         dense.weight = nn.Parameter(linear.weight.detach()[:, :, None, None], linear.weight.requires_grad)
