@@ -27,11 +27,12 @@ CUDA = "vitlr._cuda"
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
 SOURCES = [
     "csrc/bindings.cpp",
-    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "rounding", "chain", "int8_chain")),
+    *(f"csrc/cpu/{name}.cpp" for name in ("isa", "gram", "gram_digits", "rounding", "chain", "int8_chain")),
     *(f"csrc/cpu/{name}.cpp" for name in ("attention", "int8_attention")),
 ]
 # The same source, compiled once for each instruction set and chosen at run time.
 GRAM, CHAIN, ATTENTION, INT8 = (f"csrc/cpu/{name}_kernel.cpp" for name in ("gram", "chain", "attention", "int8_chain"))
+DIGITS = "csrc/cpu/gram_digits_kernel.cpp"
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 BF16 = [*AVX512, "-mavx512vnni", "-mavx512bf16"]  # whatever multiplies bf16 multiplies bytes as well
@@ -42,7 +43,8 @@ ISAS = {
     "avx512": (AVX512, [GRAM, CHAIN, ATTENTION, INT8]),
     "avx512_vnni": ([*AVX512, "-mavx512vnni"], [INT8]),
     "avx512_bf16": (BF16, [CHAIN, ATTENTION, INT8]),
-    "amx_int8": ([*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"], [ATTENTION, INT8]),  # every CPU with one has both
+    # Every CPU with one of them has both.
+    "amx_int8": ([*BF16, "-mamx-tile", "-mamx-int8", "-mamx-bf16"], [DIGITS, ATTENTION, INT8]),
 }
 
 
@@ -128,7 +130,7 @@ def extensions() -> list[Extension]:
     """The CPU extension and the CUDA one."""
     if _is_set("VITLR_SKIP_NATIVE_BUILD"):
         return []
-    depends = [GRAM, CHAIN, ATTENTION, INT8, *map(str, Path("csrc").glob("cpu/*.h"))]
+    depends = [GRAM, DIGITS, CHAIN, ATTENTION, INT8, *map(str, Path("csrc").glob("cpu/*.h"))]
     # optional: an editable install, which copies what was built, does not miss what was not.
     cpu = Extension("vitlr._C", SOURCES, depends=depends, include_dirs=["csrc"], language="c++", optional=True)
     newer = [*map(str, Path("csrc").glob("cuda/*")), "csrc/nvcc.py"]

@@ -34,12 +34,12 @@ const ChainKernel& int8_chain_kernel(const std::string& isa, bool bf16) {
   return vitlr::int8_chain_kernel(vitlr::select_isa(isa.c_str()), bf16);
 }
 
-void gram(uintptr_t C, uintptr_t X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride, uintptr_t weight,
-          int threads, const std::string& isa) {
-  const vitlr::GramKernel& kernel = vitlr::gram_kernel(vitlr::select_isa(isa.c_str()));
+void gram(uintptr_t C, bool triangle, uintptr_t X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride,
+          uintptr_t weight, int threads, const std::string& isa) {
+  const vitlr::Isa chosen = vitlr::select_isa(isa.c_str());
   py::gil_scoped_release release;
-  vitlr::gram_update(pointer<double>(C), pointer<const float>(X), T, n, row_stride, column_stride,
-                     pointer<const float>(weight), threads, kernel);
+  vitlr::gram_update(pointer<double>(C), triangle, pointer<const float>(X), T, n, row_stride, column_stride,
+                     pointer<const float>(weight), threads, chosen);
 }
 
 // (packed, scales, N, K, group, form)
@@ -231,8 +231,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   vitlr::watch_forks();
   m.doc() = "Native kernels of vitlr; use them through vitlr.ops.";
-  m.def("gram", &gram, py::arg("C"), py::arg("X"), py::arg("T"), py::arg("n"), py::arg("row_stride"),
-        py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
+  m.def("gram", &gram, py::arg("C"), py::arg("triangle"), py::arg("X"), py::arg("T"), py::arg("n"),
+        py::arg("row_stride"), py::arg("column_stride"), py::arg("weight"), py::arg("threads"), py::arg("isa"));
   m.def("attention", &attention);
   m.def("chain", &chain);
   m.def("round_tile", &round_tile);

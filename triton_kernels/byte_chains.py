@@ -6,7 +6,7 @@ The arguments are those of the ops `fp8_chain` and `int8_chain`; n linears are n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -35,9 +35,9 @@ def _configs(widths: Sequence[int], dtype: torch.dtype, form: torch.dtype, targe
 def run_fp8(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor | None],
     reaches: Sequence[Tensor], residual: Tensor | None, acts: Sequence[str], norm: Sequence[Tensor] = (),
-    eps: float = 0.0,
+    eps: float = 0.0, to_fp8: Callable[..., Rows] = byte_linear.to_fp8,
 ) -> Tensor:  # fmt: skip
-    """y [..., N] of x [..., K]. Raises Unsupported."""
+    """y [..., N] of x [..., K]. Raises Unsupported. `to_fp8` runs the linears whose results are bytes."""
     M, N, y = _output(x, codes[-1])
     if M == 0:
         return y
@@ -47,7 +47,7 @@ def run_fp8(
     with torch.cuda.device_of(x):
         rows = Rows(*byte_rows.fp8(x.reshape(M, -1), tuple(norm) or None, eps))  # type: ignore[arg-type]
         for i, act in enumerate(acts[:-1]):
-            rows = byte_linear.to_fp8(rows, codes[i], scales[i], biases[i], reaches[i].contiguous(), act, x.dtype)
+            rows = to_fp8(rows, codes[i], scales[i], biases[i], reaches[i].contiguous(), act, x.dtype)
         added = _added(residual, M, N)
         byte_linear.to_floats(rows, codes[-1], scales[-1], biases[-1], added, acts[-1], y.view(M, N))
     return y

@@ -99,8 +99,8 @@ def compressed(
     `stats` names a file of statistics: used if it is there and fits, written otherwise, gone on from where it was cut
     short (`calibrate(resume=)`), with the spectra solved from it beside it (`plan(beside=)`); `resume` a folder of
     snapshots of the refinement. More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is
-    left and go on, each at the price of a calibration. `rungs` are those of `refine`: "none", "refit", "regrow" or
-    "distil". A `seed` goes to calibration and refinement.
+    left and go on, each at the price of a calibration. `rungs` are those of `refine`: "none", "rescale",
+    "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
 
     `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
     `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.

@@ -87,6 +87,7 @@ def cuda_groups(device: torch.device) -> list[Group]:
     several = [mlp(20005, 128, device), *(mlp(50437, r, device) for r in (64, 128, 192, 256))]
     whole = [mlp(M, r, device) for M in (197, 1576, 12608, 50432) for r in RANKS]
     linears = [*_linears(device, (197, 12608))]
+    eights = [byte_mlp(FP8, M, form, device) for M in (197, 12608) for form in (224, 384, "dense")]
     return [
         Group(
             "cuda chain",
@@ -103,6 +104,20 @@ def cuda_groups(device: torch.device) -> list[Group]:
                 Task("part", f"{part} n={n}", "batched_solve", "cuda.fused", "float64", {"part": part, "n": n})
                 for n in (5, 200, 768)
                 for part in parts
+            ],
+            BUILD,
+        ),
+        Group(
+            "cuda bytes",
+            [
+                check(
+                    byte_calls.fp8_chain(70, (64, 144, 48), ("gelu", "none"), BF16, device),
+                    "cuda.bytes",
+                    kind="capture",
+                ),
+                check(byte_calls.fp8_chain(200, (96, 400, 48), ("silu", "none"), FP16, device), "cuda.bytes"),
+                *(check(call, "cuda.bytes") for call in eights),
+                check(byte_mlp(FP8, 50437, 224, device), "cuda.bytes", LAUNCHED),
             ],
             BUILD,
         ),

@@ -56,9 +56,12 @@ def _ceilings() -> Group:
     return Group("ceilings", [Task("ceilings", "copy and 8192-cubed product", deadline=40, seconds=4, anew=True)])
 
 
+BOUNDED = ("cuda.sm90", "cuda.cluster", "cuda.bytes")  # whose waits the debug build bounds
+
+
 def bisection(found: Sequence[Line], tasks: Sequence[Task]) -> list[Group]:
-    """What ended a process or was wrong on cuda.sm90 or cuda.cluster, once more in the debug build, the first four."""
-    bad = {line["id"]: line for line in lines.faults(found) if line["candidate"] in ("cuda.sm90", "cuda.cluster")}
+    """What ended a process or was wrong on a kernel of Hopper's, once more in the debug build, the first four."""
+    bad = {line["id"]: line for line in lines.faults(found) if line["candidate"] in BOUNDED}
     again = [task for task in tasks if task.id in bad][:4]
     if not again:
         return []
@@ -199,6 +202,7 @@ def window_two(device: torch.device) -> Window:
             (MLP, "triton.row_block"),
             (MLP, "cuda.sm90"),
             (FP8, "triton.bytes"),
+            (FP8, "cuda.bytes"),
             (INT8, "triton.bytes"),
         )
     ]

@@ -1,4 +1,4 @@
-"""compute-sanitizer over the CUDA kernels: every tile of cuda.sm90, clusters of more than one CTA, several items a CTA.
+"""compute-sanitizer over the CUDA kernels: every tile of cuda.sm90, clusters of CTAs, several items a CTA, cuda.bytes.
 
 python -m bench.gate --sanitize      on a GPU, with compute-sanitizer of the CUDA toolkit
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.gate.sanitize      the same by hand
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from bench.cases import calls
+from bench.cases import byte_calls, calls
 from bench.common import ROOT
 from bench.gate.checks import CLUSTERS, ITEMS, LINEARS, TILES
-from vitlr.ops.backends import cuda, cuda_solve
+from vitlr.ops.backends import cuda, cuda_bytes, cuda_solve
 from vitlr.ops.dispatch import registry
 
 TOOLS = ("memcheck", "racecheck")
@@ -63,6 +63,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
         for plan, shape in LINEARS:
             args = calls.linear(*shape, dtype, device, "gelu", residual=True).make(0)
             yield f"cuda.cluster {plan} {shape} {dtype}", partial(cuda.run_linear, *args, plan=plan)
+    for M, widths in ((197, (224, 400, 48)), (390, (768, 144, 48)), (1, (16, 32, 16))):
+        bytes_ = byte_calls.fp8_chain(M, widths, ("gelu", "none"), torch.bfloat16, device)
+        yield f"cuda.bytes {bytes_.label}", partial(cuda_bytes.run, *bytes_.make(0))
     for m, k in ((1, 5), (70, 133), (300, 64)):
         call = calls.chain(2, m, k, torch.float64, device)
         run = {c.name: c.run for c in registry.candidates(call.op)}["cuda.tensor_cores"]

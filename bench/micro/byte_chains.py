@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 
+from vitlr.ops.backends import cuda_bytes
 from vitlr.ops.dispatch.ceilings import H100, H200, Ceilings
 from vitlr.ops.layers.fp8_chain import FP8, Key, roofline
 from vitlr.triton_kernels import byte_linear
@@ -23,6 +24,7 @@ from vitlr.triton_kernels.targets import TARGETS
 
 SM90 = TARGETS["sm_90"]
 PEAK, L2, ENDS = 0.7, 6.5e12, 2.0
+SLOTS, CLOCKS = 12.2, 1755  # issued an element of cuda.bytes with GELU, counted in its SASS; clocks a µs
 FORMS = {"r = 224": (224, 3072, 224), "r = 384": (384, 3072, 384), "dense": (3072,), "1920 channels": (1920,)}
 
 
@@ -44,6 +46,19 @@ def launches(M: int, widths: tuple[int, ...], act_at: int, limits: Ceilings) -> 
         slower = slower + issue if config.BN > 128 else max(slower, issue)
         found.append((f"{k} to {n}", max(products, moved, issue), slower + ENDS))
     return found
+
+
+def widening(M: int, K: int, N: int, limits: Ceilings) -> tuple[float, float]:
+    """The floor and the prediction of `cuda.bytes`: tiles shared evenly, W read from L2 once a row block of 192."""
+    blocks, across = -(-M // cuda_bytes.ROWS), -(-N // cuda_bytes.COLUMNS)
+    tiles = -(-blocks * across // SM90.sms)
+    depth = -(-K // 32) * 32 if K <= 384 else -(-K // 128) * 128
+    tile = cuda_bytes.ROWS * cuda_bytes.COLUMNS
+    products = 1e6 * tiles * SM90.sms * 2 * tile * depth / limits.flops_per_s[FP8]
+    issued = tiles * tile * SLOTS / 128 / CLOCKS
+    read = 1e6 * (blocks * N * K + (blocks + SM90.sms) * cuda_bytes.ROWS * K + M * N) / L2
+    moved = 1e6 * (M * K + N * K + M * N) / limits.bytes_per_s
+    return max(products, issued, moved), max(products / PEAK, issued, read, moved) + ENDS
 
 
 def bf16(M: int, products: list[tuple[int, int]], limits: Ceilings) -> float:
@@ -82,6 +97,13 @@ def main() -> int:
     print("\n| launch, r = 224 on an H100 | floor | predicted |\n|---|---|---|")
     for what, floor, predicted in launches(M, (768, *FORMS["r = 224"], 768), 1, H100):
         print(f"| {what} | {floor:.1f} | {predicted:.1f} |")
+    print("\n| with GELU to bytes | card | Triton, predicted | cuda.bytes, floor | predicted |\n|---|---|---|---|---|")
+    for K in (224, 384, 768):
+        for card, limits in (("H100", H100), ("H200", H200)):
+            at = 1 if K == 768 else 2
+            _, _, theirs = launches(M, (768, *(K,) * (at - 1), 3072, 768), at - 1, limits)[at]
+            floor, predicted = widening(M, K, 3072, limits)
+            print(f"| {K} to 3072 | {card} | {theirs:.1f} | {floor:.1f} | {predicted:.1f} |")
     return 0
 
 

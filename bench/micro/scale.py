@@ -34,7 +34,7 @@ def counted(stats: Statistics) -> tuple[float, int]:
             if tensor.ndim == 2:
                 n = len(tensor)
                 operations += (2 * COLUMNS * tokens * n + COLUMNS * n**2) if "image" in key else tokens * n**2
-    return operations, sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.sums())
+    return operations, sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.own())
 
 
 def measured(name: str, depth: int) -> tuple[float, int]:

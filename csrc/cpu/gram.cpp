@@ -10,6 +10,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/gram_digits.h"
 #include "cpu/team.h"
 
 namespace vitlr {
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t kPackedFloats = int64_t{1} << 18;  // of one thread: 1 MiB, the L2 of a current core
 constexpr int64_t kSideStep = 48;   // sides of tasks: a multiple of every kernel's rows and panel
 constexpr int64_t kSideMax = 768;   // so that 128 rows of both sides fit into kPackedFloats
+constexpr int64_t kFewestRows = 64, kFewestColumns = 64;  // fewer leave tiles of bytes empty
+constexpr int64_t kBlockSide = 384;  // of what is summed before it is added to a triangle: 1.1 MiB
 constexpr int64_t kMirrorRows = 32;  // an 8 KiB square of C and its mirror stay in L1
 
 struct Task {
@@ -64,13 +67,14 @@ struct Rows {
   const float* weight;
 };
 
-// The square of one task, or its upper triangle on the diagonal.
-void update(const Rows& rows, Task task, int64_t side, const GramKernel& kernel, float* packed, double* C) {
+// The square of one task, or its upper triangle on the diagonal, in C [., stride] from its first row and column on.
+void update(const Rows& rows, Task task, int64_t side, const GramKernel& kernel, float* packed, double* C,
+            int64_t stride) {
   const bool diagonal = task.i == task.j;
   const int64_t left = std::min(side, rows.n - task.i), right = diagonal ? 0 : std::min(side, rows.n - task.j);
   // Packed side by side, columns i.. at 0 and columns j.. after them, at `first`.
   const int64_t first = diagonal ? 0 : left, columns = left + right, width = round_up(columns, kernel.panel);
-  double* corner = C + task.i * rows.n + task.j - first;
+  double* corner = C - first;
   const int64_t group = kPackedFloats / (kDepth * width) * kDepth;  // rows packed at once
   for (int64_t start = 0; start < rows.T; start += group) {
     const int64_t end = std::min(rows.T, start + group);
@@ -88,7 +92,7 @@ void update(const Rows& rows, Task task, int64_t side, const GramKernel& kernel,
       for (int64_t p = (diagonal ? i : first) / kernel.panel; p * kernel.panel < columns; ++p) {
         const int64_t last = std::min(i + block, diagonal ? (p + 1) * kernel.panel : left);
         for (int64_t t = start; t < end && i < last; t += kDepth)
-          kernel.tiles(packed + (t - start) * width, std::min(kDepth, end - t), columns, i, last, p, corner, rows.n);
+          kernel.tiles(packed + (t - start) * width, std::min(kDepth, end - t), columns, i, last, p, corner, stride);
       }
   }
 }
@@ -98,6 +102,15 @@ void mirror(double* C, int64_t n, Task task, int64_t side) {  // the other trian
   for (int64_t i0 = task.i; i0 < i_end; i0 += kMirrorRows)
     for (int64_t j = std::max(task.j, i0); j < j_end; ++j)
       for (int64_t i = i0; i < std::min({i0 + kMirrorRows, i_end, j}); ++i) C[j * n + i] = C[i * n + j];
+}
+
+// A task's part of a triangle's rows += block [side, side].
+void add_block(double* C, int64_t n, Task task, int64_t side, const double* block) {
+  for (int64_t i = task.i; i < std::min(task.i + side, n); ++i) {
+    double* const row = C + triangle_row(i, n);
+    const double* const found = block + (i - task.i) * side - task.j;
+    for (int64_t j = std::max(i, task.j); j < std::min(task.j + side, n); ++j) row[j] += found[j];
+  }
 }
 
 }  // namespace
@@ -112,19 +125,36 @@ const GramKernel& gram_kernel(Isa isa) {
   return kernel_portable();
 }
 
-void gram_update(double* C, const float* X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride,
-                 const float* weight, int threads, const GramKernel& kernel) {
+void gram_update(double* C, bool triangle, const float* X, int64_t T, int64_t n, int64_t row_stride,
+                 int64_t column_stride, const float* weight, int threads, Isa isa) {
   if (T <= 0 || n <= 0) return;
+  bool done = false;
+#ifdef VITLR_WITH_AMX_INT8
+  done = isa >= kAmxInt8 && !weight && column_stride == 1 && T >= kFewestRows && n >= kFewestColumns &&
+         gram_update_digits(C, triangle, X, T, n, row_stride, threads, digits_amx_int8());
+#endif
+  if (done && triangle) return;
+  const GramKernel& kernel = gram_kernel(isa);
   const Rows rows{X, T, n, row_stride, column_stride, weight};
-  const int64_t side = choose_side(n, threads);
+  const int64_t side = triangle ? std::min(choose_side(n, threads), kBlockSide) : choose_side(n, threads);
   const std::vector<Task> tasks = upper_triangle(n, side);
   const int64_t count = static_cast<int64_t>(tasks.size());
   const int team = team_of(threads, count);
-  const Buffer packed(team * kPackedFloats);
+  const Buffer packed(done ? 1 : team * kPackedFloats);
+  std::vector<double> blocks(triangle ? team * side * side : 0);
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
   for (int64_t k = 0; k < count; ++k) {
-    update(rows, tasks[k], side, kernel, packed.data + thread_number() * kPackedFloats, C);
-    mirror(C, n, tasks[k], side);
+    const Task task = tasks[k];
+    float* const own = packed.data + (done ? 0 : thread_number() * kPackedFloats);
+    if (triangle) {
+      double* const block = blocks.data() + thread_number() * side * side;
+      std::fill(block, block + side * side, 0.0);
+      update(rows, task, side, kernel, own, block, side);
+      add_block(C, n, task, side, block);
+    } else {
+      if (!done) update(rows, task, side, kernel, own, C + task.i * n + task.j, n);
+      mirror(C, n, task, side);
+    }
   }
 }
 

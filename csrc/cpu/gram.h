@@ -34,9 +34,12 @@ const GramKernel& kernel_avx512();
 
 const GramKernel& gram_kernel(Isa isa);
 
-// C [n, n] row-major += X^T diag(weight) X; X [T, n] with strides in elements, weight [T] >= 0 or null.
-// Reads the upper triangle of C and writes both.
-void gram_update(double* C, const float* X, int64_t T, int64_t n, int64_t row_stride, int64_t column_stride,
-                 const float* weight, int threads, const GramKernel& kernel);
+// Where in a packed upper triangle, row after row, C[i, j] lies for j >= i: at triangle_row(i, n) + j.
+inline int64_t triangle_row(int64_t i, int64_t n) { return i * n - i * (i + 1) / 2; }
+
+// C += X^T diag(weight) X; X [T, n] with strides in elements, weight [T] >= 0 or null. C is [n, n] row-major, of which
+// the upper triangle is read and both are written, or a packed upper triangle.
+void gram_update(double* C, bool triangle, const float* X, int64_t T, int64_t n, int64_t row_stride,
+                 int64_t column_stride, const float* weight, int threads, Isa isa);
 
 }  // namespace vitlr

@@ -11,6 +11,7 @@ enum class Act : int { none, gelu, gelu_tanh, silu, sigmoid, relu };
 
 struct Bf16 {};
 struct Fp16 {};
+struct E4m3 {};  // 8 bits
 
 VITLR_HD float exp2_of(float x) {
 #ifdef __CUDA_ARCH__

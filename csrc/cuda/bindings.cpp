@@ -27,7 +27,9 @@ namespace py = pybind11;
   KERNEL(weighted_chain)
 
 #ifdef VITLR_WITH_SM90
-#define VITLR_KERNELS_SM90(KERNEL) KERNEL(lowrank_sm90)
+#define VITLR_KERNELS_SM90(KERNEL) \
+  KERNEL(fp8_linear_sm90)          \
+  KERNEL(lowrank_sm90)
 #else
 #define VITLR_KERNELS_SM90(KERNEL)
 #endif

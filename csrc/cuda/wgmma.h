@@ -1,5 +1,5 @@
-// wgmma of 16-bit values into fp32: [64, N] += [64, 16] x [N, 16]ᵀ, A from shared memory or registers. PTX ISA,
-// "wgmma".
+// wgmma of 16-bit values into fp32: [64, N] += [64, 16] x [N, 16]ᵀ, A from shared memory or registers; of e4m3 [64, 32]
+// x [N, 32]ᵀ, both from shared memory. PTX ISA, "wgmma".
 #pragma once
 #include <cstdint>
 
@@ -72,5 +72,16 @@ struct Wgmma;
 
 VITLR_WGMMAS(Bf16, "bf16")
 VITLR_WGMMAS(Fp16, "f16")
+
+template <>
+struct Wgmma<128, E4m3> {
+  // `add`: to what d held, else d is set.
+  static __device__ __forceinline__ void shared(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" VITLR_NAMES_64 "}, %64, %65, p, 1, 1;\n}\n"
+                 : VITLR_VALUES_64("+f")
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  }
+};
 
 }  // namespace vitlr::cuda::lowrank

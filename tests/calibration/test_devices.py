@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from reads import Reads
 
 from vitlr.calibration import hooks
 from vitlr.calibration.loop import calibrate
@@ -14,20 +14,6 @@ from vitlr.errors import NumericalError
 from vitlr.measuring import losses
 
 ALL = {"objective": ("fisher", "loss", "normalized"), "extras": ("rounding", "row_gradient"), "hidden": "attention"}
-
-
-class Reads(TorchDispatchMode):
-    """Counts what a host waits for: values that are looked at, and shapes that depend on values."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in self.WAITING
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from torch import nn
 
 from vitlr.calibration import hooks
 from vitlr.calibration.loop import calibrate
-from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.statistics import SCHEMA, Statistics
 from vitlr.calibration.sums import SUMS
 from vitlr.errors import InputError
 from vitlr.measuring.losses import contrasts, draws, image_seeds, is_logits, sampled_losses
+from vitlr.runtime import storage
 
 ALL = {
     "objective": ("loss", "output", "normalized", "fisher"),
@@ -297,6 +298,21 @@ def test_statistics_survive_the_disk(tiny_vit, images, tmp_path):
     shared.save(tmp_path / "t.safetensors")
     again = Statistics.load(tmp_path / "t.safetensors")
     assert again.layers["wider"].moment is again.layers["wide"].moment
+
+
+def test_a_file_of_before_whose_symmetric_sums_are_whole_is_read_and_gone_on_from(tiny_vit, images, tmp_path):
+    model = tiny_vit()
+    stats, first = calibrate(model, list(images.split(4)), **ALL), calibrate(model, [images[:4]], **ALL)
+    first.save(tmp_path / "new")
+    tensors, header = storage.load_tensors(tmp_path / "new", kind="statistics", schema=SCHEMA)
+    for name, layer in first.layers.items():
+        tensors |= {f"{name}|{key}": tensor for key, tensor in layer.sums()}
+    storage.save_tensors(tmp_path / "old", tensors, header, kind="statistics", schema=1)
+    found = [Statistics.load(tmp_path / file) for file in ("new", "old")]
+    assert (tmp_path / "new").stat().st_size < 0.65 * (tmp_path / "old").stat().st_size
+    equal_sums(*found, rtol=0)
+    for begun in found:
+        equal_sums(calibrate(model, list(images[4:].split(4)), stats=begun, **ALL), stats, rtol=0)
 
 
 def test_an_input_that_was_written_to_is_another_input():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vitlr
-from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.statistics import SCHEMA, Statistics
 from vitlr.errors import InputError
 from vitlr.runtime import compact, storage
 
@@ -57,9 +57,11 @@ def test_files_keep_them_and_two_runs_add_up(measured, tmp_path):
 
 def test_what_no_calibration_gives_is_refused(measured, tmp_path):
     measured[2].save(tmp_path / "s")
-    tensors, header = storage.load_tensors(tmp_path / "s", kind="statistics", schema=1)
+    tensors, header = storage.load_tensors(tmp_path / "s", kind="statistics", schema=SCHEMA)
     for wrong in (torch.ones(2, dtype=torch.float64), torch.ones(5), -torch.ones(5, dtype=torch.float64)):
-        storage.save_tensors(tmp_path / "t", {**tensors, "|head.weight": wrong}, header, kind="statistics", schema=1)
+        storage.save_tensors(
+            tmp_path / "t", {**tensors, "|head.weight": wrong}, header, kind="statistics", schema=SCHEMA
+        )
         with pytest.raises(InputError, match=r"head\.weight is .* expected 5 sums of squares"):
             Statistics.load(tmp_path / "t")
 

@@ -17,7 +17,7 @@ KINDS = [
 
 
 def taken(stats):
-    return sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.sums())
+    return sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.own())
 
 
 @pytest.mark.parametrize("how", KINDS, ids=str)
@@ -38,15 +38,15 @@ def test_it_is_refused_before_the_second_batch_and_what_would_fit_is_said(tiny_v
             yield batch
 
     with pytest.raises(InputError) as refused:
-        vitlr.calibrate(model, images(), objective="fisher", hidden=True, max_memory="600kB")
+        vitlr.calibrate(model, images(), objective="fisher", hidden=True, max_memory="330kB")
     assert len(seen) == 1
     message = str(refused.value)
-    assert "take 825 kB, more than max_memory=600kB; objective=loss (" in message
+    assert "take 438 kB, more than max_memory=330kB; objective=loss (" in message
     assert "hidden=False, which method=lowrank has, (" in message and "both of them (" in message
     for how in ({"objective": "loss", "hidden": True}, {"objective": "fisher", "hidden": False}):
-        size = taken(vitlr.calibrate(model, batches, max_memory="600kB", **how))
+        size = taken(vitlr.calibrate(model, batches, max_memory="330kB", **how))
         assert f"({said_bytes(size)})" in message
-    with pytest.raises(InputError, match=r"nothing less would \(at least 1\d\d kB\); leave layers out with exclude="):
+    with pytest.raises(InputError, match=r"nothing less would \(at least 7\d\.\d kB\); leave layers out with exclude="):
         vitlr.calibrate(model, batches, objective="fisher", hidden=True, max_memory=1000)
 
 

@@ -1,6 +1,8 @@
 // A cluster of Hopper processors as emulated_hopper.h uses it: numbers of 16 bits, tensor maps, barriers, shared
 // memory, and threads that block until something changes; when all of them are blocked, that is a deadlock.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -16,6 +18,7 @@
 namespace emulated {
 
 using vitlr::cuda::lowrank::Bf16;
+using vitlr::cuda::lowrank::E4m3;
 using vitlr::cuda::lowrank::Fp16;
 
 constexpr uint32_t kBase = 1024;  // where shared memory that a kernel is given starts
@@ -48,6 +51,23 @@ inline float decode(uint16_t bits, Fp16) {
   std::memcpy(&half, &bits, 2);
   return static_cast<float>(half);
 }
+
+// Bytes: three bits of mantissa, an exponent of four that is 7 above, no infinities, NaN where all bits are one.
+inline float decode(uint8_t byte, E4m3) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float size = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
+  return (byte & 0x7F) == 0x7F ? kNaN : byte & 0x80 ? -size : size;
+}
+inline uint8_t encode(float value, E4m3) {
+  if (value != value) return 0x7F;
+  const uint8_t sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::fmin(std::fabs(value), 448.0f);
+  const int exponent = std::max(size > 0 ? std::ilogb(size) : -6, -6);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));  // ties to even
+  return sign | static_cast<uint8_t>(steps < 8 ? steps : ((exponent + 7) << 3) + steps - 8);
+}
+// The first of two bytes that TMA moves at once.
+inline float decode(uint16_t two, E4m3) { return decode(static_cast<uint8_t>(two & 0xFF), E4m3{}); }
 
 // What cuTensorMapEncodeTiled is told: a row-major matrix of 16-bit values, a box, a swizzle of so many bytes.
 struct Map {

@@ -13,7 +13,6 @@
 #include <thread>
 
 #include "cuda/bounded_wait.h"
-#include "cuda/lowrank_body.h"
 #include "emulated_cluster.h"
 
 namespace emulated {
@@ -130,7 +129,7 @@ class Hopper {
           if (row + r >= map.rows || column + c >= map.columns) continue;
           uint16_t& to = map.data[(row + r) * map.stride + column + c];
           if (decode(to, T{}) == decode(to, T{})) all_.breach("an output is written twice");  // it was NaN
-          to = fenced(from, "a bulk store");
+          to = fenced<uint16_t>(from, "a bulk store");
         }
     });
   }
@@ -149,13 +148,7 @@ class Hopper {
     written_.clear();
   }
 
-  void store_shared(uint32_t offset, uint32_t value) {
-    std::memcpy(&cta_.shared.at(address(offset) + 3) - 3, &value, 4);
-    for (uint32_t at = address(offset); at < address(offset) + 4; ++at) {
-      cta_.unfenced[at] = static_cast<uint8_t>(w_ + 1);
-      written_.push_back(at);
-    }
-  }
+  void store_shared(uint32_t offset, uint32_t value) { store_bytes(offset, &value, 4); }
   uint32_t load_shared(uint32_t offset) {
     uint32_t value;
     std::memcpy(&value, &cta_.shared.at(address(offset)), 4);
@@ -193,15 +186,12 @@ class Hopper {
   }
   template <int N, bool SET = false>
   void multiply(Registers<float, N / 2>& sums, uint64_t A, uint64_t B) {
-    enqueue<N, SET>(sums, B, [=](float(&a)[64][16]) {
-      for (int row = 0; row < 64; ++row)
-        for (int k = 0; k < 16; ++k) a[row][k] = operand(A, row, k);
-    });
+    multiply_shared<N>(sums, A, B, SET);
   }
   template <int N, bool SET = false, int COUNT>
   void multiply_registers(Registers<float, N / 2>& sums, Registers<uint32_t, COUNT>& A, int first, uint64_t B) {
     if (first % 4 || first + 4 > COUNT) throw std::runtime_error("no such operand registers");
-    enqueue<N, SET>(sums, B, [=, &A](float(&a)[64][16]) {
+    enqueue<N>(sums, B, SET, [=, &A](Left& a) {
       for (int lane = 0; lane < 128; ++lane)
         for (int i = 0; i < 4; ++i) {
           const Pair two = unpack(A.values[lane][first + i]);
@@ -219,6 +209,26 @@ class Hopper {
     if (!store_groups_.empty() || !stores_.empty()) all_.breach("bulk stores are never waited for");
   }
 
+ protected:
+  static constexpr int kBytes = std::is_same_v<T, E4m3> ? 1 : 2;  // of a number
+  static constexpr int kDepth = 32 / kBytes;                      // of a product
+  using Left = float[64][kDepth];
+
+  template <int N>
+  void multiply_shared(Registers<float, N / 2>& sums, uint64_t A, uint64_t B, bool set) {
+    enqueue<N>(sums, B, set, [=](Left& a) {
+      for (int row = 0; row < 64; ++row)
+        for (int k = 0; k < kDepth; ++k) a[row][k] = operand(A, row, k);
+    });
+  }
+  void store_bytes(uint32_t offset, const void* value, int bytes) {
+    std::memcpy(&cta_.shared.at(address(offset) + bytes - 1) - (bytes - 1), value, bytes);
+    for (uint32_t at = address(offset); at < address(offset) + bytes; ++at) {
+      cta_.unfenced[at] = static_cast<uint8_t>(w_ + 1);
+      written_.push_back(at);
+    }
+  }
+
  private:
   static uint32_t physical(uint32_t address, int swizzle) {
     const uint32_t row = address >> 7;
@@ -228,10 +238,12 @@ class Hopper {
     std::memcpy(&cta_.shared.at(at), &value, 2);
     cta_.unfenced[at] = cta_.unfenced[at + 1] = 0;
   }
-  uint16_t fenced(uint32_t at, const char* who) {
-    if (cta_.unfenced.at(at)) all_.breach(std::string(who) + " reads what was stored and not fenced");
-    uint16_t value;
-    std::memcpy(&value, &cta_.shared.at(at), 2);
+  template <class V>
+  V fenced(uint32_t at, const char* who) {
+    if (cta_.unfenced.at(at) || cta_.unfenced.at(at + sizeof(V) - 1))
+      all_.breach(std::string(who) + " reads what was stored and not fenced");
+    V value;
+    std::memcpy(&value, &cta_.shared.at(at), sizeof value);
     return value;
   }
   // The matrix descriptor, PTX ISA "Matrix descriptor format", of a K-major operand.
@@ -239,30 +251,31 @@ class Hopper {
     const uint32_t start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
     const int layout = static_cast<int>(descriptor >> 62), row_bytes = layout == 1 ? 128 : 64;
     if (layout == 0 || layout == 3 || (descriptor >> 49 & 7)) all_.breach("a descriptor of no known layout");
-    const uint32_t logical = start + row / 8 * stride + row % 8 * row_bytes + k * 2;
-    return decode(fenced(physical(logical, row_bytes), "a product"), T{});
+    const uint32_t logical = start + row / 8 * stride + row % 8 * row_bytes + k * kBytes;
+    using Bits = std::conditional_t<kBytes == 1, uint8_t, uint16_t>;
+    return decode(fenced<Bits>(physical(logical, row_bytes), "a product"), T{});
   }
-  template <int N, bool SET, class Left>
-  void enqueue(Registers<float, N / 2>& sums, uint64_t B, Left left) {
+  template <int N, class Make>
+  void enqueue(Registers<float, N / 2>& sums, uint64_t B, bool set, Make left) {
     if (!ready_) all_.breach("a product without a fence before it");
     if (sums.products++ == 0) {
       sums.under_way.assign(&sums.values[0][0], &sums.values[0][0] + 128 * (N / 2));
       for (auto& lane : sums.values)
         for (float& value : lane) value = kNaN;
     }
-    products_.push_back([this, &sums, B, left] {
-      static thread_local float a[64][16], b[N][16];
+    products_.push_back([this, &sums, B, set, left] {
+      static thread_local float a[64][kDepth], b[N][kDepth];
       left(a);
       for (int n = 0; n < N; ++n)
-        for (int k = 0; k < 16; ++k) b[n][k] = operand(B, n, k);
+        for (int k = 0; k < kDepth; ++k) b[n][k] = operand(B, n, k);
       for (int lane = 0; lane < 128; ++lane)
         for (int i = 0; i < N / 2; ++i) {
           // Figure "WGMMA .m64nNk16 register fragment layout for accumulator matrix D".
           const int row = lane / 32 * 16 + lane % 32 / 4 + (i & 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
           float& sum = sums.under_way[lane * (N / 2) + i];
           float dot = 0;
-          for (int k = 0; k < 16; ++k) dot += a[row][k] * b[column][k];
-          sum = SET ? dot : sum + dot;
+          for (int k = 0; k < kDepth; ++k) dot += a[row][k] * b[column][k];
+          sum = set ? dot : sum + dot;
         }
       if (--sums.products == 0) std::memcpy(&sums.values[0][0], sums.under_way.data(), sums.under_way.size() * 4);
     });
@@ -309,15 +322,15 @@ class Hopper {
   std::vector<std::vector<std::function<void()>>> groups_, store_groups_;
 };
 
-// Runs `clusters` clusters of `ranks` CTAs one after the other; what was breached, empty where nothing was.
-template <class Tile, bool MLP, class T>
-std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::lowrank::Maps<Map>& maps, int clusters,
-                int ranks, unsigned seed) {
+// Runs `clusters` clusters of `ranks` CTAs one after the other; what was breached, empty where nothing was. `initialise(p)`
+// of a CTA, `produce(p)` and `consume(p)` are what its threads do.
+template <class Tile, class Policy, class Initialise, class Produce, class Consume>
+std::string run_roles(int clusters, int ranks, unsigned seed, Initialise initialise, Produce produce, Consume consume) {
   for (int number = 0; number < clusters; ++number) {
     Cluster cluster(ranks, ranks * (1 + Tile::WARPGROUPS));
     for (int rank = 0; rank < ranks; ++rank) {
-      Hopper<T> first(cluster, rank, 0, number, clusters, seed);
-      vitlr::cuda::lowrank::initialise<Tile>(first);
+      Policy first(cluster, rank, 0, number, clusters, seed);
+      initialise(first);
       for (int i = 0; i < Tile::slots; ++i)
         cluster.ctas[rank].poisoned[Tile::empty(i)] = {Tile::slot(i), Tile::slot_bytes};
     }
@@ -326,11 +339,11 @@ std::string run(const vitlr::cuda::lowrank::Sizes& sizes, const vitlr::cuda::low
       for (int w = -1; w < Tile::WARPGROUPS; ++w)
         threads.emplace_back([&, rank, w] {
           try {
-            Hopper<T> p(cluster, rank, w, number, clusters, seed + 977 * (number * 64 + rank * 8 + w + 1));
+            Policy p(cluster, rank, w, number, clusters, seed + 977 * (number * 64 + rank * 8 + w + 1));
             if (w < 0)
-              vitlr::cuda::lowrank::produce<Tile, MLP>(p, sizes, maps);
+              produce(p);
             else
-              vitlr::cuda::lowrank::Consumer<Tile, MLP, Hopper<T>>(p, sizes, maps).run();
+              consume(p);
             p.end();
           } catch (const std::exception& cause) {
             cluster.breach(cause.what());

@@ -2,6 +2,7 @@
 // torch.
 #include <cstdio>
 
+#include "cuda/lowrank_body.h"
 #include "cuda/lowrank_sm90.h"
 #include "emulated_hopper.h"
 
@@ -16,7 +17,12 @@ std::string run(const LowrankParams& p, const Plan& plan, unsigned seed) {
     return emulated::Map{data, rows, columns, m.stride, box_rows, box_columns, box_columns * 2};
   };
   const auto maps = maps_of<T, emulated::Map>(p, encode);
-  return emulated::run<T, MLP, Type>(sizes_of(p, plan), maps, plan.clusters, plan.ranks, seed);
+  const Sizes sizes = sizes_of(p, plan);
+  using Policy = emulated::Hopper<Type>;
+  return emulated::run_roles<T, Policy>(
+      plan.clusters, plan.ranks, seed, [](Policy& policy) { initialise<T>(policy); },
+      [&](Policy& policy) { produce<T, MLP>(policy, sizes, maps); },
+      [&](Policy& policy) { Consumer<T, MLP, Policy>(policy, sizes, maps).run(); });
 }
 
 template <class T, bool MLP>

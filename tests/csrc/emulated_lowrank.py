@@ -1,23 +1,15 @@
-"""Builds the emulated kernels of emulated_lowrank.cpp and calls them with tensors on the CPU."""
+"""Calls the emulated kernels of emulated_lowrank.cpp with tensors on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from ctypes import c_bool, c_char_p, c_double, c_int, c_int64, c_uint, c_uint64, c_void_p
-from pathlib import Path
 
 import torch
+from emulation import ACTS, compiled, compiler
 
-ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "tests" / "csrc" / "emulated_lowrank.cpp"
-FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-pthread"]
-ACTS = ("none", "gelu", "gelu_tanh", "silu", "sigmoid", "relu")
+__all__ = ["ACTS", "activations", "compiler", "emulate", "library", "planned"]
 
 
 class Matrix(ctypes.Structure):
@@ -33,32 +25,10 @@ class Params(ctypes.Structure):
     ]
 
 
-def compiler() -> str | None:
-    """A C++ compiler that knows _Float16, or None."""
-    found = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
-    probe = [found, *FLAGS, "-x", "c++", "-", "-o", os.devnull]
-    done = found and subprocess.run(probe, input="_Float16 f(float x) { return x; }", text=True, capture_output=True)
-    return found if done and done.returncode == 0 else None
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, kept between runs while nothing that it is made of changes."""
-    found = compiler()
-    assert found is not None
-    files = [SOURCE, *sorted(SOURCE.parent.glob("emulated_*.h")), *sorted((ROOT / "csrc" / "cuda").glob("*.h"))]
-    key = hashlib.sha256("\0".join([found, *FLAGS]).encode())
-    for file in files:
-        key.update(file.read_bytes())
-    kept = Path(tempfile.gettempdir()) / f"vitlr-emulated-{os.getuid()}" / f"{key.hexdigest()[:24]}.so"
-    kept.parent.mkdir(mode=0o700, exist_ok=True)
-    if not kept.is_file():
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        command = [found, *FLAGS, "-Icsrc", "-Itests/csrc", str(SOURCE), "-o", str(fresh)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        fresh.replace(kept)
-    built = ctypes.CDLL(str(kept))
+    """The library with the types of what it is called with."""
+    built = compiled("emulated_lowrank")
     built.emulate.argtypes = [c_void_p, c_void_p, c_void_p, c_uint, c_char_p, c_int]
     built.activations.argtypes = [c_int, c_bool, c_void_p, c_void_p, c_int64]
     built.emulate.restype = built.activations.restype = None

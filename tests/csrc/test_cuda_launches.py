@@ -266,6 +266,59 @@ def test_lowrank_kernels_refuse_before_a_launch(fake, call, given, message):
     assert fake.launches() == [] and fake.runtime.fake_current() == 0
 
 
+def fp8_linear(fake, M=12608, K=224, N=3072, act=1, **given):
+    matrices = {"q": at(1), "W": at(2), "y": at(3)}
+    vectors = {name: at(4 + i) for i, name in enumerate(("rows_scale", "squares", "scale", "bias", "reach", "s", "y2"))}
+    where = {
+        **matrices,
+        **vectors,
+        **{name: given.pop(name) for name in list(given) if name in {**matrices, **vectors}},
+    }
+    ctas = given.pop("ctas", 0)
+    addresses = list(where.values())
+    fake.module.fp8_linear_sm90(*addresses[:3], M, K, N, act, 2, *addresses[3:], ctas, 1, STREAM)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "kernel"),
+    [
+        ({}, 132, "TileILi3ELi3EE"),  # a rank of 224: three steps of the second panel
+        ({"K": 384}, 132, "TileILi3ELi4EE"),
+        ({"K": 768}, 132, "TileILi6ELi4EE"),
+        ({"K": 400, "N": 1024, "M": 1}, 8, "TileILi6ELi4EE"),
+        ({"K": 16, "N": 16, "M": 193, "bias": 0}, 2, "TileILi3ELi1EE"),
+        ({"K": 192, "ctas": 7}, 7, "TileILi3ELi2EE"),
+    ],
+)
+def test_the_kernel_of_8_bit_floats(fake, sizes, blocks, kernel):
+    fp8_linear(fake, **sizes)
+    (launch,) = fake.launches()
+    assert kernel in launch.kernel and launch[1:3] == (blocks, 512) and launch[4:] == (STREAM, 1)
+    assert launch.shared <= 227 * 1024 and fake.runtime.fake_current() == 0
+    boxes = [tuple(map(int, line.split()[3:])) for line in fake.log().splitlines() if line.startswith("map")]
+    assert boxes == [(192, 64), (128, 64), (64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"q": at(1) + 8}, "q is not aligned to 16 bytes"),
+        ({"W": at(2, device=0)}, "W does not lie on CUDA device 1"),
+        ({"scale": at(6) + 4}, "scale is not aligned to 8 bytes"),
+        ({"s": 0}, "y's scale is a null pointer"),
+        ({"act": 6}, "no such activation"),
+        ({"K": 100}, "K = 100, expected a multiple of 16 up to 768"),
+        ({"K": 784}, "K = 784, expected a multiple of 16 up to 768"),
+        ({"N": 24}, "N = 24, expected a multiple of 16"),
+        ({"M": 0}, "M = 0, expected 1 to"),
+    ],
+)
+def test_the_kernel_of_8_bit_floats_refuses_before_a_launch(fake, given, message):
+    with pytest.raises(ValueError, match=message):
+        fp8_linear(fake, **given)
+    assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
 def test_every_plan_that_the_gate_forces_is_launched(fake):
     if not (ROOT / "bench").is_dir():
         pytest.skip("bench/ is not beside the tests")
@@ -284,8 +337,9 @@ def test_every_plan_that_the_gate_forces_is_launched(fake):
 @pytest.mark.parametrize("capability", [80, 89, 100])
 def test_lowrank_kernels_run_on_hopper_alone(fake, capability):
     fake.runtime.fake_reset(capability)
-    with pytest.raises(ValueError, match=r"needs compute capability 9\.0, device 1 has"):
-        lowrank_mlp(fake)
+    for call in (lowrank_mlp, fp8_linear):
+        with pytest.raises(ValueError, match=r"needs compute capability 9\.0, device 1 has"):
+            call(fake)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What ptxas says of the low-rank kernels for Hopper: no spill, and products that stay asynchronous."""
+"""What ptxas says of the kernels for Hopper: no spill, and products that stay asynchronous."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def nvcc(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "kernels"),
-    [("lowrank_mlp_bf16_sm90", 7), ("lowrank_mlp_fp16_sm90", 7), ("lowrank_linear_cluster_sm90", 8)],
+    [
+        ("lowrank_mlp_bf16_sm90", 7),
+        ("lowrank_mlp_fp16_sm90", 7),
+        ("lowrank_linear_cluster_sm90", 8),
+        ("fp8_linear_sm90", 5),
+    ],
 )
 def test_nothing_spills_and_products_are_not_serialised(source, kernels, nvcc):
     """Takes a minute each where the objects of the install are not kept."""
@@ -39,13 +44,14 @@ def test_nothing_spills_and_products_are_not_serialised(source, kernels, nvcc):
 
 
 @pytest.mark.slow
-def test_the_debug_build_gives_up_in_place_of_waiting_for_ever(nvcc):
+@pytest.mark.parametrize(("source", "kernels"), [("lowrank_mlp_bf16_sm90", 7), ("fp8_linear_sm90", 5)])
+def test_the_debug_build_gives_up_in_place_of_waiting_for_ever(source, kernels, nvcc):
     """It traps; and ptxas leaves setmaxnreg in it, so that it is the kernel that hangs."""
     try:
         archs = nvcc.architectures("9.0a")
-        (built,) = nvcc.compile_all(["csrc/cuda/lowrank_mlp_bf16_sm90.cu"], archs, bounded=True)
+        (built,) = nvcc.compile_all([f"csrc/cuda/{source}.cu"], archs, bounded=True)
     except nvcc.BuildError as cause:
         pytest.skip(str(cause))
-    assert len(nvcc.resources(built.log)) == 7
+    assert len(nvcc.resources(built.log)) == kernels
     assert "setmaxnreg" not in built.log and "Potential Performance Loss" not in built.log
     assert b"somebody_hangs" in built.object.read_bytes()

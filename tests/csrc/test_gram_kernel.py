@@ -11,13 +11,14 @@ from tolerance import assert_close_to
 from vitlr.errors import InputError
 from vitlr.ops.backends import native
 from vitlr.ops.linalg.gram import reference
+from vitlr.ops.linalg.triangles import square, triangle
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"native extension: {native.why_not()}")
 
 SHAPES = [(1, 1), (1, 16), (63, 17), (197, 33), (127, 48), (128, 96), (129, 97), (1000, 130), (700, 203), (20, 801)]
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "amx_int8"])
 def isa(request, monkeypatch) -> str:
     monkeypatch.setenv("VITLR_CPU_ISA", request.param)
     try:
@@ -66,6 +67,39 @@ def test_several_groups_of_blocks(isa):
     assert_close_to(C, plain, exact(torch.zeros_like(C), X))
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(("T", "n"), [*SHAPES, (300, 500), (2100, 400)])
+def test_a_triangle_gets_what_the_square_gets(isa, threads, T, n, weighted):
+    X, C = torch.randn(T, n), symmetric(n)
+    weight = torch.rand(T) if weighted else None
+    half = triangle(C)
+    native.gram(C, X, weight)
+    native.gram(half, X, weight)
+    torch.testing.assert_close(square(half), C, rtol=1e-13, atol=1e-13 * float(C.abs().max()))
+
+
+def test_columns_of_any_size_and_spread_keep_six_figures(isa):
+    """Digits share a column's step: a huge entry leaves the others fewer, and must itself outweigh what they lose."""
+    X = torch.nn.functional.gelu(torch.randn(1000, 160)) * torch.logspace(-12, 12, 160)
+    X[7, ::3] *= 300
+    X[:, 5] = 0
+    X[:, 9] = 2 * X[:, 8]
+    C = torch.zeros(160, 160, dtype=torch.float64)
+    native.gram(C, X, None)
+    truth = exact(torch.zeros_like(C), X)
+    scale = truth.diagonal().sqrt()
+    error = (C - truth).abs() / (scale[:, None] * scale[None]).clamp_min(1e-300)
+    assert error.max() < (1e-5 if isa == "amx_int8" else 2e-6) and error.square().mean().sqrt() < 4e-7
+    assert not C[5].any() and not C[:, 5].any()
+
+
+def test_entries_at_the_ends_of_fp32_stay_finite(isa):
+    for size in (1e-44, 1e-38, 1e-25, 1e18):
+        X, C = torch.randn(100, 80) * size, torch.zeros(80, 80, dtype=torch.float64)
+        native.gram(C, X, None)
+        assert torch.isfinite(C).all() and torch.equal(C, C.mT)
+
+
 def test_strides(isa):
     X = torch.randn(300, 50)
     whole = torch.zeros(50, 50, dtype=torch.float64)
@@ -88,8 +122,8 @@ def test_expanded_rows(isa):
     torch.testing.assert_close(C, 500 * row.double().mT @ row.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_outside_is_read_or_written(isa):
-    T, n = 67, 35
+@pytest.mark.parametrize(("T", "n"), [(67, 35), (67, 99)])
+def test_nothing_outside_is_read_or_written(isa, T, n):
     guarded = torch.full((n * n + 128,), torch.nan, dtype=torch.float64)
     C = guarded[64:-64].view(n, n).zero_()
     memory = torch.full((T * n + 256,), torch.nan)

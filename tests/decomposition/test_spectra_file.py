@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitlr
-from vitlr.calibration.statistics import Statistics
+from vitlr.calibration.statistics import SCHEMA, Statistics
 from vitlr.decomposition import ranked_widths, ranks, spectra_file
 from vitlr.decomposition.spectra_file import place
 from vitlr.errors import InputError, RunError
@@ -93,7 +93,7 @@ def test_spectra_of_other_statistics_are_replaced(measured, batches):
     found = vitlr.plan(model, other, "params:70%", beside=path, **HOW)
     assert rows(found) == rows(vitlr.plan(model, other, "params:70%", **HOW))
     header = storage.load_header(place(path), kind="spectra", schema=1)
-    assert header["statistics"] == storage.digest_told(path, kind="statistics", schema=1)
+    assert header["statistics"] == storage.digest_told(path, kind="statistics", schema=SCHEMA)
 
 
 def test_widths_are_added_to_what_ranks_left(measured, unsolvable):

@@ -16,6 +16,7 @@ from vitlr.refinement import distil as distil_rung
 from vitlr.refinement.distil import Distilling, rate
 from vitlr.refinement.images import Proxy
 from vitlr.refinement.judge import Distance, Judge
+from vitlr.training import state as training_state
 
 
 @pytest.fixture
@@ -142,6 +143,20 @@ def test_a_loss_that_is_no_number_ends_it_with_the_best_so_far(distil, monkeypat
     monkeypatch.setattr(distil_rung, "divergence", sick)
     rung = distil().vitlr_refinement.rungs[0]
     assert "nan at step 1" in rung.note and not (rung.after.kl > rung.before.kl + 1e-6)
+
+
+def test_on_a_device_that_runs_behind_it_is_found_where_images_are_looked_at(distil, monkeypatch):
+    real, calls = distil_rung.divergence, []
+
+    def sick(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) > 13 else 1)
+
+    monkeypatch.setattr(training_state, "read_freely", lambda t: False)
+    monkeypatch.setattr(distil_rung, "divergence", sick)
+    rung = (refined := distil()).vitlr_refinement.rungs[0]
+    assert "the loss was no number at step 14" in rung.note and rung.kept and rung.after.kl < rung.before.kl
+    assert all(torch.isfinite(p).all() for p in refined.parameters())
 
 
 def test_a_diverging_run_gives_back_what_it_got(distil):

@@ -45,7 +45,7 @@ def test_every_rung_is_judged_on_held_out_images_and_the_model_comes_nearer(pair
     assert "kept" in str(report) and "held-out" in str(report)
 
 
-@pytest.mark.parametrize("rungs", ["refit", "regrow", "distil"])
+@pytest.mark.parametrize("rungs", ["rescale", "refit", "regrow", "distil"])
 def test_never_worse_whatever_a_rung_does(pair, proxy_images, quick, rungs, monkeypatch):
     dense, small = pair
 
@@ -96,6 +96,7 @@ def test_modes_and_gradients_are_left_alone(pair, proxy_images, quick):
 def test_rungs_are_cumulative_by_name_and_exact_by_list():
     assert parse_rungs("none") == () and parse_rungs("regrow") == ("refit", "regrow")
     assert parse_rungs(["distil", "refit"]) == ("refit", "distil")
+    assert parse_rungs("rescale") == ("rescale",) and parse_rungs(["distil", "rescale"]) == ("rescale", "distil")
 
 
 @pytest.mark.parametrize(

@@ -53,9 +53,7 @@ class Tap:
         self.wanted = stats.keys(collect, queries is not None)
         self.by_image = "image_moment" in self.wanted
         for key in self.wanted:
-            old, shape = stats.held.get(key), stats.shape(key, *(queries or ()))
-            new = torch.full(shape, SUMS[key].start, dtype=torch.float64) if old is None else old
-            stats.held[key] = new.to(linear.weight.device)
+            stats.begin(key, stats.shape(key, *(queries or ())), linear.weight.device)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
     @property
@@ -131,7 +129,7 @@ class Tap:
         if "moment" in wanted:
             self._add_gram("moment", small)
         if "normalized" in wanted:
-            gram_update_(s.sum("normalized"), small, self._image_weights(y, len(x)))
+            gram_update_(s.held["normalized"], small, self._image_weights(y, len(x)))
         if "input_moment" in wanted:
             self._add_gram("input_moment", rows)
         for key, extreme in (("input_low", rows.amin), ("input_high", rows.amax)):
@@ -144,7 +142,7 @@ class Tap:
 
     def _add_gram(self, key: str, X: Tensor, size: Scale = 1.0) -> None:
         """`C += size² Xᵀ X`, also where the squares are none that float32 has."""
-        C = self.stats.sum(key)
+        C = self.stats.held[key]
         X, own = unit(X)
         size = own * size
         if not isinstance(size, Tensor) and size == 1.0:

@@ -158,7 +158,7 @@ def calibrate(
                 heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
                 behind = {a.queries_keys[0]: model.get_parameter(a.bias) for a in heads if a.bias}
-                wants = Wants(run.layers, queries, objectives, extras, frozenset(widths))
+                wants = Wants(run.layers, queries, _device(targets), objectives, extras, frozenset(widths))
                 wants.check_fits(wanted.most)
                 taps += [
                     Tap(
@@ -219,7 +219,7 @@ def calibrate(
             "calibrated on %d images: plan and predicted error fit these few; some hundreds are needed",
             run.images,
         )
-    if by_gradient and not any(layer.sum("gradient").any() for layer in run.layers.values()):
+    if by_gradient and not any(layer.held["gradient"].any() for layer in run.layers.values()):
         raise InputError(
             "no gradient reached any layer: the model's answer does not depend on them (is its head still all zeros?); "
             "load trained weights, or calibrate with objective='output'"
@@ -292,6 +292,10 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
     return Statistics(layers, weights, macs=found.macs, input_shape=shape)
 
 
+def _device(targets: Mapping[str, nn.Linear]) -> torch.device:
+    return next(iter(targets.values())).weight.device
+
+
 def _remove(taps: list[Tap]) -> None:
     for tap in taps:
         tap.remove()
@@ -303,7 +307,7 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 
 def _to_cpu(stats: Statistics) -> Statistics:
     for layer in stats.layers.values():
-        layer.held = {key: tensor.cpu() for key, tensor in layer.sums()}
+        layer.held = {key: layer.packed(key).cpu() for key, _ in layer.own()}
     stats.others = {name: lost.cpu() for name, lost in stats.others.items()}
     share_moments(stats.layers)
     return stats

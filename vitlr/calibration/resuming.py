@@ -313,7 +313,7 @@ class _Keeper:
 
     def _due(self, stats: Statistics) -> bool:
         if self._cost is None:
-            size = sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.sums())
+            size = sum(tensor.nbytes for layer in stats.layers.values() for _, tensor in layer.own())
             self._cost = size / _DISK
         return time.monotonic() - self._saved_at > max(_LEAST, self._cost / _SHARE)
 

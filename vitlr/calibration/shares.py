@@ -88,7 +88,7 @@ def together(stats: Statistics) -> None:
     if processes.world() == 1:
         return
     for layer in stats.layers.values():
-        for key, tensor in layer.sums():
+        for key, tensor in layer.own():
             processes.sum_in_order([tensor], SUMS[key].join)
     tokens = [layer.tokens for layer in stats.layers.values()]
     found = processes.gather((stats.images, tokens, _on_host(stats.others), stats.answer))
@@ -110,7 +110,7 @@ def begin_anew(stats: Statistics) -> None:
     stats.images, stats.others = 0, {}
     for layer in stats.layers.values():
         layer.tokens = 0
-        for key, tensor in layer.sums():
+        for key, tensor in layer.own():
             tensor.fill_(SUMS[key].start)
 
 
@@ -118,7 +118,7 @@ def everywhere(stats: Statistics) -> None:
     """Process 0's statistics, in all processes."""
     if processes.world() == 1:
         return
-    processes.spread(tensor for layer in stats.layers.values() for _, tensor in layer.sums())
+    processes.spread(tensor for layer in stats.layers.values() for _, tensor in layer.own())
     tokens = [layer.tokens for layer in stats.layers.values()]
     stats.images, tokens, stats.others = processes.from_rank(0, (stats.images, tokens, _on_host(stats.others)))
     for layer, count in zip(stats.layers.values(), tokens, strict=True):

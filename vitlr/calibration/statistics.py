@@ -20,7 +20,7 @@ from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, number, t
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
-SCHEMA = 1
+SCHEMA = 2  # 1 has symmetric sums whole
 _OTHER = "|"  # before the names of what is of no layer
 SHAPE = tuple_of(whole(0, 2**31), 1, 8)
 ROW = (NAME, whole(1, 2**31), whole(1, 2**31), NAME, whole(0))  # of a layer: name, K, N, owner, tokens
@@ -118,7 +118,7 @@ class Statistics:
         layers: dict[str, LayerStatistics] = {}
         for name, mine in self.layers.items():
             theirs = other.layers[name]
-            sums = {key: SUMS[key].join(tensor, theirs.sum(key)) for key, tensor in mine.sums()}
+            sums = {key: SUMS[key].join(mine.packed(key), theirs.packed(key)) for key, _ in mine.own()}
             layers[name] = LayerStatistics(
                 name, mine.in_features, mine.out_features, mine.owner, mine.tokens + theirs.tokens, **sums
             )
@@ -150,7 +150,7 @@ class Statistics:
     def check_finite(self) -> None:
         """Raise `NumericalError` naming the first layer whose sums hold NaN or Inf."""
         for layer in self.layers.values():
-            for key, tensor in layer.sums():
+            for key, tensor in layer.own():
                 if not math.isfinite(tensor.sum()):  # one pass, where isfinite() takes several over gigabytes
                     raise NumericalError(
                         f"layer {layer.name}: the {key} sums hold NaN or Inf; check the weights and the images, "
@@ -160,7 +160,7 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""
         self.check_whole()
-        tensors = {f"{name}|{key}": tensor for name, layer in self.layers.items() for key, tensor in layer.sums()}
+        tensors = {f"{name}|{key}": layer.packed(key) for name, layer in self.layers.items() for key, _ in layer.own()}
         tensors |= {f"{_OTHER}{name}": lost for name, lost in self.others.items()}
         header = {
             "fingerprint": self.fingerprint,

@@ -13,6 +13,7 @@ from torch import Tensor
 from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.residuals import Metric
+from vitlr.ops.linalg.triangles import length, square, triangle
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Sum:
     meaning: str
     squares: bool = False  # none of it is negative; moments are told from their shapes
     extreme: Literal["", "least", "largest"] = ""
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is one symmetric matrix, of which the upper triangle says all."""
+        return len(self.shape.split()) == 2
 
     @property
     def start(self) -> float:
@@ -79,8 +85,9 @@ SCORES = tuple(key for key, row in SUMS.items() if "queries" in row.when)
 class LayerStatistics:
     """Sums for one layer `y = W x + b`, `W [N, K]`, on its smaller side `n = min(N, K)`, in float64.
 
-    `SUMS` says which there are and of what shape; each is an attribute, None where it was not collected. Layers fed by
-    one tensor share one `moment`, kept by `owner`. With the extra "hidden", the second linears of MLPs have an
+    `SUMS` says which there are and of what shape; each is an attribute, None where it was not collected. Symmetric ones
+    lie in `held` as their upper triangles, or whole once the attribute was read. Layers fed by one tensor share one
+    `moment`, kept by `owner`. With the extra "hidden", the second linears of MLPs have an
     `input_moment`; with "values" the projections of attentions have one.
     """
 
@@ -92,16 +99,23 @@ class LayerStatistics:
         self.held: dict[str, Tensor] = {key: tensor for key, tensor in sums.items() if tensor is not None}
         self.name, self.in_features, self.out_features = name, in_features, out_features
         self.owner, self.tokens = owner, tokens
+        self.source: LayerStatistics | None = None  # the owner, where that is another layer
 
     def __getattr__(self, key: str) -> Tensor | None:
         if key not in SUMS:
             raise AttributeError(f"{type(self).__name__} has no {key!r}")
+        if key in self.held:  # from then on whole, so that what is written into it stays
+            shared = self.source if key == "moment" else None
+            self.held[key] = self.sum(key) if shared is None else shared.whole(key)
         return self.held.get(key)
 
     def __setattr__(self, key: str, value: Any) -> None:
         if key not in SUMS:
             super().__setattr__(key, value)
-        elif value is None:
+            return
+        if key == "moment":
+            self.source = None
+        if value is None:
             self.held.pop(key, None)
         else:
             self.held[key] = value
@@ -123,7 +137,26 @@ class LayerStatistics:
             raise InputError(
                 f"layer {self.name}: these statistics hold no {key}; calibrate with it (objective=, extras=, hidden=)"
             )
-        return tensor
+        return square(tensor) if SUMS[key].symmetric and tensor.ndim == 1 else tensor
+
+    def whole(self, key: str) -> Tensor:
+        """One of the sums, kept whole from now on."""
+        self.held[key] = self.sum(key)
+        return self.held[key]
+
+    def packed(self, key: str) -> Tensor:
+        """One of the sums, a symmetric one as its upper triangle."""
+        tensor = self.held[key]
+        return triangle(tensor) if SUMS[key].symmetric and tensor.shape == self.shape(key) else tensor
+
+    def begin(self, key: str, shape: tuple[int, ...], device: torch.device) -> None:
+        """Let there be a sum on a device to add to: what is there already, or that of no image."""
+        half = SUMS[key].symmetric and triangles(device)
+        if key in self.held:
+            self.held[key] = (self.packed(key) if half else self.sum(key)).to(device)
+        else:
+            shape = (length(shape[0]),) if half else shape
+            self.held[key] = torch.full(shape, SUMS[key].start, dtype=torch.float64, device=device)
 
     def keys(self, collect: Collection[str], queries: bool) -> frozenset[str]:
         """The sums that this layer collects; `queries` says that its first rows make those of an attention."""
@@ -140,8 +173,10 @@ class LayerStatistics:
 
     def check_shapes(self) -> None:
         """Raise `InputError` where a sum has another shape than the layer's sizes give it."""
-        for key, tensor in self.sums():
+        for key, tensor in self.own():
             found, N = tuple(tensor.shape), self.out_features
+            if SUMS[key].symmetric and found == (length(self.shape(key)[0]),):
+                continue
             heads, d = (found[0], found[-1]) if found else (0, 0)
             of_heads = key in SCORES
             if found != self.shape(key, heads, d) or (of_heads and heads * d not in (N, N // 3)):
@@ -160,6 +195,10 @@ class LayerStatistics:
 
     def sums(self) -> Iterator[tuple[str, Tensor]]:
         """The sums that this layer keeps itself, in the table's order; a moment that another owns is left out."""
+        return ((key, self.sum(key)) for key, _ in self.own())
+
+    def own(self) -> Iterator[tuple[str, Tensor]]:
+        """The same as they lie in `held`."""
         for key in SUMS:
             if key in self.held and not (key == "moment" and self.owner != self.name):
                 yield key, self.held[key]
@@ -170,11 +209,12 @@ class LayerStatistics:
         C comes from the moments of an "input" layer or from the extra `input_moment`, else it is estimated from G; S
         from the gradient moments of an "output" layer. Raises NumericalError for NaN or Inf.
         """
-        for name, tensor in self.sums():
+        for name, tensor in self.own():
             if not torch.isfinite(tensor).all():
                 raise NumericalError(f"layer {self.name}: its {name} holds NaN or Inf; calibrate again in float32")
-        C = self.moment if self.side == "input" else self.input_moment
-        S = self.gradient if self.side == "output" else None
+        of_inputs = "moment" if self.side == "input" else "input_moment"
+        C = self.sum(of_inputs) if of_inputs in self.held else None
+        S = self.sum("gradient") if self.side == "output" and "gradient" in self.held else None
         if C is None:
             C = _inputs_from_outputs(self.sum("moment").to(W), W)
         values, U = torch.linalg.eigh(((C + C.mT) / 2).to(W))
@@ -189,11 +229,16 @@ class LayerStatistics:
         return Metric(C, U * values.clamp_min(0).sqrt(), S) if C.any() else Metric(S=S)
 
 
+def triangles(device: torch.device) -> bool:
+    """Whether symmetric sums lie there as triangles: on the CPU, whose kernel adds to them; elsewhere as squares."""
+    return device.type == "cpu"
+
+
 def share_moments(layers: Mapping[str, LayerStatistics]) -> None:
     """Give every layer the moment that its owner keeps."""
     for layer in layers.values():
         if layer.owner != layer.name:
-            layer.moment = layers[layer.owner].moment
+            layer.moment, layer.source = layers[layer.owner].held.get("moment"), layers[layer.owner]
 
 
 _LOOSE = 1e-4  # of the largest entry: what products in float32 may leave

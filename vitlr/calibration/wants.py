@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from vitlr.calibration.options import HIDDEN, ROUNDING, VALUES
-from vitlr.calibration.sums import LayerStatistics
+from vitlr.calibration.sums import SUMS, LayerStatistics, triangles
 from vitlr.errors import InputError
+from vitlr.ops.linalg.triangles import length
 from vitlr.runtime.sizes import said_bytes
 
 _ITEM = 8  # bytes of a float64
@@ -23,6 +26,7 @@ class Wants:
 
     layers: Mapping[str, LayerStatistics]
     queries: Mapping[str, tuple[int, int]]
+    device: torch.device
     objectives: tuple[str, ...]
     extras: tuple[str, ...]
     widths: frozenset[str]
@@ -40,10 +44,13 @@ class Wants:
     def bytes(self) -> int:
         """What all sums take together."""
         return sum(
-            _ITEM * math.prod(layer.shape(key, *self.queries.get(name, ())))
+            _ITEM * self._entries(key, layer.shape(key, *self.queries.get(name, ())))
             for name, layer in self.layers.items()
             for key in layer.keys(self.of(name), name in self.queries)
         )
+
+    def _entries(self, key: str, shape: tuple[int, ...]) -> int:
+        return length(shape[0]) if SUMS[key].symmetric and triangles(self.device) else math.prod(shape)
 
     def check_fits(self, most: float) -> None:
         """Raise `InputError` where they take more than `most` bytes, with what would fit."""

@@ -30,6 +30,7 @@ from vitlr.cli.options import OUTPUT, AsJson
 from vitlr.cli.result import Result, guarded, wrapped
 from vitlr.errors import InputError
 from vitlr.runtime.launch import launched_first, silence
+from vitlr.runtime.waiting import wait_briefly
 
 app = typer.Typer(
     name="vitlr",
@@ -131,6 +132,7 @@ def main() -> Any:
 
     Of several processes of a launcher only the first one says anything, but for faults in this program.
     """
+    wait_briefly()
     interrupts.arm()
     if not launched_first():
         silence()

@@ -191,13 +191,13 @@ def _costs(W: Tensor, mean: Tensor, stats: LayerStatistics) -> tuple[Tensor, Ten
     """V, H and S of a layer; without gradients every output counts alike."""
     tokens, inputs = max(stats.tokens, 1), stats.side == "input"
     V = (stats.sum("moment").diagonal() if inputs else stats.sum("input_square")).to(W) / tokens - mean.square()
-    if stats.gradient is None:
+    if "gradient" not in stats.held:
         S = W.new_ones(len(W))
         H = S @ W.square()
     elif inputs:
-        S, H = stats.sum("output_square").to(W) / tokens, stats.gradient.diagonal().to(W) / tokens
+        S, H = stats.sum("output_square").to(W) / tokens, stats.sum("gradient").diagonal().to(W) / tokens
     else:
-        G = stats.gradient.to(W) / tokens
+        G = stats.sum("gradient").to(W) / tokens
         S, H = G.diagonal(), (W * (G @ W)).sum(0)
     V, H = (t.clamp_min(1e-6 * t.mean()).clamp_min(_TINY) for t in (V, H))
     return V, H, S

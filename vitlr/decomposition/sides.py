@@ -48,6 +48,8 @@ class Sides:
     columns: Tensor | None = None
     A: Tensor | None = field(default=None, repr=False)
     B: Tensor | None = field(default=None, repr=False)
+    most: float = float("inf")
+    """Medians of the inputs' squares that those of one input count at the most."""
 
     def among(self, rows: Tensor | None, columns: Tensor | None) -> Sides:
         """Those of the same layer with these outputs and inputs alone."""
@@ -97,7 +99,7 @@ class Sides:
             about = torch.addr(C, total, total, alpha=-1 / max(layer.tokens, 1))
             # The same input for all images, a class token's for one: what is left is the rounding of its sums.
             C = about if about.trace() > _STILL * C.trace() else torch.zeros_like(about)
-        return self.objective.of_activations(C)
+        return self.objective.of_activations(C if self.most == float("inf") else _calm(C, self.most))
 
     def _entries(self, what: str, M: Tensor, through: Tensor | None) -> Entries:
         level = _level(M)
@@ -123,6 +125,13 @@ def _left(M: Tensor, entries: Tensor | None) -> Tensor:
     if entries is not None:
         M = M[entries[:, None], entries] if M.ndim == 2 else M[entries]
     return M.double()
+
+
+def _calm(M: Tensor, most: float) -> Tensor:
+    """M with large entries scaled down, with all that they have in common with others."""
+    diagonal = M.diagonal()
+    by = (most * diagonal.median() / diagonal.clamp_min(torch.finfo(M.dtype).tiny)).clamp(max=1).sqrt()
+    return M * torch.outer(by, by) if diagonal.median() > 0 else M
 
 
 def _damped(M: Tensor, by: Tensor) -> Tensor:

@@ -7,11 +7,9 @@ from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.nn.int8_linear import Int8Linear
-from vitlr.nn.quantized_linear import QuantizedLinear
+from vitlr.nn.quantized_linear import LARGEST, QuantizedLinear
 from vitlr.ops.layers.int8_token import int8_token
 from vitlr.runtime.compact import power
-
-_LARGEST = 127  # of a code
 
 
 class TokenInt8Linear(Int8Linear):
@@ -37,8 +35,8 @@ class TokenInt8Linear(Int8Linear):
             multiplier = power(linear.column_exponent)
         else:
             W = (linear.to_linear() if isinstance(linear, QuantizedLinear) else linear).weight.detach().double()
-            scale = (W.abs().amax(1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny).float()
-            codes = (W / scale[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+            scale = (W.abs().amax(1) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny).float()
+            codes = (W / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8)
             multiplier = torch.ones_like(W[0]).float()
         layer = cls(linear.in_features, linear.out_features, "meta")
         layer.codes, layer.scale, layer.multiplier = codes, scale.float(), multiplier.float()

@@ -19,6 +19,6 @@ def nats_of_bytes(parts: Parts, stats: Statistics) -> dict[str, float]:
     found = {}
     inputs = byte_inputs(parts.linears, stats.layers)
     for name, layer in stats.layers.items():
-        half = 1.0 if layer.gradient is None else 2.0 * stats.samples
+        half = 1.0 if "gradient" not in layer.held else 2.0 * stats.samples
         found[name] = inputs[name].cost * layer.tokens / max(stats.images, 1) / half
     return found

@@ -151,7 +151,7 @@ class Distilling(State):
             self.start = time.monotonic()  # the first step starts workers and fills caches
         if self.updates == _TIMED and self.recipe.minutes is not None:
             self.total = min(processes.agreed(self._affordable), self.total or self.recipe.most_steps or _NO_END)
-        if self.note or not (self.over or self.updates % self.recipe.every == 0):
+        if self.note or not (self.over or self.updates % self.recipe.every == 0) or not self.read():
             return
         with self.judged() as model:
             kl = self.distance(model).kl

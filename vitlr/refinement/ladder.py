@@ -26,6 +26,7 @@ from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.refit import refit
 from vitlr.refinement.regrow import regrow
 from vitlr.refinement.report import Refinement, Rung, Snapshots
+from vitlr.refinement.rescale import rescale
 from vitlr.refinement.share import Share
 from vitlr.runtime import processes
 from vitlr.runtime.copies import duplicate
@@ -36,7 +37,7 @@ from vitlr.runtime.snapshots import copied, restore, stored
 from vitlr.runtime.storage import fingerprint
 from vitlr.surgery.proof import prove
 
-_UNITS = {"refit": "modules", "regrow": "layers", "distil": "steps"}
+_UNITS = {"rescale": "images", "refit": "modules", "regrow": "layers", "distil": "steps"}
 _NEW = (LowRankLinear, QuantizedLinear, SelectedLinear)  # what compression put in
 
 
@@ -58,11 +59,12 @@ def refine(
 ) -> nn.Module:
     """Bring a compressed model nearer to the dense `reference` on unlabelled images; a new model unless `inplace`.
 
-    `rungs` "refit", "regrow" or "distil" runs all up to that one, a sequence exactly those. How is said by a
-    `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...); `steps` and `minutes` bound all
-    rungs together, of which each may take an equal share of what is left. About 15 % of the images are held out and
-    judge: a rung stays only if the KL divergence to the dense model falls there, so the model never comes back worse on
-    them. Frozen parameters stay as they are. The same seed gives the same result, with any number of workers.
+    `rungs` "refit", "regrow" or "distil" runs all up to that one, "rescale" that alone, a sequence exactly those. How
+    is said by a `recipe`, or by keywords of its names (steps, minutes, lr, batch_size, seed, ...); `steps` and
+    `minutes` bound all rungs together, of which each may take an equal share of what is left. About 15 % of the images
+    are held out and judge: a rung stays only if the KL divergence to the dense model falls there, so the model never
+    comes back worse on them. Frozen parameters stay as they are. The same seed gives the same result, with any number
+    of workers.
     `output_fn(answer)` picks what of a model's answer counts, as in `calibrate`.
     `resume` names a folder for snapshots, from which an interrupted run goes on to the same bits.
     `watch("refining, distil", total, unit)` is entered for every rung and gives its `progress(done, total)`.
@@ -117,11 +119,13 @@ def _climb(
         rung = snapshots.load_rung(name, model)
         if rung is None:
             saved, start, share = copied(model), time.monotonic(), Share.of(recipe, rungs, len(wanted) - place)
-            images = proxy.count if name == "distil" else min(recipe.proxy_images, proxy.count)
+            images = proxy.count if name in ("rescale", "distil") else min(recipe.proxy_images, proxy.count)
             with watch(f"refining, {name}", None, _UNITS[name]) as told:
                 given = (model, reference, proxy, judge)
                 advance = told or (lambda done, total: None)
-                if name == "refit":
+                if name == "rescale":
+                    steps, note = rescale(*given, recipe, share, advance)
+                elif name == "refit":
                     steps, note = refit(*given, recipe, share, advance)
                 elif name == "regrow":
                     steps, note = regrow(*given, recipe, share, advance)
@@ -172,7 +176,7 @@ def _check(model: nn.Module, reference: nn.Module, wanted: tuple[str, ...]) -> N
     if wanted:
         check_free(model)
         movable = [*free_layers(model), *(free_norms(model, reference) if "refit" in wanted else ())]
-        if "distil" not in wanted and not movable:
+        if not {"rescale", "distil"} & {*wanted} and not movable:
             raise InputError("every low-rank layer has a frozen parameter; refit and regrow leave such layers alone")
     if torch.is_inference_mode_enabled():
         raise InputError("refine needs gradients and cannot run under torch.inference_mode(); call it outside")

@@ -10,6 +10,7 @@ from vitlr.runtime.fields import Options, option
 from vitlr.runtime.words import newer
 
 RUNGS = ("refit", "regrow", "distil")
+EVERY = ("rescale", *RUNGS)
 WORDS = {"residual": "regrow", "joint": "distil"}  # what rungs were called before: still understood, and read in files
 RENAMED = {"residual_share": "regrow_share", "residual_steps": "regrow_steps"}  # and options, in snapshots
 
@@ -61,17 +62,20 @@ class Recipe(Options):
 
 
 def parse_rungs(rungs: str | Sequence[str]) -> tuple[str, ...]:
-    """The rungs up to the named one ("distil" is all three, "none" none), or exactly those of a sequence, in order."""
-    known = f"expected none, {', '.join(RUNGS)}"
+    """The rungs up to the named one ("distil" is three, "none" none), or exactly those of a sequence, in order.
+
+    "rescale" is that one alone: none of the others needs it.
+    """
+    known = f"expected none, {', '.join(EVERY)}"
     if isinstance(rungs, str):
         if rungs == "none":
             return ()
         last = newer(rungs, WORDS)
-        if last not in RUNGS:
+        if last not in EVERY:
             raise InputError(f"unknown rung {rungs!r}, {known}")
-        return RUNGS[: RUNGS.index(last) + 1]
+        return (last,) if last not in RUNGS else RUNGS[: RUNGS.index(last) + 1]
     rungs = [newer(rung, WORDS) for rung in rungs]
-    unknown = [rung for rung in rungs if rung not in RUNGS]
+    unknown = [rung for rung in rungs if rung not in EVERY]
     if unknown:
         raise InputError(f"unknown rung {unknown[0]!r}, {known}")
-    return tuple(rung for rung in RUNGS if rung in rungs)
+    return tuple(rung for rung in EVERY if rung in rungs)

@@ -1,4 +1,4 @@
-"""Linears that multiply bytes: integers, by what calibration saw of their inputs, or floats, by nothing."""
+"""Linears that multiply bytes: integers, by what calibration saw of their inputs, or floats, with or without it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from vitlr.anatomy import linears, visibility
-from vitlr.calibration.options import RANGES
+from vitlr.calibration.options import RANGES, ROUNDING
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.byte_steps import byte_inputs
+from vitlr.decomposition.fp8_rounding import rounded
+from vitlr.decomposition.objectives import Objective
+from vitlr.decomposition.options import Decomposition
 from vitlr.errors import InputError
 from vitlr.nn import Fp8Linear, QuantizedLinear, TokenInt8Linear
 from vitlr.runtime.modules import swap
@@ -69,10 +72,25 @@ def multiply_tokens(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def multiply_fp8(model: nn.Module) -> list[str]:
-    """Put an `Fp8Linear` in place of all linears that can be compressed and of factors, in place; their names."""
+def multiply_fp8(model: nn.Module, stats: Statistics | None = None, progress: Progress | None = None) -> list[str]:
+    """Put an `Fp8Linear` in place of all linears that can be compressed and of factors, in place; their names.
+
+    Weights are rounded to the nearest, and those that `stats` measured so that the loss of all layers moves least.
+    `stats` must be of the weights that the model has now, with the extra "rounding". Raises `InputError` otherwise.
+    """
     visibility.make_visible(model)
-    found = linears.targets(model, factors=True)
-    for name, linear in found.items():
-        swap(model, name, Fp8Linear.from_linear(linear))
+    found, objective = linears.targets(model, factors=True), None
+    if stats is not None:
+        if ROUNDING not in stats.extras:
+            raise InputError('these statistics hold no sides to round by: calibrate(..., extras=("rounding",))')
+        stats.check_fits({name: found[name].weight for name in stats.layers if name in found})
+        objective = Objective.of(stats, Decomposition())
+    for done, (name, linear) in enumerate(found.items(), 1):
+        if stats is None or objective is None or name not in stats.layers:
+            layer = Fp8Linear.from_linear(linear)
+        else:
+            layer = Fp8Linear(rounded(linear, stats.layers[name], objective)).train(linear.training)
+        swap(model, name, layer)
+        if progress is not None:
+            progress(done, len(found))
     return list(found)

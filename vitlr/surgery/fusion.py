@@ -110,7 +110,8 @@ def fuse(
     range (`TokenInt8Linear`): nothing is cut off, `stats` may be left out, and codes of rounded weights stay as they
     are; slower, as nothing between two linears is bytes.
     `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
-    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none.
+    statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none. With
+    `stats`, measured of this very model with `extras=("rounding",)`, weights are rounded so that the loss moves least.
     `progress(layers done, layers)` is called after each layer whose steps were found.
     Raises `InputError` for other bits and scales, and for statistics that are missing or of other weights.
     """
@@ -120,19 +121,18 @@ def fuse(
         raise InputError(f"scales={scales!r}: expected 'static', ranges that calibration saw, or 'token'")
     if scales == "token" and bits != 8:
         raise InputError(f"scales='token' goes with bits=8, not with bits={bits!r}")
-    if (bits == 8) != (stats is not None) and scales == "static":
+    if (bits == 8 and stats is None and scales == "static") or (bits is None and stats is not None):
         raise InputError("bits=8 and stats= go together: the ranges that inputs were seen in, and what they are for")
     model = uncompiled(model)
     model = model if inplace else duplicate(model)
-    if stats is not None:
+    if bits is not None:
         unfuse(model, inplace=True)
-        multiply_bytes(model, stats, progress, by_token=scales == "token")
-    elif scales == "token":
-        unfuse(model, inplace=True)
-        multiply_tokens(model)
     if bits == "fp8":
-        unfuse(model, inplace=True)
-        multiply_fp8(model)
+        multiply_fp8(model, stats, progress)
+    elif stats is not None:
+        multiply_bytes(model, stats, progress, by_token=scales == "token")
+    elif bits is not None:
+        multiply_tokens(model)
     _gather(model)
     if fold:
         folding.fold(model)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitlr.errors import InputError
 from vitlr.runtime.kinds import ANY_NUMBER, NONE, number, whole
@@ -43,7 +43,7 @@ class Epochs(State):
         self.rates = _schedule(self.optimizer, recipe, per_epoch)
         self.epochs: list[dict[str, Any]] = []
         self.images, self.kept, self.seconds = 0, 0, 0.0
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.resume()
         self.began = time.monotonic() - self.seconds
 
@@ -68,7 +68,7 @@ class Epochs(State):
 
     def end_epoch(self, validation: float | None) -> None:
         """Record the epoch, keep its weights if they are wanted, save."""
-        means = {part: total / self.per_epoch for part, total in self.sums.items()}
+        means = {part: float(total) / self.per_epoch for part, total in self.sums.items()}
         epoch = Epoch(
             len(self.epochs) + 1,
             means.get("loss", 0.0),
@@ -104,6 +104,8 @@ class Epochs(State):
 
     def save(self) -> None:
         self.seconds = time.monotonic() - self.began
+        if self.snapshots.folder is not None:
+            self.sums = {part: float(total) for part, total in self.sums.items()}
         super().save()
 
 

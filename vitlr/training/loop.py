@@ -20,7 +20,7 @@ from vitlr.nn import LowRankLinear
 from vitlr.runtime import processes
 from vitlr.runtime.contexts import autocast, evaluation_mode, plain_attention, seeded
 from vitlr.runtime.fields import keywords
-from vitlr.runtime.modules import device_of
+from vitlr.runtime.modules import device_of, read_freely
 from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.snapshots import Snapshots
 from vitlr.runtime.storage import fingerprint
@@ -30,6 +30,7 @@ from vitlr.training.recipe import TrainRecipe
 from vitlr.training.report import TrainReport
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Numbers = dict[str, Tensor | float]
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -109,11 +110,9 @@ def train(
                 value = _update(state, stream, objective)
                 if value is None:
                     break
-                step = TrainStep(
-                    model, state.updates, per_epoch * recipe.epochs, len(state.epochs) + 1, value, state.lr
-                )
                 for callback in callbacks:
-                    callback(step)
+                    epoch, total = len(state.epochs) + 1, per_epoch * recipe.epochs
+                    callback(TrainStep(model, state.updates, total, epoch, float(value), state.lr))
                 if state.updates % per_epoch == 0:
                     _end_epoch(state, validate)
                 elif state.updates % recipe.recovery_interval == 0:
@@ -140,7 +139,7 @@ class _Objective:
         self.device = device_of(model)
         self.mix: Any = None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Numbers]:
         images, targets = self._mixed(images, labels)
         own, weight = processes.part(images)
         images, targets = images[own], targets[own]
@@ -152,17 +151,19 @@ class _Objective:
         if not self.recipe.mixes:
             _check_labels(targets, logits)
         value = self.loss(logits, targets.to(logits.device))
-        parts = {"task": float(value.detach())}
+        parts = {"task": _number(value)}
         if self.reference is not None:
             distance = divergence(self._expected(images, logits), logits, True, self.recipe.distill_temperature)
-            parts["distillation"] = float(distance.detach())
+            parts["distillation"] = _number(distance)
             w = self.recipe.distill_loss_weight
             value = (1 - w) * value + w * distance
         if self.penalty is not None:
             added = self.penalty(self.model)
-            parts["penalty"] = float(added.detach())
+            parts["penalty"] = _number(added)
             value = value + added
-        parts["loss"] = float(value.detach())
+        parts["loss"] = _number(value)
+        if processes.world() == 1:
+            return value, parts
         means = processes.gather({name: weight * number for name, number in parts.items()})
         return weight * value, {name: sum(mean[name] for mean in means) for name in parts}
 
@@ -186,11 +187,17 @@ class _Objective:
         return self.mix(images[:even].clone(), labels[:even])  # timm mixes in place
 
 
-def _update(state: Epochs, stream: Iterator[list[Batch]], objective: _Objective) -> float | None:
+def _number(value: Tensor) -> Tensor | float:
+    """As a float; of one process on a device that runs behind still there, where it is not waited for."""
+    value = value.detach()
+    return float(value) if read_freely(value) or processes.world() > 1 else value.double()
+
+
+def _update(state: Epochs, stream: Iterator[list[Batch]], objective: _Objective) -> Tensor | float | None:
     """One update; the loss, or None where it was no number and nothing was done."""
     group = next(stream)
     reseed(derived_seed(state.recipe.seed, "update", state.updates))
-    sums: dict[str, float] = {}
+    sums: Numbers = {}
     for images, labels in group:
         if len(images) < 1 + objective.recipe.mixes:
             continue  # all its files were corrupt
@@ -209,6 +216,8 @@ def _update(state: Epochs, stream: Iterator[list[Batch]], objective: _Objective)
 def _end_epoch(state: Epochs, validate: Callable[[nn.Module], float] | None) -> None:
     if not state.images:
         raise InputError("no image of the first epoch could be read, so nothing was learnt; check the data")
+    if not state.read():
+        return
     if not state.finite():
         state.note = f"weights were no numbers after epoch {len(state.epochs) + 1}: kept the best before it"
         return

@@ -14,6 +14,7 @@ from vitlr.errors import InputError
 from vitlr.measuring.losses import check_reached
 from vitlr.runtime import processes
 from vitlr.runtime.kinds import NONE, PLAIN, check, number, text, whole
+from vitlr.runtime.modules import read_freely
 from vitlr.runtime.snapshots import Snapshots, check_like, copied, restore, stored
 from vitlr.training.optimizers import check_optimizer, optimizer_state, restore_optimizer
 
@@ -35,6 +36,7 @@ class State:
         self.best = copied(model)
         self.updates, self.best_validation, self.note = 0, -math.inf, ""
         self.total: int | None = None
+        self.wrong: Tensor | None = None  # on a device that runs behind, the update whose loss was no number, or 0
 
     def schedule(self) -> None:
         """Set the rates of the update to come, the `updates`-th from 0 on."""
@@ -55,15 +57,27 @@ class State:
     def add(self, loss: Tensor, parts: int = 1) -> bool:
         """Add a loss's gradient, one of so many parts; one that is no number ends the training and changes nothing.
 
-        Of several processes each adds that of its own images, and the sum of all is the loss.
+        Of several processes each adds that of its own images, and the sum of all is the loss. On a device that runs
+        behind it is not waited for: `read` tells, before anything is judged or saved.
         """
         check_reached(loss)
-        if not math.isfinite(value := float(processes.total(loss.detach()))):
+        total = processes.total(loss.detach())
+        if not read_freely(total):
+            before = torch.zeros_like(total) if self.wrong is None else self.wrong
+            self.wrong = torch.where((before == 0) & ~total.isfinite(), self.updates + 1, before)
+        elif not math.isfinite(value := float(total)):
             self.note = f"the loss was {value} at {self.unit} {self.updates + 1}: stopped, kept the best before it"
             self.optimizer.zero_grad(set_to_none=True)
             return False
         (loss / parts).backward()
         return True
+
+    def read(self) -> bool:
+        """Whether all losses so far were numbers; ends the training where one was none."""
+        first = 0 if self.wrong is None else int(self.wrong)
+        if first and not self.note:
+            self.note = f"the loss was no number at {self.unit} {first}: stopped, kept the best before it"
+        return not first
 
     def update(self) -> None:
         """Clip, step, follow with the running mean; gradients are gone afterwards."""
@@ -100,7 +114,7 @@ class State:
         return better
 
     def save(self) -> None:
-        if self.snapshots.folder is None:
+        if self.snapshots.folder is None or not self.read():
             return
         tensors = {f"weight.{name}": t for name, t in stored(self.model).items()}
         tensors |= {f"best.{name}": t for name, t in self.best.items()}

@@ -83,7 +83,7 @@ def of_model(model: str, args: argparse.Namespace, body: dict[str, Any], path: P
     shape = tuple(images(subject, 1)[0].shape[1:])
     if args.prepare:
         for name in sorted(wanted, key=lambda name: "compiled" in name):  # what takes longest comes last
-            if body["rows"].get(name) and not args.again:
+            if "figures" in body["rows"].get(name, {}) and not args.again:
                 continue
             start = time.process_time()
             runners = opened(subject, folder, [name], body)
@@ -98,7 +98,8 @@ def of_model(model: str, args: argparse.Namespace, body: dict[str, Any], path: P
     for name, found in timed(runners, shape, args).items():
         body["rows"][name]["times"] = found
     clock = "processor time" if args.cpu_time else "time"
-    return {**body, "clock": clock, "machine": machine(), "code": CODE}
+    rows = {name: body["rows"][name] for name in ROWS if name in body["rows"]}
+    return {**body, "rows": rows, "clock": clock, "machine": machine(), "code": CODE}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -84,7 +84,9 @@ def compress(
     ] = 1,
     refine: Annotated[
         str,
-        typer.Option(metavar="RUNG", help="Climb up to: none, refit, regrow or distil.", rich_help_panel=REPAIR),
+        typer.Option(
+            metavar="RUNG", help="Climb up to: none, refit, regrow or distil; or only rescale.", rich_help_panel=REPAIR
+        ),
     ] = "none",
     resume: Annotated[
         Path | None,
@@ -196,12 +198,12 @@ def _check_refinement(
     rungs = parse_rungs(refine)
     for name in ("steps", "minutes"):
         if name in options and not rungs:
-            raise InputError(f"--{name} goes with --refine refit, regrow or distil")
+            raise InputError(f"--{name} goes with --refine rescale, refit, regrow or distil")
     if "lr" in options and "distil" not in rungs:
         raise InputError("--lr goes with --refine distil")
     if not rungs:
         if resume is not None:
-            raise InputError("--resume goes with --refine refit, regrow or distil")
+            raise InputError("--resume goes with --refine rescale, refit, regrow or distil")
         return
     if plan_only:
         raise InputError("--refine needs a model, and --plan-only makes none; leave one of them out")

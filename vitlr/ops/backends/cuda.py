@@ -23,6 +23,7 @@ ACTS = ("none", "gelu", "gelu_tanh", "silu", "sigmoid", "relu")  # the order of 
 LARGEST_RANK = 256
 MOST_ROWS = 2**30  # coordinates of TMA and row blocks are counted in 32 bits
 PROCESSORS = 132  # of an H100 or H200
+KERNELS = ("lowrank_sm90", "fp8_linear_sm90")  # of vitlr._cuda, that only sm_90a has
 Plan = tuple[int, int, int, int, int]
 
 
@@ -34,8 +35,11 @@ def device_objection(device: torch.device) -> str | None:
     found = native.capability(device)
     if found != 90:
         return f"{device} has compute capability {found / 10}, the kernels use instructions that only 9.0 has"
-    if not hasattr(native.cuda(), "lowrank_sm90"):
-        return "vitlr._cuda was built without sm_90a; rebuild with TORCH_CUDA_ARCH_LIST=9.0a"
+    if missing := [name for name in KERNELS if not hasattr(native.cuda(), name)]:
+        return (
+            f"vitlr._cuda has no {missing[0]}: it was built without sm_90a, or from older sources; rebuild with "
+            "TORCH_CUDA_ARCH_LIST=9.0a"
+        )
     return None
 
 

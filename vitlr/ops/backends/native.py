@@ -71,10 +71,11 @@ def build_info() -> dict[str, Any]:
 
 
 def gram(C: torch.Tensor, X: torch.Tensor, weight: torch.Tensor | None) -> None:
-    """C += Xᵀ diag(weight) X on the CPU: C [n, n] fp64 contiguous, X [T, n] fp32, weight [T] fp32 contiguous ≥ 0."""
+    """C += Xᵀ diag(weight) X on the CPU: C [n, n] or its triangle, fp64, X [T, n], fp32, weight [T] ≥ 0, fp32."""
     assert _C is not None, why_not()
     pointer = 0 if weight is None else weight.data_ptr()
-    _C.gram(C.data_ptr(), X.data_ptr(), *X.shape, *X.stride(), pointer, torch.get_num_threads(), isa_used())
+    layout = (*X.shape, *X.stride())
+    _C.gram(C.data_ptr(), C.dim() == 1, X.data_ptr(), *layout, pointer, torch.get_num_threads(), isa_used())
 
 
 def round_tile(

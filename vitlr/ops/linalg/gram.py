@@ -17,6 +17,7 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
 from vitlr.ops.dispatch.registration import define
+from vitlr.ops.linalg.triangles import length, triangle
 
 OP = "gram_update_"
 ROWS = 4096  # rows whose products are summed in fp32; also bounds the fp32 copy of half-precision rows
@@ -36,7 +37,8 @@ class Key(NamedTuple):
 def gram_update_(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     """`C += Xᵀ diag(w) X` in place: C [n, n] fp64, contiguous and symmetric; X [T, n], any strides; w [T] ≥ 0 or None.
 
-    Rows in fp32, bf16 and fp16 are multiplied in fp32, rows in fp64 in fp64; the sum is in fp64 and C stays exactly
+    C may be its upper triangle `[n (n + 1) / 2]` (`ops.linalg.triangles`): the other one need not be written then. Rows
+    in fp32, bf16 and fp16 are multiplied in fp32, rows in fp64 in fp64; the sum is in fp64 and C stays exactly
     symmetric. Not differentiable. Raises InputError for shapes, dtypes, layouts or devices that do not fit, and on the
     CPU for a negative weight (elsewhere looking would wait for the device).
     """
@@ -47,7 +49,8 @@ def reference(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:
     """The specification, in plain torch; returns C."""
     with exact_products(X.device):
         for P in products(X, weight):
-            C += P.triu() + P.triu(1).mT  # a GEMM's two triangles need not round alike
+            # A GEMM's two triangles need not round alike.
+            C += triangle(P) if C.dim() == 1 else P.triu() + P.triu(1).mT
     return C
 
 
@@ -94,9 +97,12 @@ def _check(C: Tensor, X: Tensor, weight: Tensor | None = None) -> None:
     if X.dim() != 2 or X.dtype not in DTYPES:
         raise InputError(f"{OP}: X is {list(X.shape)} {X.dtype}, expected [T, n] in fp32, bf16, fp16 or fp64")
     T, n = X.shape
-    if C.shape != (n, n) or C.dtype != torch.float64 or not C.is_contiguous():
+    if C.shape not in ((n, n), (length(n),)) or C.dtype != torch.float64 or not C.is_contiguous():
         layout = "" if C.is_contiguous() else ", not contiguous"
-        raise InputError(f"{OP}: C is {list(C.shape)} {C.dtype}{layout}, expected [{n}, {n}] torch.float64, contiguous")
+        raise InputError(
+            f"{OP}: C is {list(C.shape)} {C.dtype}{layout}, "
+            f"expected [{n}, {n}] or [{length(n)}] torch.float64, contiguous"
+        )
     if weight is not None and (weight.shape != (T,) or weight.dtype not in DTYPES):
         raise InputError(f"{OP}: weight is {list(weight.shape)} {weight.dtype}, expected [{T}] in a floating dtype")
     for name, tensor in (("C", C), ("weight", weight)):

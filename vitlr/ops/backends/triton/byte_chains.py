@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, zip_longest
 from typing import Any
 
@@ -18,10 +18,13 @@ MODULE = "byte_chains"
 Key = fp8_chain.Key | int8_chain.Key
 
 
-def floor(key: Key, ceilings: registry.Ceilings, target: Any = None) -> float | None:
+def floor(
+    key: Key, ceilings: registry.Ceilings, target: Any = None, leave: Callable[[int, int], bool] = lambda K, N: False
+) -> float | None:
     """The floor in µs: bytes of every launch, or its whole waves of tiles, whose activations count beside products.
 
-    `target`: of `triton_kernels.targets`, in place of the key's device.
+    `target`: of `triton_kernels.targets`, in place of the key's device. `leave(K, N)`: linears that do not count, none
+    of them the last.
     """
     linear, target = triton.kernels("byte_linear"), target or triton.target_of(key.device)
     form = torch.int8 if isinstance(key, int8_chain.Key) else fp8_chain.FP8
@@ -29,6 +32,8 @@ def floor(key: Key, ceilings: registry.Ceilings, target: Any = None) -> float | 
     total = 1e6 * M * key.widths[0] * (size + 1) / ceilings.bytes_per_s
     for i, ((K, N), act) in enumerate(zip(pairwise(key.widths), key.acts, strict=True)):
         last = i == steps - 1
+        if not last and leave(K, N):
+            continue
         config = linear.config(M, K, N, key.dtype, form, target, last and key.residual)
         tile = config.BM * config.BN
         # A tile of bytes costs half of what its FLOPs would in 16 bits; `issued` counts in those.
@@ -74,10 +79,9 @@ def _int8_widths(key: int8_chain.Key) -> tuple[tuple[int, ...], torch.dtype]:
     return key.widths, key.dtype
 
 
-registry.register(
-    fp8_chain.OP,
-    triton.candidate("bytes", MODULE, "fp8", lambda key: (key.widths, key.dtype), "run_fp8", floor=floor),
-)
+_fp8 = triton.candidate("bytes", MODULE, "fp8", lambda key: (key.widths, key.dtype), "run_fp8", floor=floor)
+supports_fp8 = _fp8.supports
+registry.register(fp8_chain.OP, _fp8)
 _able = triton.candidate("bytes", MODULE, "int8", _int8_widths, "run_int8").supports
 registry.register(int8_chain.OP, registry.Candidate("triton.bytes", _able, _run_int8, floor=floor))
 
