@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from commandline import NAME
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
@@ -29,12 +28,14 @@ def test_the_page_is_written_with_its_figures(run, squeeze, tmp_path, weights, t
 
 def test_what_can_be_refused_first_is(refused, tmp_path, unread):
     small = tmp_path / "small.safetensors"
+    assert "small.safetensors: no such file" in refused("report", small)
+    small.write_text("")
     assert "--out is missing" in refused("report", small)
     assert "goes with --reference" in refused("report", small, "-o", tmp_path / "p", "--stats", small)
     checkpoint = ["--reference-checkpoint", small]
     assert "goes with --reference" in refused("report", small, "-o", tmp_path / "p", *checkpoint)
-    assert "no such file" in refused("report", small, "-o", tmp_path / "p", "--reference", NAME)
-    assert "cannot read --class-names" in refused("report", small, "-o", tmp_path / "p", "--class-names", small)
+    missing = tmp_path / "missing.safetensors"
+    assert "missing.safetensors: no such file" in refused("report", small, "-o", tmp_path / "p", "--reference", missing)
+    assert "cannot read --class-names" in refused("report", small, "-o", tmp_path / "p", "--class-names", missing)
     assert "'magic' is unknown" in refused("report", small, "-o", tmp_path / "p", "--engines", "torch,magic")
-    small.write_text("")
     assert "is a file, expected a folder" in refused("report", small, "-o", small)

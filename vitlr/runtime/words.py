@@ -18,6 +18,11 @@ def some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
+def four(value: float, decimals: int = 2) -> str:
+    """A number of a table in four figures or so: `7146`, `582.7`, `13.6`, `0.85`, with at most so many decimals."""
+    return f"{value:.{max(0, min(decimals, 4 - len(str(int(abs(value))))))}f}"
+
+
 def newer(word: str, names: Mapping[str, str]) -> str:
     """The word that took the place of an old one, with a note, the first time; any other word as it is."""
     if word not in names:

@@ -26,6 +26,7 @@ from vitlr.cli.options import (
 from vitlr.cli.result import Result, table, wrapped
 from vitlr.engines.names import parse_engines
 from vitlr.errors import InputError
+from vitlr.runtime.words import four
 
 
 def bench(
@@ -198,17 +199,17 @@ def _text(values: dict[str, Any]) -> str:
         lines.append(line)
     if compared:
         lines.append(f"  vs     {values['vs']}")
-    header = ["batch", "images/s", "ms"] + ["vs images/s", "vs ms", "speed-up"] * compared
+    header = ["batch", "images/s", "ms"] + ["vs images/s", "vs ms", "speed"] * compared
     kernels = "kernel_speedup" in values["results"][0]
     header += ["plain ms", "fused ms", "kernels"] * kernels
     if kernels:
         lines.append(f"  kernels for {values['isa'] or 'no CPU: not built'}: fused ms against plain torch's")
     rows = []
     for row in values["results"]:
-        cells = [str(row["batch_size"]), f"{row['images_per_second']:.1f}", f"{row['batch_ms']:.2f}"]
+        cells = [str(row["batch_size"]), four(row["images_per_second"], 1), four(row["batch_ms"])]
         if compared:
-            cells += [f"{row['images_per_second_vs']:.1f}", f"{row['batch_ms_vs']:.2f}", f"{row['speedup']:.2f}x"]
+            cells += [four(row["images_per_second_vs"], 1), four(row["batch_ms_vs"]), f"{four(row['speedup'])}x"]
         if kernels:
-            cells += [f"{row['batch_ms_plain']:.2f}", f"{row['batch_ms_fused']:.2f}", f"{row['kernel_speedup']:.2f}x"]
+            cells += [four(row["batch_ms_plain"]), four(row["batch_ms_fused"]), f"{four(row['kernel_speedup'])}x"]
         rows.append(cells)
     return "\n".join([*lines, table(header, rows)])
