@@ -4,6 +4,7 @@
 // of a panel, which TDPBUSD multiplies to int32 and TDPBF16PS to fp32.
 #pragma once
 #include "cpu/bytes.h"
+#include "cpu/tile_registers.h"
 
 namespace vitlr {
 namespace {
@@ -11,26 +12,11 @@ namespace {
 constexpr int64_t kTile = 16;  // rows, and words of a row, of a tile
 static_assert(kTile == kChunk, "a row of a tile is a chunk of a row");
 
-struct TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// GCC does not know what memory tiles are loaded from: this has all of it written.
-inline void written() { __asm__ volatile("" ::: "memory"); }
-
 // Tiles 0 to 3 are sums, 4 and 5 the block's rows, 6 and 7 the panel's columns. Sets the shapes for `rows` rows.
 inline void shape_tiles(int64_t rows) {
   const uint8_t first = static_cast<uint8_t>(smaller(rows, kTile)), second = static_cast<uint8_t>(rows - first);
   const uint8_t shapes[8] = {first, first, second, second, first, second, 16, 16};
-  TileShapes config;
-  for (int i = 0; i < 8; ++i) {
-    config.rows[i] = shapes[i];
-    config.row_bytes[i] = shapes[i] ? 64 : 0;
-  }
-  written();
-  _tile_loadconfig(&config);
+  shape_tiles(shapes);
 }
 
 // Tile C += tile A x tile B. Which tiles is a part of the instruction.

@@ -1,16 +1,10 @@
 // Digits, and their products in the tile registers of AMX: 16 by 32 entries of C at a time, over all rows of X.
 #include "cpu/gram_digits.h"
 
-#include <immintrin.h>
+#include "cpu/tile_registers.h"
 
 namespace vitlr {
 namespace {
-
-struct TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
 
 inline __mmask16 mask_of(int64_t columns) {
   return columns >= 16 ? 0xffff : columns <= 0 ? 0 : static_cast<__mmask16>((1u << columns) - 1);
@@ -106,12 +100,7 @@ void turn(const int8_t* packed, int64_t tiles, int8_t* left) {
   }
 }
 
-void begin() {
-  TileShapes shapes;
-  for (int i = 0; i < 8; ++i) shapes.rows[i] = 16, shapes.row_bytes[i] = 64;
-  __asm__ volatile("" ::: "memory");
-  _tile_loadconfig(&shapes);
-}
+void begin() { shape_tiles({16, 16, 16, 16, 16, 16, 16, 16}); }
 
 void release() { _tile_release(); }
 
@@ -123,7 +112,7 @@ void products(const int8_t* left, const int8_t* right, int64_t panel_bytes, int6
   for (int r = 0; r < 16; ++r)
     if (first[r] < end)
       for (int c = 0; c < 32; c += 8) _mm_prefetch(reinterpret_cast<const char*>(rows[r] + c), _MM_HINT_T0);
-  __asm__ volatile("" ::: "memory");
+  written();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -164,7 +153,7 @@ void products(const int8_t* left, const int8_t* right, int64_t panel_bytes, int6
   _tile_stored(3, sums[3], 64);
   _tile_stored(4, sums[4], 64);
   _tile_stored(5, sums[5], 64);
-  __asm__ volatile("" ::: "memory");
+  written();
   const __m512d high = _mm512_set1_pd(0x1p32), middle = _mm512_set1_pd(0x1p24), low = _mm512_set1_pd(0x1p16);
   for (int r = 0; r < 16; ++r) {
     if (first[r] >= end) continue;

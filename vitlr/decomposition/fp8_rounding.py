@@ -20,9 +20,7 @@ _SCALES = 8  # tried for each row, within an octave
 _ROOM = 1 / 8  # of a row's spread: smaller weights have the step of such a one
 _WHOLE = 16  # of an octave's eighths: where the next octave begins
 _END, _LEAST = 448.0, -6  # of e4m3: the largest number, the least exponent
-_CALM = (
-    10.0  # medians that an input counts at the most: one huge neuron of rare images is no loss as large as its square
-)
+_CALM = 10.0  # medians that an input counts at most: a huge neuron of rare images is no loss as large as its square
 
 
 @torch.no_grad()

@@ -80,10 +80,10 @@ class SpokenCodes(nn.Module):
             codes = torch.cat([codes, layer.fine], 1)
             columns = torch.cat([columns, power(layer.column_exponent[layer.twice] - BYTE)])
             places = torch.cat([torch.arange(layer.in_features), layer.twice.long()])
-        halves = split(codes)
-        self.of_four_bits = halves is not None
-        if halves is not None:
-            codes, again = halves
+        fours = split(codes)
+        self.of_four_bits = fours is not None
+        if fours is not None:
+            codes, again = fours
             columns = torch.cat([columns, 16 * columns[again]])
             if len(again):
                 places = torch.arange(layer.in_features) if places is None else places

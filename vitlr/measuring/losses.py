@@ -181,7 +181,7 @@ def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: flo
     if not logits:
         return 0.5 * (directions(expected) - directions(answers)).square().sum(1).mean()
     expected, answers = logits_in(expected), logits_in(answers)
-    return temperature**2 * kl(expected / temperature, answers / temperature).mean()
+    return temperature**2 * _kl(expected / temperature, answers / temperature).mean()
 
 
 def directions(features: Tensor) -> Tensor:
@@ -192,7 +192,11 @@ def directions(features: Tensor) -> Tensor:
 
 def kl(expected: Tensor, answers: Tensor) -> Tensor:
     """`KL(softmax(e) || softmax(a))` of every image, in nats."""
-    p, q = logits_in(expected).log_softmax(1), logits_in(answers).log_softmax(1)
+    return _kl(logits_in(expected), logits_in(answers))
+
+
+def _kl(expected: Tensor, answers: Tensor) -> Tensor:
+    p, q = expected.log_softmax(1), answers.log_softmax(1)
     return (p.exp() * (p - q)).sum(1)
 
 

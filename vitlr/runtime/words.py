@@ -19,7 +19,7 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 
 
 def four(value: float, decimals: int = 2) -> str:
-    """A number of a table in four figures or so: `7146`, `582.7`, `13.6`, `0.85`, with at most so many decimals."""
+    """A number of a table in four figures or so: `7146`, `582.7`, `13.57`, `0.85`, with at most so many decimals."""
     return f"{value:.{max(0, min(decimals, 4 - len(str(int(abs(value))))))}f}"
 
 
