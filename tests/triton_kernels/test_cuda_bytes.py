@@ -132,5 +132,5 @@ def test_its_floor_is_that_of_its_tiles():
             byte_chains.floor(call, limits, TARGETS["sm_90"]),
         )
         assert ours == pytest.approx(theirs, rel=0.05)
-        left = byte_chains.floor(call, limits, TARGETS["sm_90"], leave=cuda_bytes.widens)
+        left = byte_chains.floor(call, limits, TARGETS["sm_90"], leave=lambda i, K, N: i < 3 and cuda_bytes.widens(K, N))
         assert left < theirs < ours + left
