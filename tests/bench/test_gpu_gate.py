@@ -121,7 +121,7 @@ def test_the_mlp_is_checked_with_several_items_a_cta_and_every_rank_that_plans_n
 
 def test_a_cuda_graph_is_the_first_thing_a_cuda_kernel_has_to_survive():
     groups = {group.name: group for phase in WINDOWS[1].phases for group in phase.groups(())}
-    for name in ("cuda chain", "cuda bytes", "cuda cluster", "cuda sm90"):
+    for name in ("cuda chain", "cuda bytes", "cuda mlp", "cuda cluster", "cuda sm90"):
         assert groups[name].tasks[0].kind == "capture" and groups[name].after == plan.BUILD
 
 

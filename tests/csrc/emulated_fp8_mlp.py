@@ -32,6 +32,12 @@ def library() -> ctypes.CDLL:
     return built
 
 
+def room(M, r1, D, r2, N, processors):
+    """CTAs of a launch, and what each of them may leave."""
+    sizes = ctypes.byref(Sizes(M, r1, D, r2, N))
+    return library().ctas_of(sizes, processors), library().room_of_one(sizes)
+
+
 def address(t):
     return None if t is None else t.data_ptr()
 
@@ -42,8 +48,7 @@ def emulate(rows, steps, act, processors, residual=None, dtype=torch.bfloat16, s
     (M, r1), D, r2, N = q.shape, *(len(step.codes) for step in steps)
     y = torch.full((M, N), torch.nan, dtype=dtype)
     vectors = [address(t) for step in steps for t in (step.scale, step.bias)]
-    sizes = Sizes(M, r1, D, r2, N, ACTS.index(act), dtype == torch.float16, squares.shape[1])
-    ctas, each = (built(ctypes.byref(sizes), *of) for built, of in ((library().ctas_of, (processors,)), (library().room_of_one, ())))
+    ctas, each = room(M, r1, D, r2, N, processors)
     sums, flags = torch.full((ctas, each), torch.nan), torch.zeros((ctas, 2), dtype=torch.int32)
     sizes = Sizes(
         M, r1, D, r2, N, ACTS.index(act), dtype == torch.float16, squares.shape[1],

@@ -19,7 +19,10 @@ Key = fp8_chain.Key | int8_chain.Key
 
 
 def floor(
-    key: Key, ceilings: registry.Ceilings, target: Any = None, leave: Callable[[int, int, int], bool] = lambda i, K, N: False
+    key: Key,
+    ceilings: registry.Ceilings,
+    target: Any = None,
+    leave: Callable[[int, int, int], bool] = lambda i, K, N: False,
 ) -> float | None:
     """The floor in µs: bytes of every launch, or its whole waves of tiles, whose activations count beside products.
 
