@@ -1,4 +1,4 @@
-"""compute-sanitizer over the CUDA kernels: every tile of cuda.sm90, clusters, several items a CTA, cuda.bytes, cuda.mlp.
+"""compute-sanitizer over the CUDA kernels: tiles and clusters of cuda.sm90, several items a CTA, bytes.
 
 python -m bench.gate --sanitize      on a GPU, with compute-sanitizer of the CUDA toolkit
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.gate.sanitize      the same by hand

@@ -1,7 +1,7 @@
 """The MLP of 8-bit floats for Hopper, emulated: what nvcc compiles, on processors that follow the PTX ISA's rules.
 
-No GPU is needed and none has run it yet. What is checked: y against fp64 for ragged shapes and shares of the work, every
-output written once, what CTAs leave for each other, barriers balanced and free of deadlock, no matter who comes first.
+No GPU is needed and none has run it yet. What is checked: y against fp64 for ragged shapes and shares of the work,
+every output written once, what CTAs leave for each other, barriers balanced and free of deadlock, whoever comes first.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_who_comes_first_does_not_change_the_result():
 
 @pytest.mark.parametrize("processors", [1, 3])
 def test_nan_and_inf_stay_in_their_rows(processors):
-    x, rows, steps, added = call(200, 96, 1040, 64, 48)
+    _, rows, steps, added = call(200, 96, 1040, 64, 48)
     rows[2][3], rows[2][140] = torch.nan, torch.inf
     y = emulated.emulate(rows, steps, "gelu", processors, added)
     others = [m for m in range(200) if m not in (3, 140)]

@@ -1,4 +1,4 @@
-"""`cuda.mlp` of `fp8_chain`: its last three linears as one CUDA C++ kernel for Hopper that never writes the hidden layer.
+"""`cuda.mlp` of `fp8_chain`: its last three linears as one CUDA C++ kernel for Hopper, the hidden layer never written.
 
 Compiled, not run: no GPU has executed it yet, so it runs only where VITLR_BACKEND=cuda asks for it.
 csrc/cuda/fp8_mlp_body.h is the design, docs/kernels/eight_bits.md the prediction.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
