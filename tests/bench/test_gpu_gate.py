@@ -105,8 +105,13 @@ def test_what_window_one_times_is_checked_at_that_very_shape():
     checked = {(task.op, task.candidate, task.call) for task in every_task(1) if task.kind == "check"}
     timed = [task.given["call"] for task in every_task(1) if task.kind == "row"]
     assert len(timed) > 16
+    names = {
+        "lowrank_mlp": ("triton.row_block", "cuda.sm90"),
+        "lowrank_linear": ("triton.row_block", "cuda.cluster"),
+        "fp8_chain": ("triton.bytes", "cuda.bytes", "cuda.mlp"),
+    }
     for call in timed:
-        for name in ("triton.row_block", "cuda.sm90" if call.op == "lowrank_mlp" else "cuda.cluster"):
+        for name in names[call.op]:
             assert (call.op, name, call.label) in checked, f"{name} is not checked at {call.label}"
 
 

@@ -20,7 +20,7 @@ from vitlr.ops.layers import fp8_chain
 
 NAME = "fp8_mlp_sm90"
 ROWS, SLICE = 128, 128  # of a unit of work: csrc/cuda/fp8_mlp_tile.h
-LARGEST_RANK = 256  # sums of a row block are held in registers
+RANKS = (192, 224, 256)  # that are compiled; sums of a row block are held in registers
 STEP = 16  # what ranks and widths have to be multiples of
 TAKEN = 3  # linears: rank to hidden, hidden to rank, rank to width
 
@@ -34,8 +34,8 @@ def objection(key: fp8_chain.Key) -> str | None:
     if len(key.acts) < TAKEN or any(act != "none" for act in key.acts[1 - TAKEN :]):
         return f"acts {list(key.acts)}, expected at least {TAKEN} linears, the last two of them without activation"
     r1, D, r2, N = key.widths[-1 - TAKEN :]
-    if max(r1, r2) > LARGEST_RANK:
-        return f"ranks {r1} and {r2}, expected at most {LARGEST_RANK}: sums are held in registers"
+    if max(r1, r2) > RANKS[-1]:
+        return f"ranks {r1} and {r2}, expected at most {RANKS[-1]}: sums are held in registers"
     if any(size % STEP for size in (r1, D, r2, N)):
         return f"widths {[r1, D, r2, N]}, expected multiples of {STEP}"
     return None
@@ -52,7 +52,7 @@ def floor(key: fp8_chain.Key, ceilings: registry.Ceilings, target: Any = None) -
     first = len(key.acts) - TAKEN
     before = byte_chains.floor(key, ceilings, target, leave=lambda i, K, N: i >= first)
     blocks = -(-M // ROWS)
-    R = next(R for R in (192, 224, LARGEST_RANK) if max(r1, r2) <= R)
+    R = next(R for R in RANKS if max(r1, r2) <= R)
     tile = ROWS * SLICE
     each = max(4 * tile * R, 2 * triton.issued(tile, key.acts[-TAKEN], target))
     moved = M * (r1 + key.dtype.itemsize * N * (1 + key.residual)) + r1 * D + D * r2 + r2 * N
