@@ -118,7 +118,9 @@ def main() -> int:
             _, _, theirs = launches(M, (768, *(K,) * (at - 1), 3072, 768), at - 1, limits)[at]
             floor, predicted = widening(M, K, 3072, limits)
             print(f"| {K} to 3072 | {card} | {theirs:.1f} | {floor:.1f} | {predicted:.1f} |")
-    print("\n| r | card | cuda.mlp, floor | predicted | the MLP, predicted | by cuda.bytes |\n|---|---|---|---|---|---|")
+    print(
+        "\n| r | card | cuda.mlp, floor | predicted | the MLP, predicted | by cuda.bytes |\n|---|---|---|---|---|---|"
+    )
     for r in cuda_mlp.RANKS:
         for card, limits in (("H100", H100), ("H200", H200)):
             every = [predicted for _, _, predicted in launches(M, (768, r, 3072, r, 768), 1, limits)]

@@ -2,9 +2,9 @@
 
     python -m bench.micro.byte_models
 
-Anywhere: nothing is run. Our launches by the predictions of bench.micro.byte_chains, rivals by their floors: products at the
-card's rate, norms, residual sums and rounding as passes that torch.compile fuses. Attention is the same for all: its bytes,
-or its products at half the rate.
+Anywhere: nothing is run. Our launches by the predictions of bench.micro.byte_chains, rivals by their floors: products
+at the card's rate, norms, residual sums and rounding as passes that torch.compile fuses. Attention is the same for all:
+its bytes, or its products at half the rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def chain(M: int, widths: tuple[int, ...], limits: Ceilings, act_at: int = -1, r
     """Our launches for linears in a row, norm included, where the last one may add a residual."""
     total = sum(predicted for _, _, predicted in launches(M, widths, act_at, limits))
     if act_at >= 0 and widths[act_at] < widths[act_at + 1]:
-        total += widening(M, *widths[act_at : act_at + 2], limits)[1] - launches(M, widths, act_at, limits)[1 + act_at][2]
+        total += (
+            widening(M, *widths[act_at : act_at + 2], limits)[1] - launches(M, widths, act_at, limits)[1 + act_at][2]
+        )
     return total + residual * passes(M, 2, limits)
 
 
