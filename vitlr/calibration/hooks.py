@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitlr.calibration.kept import kept
 from vitlr.calibration.sums import SUMS, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
@@ -49,6 +50,7 @@ class Tap:
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
         self.bias = bias  # [heads d], what is added to them behind it
         self.gradient_seen = False
+        self.kept: Callable[[], Tensor] | None = None  # the input, from a forward pass's begin to its end
         self.forward(0)
         self.wanted = stats.keys(collect, queries is not None)
         self.by_image = "image_moment" in self.wanted
@@ -78,11 +80,12 @@ class Tap:
         if self.asleep or not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
             return None
         x = args[0]
+        self.kept = kept(x)
         # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
         # alone sends back, whoever else reads the same input.
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         if self.stats.side == "input":
-            self._follow(x, x.detach())
+            self._follow(x, self.kept)
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -90,13 +93,14 @@ class Tap:
             return
         x, made = args[0].detach(), output.detach()
         if output.requires_grad:
+            again, self.kept = self.kept or (lambda: x), None
             if self.stats.side == "output":
                 seen = made
                 if self.by_image:  # of its own: what follows may write into the output
                     seen = made.clone() if self.linear.bias is None else made - self.linear.bias
-                self._follow(output, seen)
+                self._follow(output, lambda: seen)
             if "image_input_moment" in self.wanted:
-                output.register_hook(lambda g: self._add_hidden(x, g))
+                output.register_hook(lambda g: self._add_hidden(again(), g))
             if "output_gradient" in self.wanted:
                 output.register_hook(self._add_output_gradient)
             if "output_square" in self.wanted:
@@ -106,17 +110,17 @@ class Tap:
                 q = q if self.bias is None else q + self.bias.detach()
                 output.register_hook(lambda g: self._add_scores(q, g))
             if "row_gradient" in self.wanted:
-                output.register_hook(lambda g: self._add_row_gradient(g, x))
+                output.register_hook(lambda g: self._add_row_gradient(g, again()))
         if not self.in_backward:
             with torch.no_grad():
                 self._add_moments(x, made)
 
-    def _follow(self, t: Tensor, seen: Tensor) -> None:
-        """Wait for the gradient by `t`, of the smaller side, on which the layer saw `seen`."""
+    def _follow(self, t: Tensor, seen: Callable[[], Tensor]) -> None:
+        """Wait for the gradient by `t`, of the smaller side, on which the layer saw `seen()`."""
         if "gradient" in self.wanted:
             t.register_hook(self._add_gradient)
         if self.by_image:
-            t.register_hook(lambda g: self._add_products(seen, g))
+            t.register_hook(lambda g: self._add_products(seen(), g))
 
     def _add_moments(self, x: Tensor, output: Tensor) -> None:
         s, wanted = self.stats, self.wanted

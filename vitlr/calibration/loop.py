@@ -197,7 +197,10 @@ def calibrate(
                                 _say(run, what_is(model, picked)[1], picked)
                             losses = sampled_losses(model, picked, seeds, wanted.samples)
                             doubts.append(largest_doubt(model, picked))
+                            del picked
                         _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
+                        del losses
+                    del output  # its graph holds activations, which the next batch's would come on top of
                 run.images += images
                 run.whole = True
             seen = sum(processes.gather(run.images))
