@@ -5,9 +5,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.tolerance import assert_close_to
 
 import vitlr
+from tests.tolerance import assert_close_to
 from vitlr.calibration.kept import kept
 
 
