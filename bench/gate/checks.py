@@ -22,6 +22,7 @@ LINEAR = "lowrank_linear"
 RESIDUAL = "lowrank_residual_linear"
 FP8, INT8 = "fp8_chain", "int8_chain"
 HIDDEN = ("gelu", "none", "none")
+FIRST = ("none", *HIDDEN)
 COMPILED = 2.5  # planned seconds of a check for which Triton compiles
 LAUNCHED = 0.7  # and of one that only runs
 BUILD = "build csrc/cuda"
@@ -126,7 +127,12 @@ def cuda_groups(device: torch.device) -> list[Group]:
             "cuda mlp",
             [
                 check(byte_calls.fp8_chain(64, (64, 128, 64, 64), HIDDEN, BF16, device), "cuda.mlp", kind="capture"),
+                check(byte_calls.fp8_chain(64, (64, 32, 128, 64, 64), FIRST, BF16, device), "cuda.mlp", kind="capture"),
                 check(byte_calls.fp8_chain(300, (96, 400, 48, 80), HIDDEN, FP16, device), "cuda.mlp"),
+                *(  # rows and first linear in one launch, with the norm and without, and in two
+                    check(byte_calls.fp8_chain(M, (K, 208, 400, 48, 80), FIRST, FP16, device, norm=norm), "cuda.mlp")
+                    for M, K, norm in ((300, 400, True), (1, 768, False), (70, 1024, True))
+                ),
                 *(check(byte_mlp(FP8, M, r, device), "cuda.mlp") for r in (192, 224, 256) for M in (197, 12608)),
                 check(byte_mlp(FP8, 50437, 224, device), "cuda.mlp", LAUNCHED),
             ],

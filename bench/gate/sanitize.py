@@ -20,7 +20,7 @@ import torch
 
 from bench.cases import byte_calls, calls
 from bench.common import ROOT
-from bench.gate.checks import CLUSTERS, HIDDEN, ITEMS, LINEARS, TILES
+from bench.gate.checks import CLUSTERS, FIRST, HIDDEN, ITEMS, LINEARS, TILES
 from vitlr.ops.backends import cuda, cuda_bytes, cuda_mlp, cuda_solve
 from vitlr.ops.dispatch import registry
 
@@ -68,6 +68,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"cuda.bytes {bytes_.label}", partial(cuda_bytes.run, *bytes_.make(0))
     for M, widths in ((1, (16, 32, 16, 16)), (1000, (224, 400, 48, 80)), (1000, (192, 3072, 256, 768))):
         mlp = byte_calls.fp8_chain(M, widths, HIDDEN, torch.bfloat16, device, residual=True)
+        yield f"cuda.mlp {mlp.label}", partial(cuda_mlp.run, *mlp.make(0))
+    for M, K, r in ((1, 16, 16), (1000, 400, 208), (5000, 768, 224), (1000, 768, 256)):
+        mlp = byte_calls.fp8_chain(M, (K, r, 400, 48, 80), FIRST, torch.bfloat16, device, norm=M > 1)
         yield f"cuda.mlp {mlp.label}", partial(cuda_mlp.run, *mlp.make(0))
     for m, k in ((1, 5), (70, 133), (300, 64)):
         call = calls.chain(2, m, k, torch.float64, device)

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from bench.micro.byte_chains import MEMSET, bf16, launches, unwritten, widening
+from bench.micro.byte_chains import bf16, joined, launches, unwritten, widening
 from vitlr.ops.dispatch.ceilings import H100, H200, Ceilings
 from vitlr.ops.layers.fp8_chain import FP8
 
@@ -64,8 +64,8 @@ def ours(M: int, plan: str, limits: Ceilings) -> float:
     share = 0 if plan == UNIFORM else LOW / BLOCKS
     before = (1 - share) * qkv + share * low + attention(M, limits) + chain(M, (D, D), limits, residual=True)
     if plan == UNIFORM:
-        first = sum(predicted for _, _, predicted in launches(M, (D, RANK, D), -1, limits)[:2])
-        return before + first + unwritten(M, RANK, HIDDEN, D, limits)[1] + MEMSET + passes(M, 2, limits)
+        mlp = joined(M, D, RANK, limits, norm=True)[1] + unwritten(M, RANK, HIDDEN, D, limits)[1]
+        return before + mlp + passes(M, 2, limits)
     return before + chain(M, (D, WIDTHS[plan], D), limits, act_at=0, residual=True)
 
 

@@ -48,6 +48,11 @@ struct Numbers<E4m3> {
   static __device__ __forceinline__ float4 four_floats(const float* vector, int index, bool there) {
     return there ? __ldg(reinterpret_cast<const float4*>(vector + index)) : float4{0, 0, 0, 0};
   }
+  // Two numbers of 16 bits that came as one register.
+  template <class T>
+  static __device__ __forceinline__ float2 two_numbers(uint32_t two, T) {
+    return Numbers<T>::unpack(two);
+  }
 };
 
 class Fp8Hopper : public Hopper<E4m3> {
@@ -56,6 +61,12 @@ class Fp8Hopper : public Hopper<E4m3> {
 
   __device__ __forceinline__ void store_pair(uint32_t offset, uint16_t value) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(address(offset)), "h"(value) : "memory");
+  }
+  __device__ __forceinline__ void store_byte(uint32_t offset, uint8_t value) {
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(address(offset)), "h"(static_cast<uint16_t>(value)) : "memory");
+  }
+  __device__ __forceinline__ void store_two(uint32_t offset, uint32_t a, uint32_t b) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(address(offset)), "r"(a), "r"(b) : "memory");
   }
   // sums = A Bᵀ of bytes, `add`: to what there is.
   template <int N>
@@ -122,6 +133,15 @@ class Fp8Hopper : public Hopper<E4m3> {
     synchronise(w);
   }
 
+  // Eight numbers of 16 bits as they are, zeros where there is none. Volatile: they are asked for long before their use.
+  __device__ __forceinline__ void load_eight(const void* matrix, int64_t index, bool there, uint32_t* four) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "=&r"(four[0]), "=&r"(four[1]), "=&r"(four[2]), "=&r"(four[3])
+        : "l"(static_cast<const uint16_t*>(matrix) + index), "r"(static_cast<int>(there)));
+  }
+
   // Four numbers of a matrix in fp16 or bf16, zeros where there is none.
   __device__ __forceinline__ float4 four_numbers(const void* matrix, int64_t index, int fp16) {
     if (matrix == nullptr) return {0, 0, 0, 0};
@@ -144,6 +164,24 @@ class Fp8Hopper : public Hopper<E4m3> {
 #pragma unroll
       for (int other = 1; other < 4; other *= 2) values.values[i] += __shfl_xor_sync(~0u, values.values[i], other);
   }
+  // Of a warp's lanes, to all of them.
+  template <int N>
+  __device__ __forceinline__ void add_warps(Registers<float, N>& values) {
+    add_lanes<1, N>(values);
+  }
+  // Of every fourth lane of a warp, to all of them.
+  template <int N>
+  __device__ __forceinline__ void add_eights(Registers<float, N>& values) {
+    add_lanes<4, N>(values);
+  }
+  template <int N>
+  __device__ __forceinline__ void most_of_warps(Registers<float, N>& values) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int other = 1; other < 32; other *= 2)
+        values.values[i] = fmaxf(values.values[i], __shfl_xor_sync(~0u, values.values[i], other));
+  }
   template <int N>
   __device__ __forceinline__ void most_of_quads(Registers<float, N>& values) {
 #pragma unroll
@@ -151,6 +189,15 @@ class Fp8Hopper : public Hopper<E4m3> {
 #pragma unroll
       for (int other = 1; other < 4; other *= 2)
         values.values[i] = fmaxf(values.values[i], __shfl_xor_sync(~0u, values.values[i], other));
+  }
+
+ private:
+  template <int FIRST, int N>
+  __device__ __forceinline__ void add_lanes(Registers<float, N>& values) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int other = FIRST; other < 32; other *= 2) values.values[i] += __shfl_xor_sync(~0u, values.values[i], other);
   }
 };
 

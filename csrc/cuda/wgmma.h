@@ -9,6 +9,8 @@ namespace vitlr::cuda::lowrank {
 
 // %0 to %(N/2 - 1), and as many operands.
 #define VITLR_T(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9"
+#define VITLR_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define VITLR_NAMES_16 VITLR_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define VITLR_NAMES_32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," VITLR_T(1) "," VITLR_T(2) ",%30,%31"
 #define VITLR_NAMES_48 \
@@ -29,6 +31,8 @@ namespace vitlr::cuda::lowrank {
 #define VITLR_D8(c, i)                                                                                            \
   c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
 #define VITLR_D32(c, i) VITLR_D8(c, i), VITLR_D8(c, i + 8), VITLR_D8(c, i + 16), VITLR_D8(c, i + 24)
+#define VITLR_VALUES_8(c) VITLR_D8(c, 0)
+#define VITLR_VALUES_16(c) VITLR_D8(c, 0), VITLR_D8(c, 8)
 #define VITLR_VALUES_32(c) VITLR_D32(c, 0)
 #define VITLR_VALUES_48(c) VITLR_D32(c, 0), VITLR_D8(c, 32), VITLR_D8(c, 40)
 #define VITLR_VALUES_64(c) VITLR_D32(c, 0), VITLR_D32(c, 32)
@@ -103,6 +107,8 @@ VITLR_WGMMAS(Fp16, "f16")
                            "l"(b))                                                                                    \
   };
 
+VITLR_WGMMA_BYTES(16, 8, 8, 9, 10, 11, 12)
+VITLR_WGMMA_BYTES(32, 16, 16, 17, 18, 19, 20)
 VITLR_WGMMA_BYTES(128, 64, 64, 65, 66, 67, 68)
 VITLR_WGMMA_BYTES(192, 96, 96, 97, 98, 99, 100)
 VITLR_WGMMA_BYTES(224, 112, 112, 113, 114, 115, 116)

@@ -1,4 +1,4 @@
-// The policy of csrc/cuda/fp8_body.h and fp8_mlp_body.h on the host: emulated_hopper.h with products of bytes, numbers in
+// The policy of csrc/cuda/fp8_body.h, fp8_first_body.h and fp8_mlp_body.h on the host: emulated_hopper.h with products of bytes, numbers in
 // pairs, and what CTAs leave for each other.
 #pragma once
 #include "emulated_hopper.h"
@@ -52,7 +52,21 @@ class Fp8Hopper : public Hopper<E4m3> {
     return {vector[index], vector[index + 1], vector[index + 2], vector[index + 3]};
   }
 
+  template <class T>
+  static Pair two_numbers(uint32_t two, T) {
+    return {decode(static_cast<uint16_t>(two), T{}), decode(static_cast<uint16_t>(two >> 16), T{})};
+  }
+  void load_eight(const void* matrix, int64_t index, bool there, uint32_t* four) {
+    std::memset(four, 0, 16);
+    if (there) std::memcpy(four, static_cast<const uint16_t*>(matrix) + index, 16);
+  }
+
+  void store_byte(uint32_t offset, uint8_t value) { store_bytes(offset, &value, 1); }
   void store_pair(uint32_t offset, uint16_t value) { store_bytes(offset, &value, 2); }
+  void store_two(uint32_t offset, uint32_t a, uint32_t b) {
+    const uint32_t both[2] = {a, b};
+    store_bytes(offset, both, 8);
+  }
   template <int N>
   void multiply_bytes(Registers<float, N / 2>& sums, uint64_t A, uint64_t B, bool add) {
     multiply_shared<N>(sums, A, B, !add);
@@ -119,24 +133,36 @@ class Fp8Hopper : public Hopper<E4m3> {
 
   template <int N>
   void most_of_quads(Registers<float, N>& values) {
-    for (int lane = 0; lane < 128; lane += 4)
-      for (int i = 0; i < N; ++i) {
-        float most = values(lane)[i];
-        for (int other = 1; other < 4; ++other) most = std::fmax(most, values(lane + other)[i]);
-        for (int other = 0; other < 4; ++other) values(lane + other)[i] = most;
-      }
+    fold<4, 1>(values, 0.0f, [](float a, float b) { return std::fmax(a, b); });
+  }
+  template <int N>
+  void most_of_warps(Registers<float, N>& values) {
+    fold<32, 1>(values, 0.0f, [](float a, float b) { return std::fmax(a, b); });
   }
   template <int N>
   void add_quads(Registers<float, N>& values) {
-    for (int lane = 0; lane < 128; lane += 4)
-      for (int i = 0; i < N; ++i) {
-        float sum = 0;
-        for (int other = 0; other < 4; ++other) sum += values(lane + other)[i];
-        for (int other = 0; other < 4; ++other) values(lane + other)[i] = sum;
-      }
+    fold<4, 1>(values, 0.0f, std::plus<float>());
+  }
+  template <int N>
+  void add_warps(Registers<float, N>& values) {
+    fold<32, 1>(values, 0.0f, std::plus<float>());
+  }
+  template <int N>
+  void add_eights(Registers<float, N>& values) {
+    fold<32, 4>(values, 0.0f, std::plus<float>());
   }
 
  private:
+  // Of every STEP-th of LANES neighbours, to all of them.
+  template <int LANES, int STEP, int N, class F>
+  static void fold(Registers<float, N>& values, float start, F f) {
+    for (int first = 0; first < 128; first += first % STEP == STEP - 1 ? LANES - STEP + 1 : 1)
+      for (int i = 0; i < N; ++i) {
+        float all = start;
+        for (int other = 0; other < LANES; other += STEP) all = f(all, values(first + other)[i]);
+        for (int other = 0; other < LANES; other += STEP) values(first + other)[i] = all;
+      }
+  }
   template <class F, class... A>
   static Halves each(F f, A... a) {
     return {static_cast<_Float16>(f(a.x...)), static_cast<_Float16>(f(a.y...))};

@@ -328,6 +328,14 @@ class Hopper {
   std::vector<std::vector<std::function<void()>>> groups_, store_groups_;
 };
 
+// A slot that was given back is NaN, where a tile has a ring of them.
+template <class Tile>
+auto poison(Cta& cta, int) -> decltype(Tile::slots, void()) {
+  for (int i = 0; i < Tile::slots; ++i) cta.poisoned[Tile::empty(i)] = {Tile::slot(i), Tile::slot_bytes};
+}
+template <class Tile>
+void poison(Cta&, long) {}
+
 // Runs `clusters` clusters of `ranks` CTAs one after the other; what was breached, empty where nothing was. `initialise(p)`
 // of a CTA, `produce(p)` and `consume(p)` are what its threads do.
 template <class Tile, class Policy, class Initialise, class Produce, class Consume>
@@ -337,8 +345,7 @@ std::string run_roles(int clusters, int ranks, unsigned seed, Initialise initial
     for (int rank = 0; rank < ranks; ++rank) {
       Policy first(cluster, rank, 0, number, clusters, seed);
       initialise(first);
-      for (int i = 0; i < Tile::slots; ++i)
-        cluster.ctas[rank].poisoned[Tile::empty(i)] = {Tile::slot(i), Tile::slot_bytes};
+      poison<Tile>(cluster.ctas[rank], 0);
     }
     std::vector<std::thread> threads;
     for (int rank = 0; rank < ranks; ++rank)

@@ -319,6 +319,58 @@ def test_the_kernel_of_8_bit_floats_refuses_before_a_launch(fake, given, message
     assert fake.launches() == [] and fake.runtime.fake_current() == 0
 
 
+FIRST_POINTERS = ("x", "gamma", "beta", "scale", "bias", "reach", "s", "y2", "flags")
+
+
+def fp8_first(fake, M=12608, K=768, r=224, fp16=False, count=264, ctas=0, **given):
+    names = ("W", "y", *FIRST_POINTERS)
+    where = {name: given.get(name, at(1 + i)) for i, name in enumerate(names)}
+    addresses = list(where.values())
+    fake.module.fp8_first_sm90(
+        *addresses[:2], M, K, r, fp16, *addresses[2:5], 1e-6, *addresses[5:], count, ctas, 1, STREAM
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "kernel"),
+    [
+        ({}, 132, "TileILi32ELi224EE"),
+        ({"r": 16, "fp16": True, "bias": 0}, 132, "TileILi32ELi224EE"),
+        ({"r": 256, "gamma": 0, "beta": 0}, 132, "TileILi16ELi256EE"),
+        ({"M": 197, "flags": 0, "count": 0}, 7, "TileILi32ELi224EE"),
+        ({"ctas": 5}, 5, "TileILi32ELi224EE"),
+    ],
+)
+def test_the_first_linear_of_8_bit_floats(fake, sizes, blocks, kernel):
+    fp8_first(fake, **sizes)
+    (launch,) = fake.launches()
+    assert kernel in launch.kernel and ("Fp16" in launch.kernel) == ("fp16" in sizes)
+    assert launch[1:3] == (blocks, 512) and launch[4:] == (STREAM, 1)
+    assert launch.shared <= 227 * 1024 and fake.runtime.fake_current() == 0
+    boxes = [tuple(map(int, line.split()[3:])) for line in fake.log().splitlines() if line.startswith("map")]
+    rows, rank = map(int, kernel.removeprefix("TileILi").removesuffix("EE").split("ELi"))
+    assert boxes == [(rank, 64), (rows, 32)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x": at(3) + 8}, "x is not aligned to 16 bytes"),
+        ({"W": at(1, device=0)}, "W does not lie on CUDA device 1"),
+        ({"gamma": 0}, "gamma without beta"),
+        ({"flags": 0}, "the flags is a null pointer"),
+        ({"K": 100}, "K = 100, expected a multiple of 16 up to 768"),
+        ({"K": 784}, "K = 784, expected a multiple of 16 up to 768"),
+        ({"r": 272}, "r = 272, expected a multiple of 16 up to 256"),
+        ({"M": 0}, "M = 0, expected 1 to"),
+    ],
+)
+def test_the_first_linear_of_8_bit_floats_refuses_before_a_launch(fake, given, message):
+    with pytest.raises(ValueError, match=message):
+        fp8_first(fake, **given)
+    assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
 MLP_POINTERS = (
     *("rows_scale", "squares", "reach", "scale1", "bias1", "scale2", "bias2", "scale3", "bias3"),
     *("residual", "sums", "flags"),
@@ -390,7 +442,7 @@ def test_every_plan_that_the_gate_forces_is_launched(fake):
 @pytest.mark.parametrize("capability", [80, 89, 100])
 def test_lowrank_kernels_run_on_hopper_alone(fake, capability):
     fake.runtime.fake_reset(capability)
-    for call in (lowrank_mlp, fp8_linear):
+    for call in (lowrank_mlp, fp8_linear, fp8_first, fp8_mlp):
         with pytest.raises(ValueError, match=r"needs compute capability 9\.0, device 1 has"):
             call(fake)
 

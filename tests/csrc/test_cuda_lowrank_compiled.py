@@ -24,6 +24,7 @@ def nvcc(monkeypatch):
         ("lowrank_mlp_bf16_sm90", 7),
         ("lowrank_mlp_fp16_sm90", 7),
         ("lowrank_linear_cluster_sm90", 8),
+        ("fp8_first_sm90", 4),
         ("fp8_linear_sm90", 5),
         ("fp8_mlp_sm90", 3),
     ],

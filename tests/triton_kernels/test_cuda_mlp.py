@@ -13,13 +13,14 @@ import torch
 from tolerance import assert_close_to
 
 from vitlr import ops
-from vitlr.ops.backends import cuda_bytes, cuda_mlp, native
+from vitlr.ops.backends import cuda, cuda_bytes, cuda_mlp, native
 from vitlr.ops.dispatch import registry
 from vitlr.ops.dispatch.ceilings import H100, H200
 from vitlr.ops.layers import fp8_chain
 from vitlr.triton_kernels.targets import TARGETS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "csrc"))
+import emulated_fp8_first
 import emulated_fp8_mlp as emulated
 from emulation import compiler
 from test_byte_chain_kernels import exact, fp8_args
@@ -35,12 +36,25 @@ def key(*widths, acts=None, device=GPU, dtype=torch.bfloat16):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A machine whose GPU is interpreter and emulation. Gives the sizes (M, r1, D, r2, N) of the kernel's calls."""
+    """A machine whose GPU is interpreter and emulation. Gives the sizes (M, r1, D, r2, N) or (M, K, r) of calls."""
     if compiler() is None:
         pytest.skip("no C++ compiler that knows _Float16")
     calls = []
 
+    def first(W, y, *given):
+        sizes, (x, gamma, beta, eps, *vectors, count, ctas) = given[:4], given[4:]
+        assert not any(address % 16 for address in (W, y, x, gamma, beta))
+        calls.append(sizes[:3])
+        pointers = [address or None for address in vectors]
+        packed = emulated_fp8_first.Sizes(*sizes, x, gamma or None, beta or None, eps, *pointers, count)
+        told = ctypes.create_string_buffer(500)
+        of = ctypes.byref(emulated_fp8_first.Matrices(W, y)), ctypes.byref(packed)
+        emulated_fp8_first.library().emulate(*of, ctas or 3, 0, told, len(told))
+        assert not told.value, told.value.decode()
+
     def call(name, *given, device):
+        if name == "fp8_first_sm90":
+            return first(*given)
         assert name == "fp8_mlp_sm90" and not any(address % 16 for address in given[:5])
         matrices, y, sizes, rest = given[:4], given[4], given[5:13], given[13:]
         *vectors, residual, sums, flags, ctas = rest
@@ -53,8 +67,7 @@ def hopper(monkeypatch):
         assert not told.value, told.value.decode()
 
     room = lambda *sizes: emulated.room(*sizes[:5], sizes[5] or 3)  # noqa: E731
-    names = ("lowrank_sm90", "fp8_linear_sm90", "fp8_mlp_sm90")
-    module = SimpleNamespace(**dict.fromkeys(names), fp8_mlp_sm90_room=room)
+    module = SimpleNamespace(**dict.fromkeys(cuda.KERNELS), fp8_mlp_sm90_room=room)
     monkeypatch.setattr(native, "cuda_why_not", lambda device=None: None)
     monkeypatch.setattr(native, "capability", lambda device: 90)
     monkeypatch.setattr(native, "device_index", lambda device: 0)
@@ -74,17 +87,21 @@ def hopper(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("M", "widths", "acts", "residual"),
+    ("M", "widths", "acts", "residual", "joined"),
     [
-        (63, (48, 32, 272, 16, 48), ("none", "gelu", "none", "none"), True),
-        (150, (32, 1040, 64, 48), ("silu", "none", "none"), False),
+        (63, (48, 32, 272, 16, 48), ("none", "gelu", "none", "none"), True, True),
+        (63, (784, 32, 272, 16, 48), ("none", "gelu", "none", "none"), True, False),  # x wider than 768
+        (63, (48, 32, 272, 16, 48), ("relu", "gelu", "none", "none"), True, False),
+        (20, (48, 16, 32, 272, 16, 48), ("none", "none", "gelu", "none", "none"), True, False),
+        (150, (32, 1040, 64, 48), ("silu", "none", "none"), False, False),
     ],
 )
-def test_a_chain_whose_last_three_linears_are_one_kernel(hopper, monkeypatch, M, widths, acts, residual):
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_chain_whose_last_three_linears_are_one_kernel(hopper, monkeypatch, M, widths, acts, residual, joined, norm):
     monkeypatch.setenv("VITLR_BACKEND", "cuda")
-    args = fp8_args(M, widths, acts, torch.float16, CPU, residual=residual, norm=True)
+    args = fp8_args(M, widths, acts, torch.float16, CPU, residual=residual, norm=norm)
     y = torch.ops.vitlr.fp8_chain.default(*args)
-    assert hopper == [(M, *widths[-4:])]
+    assert hopper == [(M, *widths[:2])] * joined + [(M, *widths[-4:])]
     assert_close_to(y, fp8_chain.reference(*args), exact(args))
 
 
@@ -101,9 +118,17 @@ def test_rows_that_do_not_lie_side_by_side(hopper):
     assert cuda_mlp.run(args[0][:0], *args[1:5], None, *args[6:]).shape == (0, 48)
 
 
+def test_rows_that_begin_anywhere_become_bytes_by_a_launch_of_their_own(hopper):
+    args = fp8_args(24, (48, 32, 144, 32, 48), ("none", "gelu", "none", "none"), torch.float16, CPU)
+    aside = torch.cat([args[0].new_zeros(1), args[0].flatten()])[1:].view_as(args[0])  # not at a multiple of 16 bytes
+    y = cuda_mlp.run(aside, *args[1:])
+    assert [len(sizes) for sizes in hopper] == [5]
+    assert_close_to(y, fp8_chain.reference(*args), exact(args))
+
+
 def test_opcheck(hopper, monkeypatch):
     monkeypatch.setenv("VITLR_BACKEND", "cuda")
-    args = fp8_args(20, (32, 144, 32, 48), ("gelu", "none", "none"), torch.float16, CPU, residual=True)
+    args = fp8_args(20, (48, 32, 144, 32, 48), ("none", "gelu", "none", "none"), torch.float16, CPU, residual=True)
     utils = (
         "test_autograd_registration",
         "test_faketensor",
