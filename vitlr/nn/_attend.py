@@ -23,18 +23,19 @@ def attend(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """`softmax(q kᵀ / √d + bias) v`, [B, L, H d]: the op where dispatch chooses a kernel, else torch's own.
 
-    A `mask` of the caller's and causality are left to torch. `module`: whose attention this is.
+    A `mask` of the caller's, causality and dropout are left to torch. `module`: whose attention this is.
     """
-    plain = mask is None and not causal and not is_transformed() and foreign_weight(module) is None
+    plain = mask is None and not causal and not dropout and not is_transformed() and foreign_weight(module) is None
     if plain and has_kernels(op.OP):
         keys = None if torch.compiler.is_compiling() else k.shape[2]
         if kernel_chosen(op.OP, q, keys, q.shape[3]):
             return op.attention(q, k, v, bias)
     mask = bias if mask is None else mask
-    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2).flatten(2)
 
 
 def split(x: Tensor, heads: int) -> Tensor:

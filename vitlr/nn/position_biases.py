@@ -41,7 +41,7 @@ def _windows(bias: Tensor, mask: Tensor | None, windows: int) -> Tensor:
     return bias if mask is None else (bias + mask[:, None]).repeat(windows // mask.shape[0], 1, 1, 1)
 
 
-def _cosines(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def cosines(q: Tensor, k: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """q and k whose scores are cosines times `exp(scale)`, one of each head."""
     factor = scale.clamp(max=_LARGEST).exp().view(-1, 1, 1) * math.sqrt(q.shape[-1])
     return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
@@ -73,13 +73,13 @@ def _swin_v2(self: Any, x: Tensor, mask: Tensor | None = None) -> Made:
     q, k, v = packed(self, x, self.num_heads)
     table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
     bias = 16 * torch.sigmoid(_by_table(table, self.relative_position_index))
-    return *_cosines(q, k, self.logit_scale), v, _windows(bias, mask, len(x))
+    return *cosines(q, k, self.logit_scale), v, _windows(bias, mask, len(x))
 
 
 def _swin_cr(self: Any, x: Tensor, mask: Tensor | None = None) -> Made:
     q, k, v = packed(self, x, self.num_heads)
     bias = self.meta_mlp(self.relative_coordinates_log).mT.reshape(1, -1, x.shape[1], x.shape[1])
-    return *_cosines(q, k, self.logit_scale), v, _windows(bias, mask, len(x))
+    return *cosines(q, k, self.logit_scale), v, _windows(bias, mask, len(x))
 
 
 def _beit(self: Any, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Made:
