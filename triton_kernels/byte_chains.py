@@ -41,16 +41,26 @@ def run_fp8(
     M, N, y = _output(x, codes[-1])
     if M == 0:
         return y
-    codes = [W.contiguous() for W in codes]
-    scales = [scale.contiguous() for scale in scales]
-    biases = [None if b is None else b.contiguous() for b in biases]
+    steps = [
+        (W.contiguous(), scale.contiguous(), None if b is None else b.contiguous())
+        for W, scale, b in zip(codes, scales, biases, strict=True)
+    ]
     with torch.cuda.device_of(x):
-        rows = Rows(*byte_rows.fp8(x.reshape(M, -1), tuple(norm) or None, eps))  # type: ignore[arg-type]
-        for i, act in enumerate(acts[:-1]):
-            rows = to_fp8(rows, codes[i], scales[i], biases[i], reaches[i].contiguous(), act, x.dtype)
-        added = _added(residual, M, N)
-        byte_linear.to_floats(rows, codes[-1], scales[-1], biases[-1], added, acts[-1], y.view(M, N))
+        rows = rows_fp8(x, steps[:-1], reaches, acts, norm, eps, to_fp8)
+        byte_linear.to_floats(rows, *steps[-1], _added(residual, M, N), acts[-1], y.view(M, N))
     return y
+
+
+def rows_fp8(
+    x: Tensor, steps: Sequence[tuple[Tensor, Tensor, Tensor | None]], reaches: Sequence[Tensor], acts: Sequence[str],
+    norm: Sequence[Tensor] = (), eps: float = 0.0, to_fp8: Callable[..., Rows] = byte_linear.to_fp8,
+) -> Rows:  # fmt: skip
+    """The rows of x [..., K] in bytes, after linears (codes, scale, bias), all contiguous. Raises Unsupported."""
+    with torch.cuda.device_of(x):
+        rows = Rows(*byte_rows.fp8(x.reshape(-1, x.shape[-1]), tuple(norm) or None, eps))  # type: ignore[arg-type]
+        for step, reach, act in zip(steps, reaches, acts, strict=False):
+            rows = to_fp8(rows, *step, reach.contiguous(), act, x.dtype)
+    return rows
 
 
 def run_int8(

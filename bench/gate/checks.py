@@ -21,6 +21,7 @@ MLP = "lowrank_mlp"
 LINEAR = "lowrank_linear"
 RESIDUAL = "lowrank_residual_linear"
 FP8, INT8 = "fp8_chain", "int8_chain"
+HIDDEN = ("gelu", "none", "none")
 COMPILED = 2.5  # planned seconds of a check for which Triton compiles
 LAUNCHED = 0.7  # and of one that only runs
 BUILD = "build csrc/cuda"
@@ -118,6 +119,16 @@ def cuda_groups(device: torch.device) -> list[Group]:
                 check(byte_calls.fp8_chain(200, (96, 400, 48), ("silu", "none"), FP16, device), "cuda.bytes"),
                 *(check(call, "cuda.bytes") for call in eights),
                 check(byte_mlp(FP8, 50437, 224, device), "cuda.bytes", LAUNCHED),
+            ],
+            BUILD,
+        ),
+        Group(
+            "cuda mlp",
+            [
+                check(byte_calls.fp8_chain(64, (64, 128, 64, 64), HIDDEN, BF16, device), "cuda.mlp", kind="capture"),
+                check(byte_calls.fp8_chain(300, (96, 400, 48, 80), HIDDEN, FP16, device), "cuda.mlp"),
+                *(check(byte_mlp(FP8, M, r, device), "cuda.mlp") for r in (192, 224, 256) for M in (197, 12608)),
+                check(byte_mlp(FP8, 50437, 224, device), "cuda.mlp", LAUNCHED),
             ],
             BUILD,
         ),

@@ -56,7 +56,7 @@ def _ceilings() -> Group:
     return Group("ceilings", [Task("ceilings", "copy and 8192-cubed product", deadline=40, seconds=4, anew=True)])
 
 
-BOUNDED = ("cuda.sm90", "cuda.cluster", "cuda.bytes")  # whose waits the debug build bounds
+BOUNDED = ("cuda.sm90", "cuda.cluster", "cuda.bytes", "cuda.mlp")  # whose waits the debug build bounds
 
 
 def bisection(found: Sequence[Line], tasks: Sequence[Task]) -> list[Group]:
@@ -102,6 +102,7 @@ def window_one(device: torch.device) -> Window:
     whole = Group("whole", [Task("whole", "calibration and plan of a ViT-B", deadline=90, seconds=30)])
     checks = [build(), whole, *triton[:1], *cuda, *triton[1:]]
     timed = [mlp_row(mlp(M, r, device), 3.0 if M < 20000 else 5.0) for M in (12608, 50432) for r in RANKS]
+    timed += [row(byte_mlp(FP8, 12608, 224, device), "mlp", ("dense", "dense epilogue", "four epilogue"), 2.5)]
     timed += [mlp_row(mlp(197, r, device), 2.0) for r in RANKS]
     timed += [row(linear(layer, 12608, 128, device), "linear", ("dense",), 1.5) for layer in ("fc1", "fc2", "qkv")]
     timed += [mlp_row(mlp(1576, r, device), 2.0) for r in RANKS]
@@ -203,6 +204,7 @@ def window_two(device: torch.device) -> Window:
             (MLP, "cuda.sm90"),
             (FP8, "triton.bytes"),
             (FP8, "cuda.bytes"),
+            (FP8, "cuda.mlp"),
             (INT8, "triton.bytes"),
         )
     ]

@@ -1,4 +1,4 @@
-"""compute-sanitizer over the CUDA kernels: every tile of cuda.sm90, clusters of CTAs, several items a CTA, cuda.bytes.
+"""compute-sanitizer over the CUDA kernels: tiles and clusters of cuda.sm90, several items a CTA, bytes.
 
 python -m bench.gate --sanitize      on a GPU, with compute-sanitizer of the CUDA toolkit
 compute-sanitizer --tool memcheck --error-exitcode 9 python -m bench.gate.sanitize      the same by hand
@@ -20,8 +20,8 @@ import torch
 
 from bench.cases import byte_calls, calls
 from bench.common import ROOT
-from bench.gate.checks import CLUSTERS, ITEMS, LINEARS, TILES
-from vitlr.ops.backends import cuda, cuda_bytes, cuda_solve
+from bench.gate.checks import CLUSTERS, HIDDEN, ITEMS, LINEARS, TILES
+from vitlr.ops.backends import cuda, cuda_bytes, cuda_mlp, cuda_solve
 from vitlr.ops.dispatch import registry
 
 TOOLS = ("memcheck", "racecheck")
@@ -66,6 +66,9 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
     for M, widths in ((197, (224, 400, 48)), (390, (768, 144, 48)), (1, (16, 32, 16))):
         bytes_ = byte_calls.fp8_chain(M, widths, ("gelu", "none"), torch.bfloat16, device)
         yield f"cuda.bytes {bytes_.label}", partial(cuda_bytes.run, *bytes_.make(0))
+    for M, widths in ((1, (16, 32, 16, 16)), (1000, (224, 400, 48, 80)), (1000, (192, 3072, 256, 768))):
+        mlp = byte_calls.fp8_chain(M, widths, HIDDEN, torch.bfloat16, device, residual=True)
+        yield f"cuda.mlp {mlp.label}", partial(cuda_mlp.run, *mlp.make(0))
     for m, k in ((1, 5), (70, 133), (300, 64)):
         call = calls.chain(2, m, k, torch.float64, device)
         run = {c.name: c.run for c in registry.candidates(call.op)}["cuda.tensor_cores"]

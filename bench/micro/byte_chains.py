@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from vitlr.ops.backends import cuda_bytes
+from vitlr.ops.backends import cuda_bytes, cuda_mlp
 from vitlr.ops.dispatch.ceilings import H100, H200, Ceilings
 from vitlr.ops.layers.fp8_chain import FP8, Key, roofline
 from vitlr.triton_kernels import byte_linear
@@ -25,6 +25,7 @@ from vitlr.triton_kernels.targets import TARGETS
 SM90 = TARGETS["sm_90"]
 PEAK, L2, ENDS = 0.7, 6.5e12, 2.0
 SLOTS, CLOCKS = 12.2, 1755  # issued an element of cuda.bytes with GELU, counted in its SASS; clocks a µs
+UNWRITTEN_SLOTS, MEMSET = 10.5, 1.5  # the same of cuda.mlp; µs of the memset of its flags
 FORMS = {"r = 224": (224, 3072, 224), "r = 384": (384, 3072, 384), "dense": (3072,), "1920 channels": (1920,)}
 
 
@@ -59,6 +60,19 @@ def widening(M: int, K: int, N: int, limits: Ceilings) -> tuple[float, float]:
     read = 1e6 * (blocks * N * K + (blocks + SM90.sms) * cuda_bytes.ROWS * K + M * N) / L2
     moved = 1e6 * (M * K + N * K + M * N) / limits.bytes_per_s
     return max(products, issued, moved), max(products / PEAK, issued, read, moved) + ENDS
+
+
+def unwritten(M: int, r: int, D: int, N: int, limits: Ceilings) -> tuple[float, float]:
+    """The floor and the prediction of `cuda.mlp` behind its first linear: units shared evenly, then the last linear."""
+    blocks, R = -(-M // cuda_mlp.ROWS), next(R for R in cuda_mlp.RANKS if r <= R)
+    units = -(-blocks * -(-D // cuda_mlp.SLICE) // SM90.sms)
+    tile, peak = cuda_mlp.ROWS * cuda_mlp.SLICE, limits.flops_per_s[FP8] / SM90.sms
+    products, last = (1e6 * flops / peak for flops in (units * 4 * tile * R, 2 * cuda_mlp.ROWS * N * R))
+    issued = units * tile * UNWRITTEN_SLOTS / 128 / CLOCKS
+    read, written = 1e6 * blocks * 2 * D * R / L2, 1e6 * 2 * M * N / limits.bytes_per_s
+    left = 1e6 * 2 * 4 * SM90.sms * cuda_mlp.ROWS * R / L2
+    floor = max(products, issued) + max(last, written)
+    return floor, max(products / PEAK, issued, read) + max(last / PEAK, written) + left + ENDS
 
 
 def bf16(M: int, products: list[tuple[int, int]], limits: Ceilings) -> float:
@@ -104,6 +118,16 @@ def main() -> int:
             _, _, theirs = launches(M, (768, *(K,) * (at - 1), 3072, 768), at - 1, limits)[at]
             floor, predicted = widening(M, K, 3072, limits)
             print(f"| {K} to 3072 | {card} | {theirs:.1f} | {floor:.1f} | {predicted:.1f} |")
+    print(
+        "\n| r | card | cuda.mlp, floor | predicted | the MLP, predicted | by cuda.bytes |\n|---|---|---|---|---|---|"
+    )
+    for r in cuda_mlp.RANKS:
+        for card, limits in (("H100", H100), ("H200", H200)):
+            every = [predicted for _, _, predicted in launches(M, (768, r, 3072, r, 768), 1, limits)]
+            floor, predicted = unwritten(M, r, 3072, 768, limits)
+            bytes_ = every[0] + every[1] + widening(M, r, 3072, limits)[1] + every[3] + every[4]
+            whole = every[0] + every[1] + predicted + MEMSET
+            print(f"| {r} | {card} | {floor:.1f} | {predicted:.1f} | {whole:.0f} | {bytes_:.0f} |")
     return 0
 
 

@@ -33,23 +33,41 @@ struct Nothing {
   void operator()() const {}
 };
 
-// sums [.][kColumns] of int32 or fp32 = rows of a block of `rows` x panel; `between` is called after every sixteen words,
-// which keep the tiles busy for 64 cycles and the vector units not at all.
+// Tile = sixteen rows of a block. Those of bytes pass L1 by: they are read once a panel, and would drive the panel out of
+// it, which is read for every group of rows.
+#define VITLR_LOAD_ROWS(TILE, ROWS)                \
+  do {                                             \
+    if constexpr (T::elements == 4)                \
+      _tile_stream_loadd(TILE, ROWS, kTile * 4);   \
+    else                                           \
+      _tile_loadd(TILE, ROWS, kTile * 4);          \
+  } while (false)
+
+// sums [.][kColumns] of int32 or fp32 (+)= rows of a block of `rows` x panel, over some of the words of both. `between` is
+// called before every sixteen words but the first, which keep the tiles busy for 64 cycles and the vector units not at all.
 template <class T, bool LOWER, bool RIGHT, class Between>
-void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, Between&& between) {
+void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, bool add, Between&& between) {
   constexpr int64_t width = RIGHT ? 2 * kTile : kTile;
-  Word* const lower = sums + kTile * kColumns;
+  Word *const right = sums + kTile, *const lower = sums + kTile * kColumns, *const last = lower + kTile;
   written();
-  _tile_zero(0);
-  if (RIGHT) _tile_zero(1);
-  if (LOWER) _tile_zero(2);
-  if (LOWER && RIGHT) _tile_zero(3);
+  if (add) {
+    _tile_loadd(0, sums, kColumns * 4);
+    if (RIGHT) _tile_loadd(1, right, kColumns * 4);
+    if (LOWER) _tile_loadd(2, lower, kColumns * 4);
+    if (LOWER && RIGHT) _tile_loadd(3, last, kColumns * 4);
+  } else {
+    _tile_zero(0);
+    if (RIGHT) _tile_zero(1);
+    if (LOWER) _tile_zero(2);
+    if (LOWER && RIGHT) _tile_zero(3);
+  }
   for (int64_t k = 0; k < words; k += kTile, block += kTile * rows, panel += kTile * width) {
+    if (k) between();
     _tile_loadd(6, panel, width * 4);
-    _tile_loadd(4, block, kTile * 4);
+    VITLR_LOAD_ROWS(4, block);
     VITLR_MULTIPLY(0, 4, 6);
     if (LOWER) {
-      _tile_loadd(5, block + kTile * kTile, kTile * 4);
+      VITLR_LOAD_ROWS(5, block + kTile * kTile);
       VITLR_MULTIPLY(2, 5, 6);
     }
     if (RIGHT) {
@@ -57,24 +75,23 @@ void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* 
       VITLR_MULTIPLY(1, 4, 7);
       if (LOWER) VITLR_MULTIPLY(3, 5, 7);
     }
-    between();
   }
   _tile_stored(0, sums, kColumns * 4);
-  if (RIGHT) _tile_stored(1, sums + kTile, kColumns * 4);
+  if (RIGHT) _tile_stored(1, right, kColumns * 4);
   if (LOWER) _tile_stored(2, lower, kColumns * 4);
-  if (LOWER && RIGHT) _tile_stored(3, lower + kTile, kColumns * 4);
+  if (LOWER && RIGHT) _tile_stored(3, last, kColumns * 4);
   written();
 }
 
 // The same for `count` rows, in tiles of that shape, and `columns` of the panel.
 template <class T, class Between>
-inline void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, int64_t count,
-                           int64_t columns, Between&& between) {
+inline void multiply_tiles(const Word* block, int64_t rows, int64_t words, const Word* panel, Word* sums, bool add,
+                           int64_t count, int64_t columns, Between&& between) {
   const bool lower = count > kTile, right = columns > kTile;
-  if (lower && right) return multiply_tiles<T, true, true>(block, rows, words, panel, sums, between);
-  if (lower) return multiply_tiles<T, true, false>(block, rows, words, panel, sums, between);
-  if (right) return multiply_tiles<T, false, true>(block, rows, words, panel, sums, between);
-  multiply_tiles<T, false, false>(block, rows, words, panel, sums, between);
+  if (lower && right) return multiply_tiles<T, true, true>(block, rows, words, panel, sums, add, between);
+  if (lower) return multiply_tiles<T, true, false>(block, rows, words, panel, sums, add, between);
+  if (right) return multiply_tiles<T, false, true>(block, rows, words, panel, sums, add, between);
+  multiply_tiles<T, false, false>(block, rows, words, panel, sums, add, between);
 }
 
 inline double peak_of_tiles(int64_t rounds) {

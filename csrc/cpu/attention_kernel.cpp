@@ -204,7 +204,7 @@ template <class T>
 inline void multiply(const Word* block, int64_t rows, int64_t words, const Word* panel, float* sums, int64_t columns) {
 #if defined(__AMX_BF16__)
   // Rows that do not exist are multiplied as well, whatever lies there: nobody reads them.
-  multiply_tiles<T>(block, rows, words, panel, reinterpret_cast<Word*>(sums), rows, columns, Nothing());
+  multiply_tiles<T>(block, rows, words, panel, reinterpret_cast<Word*>(sums), false, rows, columns, Nothing());
 #else
   const Tile product = columns == kColumns ? tile_of<T, 2>(rows) : tile_of<T, 1>(rows);
   product(block, rows * kChunk, words, panel, sums, false);

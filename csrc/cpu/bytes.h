@@ -42,11 +42,12 @@ inline Vector multiply_add<Int8>(Vector sum, const void* word, Vector w) {
 #endif
 }
 
-// The nearest integers from 0 to 255, in the low bytes of each lane; those of a NaN are 0.
+// The nearest integers from 0 to 255 for `put_bytes`, which cuts off what AVX-512 leaves above; those of a NaN are 0.
 inline Integers nearest_bytes(Vector v) {
 #if defined(__AVX512F__)
-  const __m512 positive = _mm512_max_ps((__m512)v, _mm512_setzero_ps());  // the second one where the first is a NaN
-  return (Integers)_mm512_cvtps_epi32(_mm512_min_ps(positive, _mm512_set1_ps(255.0f)));
+  // The second one where the first is a NaN. What no int32 holds becomes 2^31, if unsigned.
+  const __m512 positive = _mm512_max_ps((__m512)v, _mm512_setzero_ps());
+  return (Integers)_mm512_cvtps_epi32(Int8::elements == 4 ? positive : _mm512_min_ps(positive, _mm512_set1_ps(255.0f)));
 #endif
   v = v > splat(0.0f) ? v : splat(0.0f);
   v = v < splat(255.0f) ? v : splat(255.0f);
@@ -57,7 +58,7 @@ inline Integers nearest_bytes(Vector v) {
 inline void put_bytes(Word* p, Integers bytes) {
 #if defined(__AVX512F__)
   if (Int8::elements == 4)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)bytes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8((__m512i)bytes));
   else
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bytes));
 #elif defined(__AVX2__)

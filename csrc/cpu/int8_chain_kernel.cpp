@@ -32,37 +32,48 @@ inline void put_wide_of(const Panel& panel, int64_t m, int64_t n, int64_t e, int
   put_wide(panel.next, panel.rows, m, panel.weights[0]->N, panel.next_input, e, count, values);
 }
 
-// Columns n.. of `rows` rows: int32 sums to floats, activation, then bytes for the next layer, or residual and store.
+// Int32 sums of some columns of a row to floats, activation.
+template <class T, int ACT>
+inline Vector value_of(const Word* sums, Vector scale, Vector bias) {
+  const Vector sum = __builtin_convertvector((Integers)load(sums), Vector);
+  return activate<ACT, T::bf16>(sum * scale + bias);
+}
+
+// Columns n.. of rows first.. of the output or of the block of the next layer.
 // What is copied into locals is known not to lie where the results go, and stays in registers.
 template <class T, int ACT>
-void finish(const Panel& call, int64_t first, int64_t rows, const void* int32_sums, const Columns& columns, int64_t n,
+void finish(const Panel& call, int64_t first, int64_t rows, const Word* sums, const Columns& columns, int64_t n,
             int64_t width) {
   const Panel panel = call;
-  const Word* sums = static_cast<const Word*>(int32_sums);
-  int64_t wide = columns.wide;
   for (int64_t c = 0; c < width; c += kLanes, sums += kLanes) {
     const Vector scale = load(columns.scale + c), bias = load(columns.bias + c);
     const Vector multiplier = load(columns.multiplier + c), shift = load(columns.shift + c);
-    const auto value = [&](int64_t i) {
-      const Vector sum = __builtin_convertvector((Integers)load(sums + i * kColumns), Vector);
-      return activate<ACT, T::bf16>(sum * scale + bias);
-    };
-    const bool whole = c + kLanes <= width;
+    const auto value = [&](int64_t i) { return value_of<T, ACT>(sums + i * kColumns, scale, bias); };
+    const int64_t count = smaller(kLanes, width - c);
     if (!panel.next) {
-      for (int64_t i = 0; i < rows; ++i) put_output<T>(panel, first + i, n + c, whole ? kLanes : width - c, value(i));
+      for (int64_t i = 0; i < rows; ++i) put_output<T>(panel, first + i, n + c, count, value(i));
       continue;
     }
     Word* const to = block_row<Int8>(panel.next, panel.rows, first, n + c);
-    if (whole)
+    if (count == kLanes)
       for (int64_t i = 0; i < rows; ++i) put_bytes(to + i * kChunk, nearest_bytes(value(i) * multiplier + shift));
     else
-      for (int64_t i = 0; i < rows; ++i)
-        put_some_bytes(to + i * kChunk, nearest_bytes(value(i) * multiplier + shift), width - c);
+      for (int64_t i = 0; i < rows; ++i) put_some_bytes(to + i * kChunk, nearest_bytes(value(i) * multiplier + shift), count);
+  }
+}
+
+// The further columns of the next layer that read these channels again.
+template <class T, int ACT>
+void finish_wide(const Panel& panel, int64_t first, int64_t rows, const Word* sums, const Columns& columns, int64_t n,
+                 int64_t width) {
+  int64_t wide = columns.wide;
+  for (int64_t c = 0; c < width; c += kLanes) {
     const int64_t from = wide;
     while (wide < columns.end && panel.next_input.wide[wide] < n + c + kLanes) ++wide;
     for (int64_t e = from; e < wide; e += kLanes)
       for (int64_t i = 0; i < rows; ++i)
-        put_wide_of(panel, first + i, n + c, e, smaller(kLanes, wide - e), value(i));
+        put_wide_of(panel, first + i, n + c, e, smaller(kLanes, wide - e),
+                    value_of<T, ACT>(sums + i * kColumns + c, load(columns.scale + c), load(columns.bias + c)));
   }
 }
 
@@ -84,47 +95,111 @@ inline Columns columns_of(const Panel& call, int64_t n, int64_t width) {
 
 #if defined(__AMX_INT8__)
 
-// Sums of some rows in one panel that are finished bit by bit, while the tiles multiply for the next.
-template <class T, int ACT>
+// Sums of a group of rows in one panel, of which some rows at a time are finished, while the tiles multiply for the next.
+template <class T, int ACT, bool LAST>
 struct Unfinished {
   const Columns* columns;
   const Word* sums;
-  int64_t first, rows, n, width;
+  int64_t first, rows, n, width, done;
+  char* to;              // of the first row: of y or of the block of the next layer
+  const char* residual;  // of the first row, or null
 
-  void some(const Panel& call, int64_t most) {
-    const int64_t count = smaller(most, rows);
-    if (count == 0) return;
-    finish<T, ACT>(call, first, count, sums, *columns, n, width);
-    sums += count * kColumns, first += count, rows -= count;
+  // A part of the loop of products: a call would cost as much as three rows.
+  __attribute__((always_inline)) inline void some(const Panel& panel, int64_t most) {
+    if (done == rows) return;
+    if (width < kColumns) return whole(panel);
+    const int64_t end = smaller(done + most, rows), beside = panel.residual_stride * T::bytes;
+    const int64_t stride = LAST ? panel.y_stride * T::bytes : kChunk * 4;
+    for (int64_t c = 0; c < kColumns; c += kLanes) {
+      const Vector scale = load(columns->scale + c), bias = load(columns->bias + c);
+      const Vector multiplier = load(columns->multiplier + c), shift = load(columns->shift + c);
+      for (int64_t i = done; i < end; ++i) {
+        Vector v = value_of<T, ACT>(sums + i * kColumns + c, scale, bias);
+        if (LAST && residual) v += elements<T>(residual + i * beside, c);
+        if (LAST)
+          put<T>(to + i * stride, c, v);
+        else
+          put_bytes(reinterpret_cast<Word*>(to + i * stride) + c / Int8::elements, nearest_bytes(v * multiplier + shift));
+      }
+    }
+    done = end;
+    if (!LAST && done == rows && columns->wide < columns->end)
+      finish_wide<T, ACT>(panel, first, rows, sums, *columns, n, width);
+  }
+
+  void whole(const Panel& panel) {
+    finish<T, ACT>(panel, first, rows, sums, *columns, n, width);
+    if (!LAST) finish_wide<T, ACT>(panel, first, rows, sums, *columns, n, width);
+    done = rows;
   }
 };
 
+// Into L2, some of what lies from `next` to `end` at a time: weights come from L3 or memory, and are needed a panel later.
+struct Ahead {
+  const char *next, *end;
+
+  void some(int64_t lines) {
+    for (; lines > 0 && next < end; --lines, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+};
+
+// Bytes of weights that stay in L2 from one block of rows to the next.
+constexpr int64_t kMuch = int64_t{1} << 20;
+
+// Sixteens of words that are multiplied for all groups of rows before the next: the panel of 2 KiB each stays in L1.
+constexpr int64_t kMostSteps = 20;
+
 // Groups of rows, all of one shape, so that tiles are shaped once: the last one may have rows of the one before it.
-template <class T, int ACT>
-void panels(const Panel& call, int64_t end) {
+template <class T, int ACT, bool LAST>
+void panels(const Panel& given, int64_t end) {
+  const Panel call = given;  // known not to lie where the results go
   const Weight& weight = *call.weights[0];
   const int64_t words = stored_words(weight.K), steps = words / kTile;
+  const int64_t parts = (steps + kMostSteps - 1) / kMostSteps, part = (steps + parts - 1) / parts * kTile;
   const int64_t groups = (call.rows + kTileRows - 1) / kTileRows, each = (call.rows + groups - 1) / groups;
-  const int64_t share = (each + steps - 1) / steps;
-  alignas(64) Word sums[2][kTileRows * kColumns];  // of int32: those that are made, and those that are finished
+  const int64_t times = part / kTile - 1;  // that there is something between
+  const int64_t share = times ? (each + times - 1) / times : each, lines = times ? 2 * part / (groups * times) + 1 : 0;
+  const int64_t places = parts == 1 ? 2 : groups + 1;  // of sums that are made, and of those that are finished
+  alignas(64) Word sums[kMostRows / kTileRows + 1][kTileRows * kColumns];  // of int32
   Columns columns[2];
-  Unfinished<T, ACT> before{};
-  bool turn = false;
+  Unfinished<T, ACT, LAST> before{};
+  int64_t place = 0;
   shape_tiles(each);
   for (int64_t index = call.index; index < end; ++index) {
     const int64_t n = index * kColumns, width = smaller(kColumns, weight.N - n);
     const Word* panel = static_cast<const Word*>(weight.panels) + n * words;  // every panel before is of full width
+    const int64_t stored = width_of(weight.N, index);
+    Ahead ahead{reinterpret_cast<const char*>(panel + stored * words), nullptr};
+    if (index + 1 < end && weight.N * words * 4 > kMuch) ahead.end = ahead.next + width_of(weight.N, index + 1) * words * 4;
     Columns& own = columns[index & 1];
     own = columns_of(call, n, width);
-    for (int64_t g = 0; g < groups; ++g, turn = !turn) {
-      const int64_t first = smaller(g * each, call.rows - each);
-      multiply_tiles<Int8>(static_cast<const Word*>(call.blocks[0]) + first * kChunk, call.rows, words, panel, sums[turn],
-                           each, width, [&] { before.some(call, share); });
-      before = {&own, sums[turn], first, each, n, width};
-    }
+    for (int64_t k = 0; k < words; k += part)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t first = smaller(g * each, call.rows - each);
+        Word* const into = sums[(place + g) % places];
+        const auto between = [&] {
+          before.some(call, share);
+          ahead.some(lines);
+        };
+        multiply_tiles<Int8>(static_cast<const Word*>(call.blocks[0]) + first * kChunk + k * call.rows, call.rows,
+                             smaller(part, words - k), panel + k * stored, into, k > 0, each, width, between);
+        if (k + part < words) continue;
+        before.some(call, each);
+        before = {&own, into, first, each, n, width, 0, nullptr, nullptr};
+        before.to = LAST ? static_cast<char*>(call.y) + (first * call.y_stride + n) * T::bytes
+                         : reinterpret_cast<char*>(block_row<Int8>(call.next, call.rows, first, n));
+        if (call.residual)
+          before.residual = static_cast<const char*>(call.residual) + (first * call.residual_stride + n) * T::bytes;
+      }
+    place = (place + groups) % places;
   }
   _tile_release();  // or every switch of threads would save them
   before.some(call, each);
+}
+
+template <class T, int ACT>
+void panels(const Panel& first, int64_t end) {
+  first.next ? panels<T, ACT, false>(first, end) : panels<T, ACT, true>(first, end);
 }
 
 #else
@@ -137,13 +212,14 @@ void panel(const Panel& call) {
   const Word* panel = static_cast<const Word*>(weight.panels) + n * words;  // every panel before is of full width
   const Word* block = static_cast<const Word*>(call.blocks[0]);
   const Columns columns = columns_of(call, n, width);
-  alignas(64) float sums[kTileRows * kColumns];  // of int32
+  alignas(64) Word sums[kTileRows * kColumns];  // of int32
   const int64_t tiles = (call.rows + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - first;
     const Tile product = width > kLanes ? tile_of<Int8, 2>(rows) : tile_of<Int8, 1>(rows);
-    product(block + first * kChunk, call.rows * kChunk, words, panel, sums, false);
+    product(block + first * kChunk, call.rows * kChunk, words, panel, reinterpret_cast<float*>(sums), false);
     finish<T, ACT>(call, first, rows, sums, columns, n, width);
+    if (call.next) finish_wide<T, ACT>(call, first, rows, sums, columns, n, width);
   }
 }
 

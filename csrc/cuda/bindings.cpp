@@ -29,6 +29,7 @@ namespace py = pybind11;
 #ifdef VITLR_WITH_SM90
 #define VITLR_KERNELS_SM90(KERNEL) \
   KERNEL(fp8_linear_sm90)          \
+  KERNEL(fp8_mlp_sm90)             \
   KERNEL(lowrank_sm90)
 #else
 #define VITLR_KERNELS_SM90(KERNEL)

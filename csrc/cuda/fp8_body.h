@@ -98,13 +98,8 @@ class Consumer {
       for (int i = 0; i < 2; ++i) {
         const int m = row + lowrank::accumulator_row(lane, 2 * i);
         const bool there = m < sizes.M;
-        float total = 0;
-#pragma unroll 1
-        for (int part = 0; there && part < sizes.parts; ++part)
-          total += sizes.squares[static_cast<int64_t>(m) * sizes.parts + part];
-        const float limit = sizes.act == Act::sigmoid ? 1 + 0 * total
-                                                      : Policy::square_root(total) * sizes.reach[0] + sizes.reach[1];
-        const Scale found = scale_of(limit);
+        const Scale found = known_scale<Policy>(sizes.squares + static_cast<int64_t>(m) * sizes.parts,
+                                                there ? sizes.parts : 0, sizes.reach, sizes.act);
         float* r = rows(lane);
         r[i] = there ? sizes.rows_scale[m] : 0;
         r[2 + i] = found.s;

@@ -44,6 +44,10 @@ struct Numbers<E4m3> {
         : "l"(vector + index), "r"(static_cast<int>(there)));
     return two;
   }
+  // Four of them, 16 bytes apart.
+  static __device__ __forceinline__ float4 four_floats(const float* vector, int index, bool there) {
+    return there ? __ldg(reinterpret_cast<const float4*>(vector + index)) : float4{0, 0, 0, 0};
+  }
 };
 
 class Fp8Hopper : public Hopper<E4m3> {
@@ -58,6 +62,80 @@ class Fp8Hopper : public Hopper<E4m3> {
   __device__ __forceinline__ void multiply_bytes(Registers<float, N / 2>& sums, uint64_t A, uint64_t B, bool add) {
     Wgmma<N, E4m3>::shared(sums.values, A, B, add);
   }
+  // sums = A Bᵀ where SET, else sums += A Bᵀ.
+  template <int N, bool SET = false>
+  __device__ __forceinline__ void multiply_bytes(Registers<float, N / 2>& sums, uint64_t A, uint64_t B) {
+    if constexpr (SET)
+      Wgmma<N, E4m3>::set_shared(sums.values, A, B);
+    else
+      Wgmma<N, E4m3>::shared(sums.values, A, B, true);
+  }
+  // The same with four registers of A from `first` on.
+  template <int N, bool SET = false, int COUNT>
+  __device__ __forceinline__ void multiply_operand(Registers<float, N / 2>& sums, Registers<uint32_t, COUNT>& A,
+                                                   int first, uint64_t B) {
+    const uint32_t* a = A.values + first;
+    if constexpr (SET)
+      Wgmma<N, E4m3>::set_registers(sums.values, a[0], a[1], a[2], a[3], B);
+    else
+      Wgmma<N, E4m3>::registers(sums.values, a[0], a[1], a[2], a[3], B);
+  }
+
+  // A box whose rows come in the order of `woven`: of the five dimensions the last is sixteens of rows.
+  __device__ __forceinline__ void load_woven(const Map& map, int destination, int barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %3, %4}], "
+        "[%5];" ::"r"(address(destination)),
+        "l"(&map), "r"(column), "r"(0), "r"(row / 16), "r"(address(barrier))
+        : "memory");
+  }
+
+  // Sums that one CTA leaves for another: all of a warpgroup write, then a flag says so.
+  __device__ __forceinline__ void store_sums(float* to, const float* four) {
+    *reinterpret_cast<float4*>(to) = {four[0], four[1], four[2], four[3]};
+  }
+  __device__ __forceinline__ void load_sums(const float* from, float* four) {
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"  // from L2: L1 knows nothing of other processors
+                 : "=f"(four[0]), "=f"(four[1]), "=f"(four[2]), "=f"(four[3])
+                 : "l"(from)
+                 : "memory");
+  }
+  __device__ __forceinline__ void publish(int* flag, int w) {
+    __threadfence();
+    synchronise(w);
+    once([&] { asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(flag) : "memory"); });
+  }
+  __device__ __forceinline__ void await(const int* flag, int w, [[maybe_unused]] int called) {
+    once([&] {
+      const auto there = [&] {
+        int value;
+        asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+        return value != 0;
+      };
+#ifdef VITLR_BOUNDED_WAITS
+      if (!passes_in_time(there, nanoseconds)) give_up(called, 0);
+#else
+      while (!there()) {
+      }
+#endif
+    });
+    synchronise(w);
+  }
+
+  // Four numbers of a matrix in fp16 or bf16, zeros where there is none.
+  __device__ __forceinline__ float4 four_numbers(const void* matrix, int64_t index, int fp16) {
+    if (matrix == nullptr) return {0, 0, 0, 0};
+    const uint2 both = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(matrix) + index));
+    const float2 low = fp16 ? Numbers<Fp16>::unpack(both.x) : Numbers<Bf16>::unpack(both.x);
+    const float2 high = fp16 ? Numbers<Fp16>::unpack(both.y) : Numbers<Bf16>::unpack(both.y);
+    return {low.x, low.y, high.x, high.y};
+  }
+  __device__ __forceinline__ void store_numbers(void* matrix, int64_t index, const float (&four)[4], int fp16) {
+    const uint2 both = fp16 ? uint2{Numbers<Fp16>::pack(four[0], four[1]), Numbers<Fp16>::pack(four[2], four[3])}
+                            : uint2{Numbers<Bf16>::pack(four[0], four[1]), Numbers<Bf16>::pack(four[2], four[3])};
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(matrix) + index) = both;
+  }
+
   // Of four neighbouring lanes, to all of them.
   template <int N>
   __device__ __forceinline__ void add_quads(Registers<float, N>& values) {
@@ -65,6 +143,14 @@ class Fp8Hopper : public Hopper<E4m3> {
     for (int i = 0; i < N; ++i)
 #pragma unroll
       for (int other = 1; other < 4; other *= 2) values.values[i] += __shfl_xor_sync(~0u, values.values[i], other);
+  }
+  template <int N>
+  __device__ __forceinline__ void most_of_quads(Registers<float, N>& values) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+#pragma unroll
+      for (int other = 1; other < 4; other *= 2)
+        values.values[i] = fmaxf(values.values[i], __shfl_xor_sync(~0u, values.values[i], other));
   }
 };
 

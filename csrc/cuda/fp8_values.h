@@ -26,10 +26,22 @@ VITLR_HD float float_of(uint32_t bits) {
   return x;
 }
 
+// Of a power of two.
+VITLR_HD float inverse_of(float s) { return float_of(0x7F000000u - bits_of(s)); }
+
 // The least power of two with `416 s >= reach`, and its inverse; s is NaN where reach is NaN or Inf.
 VITLR_HD Scale scale_of(float reach) {
   const uint32_t bits = (bits_of(fmaxf(reach * (1 / kLargest), 1e-30f)) + 0x7FFFFFu) & 0x7F800000u;
   return {float_of(bits) + 0.0f * reach, float_of(0x7F000000u - bits)};
+}
+
+// The scale of act(p) of a row, from the sums of squares of what is multiplied.
+template <class Policy>
+VITLR_HD Scale known_scale(const float* squares, int parts, const float* reach, lowrank::Act act) {
+  float total = 0;
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part) total += squares[part];
+  return scale_of(act == lowrank::Act::sigmoid ? 1 + 0 * total : Policy::square_root(total) * reach[0] + reach[1]);
 }
 
 // gelu(s u) / s of two values u, |u| <= 416: `max(u, 0) - |u| 2^q(t)`, t = s |u|, with q of `gelu_e4m3`. Beyond t = 5.2 the

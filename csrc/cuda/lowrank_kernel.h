@@ -64,6 +64,13 @@ void launch(const Maps<CUtensorMap>& maps, const Sizes& sizes, const Plan& plan,
   check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of a low-rank kernel");
 }
 
+inline void check_encoded(CUresult answer, int rows, int columns, int64_t stride) {
+  if (answer == CUDA_SUCCESS) return;
+  throw std::runtime_error("cuTensorMapEncodeTiled: status " + std::to_string(answer) + " for a matrix of " +
+                           std::to_string(rows) + " x " + std::to_string(columns) + ", rows " + std::to_string(stride) +
+                           " apart; VITLR_BACKEND=torch does without this kernel");
+}
+
 // A tensor map: rows of 16-bit values, a box whose width is that of its swizzle. Host work alone: a graph keeps the
 // map.
 inline CUtensorMap encoded(const Matrix& matrix, int rows, int columns, int box_rows, int box_columns, bool fp16) {
@@ -78,10 +85,24 @@ inline CUtensorMap encoded(const Matrix& matrix, int rows, int columns, int box_
       const_cast<void*>(matrix.data), sizes, strides, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
       box_columns == kPanelColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (answer != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: status " + std::to_string(answer) + " for a matrix of " +
-                             std::to_string(rows) + " x " + std::to_string(columns) + ", rows " +
-                             std::to_string(matrix.stride) + " apart; VITLR_BACKEND=torch does without this kernel");
+  check_encoded(answer, rows, columns, matrix.stride);
+  return map;
+}
+
+// The same of contiguous rows in boxes of 64 values, whose rows come in the order of `woven` (tiles.h): one of two rows, of
+// four pairs four apart, of two two apart, and sixteens.
+inline CUtensorMap woven_map(const void* data, int rows, int columns, int box_rows) {
+  static auto* const encode = driver_call<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  CUtensorMap map;
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * 2;
+  const cuuint64_t sizes[5] = {static_cast<cuuint64_t>(columns), 2, 4, 2, static_cast<cuuint64_t>(rows / 16)};
+  const cuuint64_t strides[4] = {row_bytes, 4 * row_bytes, 2 * row_bytes, 16 * row_bytes};
+  const cuuint32_t box[5] = {kPanelColumns, 2, 4, 2, static_cast<cuuint32_t>(box_rows / 16)};
+  const cuuint32_t every[5] = {1, 1, 1, 1, 1};
+  const CUresult answer = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 5, const_cast<void*>(data), sizes, strides, box,
+                                 every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check_encoded(answer, rows, columns, columns);
   return map;
 }
 

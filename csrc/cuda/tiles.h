@@ -59,4 +59,13 @@ VITLR_HD constexpr int operand_row(int lane, int i) { return lane / 32 * 16 + la
 
 VITLR_HD constexpr int operand_column(int lane, int i) { return i / 2 * 8 + lane % 4 * 2; }
 
+// Operand A [64, 32] of bytes in registers: register i of four holds four bytes, from this column on, in rows as above.
+VITLR_HD constexpr int byte_operand_column(int lane, int i) { return i / 2 * 16 + lane % 4 * 4; }
+
+// Of sixteen columns a lane holds 2t, 2t + 1, 8 + 2t and 9 + 2t of accumulators, and of such operands 4t to 4t + 3. So
+// where rows of B come in this order, what a product left is the next one's operand as it lies: row i of a panel holds
+// row woven(i), and accumulators 8j to 8j + 7 of a lane hold four columns of two rows, from woven_column on.
+VITLR_HD constexpr int woven(int i) { return i / 16 * 16 + i / 2 % 4 * 4 + i / 8 % 2 * 2 + i % 2; }
+VITLR_HD constexpr int woven_column(int lane, int j) { return j * 16 + lane % 4 * 4; }
+
 }  // namespace vitlr::cuda::lowrank

@@ -105,8 +105,13 @@ def test_what_window_one_times_is_checked_at_that_very_shape():
     checked = {(task.op, task.candidate, task.call) for task in every_task(1) if task.kind == "check"}
     timed = [task.given["call"] for task in every_task(1) if task.kind == "row"]
     assert len(timed) > 16
+    names = {
+        "lowrank_mlp": ("triton.row_block", "cuda.sm90"),
+        "lowrank_linear": ("triton.row_block", "cuda.cluster"),
+        "fp8_chain": ("triton.bytes", "cuda.bytes", "cuda.mlp"),
+    }
     for call in timed:
-        for name in ("triton.row_block", "cuda.sm90" if call.op == "lowrank_mlp" else "cuda.cluster"):
+        for name in names[call.op]:
             assert (call.op, name, call.label) in checked, f"{name} is not checked at {call.label}"
 
 
@@ -121,7 +126,7 @@ def test_the_mlp_is_checked_with_several_items_a_cta_and_every_rank_that_plans_n
 
 def test_a_cuda_graph_is_the_first_thing_a_cuda_kernel_has_to_survive():
     groups = {group.name: group for phase in WINDOWS[1].phases for group in phase.groups(())}
-    for name in ("cuda chain", "cuda bytes", "cuda cluster", "cuda sm90"):
+    for name in ("cuda chain", "cuda bytes", "cuda mlp", "cuda cluster", "cuda sm90"):
         assert groups[name].tasks[0].kind == "capture" and groups[name].after == plan.BUILD
 
 

@@ -108,18 +108,7 @@ class Hopper {
   }
 
   void load(const Map& map, int destination, int barrier, int column, int row) {
-    const uint32_t start = address(destination);
-    const int row_bytes = map.box_columns * 2;
-    if (start % 1024 || row_bytes != map.swizzle) all_.breach("a box of TMA does not lie as its swizzle wants");
-    std::memset(&cta_.shared.at(start), 0xFF, map.box_rows * row_bytes);
-    pause();
-    for (int r = 0; r < map.box_rows; ++r)
-      for (int c = 0; c < map.box_columns; ++c) {
-        const bool there = row + r < map.rows && column + c < map.columns;
-        const uint16_t value = there ? map.data[(row + r) * map.stride + column + c] : 0;
-        write(physical(start + r * row_bytes + c * 2, map.swizzle), value);
-      }
-    all_.change([&] { complete(cta_, barrier, map.box_rows * row_bytes); });
+    load_rows(map, destination, barrier, column, [row](int r) { return row + r; });
   }
   void store(const Map& map, int source, int column, int row) {
     stores_.push_back([=, &map] {
@@ -221,6 +210,48 @@ class Hopper {
         for (int k = 0; k < kDepth; ++k) a[row][k] = operand(A, row, k);
     });
   }
+  template <int N, class Make>
+  void enqueue(Registers<float, N / 2>& sums, uint64_t B, bool set, Make left) {
+    if (!ready_) all_.breach("a product without a fence before it");
+    if (sums.products++ == 0) {
+      sums.under_way.assign(&sums.values[0][0], &sums.values[0][0] + 128 * (N / 2));
+      for (auto& lane : sums.values)
+        for (float& value : lane) value = kNaN;
+    }
+    products_.push_back([this, &sums, B, set, left] {
+      static thread_local float a[64][kDepth], b[N][kDepth];
+      left(a);
+      for (int n = 0; n < N; ++n)
+        for (int k = 0; k < kDepth; ++k) b[n][k] = operand(B, n, k);
+      for (int lane = 0; lane < 128; ++lane)
+        for (int i = 0; i < N / 2; ++i) {
+          // Figure "WGMMA .m64nNk16 register fragment layout for accumulator matrix D".
+          const int row = lane / 32 * 16 + lane % 32 / 4 + (i & 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
+          float& sum = sums.under_way[lane * (N / 2) + i];
+          float dot = 0;
+          for (int k = 0; k < kDepth; ++k) dot += a[row][k] * b[column][k];
+          sum = set ? dot : sum + dot;
+        }
+      if (--sums.products == 0) std::memcpy(&sums.values[0][0], sums.under_way.data(), sums.under_way.size() * 4);
+    });
+  }
+  // A box whose r-th row is that of the matrix which `row_of(r)` says.
+  template <class RowOf>
+  void load_rows(const Map& map, int destination, int barrier, int column, RowOf row_of) {
+    const uint32_t start = address(destination);
+    const int row_bytes = map.box_columns * 2;
+    if (start % 1024 || row_bytes != map.swizzle) all_.breach("a box of TMA does not lie as its swizzle wants");
+    std::memset(&cta_.shared.at(start), 0xFF, map.box_rows * row_bytes);
+    pause();
+    for (int r = 0; r < map.box_rows; ++r)
+      for (int c = 0; c < map.box_columns; ++c) {
+        const bool there = row_of(r) < map.rows && column + c < map.columns;
+        const uint16_t value = there ? map.data[row_of(r) * map.stride + column + c] : 0;
+        write(physical(start + r * row_bytes + c * 2, map.swizzle), value);
+      }
+    all_.change([&] { complete(cta_, barrier, map.box_rows * row_bytes); });
+  }
+  void breach(const std::string& what) { all_.breach(what); }
   void store_bytes(uint32_t offset, const void* value, int bytes) {
     std::memcpy(&cta_.shared.at(address(offset) + bytes - 1) - (bytes - 1), value, bytes);
     for (uint32_t at = address(offset); at < address(offset) + bytes; ++at) {
@@ -254,31 +285,6 @@ class Hopper {
     const uint32_t logical = start + row / 8 * stride + row % 8 * row_bytes + k * kBytes;
     using Bits = std::conditional_t<kBytes == 1, uint8_t, uint16_t>;
     return decode(fenced<Bits>(physical(logical, row_bytes), "a product"), T{});
-  }
-  template <int N, class Make>
-  void enqueue(Registers<float, N / 2>& sums, uint64_t B, bool set, Make left) {
-    if (!ready_) all_.breach("a product without a fence before it");
-    if (sums.products++ == 0) {
-      sums.under_way.assign(&sums.values[0][0], &sums.values[0][0] + 128 * (N / 2));
-      for (auto& lane : sums.values)
-        for (float& value : lane) value = kNaN;
-    }
-    products_.push_back([this, &sums, B, set, left] {
-      static thread_local float a[64][kDepth], b[N][kDepth];
-      left(a);
-      for (int n = 0; n < N; ++n)
-        for (int k = 0; k < kDepth; ++k) b[n][k] = operand(B, n, k);
-      for (int lane = 0; lane < 128; ++lane)
-        for (int i = 0; i < N / 2; ++i) {
-          // Figure "WGMMA .m64nNk16 register fragment layout for accumulator matrix D".
-          const int row = lane / 32 * 16 + lane % 32 / 4 + (i & 2 ? 8 : 0), column = i / 4 * 8 + lane % 4 * 2 + (i & 1);
-          float& sum = sums.under_way[lane * (N / 2) + i];
-          float dot = 0;
-          for (int k = 0; k < kDepth; ++k) dot += a[row][k] * b[column][k];
-          sum = set ? dot : sum + dot;
-        }
-      if (--sums.products == 0) std::memcpy(&sums.values[0][0], sums.under_way.data(), sums.under_way.size() * 4);
-    });
   }
   void send_bytes(int rank, uint32_t offset, int barrier, const void* data, int bytes) {
     all_.change([&] {

@@ -319,6 +319,59 @@ def test_the_kernel_of_8_bit_floats_refuses_before_a_launch(fake, given, message
     assert fake.launches() == [] and fake.runtime.fake_current() == 0
 
 
+MLP_POINTERS = (
+    *("rows_scale", "squares", "reach", "scale1", "bias1", "scale2", "bias2", "scale3", "bias3"),
+    *("residual", "sums", "flags"),
+)
+
+
+def fp8_mlp(fake, M=12608, r1=224, D=3072, r2=224, N=768, act=1, ctas=0, **given):
+    names = ("q", "W1", "W2", "W3", "y", *MLP_POINTERS)
+    where = {name: given.get(name, at(1 + i)) for i, name in enumerate(names)}
+    addresses = list(where.values())
+    fake.module.fp8_mlp_sm90(*addresses[:5], M, r1, D, r2, N, act, False, 2, *addresses[5:], ctas, 1, STREAM)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "blocks", "kernel"),
+    [
+        ({}, 132, "TileILi224EE"),
+        ({"r1": 192, "r2": 16}, 132, "TileILi192EE"),
+        ({"r2": 256, "residual": 0, "bias2": 0}, 132, "TileILi256EE"),
+        ({"M": 197}, 12, "TileILi224EE"),  # two row blocks of 24 slices, four for each
+        ({"ctas": 7}, 7, "TileILi224EE"),
+    ],
+)
+def test_the_mlp_of_8_bit_floats(fake, sizes, blocks, kernel):
+    fp8_mlp(fake, **sizes)
+    (launch,) = fake.launches()
+    assert kernel in launch.kernel and launch[1:3] == (blocks, 384) and launch[4:] == (STREAM, 1)
+    assert launch.shared <= 227 * 1024 and fake.runtime.fake_current() == 0
+    shape = {"M": 12608, "r1": 224, "D": 3072, "r2": 224, "N": 768, "ctas": 0, **sizes}
+    room = fake.module.fp8_mlp_sm90_room(*(shape[name] for name in ("M", "r1", "D", "r2", "N", "ctas")), 1)
+    assert room == (blocks, 128 * int(kernel[7:10]))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"W2": at(3) + 8}, "W2 is not aligned to 16 bytes"),
+        ({"W3": at(4, device=0)}, "W3 does not lie on CUDA device 1"),
+        ({"scale3": at(13) + 8}, "scale3 is not aligned to 16 bytes"),
+        ({"sums": 0}, "the room for sums is a null pointer"),
+        ({"act": 6}, "no such activation"),
+        ({"r1": 100}, "r1 = 100, expected a multiple of 16"),
+        ({"D": 3080}, "D = 3080, expected a multiple of 16"),
+        ({"r2": 272}, "ranks 224 and 272, expected at most 256"),
+        ({"M": 0}, "M = 0, expected 1 to"),
+    ],
+)
+def test_the_mlp_of_8_bit_floats_refuses_before_a_launch(fake, given, message):
+    with pytest.raises(ValueError, match=message):
+        fp8_mlp(fake, **given)
+    assert fake.launches() == [] and fake.runtime.fake_current() == 0
+
+
 def test_every_plan_that_the_gate_forces_is_launched(fake):
     if not (ROOT / "bench").is_dir():
         pytest.skip("bench/ is not beside the tests")

@@ -25,6 +25,7 @@ def nvcc(monkeypatch):
         ("lowrank_mlp_fp16_sm90", 7),
         ("lowrank_linear_cluster_sm90", 8),
         ("fp8_linear_sm90", 5),
+        ("fp8_mlp_sm90", 3),
     ],
 )
 def test_nothing_spills_and_products_are_not_serialised(source, kernels, nvcc):

@@ -48,6 +48,12 @@ class Calibration(Options):
         None, "Refuse to measure where the sums would take more than this, as in 2GB.", metavar="SIZE"
     )
 
+    sums_in: str | None = option(
+        None,
+        "Keep moments in a temporary file of this folder: slower, and hardly any memory.",
+        metavar="FOLDER",
+    )
+
     @property
     def objectives(self) -> tuple[str, ...]:
         """All objectives asked for."""

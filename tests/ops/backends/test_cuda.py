@@ -52,7 +52,7 @@ def hopper(monkeypatch):
     def plan(M, K, D, N, r1, r2, residual, device):
         return (*emulated.planned(M, K, D, N, r1, r2)[0], 1.0)
 
-    module = SimpleNamespace(lowrank_sm90=None, lowrank_sm90_plan=plan, fp8_linear_sm90=None)
+    module = SimpleNamespace(lowrank_sm90=None, lowrank_sm90_plan=plan, fp8_linear_sm90=None, fp8_mlp_sm90=None)
     monkeypatch.setattr(native, "cuda_why_not", lambda device=None: None)
     monkeypatch.setattr(native, "capability", lambda device: 90)
     monkeypatch.setattr(native, "device_index", lambda device: 0)

@@ -5,4 +5,4 @@
 from vitlr.ops.backends.triton import lowrank_glu, lowrank_linear, lowrank_mlp, lowrank_residual_linear  # noqa: F401
 from vitlr.ops.backends import cpu, cpu_int8, cpu_rounding  # noqa: F401
 from vitlr.ops.backends.triton import byte_chains, linalg  # noqa: F401
-from vitlr.ops.backends import cuda, cuda_bytes, cuda_solve, cusolver, scaled_mm, two_steps  # noqa: F401
+from vitlr.ops.backends import cuda, cuda_bytes, cuda_mlp, cuda_solve, cusolver, scaled_mm, two_steps  # noqa: F401

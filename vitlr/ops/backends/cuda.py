@@ -23,7 +23,7 @@ ACTS = ("none", "gelu", "gelu_tanh", "silu", "sigmoid", "relu")  # the order of 
 LARGEST_RANK = 256
 MOST_ROWS = 2**30  # coordinates of TMA and row blocks are counted in 32 bits
 PROCESSORS = 132  # of an H100 or H200
-KERNELS = ("lowrank_sm90", "fp8_linear_sm90")  # of vitlr._cuda, that only sm_90a has
+KERNELS = ("lowrank_sm90", "fp8_linear_sm90", "fp8_mlp_sm90")  # of vitlr._cuda, that only sm_90a has
 Plan = tuple[int, int, int, int, int]
 
 

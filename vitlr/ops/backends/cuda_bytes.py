@@ -48,7 +48,8 @@ def _supports(key: fp8_chain.Key) -> str | None:
 def floor(key: fp8_chain.Key, ceilings: registry.Ceilings, target: Any = None) -> float | None:
     """The floor in µs: that of Triton's launches, and of the kernel products beside activations, no wave lost."""
     target = target or triton.target_of(key.device)
-    total = byte_chains.floor(key, ceilings, target, leave=widens)
+    last = len(key.acts) - 1
+    total = byte_chains.floor(key, ceilings, target, leave=lambda i, K, N: i < last and widens(K, N))
     M = key.M or 0
     for (K, N), act in zip(pairwise(key.widths[:-1]), key.acts, strict=False):
         if total is not None and widens(K, N):

@@ -19,12 +19,15 @@ Key = fp8_chain.Key | int8_chain.Key
 
 
 def floor(
-    key: Key, ceilings: registry.Ceilings, target: Any = None, leave: Callable[[int, int], bool] = lambda K, N: False
+    key: Key,
+    ceilings: registry.Ceilings,
+    target: Any = None,
+    leave: Callable[[int, int, int], bool] = lambda i, K, N: False,
 ) -> float | None:
     """The floor in µs: bytes of every launch, or its whole waves of tiles, whose activations count beside products.
 
-    `target`: of `triton_kernels.targets`, in place of the key's device. `leave(K, N)`: linears that do not count, none
-    of them the last.
+    `target`: of `triton_kernels.targets`, in place of the key's device. `leave(i, K, N)`: linears that do not
+    count, by their place and widths.
     """
     linear, target = triton.kernels("byte_linear"), target or triton.target_of(key.device)
     form = torch.int8 if isinstance(key, int8_chain.Key) else fp8_chain.FP8
@@ -32,7 +35,7 @@ def floor(
     total = 1e6 * M * key.widths[0] * (size + 1) / ceilings.bytes_per_s
     for i, ((K, N), act) in enumerate(zip(pairwise(key.widths), key.acts, strict=True)):
         last = i == steps - 1
-        if not last and leave(K, N):
+        if leave(i, K, N):
             continue
         config = linear.config(M, K, N, key.dtype, form, target, last and key.residual)
         tile = config.BM * config.BN
