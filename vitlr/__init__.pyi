@@ -78,6 +78,7 @@ def calibrate(
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
     max_memory: str | float | None = None,
+    sums_in: str | None = None,
 ) -> Statistics: ...
 def compress(
     model: nn.Module,
@@ -125,6 +126,7 @@ def compress(
     hidden: bool | str | None = None,
     hidden_memory: float = 8000000000.0,
     max_memory: str | float | None = None,
+    sums_in: str | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     lr: float = 0.0001,

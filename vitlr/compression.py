@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears, visibility
+from vitlr.anatomy.mlps import find_mlps
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import GRADIENT_OBJECTIVES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
@@ -130,6 +131,9 @@ def compressed(
     watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
     with visibility.visible(model):
         layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
+
+        if stages.calibration.hidden is True and stages.planning.settled == "joint" and not find_mlps(model):
+            stages = replace(stages, calibration=replace(stages.calibration, hidden=None))  # ranks, queries and keys
 
     def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
         with watch("calibrating") as advance:

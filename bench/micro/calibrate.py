@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.common import finish, parser, peak_bytes, verdict
+from bench.common import BUILD, finish, parser, peak_bytes, verdict
 from vitlr.calibration.loop import calibrate
 from vitlr.checkpoint.creation import create_model
 from vitlr.measuring.timing import compare
@@ -58,6 +58,9 @@ def variants(model: nn.Module, loader: list[Tensor]) -> dict[str, Callable[[], o
         "calibrate loss": lambda: calibrate(model, loader, objective="loss", hidden=False),
         "calibrate fisher": lambda: calibrate(model, loader, objective="fisher", hidden=False),
         "calibrate fisher, hidden": lambda: calibrate(model, loader, objective="fisher", hidden=True),
+        "calibrate fisher, hidden, in a file": lambda: calibrate(
+            model, loader, objective="fisher", hidden=True, sums_in=str(BUILD)
+        ),
     }
 
 
@@ -80,6 +83,7 @@ def main() -> None:
     given = args.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
+    BUILD.mkdir(exist_ok=True)
     model = create_model(given.model).requires_grad_(False)
     runs = variants(model, batches(given.images, given.batch_size))
     if given.only:

@@ -50,6 +50,13 @@ def test_it_is_refused_before_the_second_batch_and_what_would_fit_is_said(tiny_v
         vitlr.calibrate(model, batches, objective="fisher", hidden=True, max_memory=1000)
 
 
+def test_sums_in_a_file_take_no_memory(tiny_vit, batches, tmp_path):
+    how = {"objective": "fisher", "hidden": True, "max_memory": "45kB"}
+    with pytest.raises(InputError, match=r"leave layers out with exclude=; sums_in= keeps them in a file"):
+        vitlr.calibrate(tiny_vit(), batches, **how)
+    assert taken(vitlr.calibrate(tiny_vit(), batches, **how, sums_in=str(tmp_path))) > 400e3
+
+
 def test_sizes_are_read_as_they_are_written():
     assert read_bytes("2GB", "x") == 2e9 and read_bytes("1.5 GiB", "x") == 1.5 * 2**30 and read_bytes(7, "x") == 7
     assert [said_bytes(n) for n in (12, 3e3, 4.56e6, 2e9)] == ["12 bytes", "3 kB", "4.56 MB", "2 GB"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vitlr.calibration.kept import kept
 from vitlr.calibration.sums import SUMS, LayerStatistics
 from vitlr.errors import InputError
 from vitlr.measuring.losses import draws
 from vitlr.ops.linalg.gram import exact_products, gram_update_
+from vitlr.runtime.mapped import Mapped, put_away
 from vitlr.runtime.modules import read_freely
 
 COLUMNS = 32  # of a sketch: twice as many or half as many choose plans as good (docs/measured.md)
@@ -41,6 +43,7 @@ class Tap:
         leading: Collection[int],
         queries: tuple[int, int] | None = None,
         bias: Tensor | None = None,
+        file: Mapped | None = None,
     ) -> None:
         self.strided = False  # rows of one image are `images` apart, not neighbours
         self.asleep = False  # a run that is not counted
@@ -49,11 +52,12 @@ class Tap:
         self.queries = queries  # (heads, d) of the queries that its first rows make, if these are wanted
         self.bias = bias  # [heads d], what is added to them behind it
         self.gradient_seen = False
+        self.kept: Callable[[], Tensor] | None = None  # the input, from a forward pass's begin to its end
         self.forward(0)
         self.wanted = stats.keys(collect, queries is not None)
         self.by_image = "image_moment" in self.wanted
         for key in self.wanted:
-            stats.begin(key, stats.shape(key, *(queries or ())), linear.weight.device)
+            stats.begin(key, stats.shape(key, *(queries or ())), linear.weight.device, file)
         self._handles = [linear.register_forward_pre_hook(self._enter), linear.register_forward_hook(self._leave)]
 
     @property
@@ -78,25 +82,27 @@ class Tap:
         if self.asleep or not (self.wanted & {"gradient", "row_gradient"} and torch.is_grad_enabled()):
             return None
         x = args[0]
+        self.kept = kept(x)
         # A private view (or leaf, where nothing before it asks for gradients): its gradient is what this layer
         # alone sends back, whoever else reads the same input.
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         if self.stats.side == "input":
-            self._follow(x, x.detach())
+            self._follow(x, self.kept)
         return (x, *args[1:])
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if self.asleep:
             return
         x, made = args[0].detach(), output.detach()
+        looks = self.stats.side == "output" or "normalized" in self.wanted
+        y = made - self.linear.bias if looks and self.linear.bias is not None else made
         if output.requires_grad:
+            again, self.kept = self.kept or (lambda: x), None
             if self.stats.side == "output":
-                seen = made
-                if self.by_image:  # of its own: what follows may write into the output
-                    seen = made.clone() if self.linear.bias is None else made - self.linear.bias
-                self._follow(output, seen)
+                seen = made.clone() if self.by_image and y is made else y  # what follows may write into the output
+                self._follow(output, lambda: seen)
             if "image_input_moment" in self.wanted:
-                output.register_hook(lambda g: self._add_hidden(x, g))
+                output.register_hook(lambda g: self._add_hidden(again(), g))
             if "output_gradient" in self.wanted:
                 output.register_hook(self._add_output_gradient)
             if "output_square" in self.wanted:
@@ -106,30 +112,31 @@ class Tap:
                 q = q if self.bias is None else q + self.bias.detach()
                 output.register_hook(lambda g: self._add_scores(q, g))
             if "row_gradient" in self.wanted:
-                output.register_hook(lambda g: self._add_row_gradient(g, x))
+                output.register_hook(lambda g: self._add_row_gradient(g, again()))
         if not self.in_backward:
             with torch.no_grad():
-                self._add_moments(x, made)
+                self._add_moments(x, y)
 
-    def _follow(self, t: Tensor, seen: Tensor) -> None:
-        """Wait for the gradient by `t`, of the smaller side, on which the layer saw `seen`."""
+    def _follow(self, t: Tensor, seen: Callable[[], Tensor]) -> None:
+        """Wait for the gradient by `t`, of the smaller side, on which the layer saw `seen()`."""
         if "gradient" in self.wanted:
             t.register_hook(self._add_gradient)
         if self.by_image:
-            t.register_hook(lambda g: self._add_products(seen, g))
+            t.register_hook(lambda g: self._add_products(seen(), g))
 
-    def _add_moments(self, x: Tensor, output: Tensor) -> None:
+    def _add_moments(self, x: Tensor, y: Tensor) -> None:
+        """Of the input, and of the output y before its bias."""
         s, wanted = self.stats, self.wanted
         rows = x.reshape(-1, s.in_features)
         s.tokens += rows.shape[0]
         s.sum("input_sum").add_(rows.sum(0, dtype=torch.float32 if rows.dtype.itemsize <= 4 else None))
-        needs_output = s.side == "output" or "normalized" in wanted
-        y = self._without_bias(output) if needs_output else output
+        y = y.reshape(-1, s.out_features)
         small = y if s.side == "output" else rows
         if "moment" in wanted:
             self._add_gram("moment", small)
         if "normalized" in wanted:
             gram_update_(s.held["normalized"], small, self._image_weights(y, len(x)))
+            put_away(s.held["normalized"])
         if "input_moment" in wanted:
             self._add_gram("input_moment", rows)
         for key, extreme in (("input_low", rows.amin), ("input_high", rows.amax)):
@@ -147,18 +154,15 @@ class Tap:
         size = own * size
         if not isinstance(size, Tensor) and size == 1.0:
             gram_update_(C, X)
-            return
-        part = torch.zeros_like(C)
-        gram_update_(part, X)
-        _add(C, part, size**2)
+        else:
+            part = torch.zeros_like(C)
+            gram_update_(part, X)
+            _add(C, part, size**2)
+        put_away(C)
 
     def _add_squares(self, key: str, t: Tensor) -> None:
         rows = t.detach().reshape(-1, t.shape[-1]).to(torch.promote_types(t.dtype, torch.float32))
         self.stats.sum(key).add_(rows.square().sum(0))
-
-    def _without_bias(self, output: Tensor) -> Tensor:
-        y = output if self.linear.bias is None else output - self.linear.bias
-        return y.reshape(-1, self.stats.out_features)
 
     def _per_image(self, rows: Tensor, leading: int) -> Tensor:
         """Split rows by image, `[images, tokens of one, ...]`; `leading` is the first dimension they came with."""

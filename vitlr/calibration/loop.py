@@ -16,13 +16,13 @@ from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import score_attentions
 from vitlr.calibration.hidden import hidden_layers
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, Calibration
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, QUERIES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.shares import NOTHING, Share, begin_anew, everywhere, example, together
 from vitlr.calibration.statistics import Statistics
-from vitlr.calibration.sums import LayerStatistics, share_moments
+from vitlr.calibration.sums import LayerStatistics, share_moments, triangles
 from vitlr.calibration.wants import Wants
 from vitlr.data.batches import (
     call,
@@ -42,6 +42,7 @@ from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode, frozen_parameters
 from vitlr.runtime.copies import no_graphs_left
 from vitlr.runtime.fields import keywords
+from vitlr.runtime.mapped import Mapped
 from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress, shows
 from vitlr.runtime.storage import fingerprint
@@ -75,7 +76,8 @@ def calibrate(
     `extras` what the baselines need. `hidden` adds what narrower MLPs need, the moment `Σ h hᵀ [D, D]` of every MLP's
     hidden neurons in float64: `8 D²` bytes an MLP, twice that with "fisher". By itself (None) it does so where MLPs are
     recognised and all fits into `hidden_memory` bytes, else `notes["no_hidden"]` says why not; True refuses what cannot
-    be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well.
+    be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well. Where no MLP can get
+    narrower the moments of queries and keys are measured alone (the extra "queries").
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
     tensor to sample from; `samples` losses are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. `resume` names
@@ -155,10 +157,11 @@ def calibrate(
                     if not processes.first():  # what there was is the first one's
                         begin_anew(stats)
                 run = stats or fresh
-                heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
+                heads = score_attentions(model, targets).values() if {HIDDEN, QUERIES} & set(extras) else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
                 behind = {a.queries_keys[0]: model.get_parameter(a.bias) for a in heads if a.bias}
-                wants = Wants(run.layers, queries, _device(targets), objectives, extras, frozenset(widths))
+                file = _file(wanted.sums_in, _device(targets))
+                wants = Wants(run.layers, queries, _device(targets), objectives, extras, frozenset(widths), bool(file))
                 wants.check_fits(wanted.most)
                 taps += [
                     Tap(
@@ -168,6 +171,7 @@ def calibrate(
                         found.leading[name],
                         queries.get(name),
                         behind.get(name),
+                        file,
                     )
                     for name in targets
                 ]
@@ -197,7 +201,10 @@ def calibrate(
                                 _say(run, what_is(model, picked)[1], picked)
                             losses = sampled_losses(model, picked, seeds, wanted.samples)
                             doubts.append(largest_doubt(model, picked))
+                            del picked
                         _backward(losses, taps, sketches(seeds, wanted.samples, taps), others, run)
+                        del losses
+                    del output  # its graph holds activations, which the next batch's would come on top of
                 run.images += images
                 run.whole = True
             seen = sum(processes.gather(run.images))
@@ -294,6 +301,15 @@ def _empty(targets: Mapping[str, nn.Linear], found: Probe, shape: Any) -> Statis
 
 def _device(targets: Mapping[str, nn.Linear]) -> torch.device:
     return next(iter(targets.values())).weight.device
+
+
+def _file(folder: str | None, device: torch.device) -> Mapped | None:
+    """Where the sums lie, if not in memory."""
+    if folder is not None and not triangles(device):
+        raise InputError(
+            f"sums_in={folder!r} is for a model on the CPU; this one is on {device}, where its sums lie too"
+        )
+    return None if folder is None else Mapped(folder)
 
 
 def _remove(taps: list[Tap]) -> None:

@@ -17,6 +17,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.runtime import storage
 from vitlr.runtime.compact import BITS
 from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, check, number, text, tuple_of, whole
+from vitlr.runtime.mapped import put_away
 from vitlr.runtime.storage import fingerprint
 
 __all__ = ["BY_IMAGE_HIDDEN", "SCORES", "LayerStatistics", "Statistics"]
@@ -156,6 +157,7 @@ class Statistics:
                         f"layer {layer.name}: the {key} sums hold NaN or Inf; check the weights and the images, "
                         "or use float32"
                     )
+                put_away(tensor)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, atomically."""

@@ -14,6 +14,7 @@ from vitlr.errors import InputError, NumericalError
 from vitlr.ops.linalg.eigenproblems import DAMPING
 from vitlr.ops.linalg.residuals import Metric
 from vitlr.ops.linalg.triangles import length, square, triangle
+from vitlr.runtime.mapped import Mapped, put_away
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,20 @@ class LayerStatistics:
         tensor = self.held[key]
         return triangle(tensor) if SUMS[key].symmetric and tensor.shape == self.shape(key) else tensor
 
-    def begin(self, key: str, shape: tuple[int, ...], device: torch.device) -> None:
-        """Let there be a sum on a device to add to: what is there already, or that of no image."""
+    def begin(self, key: str, shape: tuple[int, ...], device: torch.device, file: Mapped | None = None) -> None:
+        """Let there be a sum on a device, a triangle in `file`: what is there already, or that of no image."""
         half = SUMS[key].symmetric and triangles(device)
         if key in self.held:
             self.held[key] = (self.packed(key) if half else self.sum(key)).to(device)
+            if half and file is not None:
+                self.held[key] = file.zeros(len(self.held[key])).copy_(self.held[key])
+                put_away(self.held[key])
         else:
             shape = (length(shape[0]),) if half else shape
-            self.held[key] = torch.full(shape, SUMS[key].start, dtype=torch.float64, device=device)
+            if half and file is not None:
+                self.held[key] = file.zeros(*shape)
+            else:
+                self.held[key] = torch.full(shape, SUMS[key].start, dtype=torch.float64, device=device)
 
     def keys(self, collect: Collection[str], queries: bool) -> frozenset[str]:
         """The sums that this layer collects; `queries` says that its first rows make those of an attention."""

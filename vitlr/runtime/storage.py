@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.runtime.kinds import read_json, shown, whole
+from vitlr.runtime.mapped import put_away
 from vitlr.runtime.places import atomic_path, is_file
 
 _METADATA_KEY = "vitlr"
@@ -67,6 +68,7 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        put_away(tensor)
     return f"sha256:{sha.hexdigest()}"
 
 
