@@ -45,11 +45,12 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 - reach: the share of the parameters that lies in layers which can be made smaller;
 - ranks, widths, bits: `method="lowrank"` and `"joint"` at `{BUDGETS["joint"]}`, `"bits"` at
   `{BUDGETS["bits"]}`. Widths are those of hidden neurons (MLPs) and of queries and keys (q·k): of how
-  many of those that are there;
+  many of those that are there; where no MLP can get narrower a joint plan takes ranks alone, and says so;
 - file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=` (torchvision's Swin
   and MaxViT do at sizes other than those that torchvision has names for);
-- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank. Attention with a bias of positions
-  (Swin, BEiT) keeps its module, since no kernel of ours takes one;
+- fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank; `FusedBiasedAttention` is attention
+  under a bias of positions (Swin, BEiT, SAM, MaxViT). torch's own attention needs none: what stands for it while it is
+  compressed runs by the same kernel as it is, torchvision's in windows too;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
   `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """
@@ -65,6 +66,7 @@ COLUMNS = {
 }
 SLOW = ("onnx", "compile")
 PASSED = "the answer does not depend on all of its linears, which stay dense"
+FEW = f"it has as many hidden neurons as tokens were seen on {IMAGES} images; on more it gets narrower"
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""
 
@@ -114,20 +116,25 @@ class Trial:
             reason.partition("keeps its width: ")[2].partition(". Supported")[0] or reason
             for reason in refused.values()
         ]
-        if not known:
-            return ["no", *dict.fromkeys(reasons or ["it has no MLP"])]
+        reasons += [] if known or refused else ["it has no MLP"]
         small, plan = self._compressed("joint")
         self.small = small  # the other columns are asked of the last of these two
         chosen = Counter(row.kind for row in plan.widths)
         parts = [f"{chosen['mlp']} of {len(known) + len(refused)} MLPs"] if known or refused else []
         assert self.stats is not None
-        for name in known.keys() - {row.name for row in plan.widths}:
+        for name in sorted(known.keys() - {row.name for row in plan.widths}):
             passed = not self.stats.layers.keys() >= set(known[name].linears)
-            reasons.append(PASSED if passed else "its hidden neurons say too little on so few images")
+            reasons.append(PASSED if passed else self._too_few(known[name]))
         if heads or why:
             parts.append(f"{chosen['query_keys']} of {len(heads.keys() | why.keys())} q·k")
             reasons += [reason.partition(". Supported")[0] for reason in why.values()]
-        return [", ".join(parts), *dict.fromkeys(reasons)]
+        return [", ".join(parts) or "none", *dict.fromkeys(reasons)]
+
+    def _too_few(self, mlp: mlps.Mlp) -> str:
+        """Why nothing is known of an MLP's hidden neurons: it has more than tokens were seen, or still ones."""
+        assert self.stats is not None
+        tokens = self.stats.layers[mlp.linears[-1]].tokens
+        return FEW if tokens <= mlp.width else "its hidden neurons hardly differ from token to token"
 
     def bits(self) -> Cell:
         self._compressed("bits")

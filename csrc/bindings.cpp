@@ -122,8 +122,8 @@ void int8_attention(bool bf16, uintptr_t x, const py::tuple& sizes, uintptr_t y,
   vitlr::run_int8_attention(kernel, attention, call, threads);
 }
 
-// q, k, v: (address, strides of image, head and row); y [images, queries, heads, width]
-void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr_t y, int64_t images,
+// q, k, v, bias: (address, strides of image, head and row), a bias at 0 is none; y [images, queries, heads, width]
+void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& bias, uintptr_t y, int64_t images,
                int64_t heads, int64_t queries, int64_t keys, int64_t width, float scale, int threads,
                const std::string& isa) {
   vitlr::Attention call{};
@@ -132,6 +132,7 @@ void attention(bool bf16, const py::tuple& q, const py::tuple& k, const py::tupl
     strides = {from[1].cast<int64_t>(), from[2].cast<int64_t>(), from[3].cast<int64_t>()};
   };
   read(q, call.q, call.q_strides), read(k, call.k, call.k_strides), read(v, call.v, call.v_strides);
+  read(bias, call.bias, call.bias_strides);
   call.images = images, call.heads = heads, call.queries = queries, call.keys = keys, call.width = width;
   call.scale = scale, call.y = pointer(y);
   const vitlr::AttentionKernel& kernel = vitlr::attention_kernel(vitlr::select_isa(isa.c_str()), bf16);

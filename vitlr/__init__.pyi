@@ -54,6 +54,7 @@ def apply(
     plan: Plan,
     stats: Statistics | None = None,
     *,
+    measure: Callable[[nn.Module], Statistics] | None = None,
     inplace: bool = False,
     progress: Progress | bool | None = None,
 ) -> nn.Module: ...

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitlr.anatomy import linears, visibility
+from vitlr.anatomy.mlps import find_mlps
 from vitlr.calibration.loop import calibrate
 from vitlr.calibration.options import GRADIENT_OBJECTIVES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.resuming import exactly
@@ -24,6 +25,7 @@ from vitlr.measuring.cost import Cost, count_bytes, count_params
 from vitlr.planning.budgets import Budget, is_timed, parse_budget
 from vitlr.planning.options import ROUNDED, Planning
 from vitlr.planning.pace import check_machine, clocked
+from vitlr.planning.plan_kinds import ROUNDS
 from vitlr.planning.planner import plan
 from vitlr.planning.plans import Plan
 from vitlr.refinement.ladder import check_free, refine
@@ -130,6 +132,9 @@ def compressed(
     with visibility.visible(model):
         layers = tuple(linears.targets(model, stages.calibration.include, stages.calibration.exclude))
 
+        if stages.calibration.hidden is True and stages.planning.settled == "joint" and not find_mlps(model):
+            stages = replace(stages, calibration=replace(stages.calibration, hidden=None))  # ranks, queries and keys
+
     def calibrated(network: nn.Module, options: Calibration, file: Any = None, **asked: Any) -> Statistics:
         with watch("calibrating") as advance:
             how: dict[str, Any] = {"loss_fn": loss_fn, "output_fn": output_fn, "resume": file, "progress": advance}
@@ -142,6 +147,7 @@ def compressed(
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
     small, left = model, stages.budget
+    earlier: tuple[Plan, ...] = ()
     if left is not None and rounds > 1:
         # As the first time: its statistics may be of another objective or more draws than are the default.
         again = replace(
@@ -153,7 +159,7 @@ def compressed(
             exclude=None,
         )
         once_more = measure or (lambda network: calibrated(network, again))
-        small, measured, left = narrowed(small, measured, left, whole, rounds, once_more, options, inplace)
+        small, measured, left, earlier = narrowed(small, measured, left, whole, rounds, once_more, options, inplace)
 
     times = None
     if stages.timed:
@@ -167,13 +173,14 @@ def compressed(
         chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))
     if stages.budget is not None:  # of the whole, also where rounds have taken a part
         chosen = replace(chosen, budget=str(stages.budget), params=whole.params, macs=whole.macs, bytes=whole.bytes)
+    last, chosen = chosen, replace(chosen, earlier=earlier)
     if decided is not None:
         decided(chosen)
     if plan_only:
         return Compressed(small, chosen, None, measured, images)
 
     with watch("applying", None, "layers") as advance:
-        small = apply(small, chosen, inplace=inplace or rounds > 1, progress=advance)
+        small = apply(small, last, inplace=inplace or rounds > 1, progress=advance)
     record(small, chosen, measured, rounds, images)
     report: Refinement | None = None
     # A budget that all layers fit into leaves no error to repair.
@@ -270,8 +277,8 @@ def rounds_by_itself(budget: Budget | None, options: Planning, rungs: Sequence[s
 
 def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     """Raise `InputError` for rounds that there are none of, and plans that narrow no MLPs or have no budget."""
-    if type(rounds) is not int or not 1 <= rounds <= 8:
-        raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to 8")
+    if type(rounds) is not int or not 1 <= rounds <= ROUNDS:
+        raise InputError(f"rounds={rounds!r}, expected a whole number from 1 to {ROUNDS}")
     if rounds > 1 and is_timed(budget):
         raise InputError(f"rounds={rounds} counts what is counted, not times; it does not go with {budget}")
     if rounds > 1 and options.stored:
@@ -290,8 +297,8 @@ def narrowed(
     measure: Measure,
     options: Planning,
     inplace: bool,
-) -> tuple[nn.Module, Statistics, Budget]:
-    """MLPs lose neurons in `rounds − 1` equal ratios of what the budget leaves; the model, its statistics and budget.
+) -> tuple[nn.Module, Statistics, Budget, tuple[Plan, ...]]:
+    """MLPs lose neurons in `rounds − 1` equal ratios of what the budget leaves; model, statistics, budget and plans.
 
     After round i `share^(i / rounds)` of the budget's quantity is left; the rest is for the plan that follows, from
     statistics that `measure` collected on the narrowed model. One calibration tells what small changes of the dense
@@ -300,10 +307,11 @@ def narrowed(
     """
     total = float(getattr(whole, budget.quantity))
     share = min(budget.limit(total) / total, 1.0)
-    widths = replace(options, method="widths", attention=None)
+    widths, plans = replace(options, method="widths", attention=None), []
     for done in range(1, rounds):
         part = Budget(budget.quantity, total * share ** (done / rounds), False)
         chosen = plan(model, stats, part, options=widths)
         model = apply(model, chosen, inplace=inplace or done > 1)
         stats = measure(model)
-    return model, stats, Budget(budget.quantity, budget.limit(total), False)
+        plans.append(replace(chosen, spectra=None))  # as large as the model
+    return model, stats, Budget(budget.quantity, budget.limit(total), False), tuple(plans)

@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ViT, features": ("ViTModel", "ViTConfig", VIT),
     "DeiT": ("DeiTForImageClassification", "DeiTConfig", VIT),
     "DeiT, distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
-    "BEiT": ("BeitForImageClassification", "BeitConfig", VIT),
+    "BEiT": ("BeitForImageClassification", "BeitConfig", {**VIT, "use_relative_position_bias": True}),
     "Data2Vec": ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", VIT),
     "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", RATIO),
     "DINOv2, gated": ("Dinov2ForImageClassification", "Dinov2Config", {**RATIO, "use_swiglu_ffn": True}),

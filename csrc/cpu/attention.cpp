@@ -50,6 +50,7 @@ void run_attention(const AttentionKernel& kernel, const Attention& call, int thr
     one.v = at(call.v, call.v_strides, 0), one.v_stride = call.v_strides.row;
     one.queries = end - first, one.keys = call.keys, one.width = call.width, one.scale = call.scale;
     one.y = const_cast<char*>(at(call.y, y, first)), one.y_stride = y.row;
+    if (call.bias) one.bias = at(call.bias, call.bias_strides, first), one.bias_stride = call.bias_strides.row;
     one.memory = scratch.reserve(room);
     if (one.memory)
       kernel.head(one);

@@ -1,4 +1,4 @@
-// Attention softmax(scale q kᵀ) v, head by head: the scores of a dozen queries at a time, which never leave the cache.
+// Attention softmax(scale q kᵀ + bias) v, head by head: the scores of a dozen queries at a time, which never leave the cache.
 #pragma once
 #include <cstdint>
 
@@ -15,6 +15,8 @@ struct Head {
   void* y;      // [queries, width], rows at `y_stride`
   int64_t y_stride;
   void* memory;  // room of `AttentionKernel::room` bytes
+  const void* bias;  // [queries, keys], rows at `bias_stride`, or none; -inf where a query does not see a key
+  int64_t bias_stride;
 };
 
 // What one instruction set brings for one dtype. Plain functions, no std types, for the reason given in chain.h.
@@ -47,6 +49,8 @@ struct Attention {
   int64_t images, heads, queries, keys, width;
   float scale;
   void* y;  // [images, queries, heads, width], contiguous: as the next linear reads it
+  const void* bias = nullptr;  // [images, heads, queries, keys], or none; strides of 0 where several share one
+  Strides bias_strides = {};
 };
 
 // Throws std::bad_alloc without memory for packed keys and values of one head a thread.

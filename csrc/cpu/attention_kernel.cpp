@@ -165,7 +165,9 @@ float exponentials(const float* scores, int64_t keys, float scale, int64_t rows,
     top = left > top ? left : top;
     other = right > other ? right : other;
   }
-  const Shares<T> shares(largest_of(top > other ? top : other), scale);
+  const float largest = largest_of(top > other ? top : other);
+  const bool blind = largest == -__builtin_inff();  // who sees no key shares nothing
+  const Shares<T> shares(blind ? 0 : largest, scale);
   Vector sum = {};
   for (int64_t p = 0; p < panels; ++p) {
     const float* at = row + p * kQueries * kColumns;
@@ -178,7 +180,17 @@ float exponentials(const float* scores, int64_t keys, float scale, int64_t rows,
     sum += right;
     put_words<T>(to + kLanes / T::elements, right);
   }
-  return sum_of(sum);
+  return blind ? 0 : sum_of(sum);
+}
+
+// Rows of a panel of scores become scale score + bias, in columns from n on.
+template <class T>
+void add_bias(const Head& call, int64_t first, int64_t rows, int64_t n, int64_t columns, float* scores) {
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      float* const at = scores + m * kColumns + c;
+      store(at, load(at) * call.scale + columns_of<T>(call.bias, (first + m) * call.bias_stride, n + c, call.keys));
+    }
 }
 
 template <class T>
@@ -217,6 +229,7 @@ void head(const Head& call) {
   pack_keys<T>(call.k, call.k_stride, call.keys, call.width, keys);
   pack_values<T>(call.v, call.v_stride, call.keys, call.width, values);
   const int64_t tiles = (call.queries + kQueries - 1) / kQueries;
+  const float scale = call.bias ? 1 : call.scale;  // of what shares are made of
   alignas(64) float sums[kQueries * kColumns], totals[kQueries];
 #if defined(__AMX_BF16__)
   shape_tiles(kQueries);
@@ -230,19 +243,22 @@ void head(const Head& call) {
       const int64_t columns = width_of(call.keys, p);
       float* scores = all_scores + p * kQueries * kColumns;
       multiply<T>(queries, rows, depth, keys + p * kColumns * depth, scores, columns);
+      if (call.bias) add_bias<T>(call, first, rows, p * kColumns, columns, scores);
       for (int64_t m = 0; m < rows && (p + 1) * kColumns > call.keys; ++m)  // keys that do not exist get no share
         for (int64_t c = call.keys - p * kColumns; c < columns; ++c) scores[m * kColumns + c] = -__builtin_inff();
     }
     for (int64_t m = 0; m < rows; ++m)
-      totals[m] = exponentials<T>(all_scores, call.keys, call.scale, rows, m, shares);
+      totals[m] = exponentials<T>(all_scores, call.keys, scale, rows, m, shares);
     clear_rest<T>(shares, rows, stored_columns(call.keys) / T::elements, key_words);
     for (int64_t p = 0; p < panels_of(call.width); ++p) {
       const int64_t columns = width_of(call.width, p);
       multiply<T>(shares, rows, key_words, values + p * kColumns * key_words, sums, columns);
-      for (int64_t m = 0; m < rows; ++m)
+      for (int64_t m = 0; m < rows; ++m) {
+        const float share = totals[m] == 0 ? 0 : 1 / totals[m];
         for (int64_t c = 0; c < columns; c += kLanes)
           put_columns<T>(call.y, (first + m) * call.y_stride, p * kColumns + c, call.width,
-                         load(sums + m * kColumns + c) * (1.0f / totals[m]));
+                         load(sums + m * kColumns + c) * share);
+      }
     }
   }
 #if defined(__AMX_BF16__)

@@ -118,3 +118,32 @@ def test_what_is_written_into_a_layers_output_afterwards_changes_no_sums():
     assert found[0].side == "output" and found[0].image_moment.any()
     for key in ("moment", "image_moment", "image_gradient"):
         torch.testing.assert_close(getattr(found[1], key), getattr(found[0], key), rtol=1e-5, atol=1e-9)
+
+
+def test_hidden_neurons_that_hardly_vary_beside_their_mean_are_narrowed_in_spite_of_what_rounding_left(
+    tiny_vit, images, caplog, monkeypatch
+):
+    """Deviations are a hundredth of the mean, in 32 directions of 128: the rest of Σ is rounding of either sign."""
+    model, more = tiny_vit(), torch.cat([images, images.flip(0) * 0.7, images.roll(5, 3), images.neg()])
+    fc1, fc2 = model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2
+    fc1.weight.data.mul_(0.3 / fc1.weight.data.norm(dim=1, keepdim=True))
+    fc1.bias.data.fill_(30.0)
+    with torch.no_grad():
+        fc2.bias.sub_(fc2.weight.sum(1) * 30.0)
+    stats = calibrate(model, [more])
+    assert stats.layers["blocks.0.mlp.fc2"].tokens > 128
+    plan = vitlr.plan(model, stats, "params:70%", method="widths", width_step=16)
+    assert "blocks.0.mlp" in plan.narrowed and not caplog.text.count("left as wide")
+    width = next(row.width for row in plan.widths if row.name == "blocks.0.mlp")
+    assert 32 <= width < 128  # nothing is lost down to there
+    small, full = vitlr.apply(model, plan).blocks[0].mlp, model.blocks[0].mlp
+    seen = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model(more)
+        exact = full(seen[0])
+        assert (small(seen[0]) - exact).norm() < 0.05 * (exact - exact.mean((0, 1))).norm()
+    monkeypatch.setattr("vitlr.decomposition.hidden_moments._FAINT", 0.0)
+    with caplog.at_level(logging.WARNING, "vitlr"):
+        alone = vitlr.plan(model, stats, "params:70%", method="joint", width_step=16, **STEPS)
+    assert "blocks.0.mlp" not in alone.narrowed and "calibrate again in float32" in caplog.text

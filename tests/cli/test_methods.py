@@ -55,7 +55,6 @@ def test_statistics_without_hidden_moments_are_refused_and_those_with_serve_all(
         ),
         (("--rounds", "2", "--method", "lowrank"), "does not go with --method 'lowrank'"),
         (("--method", "joint", "--rounds", "9"), "--rounds 9, expected a whole number from 1 to 8"),
-        (("--method", "joint", "--rounds", "2", "--plan-out", "p.json"), "the plan is of the narrowed model"),
         (("--method", "bits"), "--method 'bits' changes bytes only"),
         (("--prune-rate", "0.5"), "goes with --method 'widths' or 'widths+ranks'"),
         (("--method", "joint", "--uniform"), "--uniform goes with --method 'lowrank' only"),
@@ -75,13 +74,19 @@ def test_weights_are_rounded_written_and_read(run, squeeze, tmp_path):
 
 
 def test_rounds_measure_again(run, squeeze, tmp_path):
-    """The file says what is left of the dense model, and compares with it."""
-    answer = run(*squeeze("--method", "joint", "--rounds", "2", *STEPS, "--json", budget="params:60%"))
+    """The file says what is left of the dense model, and compares with it; the plan's file says the same."""
+    file = tmp_path / "plan.json"
+    how = ("--method", "joint", "--rounds", "2", *STEPS)
+    answer = run(*squeeze(*how, "--plan-out", file, "--json", budget="params:60%"))
     small = vitlr.load(tmp_path / "small.safetensors")
     kept, whole = answer.json["params_kept"], answer.json["params"]
     assert sum(p.numel() for p in small.parameters()) == kept <= 0.6 * whole
     plan = small.vitlr_info["plan"]
     assert plan["budget"] == "params:60%" and plan["params"] == whole and small.vitlr_info["recipe"]["rounds"] == 2
+    written = vitlr.Plan.load(file)
+    assert written.to_dict() == plan and len(written.earlier) == 1
+    said = run(*squeeze(*how, "--plan-only", "--plan-out", file, budget="params:60%", out=None)).out
+    assert "1 earlier round of widths left" in said and vitlr.Plan.load(file) == written
 
 
 def test_rounds_measure_as_before_and_leave_out_what_is_excluded(run, squeeze, tmp_path, monkeypatch):

@@ -38,5 +38,6 @@ def test_damaged_spectra_are_refused_in_one_line(run, refused, squeeze, tmp_path
 def test_too_much_memory_is_refused_with_what_would_fit(refused, squeeze):
     message = refused(*squeeze(max_memory="330kB"))
     assert "take 438 kB, more than --max-memory 330kB; --objective loss (220 kB)" in message
-    assert "--method lowrank" in message
+    assert "--method lowrank" in message and "; --sums-in keeps them in a file" in message
+    assert "cannot write into '/nowhere': " in refused(*squeeze(sums_in="/nowhere"))
     assert "--max-memory 'much', expected bytes above 0" in refused(*squeeze(max_memory="much"))

@@ -38,10 +38,13 @@ bool check(const AttentionKernel& kernel, bool bf16, int threads) {
   const int64_t width = pick({1, 2, 15, 16, 31, 33, 64, 300});
   const Rows q(heads, queries, width, bf16), k(heads, keys, width, bf16), v(heads, keys, width, bf16);
   const float scale = 1 / std::sqrt(static_cast<float>(width));
+  const Rows bias(pick({1, heads}), queries, keys, bf16);  // of all heads, or of each
+  const bool biased = pick({0, 1});
+  const Strides shared{0, bias.numbers.size() > size_t(queries * keys) ? keys : 0, bias.strides.row};
   std::unique_ptr<char[]> y(new char[heads * queries * width * kernel.bytes]);
   run_attention(kernel,
                 {q.memory.get(), k.memory.get(), v.memory.get(), q.strides, k.strides, v.strides, 1, heads, queries, keys,
-                 width, scale, y.get()},
+                 width, scale, y.get(), biased ? bias.memory.get() : nullptr, shared},
                 threads);
   for (int64_t h = 0; h < heads; ++h)
     for (int64_t m = 0; m < queries; ++m) {
@@ -50,7 +53,7 @@ bool check(const AttentionKernel& kernel, bool bf16, int threads) {
       for (int64_t n = 0; n < keys; ++n) {
         double score = 0;
         for (int64_t c = 0; c < width; ++c) score += double(q.row(h, m)[c]) * k.row(h, n)[c];
-        total += share[n] = std::exp(score * scale);
+        total += share[n] = std::exp(score * scale + (biased ? bias.numbers[h * shared.head + m * shared.row + n] : 0));
       }
       for (int64_t c = 0; c < width; ++c) {
         double expected = 0;

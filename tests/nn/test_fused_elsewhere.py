@@ -13,7 +13,7 @@ from torch import nn
 
 import vitlr
 from vitlr.data.batches import first_tensor
-from vitlr.nn import FusedProjections, FusedRotaryAttention, LowRankLinear, NamedLowRankMLP
+from vitlr.nn import FusedBiasedAttention, FusedProjections, FusedRotaryAttention, LowRankLinear, NamedLowRankMLP
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 TRANSFORMERS = {
@@ -146,3 +146,40 @@ def test_an_mlp_by_any_name_is_one_operation_and_no_other_forward_is():
     assert "more than" in NamedLowRankMLP.why_not(other)
     chain[2] = nn.Dropout(0.1)
     assert "more than" in NamedLowRankMLP.why_not(chain)
+
+
+BIASED = {
+    "timm": ["Swin", "SwinV2", "SwinV2, CR", "BEiT", "BEiTv2", "SAM", "TinyViT", "MaxViT"],
+    "transformers": ["Swin", "BEiT", "SAM"],
+}
+
+
+@pytest.mark.parametrize("family", [f"{library}/{name}" for library, names in BIASED.items() for name in names])
+@pytest.mark.parametrize("low", [True, False])
+def test_attention_under_a_bias_of_positions_is_fused_to_the_same_function_and_comes_back(family, low):
+    pytest.importorskip(family.partition("/")[0])
+    known = pytest.importorskip("bench.families").families()[family]
+    torch.manual_seed(0)
+    model = known.make()
+    for parameter in model.parameters():  # biases of positions that matter
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("bias_table", "attention_biases", "rel_pos_", "meta_mlp", "cpb_mlp")):
+            nn.init.normal_(parameter)
+    model, x = model.double().eval(), torch.randn(3, *known.shape, dtype=torch.float64)
+    if low:
+        stats = vitlr.calibrate(model, [x], objective="output", hidden=False)
+        ranks = {layer.name: layer.size // 2 for layer in stats.layers.values()}
+        model = vitlr.apply(model, vitlr.plan(model, stats, ranks=ranks))
+    before = answer(model, x)
+    heads = [module for module in model.modules() if FusedBiasedAttention.why_not(module) is None]
+    with fake_kernel("attention") as calls:
+        fused = vitlr.fuse(model, fold=False)
+        torch.testing.assert_close(answer(fused, x), before, rtol=1e-10, atol=1e-10)
+        assert len(calls) == len(heads) > 0 and counted(fused)[FusedBiasedAttention] == len(heads)
+        assert all(call[3] is not None for call in calls)
+    torch.testing.assert_close(answer(fused, x), before, rtol=1e-10, atol=1e-10)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    back = vitlr.unfuse(fused)
+    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(answer(back, x), before)

@@ -17,7 +17,7 @@ from vitlr.checkpoint.structure import restructure, structure
 from vitlr.errors import InputError
 from vitlr.measuring import cost
 from vitlr.nn import LowRankLinear, SelectedLinear
-from vitlr.planning.plans import Plan
+from vitlr.planning.plans import SCHEMA, Plan
 from vitlr.pruning import narrow_mlp, read_mlp
 
 STEPS = {"rank_step": 4, "width_step": 8}
@@ -152,7 +152,7 @@ def test_rows_say_what_happens_and_plans_from_anywhere_are_checked(calibrated):
     for change in (
         lambda body: body["widths"][0].update(kind="neurons"),
         lambda body: body["widths"][0].update(width=10**9),
-        lambda body: body.update(schema=6),
+        lambda body: body.update(schema=SCHEMA + 1),
     ):
         body = json.loads(plan.to_json())
         change(body)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from vitlr.anatomy.attention import measurable, nothing
+from vitlr.anatomy.attention import measurable, nothing, score_attentions
 from vitlr.anatomy.mlps import SUPPORTED, find_mlps, refused_mlps
-from vitlr.calibration.options import HIDDEN, VALUES, Calibration
+from vitlr.calibration.options import HIDDEN, QUERIES, VALUES, Calibration
 from vitlr.calibration.statistics import Statistics
 from vitlr.errors import InputError
 
@@ -22,12 +22,13 @@ def hidden_layers(
     """
     asked: tuple[str, ...] = (HIDDEN, VALUES) if wanted.hidden == "attention" else (HIDDEN,) if wanted.hidden else ()
     if wanted.hidden is None and stats is not None:
-        asked = tuple(extra for extra in (HIDDEN, VALUES) if extra in stats.extras)
+        asked = tuple(extra for extra in (HIDDEN, VALUES, QUERIES) if extra in stats.extras)
     if wanted.hidden is None and stats is None and set(wanted.objectives) != {"normalized"}:  # has a unit of its own
         try:
             return *_widths(model, targets, wanted, (HIDDEN,)), ""
         except InputError as cause:
-            return *_widths(model, targets, wanted, ()), str(cause)
+            alone = (QUERIES,) if not find_mlps(model) and score_attentions(model, targets) else ()
+            return *_widths(model, targets, wanted, alone), str(cause)
     return *_widths(model, targets, wanted, asked), ""
 
 

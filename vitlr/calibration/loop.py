@@ -16,7 +16,7 @@ from vitlr.anatomy import linears, visibility
 from vitlr.anatomy.attention import score_attentions
 from vitlr.calibration.hidden import hidden_layers
 from vitlr.calibration.hooks import Tap, sketches
-from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, RANGES, ROUNDING, Calibration
+from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, QUERIES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.others import Others
 from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
@@ -76,7 +76,8 @@ def calibrate(
     `extras` what the baselines need. `hidden` adds what narrower MLPs need, the moment `Σ h hᵀ [D, D]` of every MLP's
     hidden neurons in float64: `8 D²` bytes an MLP, twice that with "fisher". By itself (None) it does so where MLPs are
     recognised and all fits into `hidden_memory` bytes, else `notes["no_hidden"]` says why not; True refuses what cannot
-    be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well.
+    be had; "attention" adds that of the heads side by side, `[d, d]` an attention, as well. Where no MLP can get
+    narrower the moments of queries and keys are measured alone (the extra "queries").
     `loss_fn(output, batch)` replaces the sampled loss by a scalar summed over the images, `output_fn(output)` picks the
     tensor to sample from; `samples` losses are drawn per image.
     `stats` continues an earlier run in place, `on_batch` sees the running statistics after every batch. `resume` names
@@ -156,7 +157,7 @@ def calibrate(
                     if not processes.first():  # what there was is the first one's
                         begin_anew(stats)
                 run = stats or fresh
-                heads = score_attentions(model, targets).values() if HIDDEN in extras else ()
+                heads = score_attentions(model, targets).values() if {HIDDEN, QUERIES} & set(extras) else ()
                 queries = {attention.queries_keys[0]: (attention.heads, attention.head_dim) for attention in heads}
                 behind = {a.queries_keys[0]: model.get_parameter(a.bias) for a in heads if a.bias}
                 file = _file(wanted.sums_in, _device(targets))

@@ -14,9 +14,10 @@ DEFAULT = OBJECTIVES[0]  # nearest to the dense model at every budget tried (doc
 GRADIENT_OBJECTIVES = ("loss", "fisher")  # both need the moments of tokens
 HIDDEN = "hidden"  # the input moments of the MLPs' second linears only, which pruning needs
 VALUES = "values"  # the input moments of the attentions' projections, for pruning their value channels or heads
+QUERIES = "queries"  # the moments of queries and keys alone, where no MLP can get narrower; else HIDDEN brings them
 ROUNDING = "rounding"  # both sides of every linear in full, which rounding its weight needs
 RANGES = "ranges"  # the least and the largest input of every channel, which multiplying bytes needs
-EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, ROUNDING, RANGES)
+EXTRAS = ("input_moment", "input_abs", "row_gradient", HIDDEN, VALUES, QUERIES, ROUNDING, RANGES)
 FEW = 100  # images below which a calibration warns
 HIDDEN_MEMORY = 8e9  # bytes: with "fisher" ViT-B's moments take 1.8e9, ViT-L's 6.4e9; half of that without
 

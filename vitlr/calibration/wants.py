@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vitlr.calibration.options import HIDDEN, ROUNDING, VALUES
+from vitlr.calibration.options import HIDDEN, QUERIES, ROUNDING, VALUES
 from vitlr.calibration.sums import SUMS, LayerStatistics, triangles
 from vitlr.errors import InputError
 from vitlr.ops.linalg.triangles import length
@@ -34,7 +34,7 @@ class Wants:
 
     def of(self, name: str) -> set[str]:
         """What one layer is to collect, in the words of `SUMS`."""
-        words = {*self.objectives, *(set(self.extras) - {HIDDEN, VALUES})}
+        words = {*self.objectives, *(set(self.extras) - {HIDDEN, VALUES, QUERIES})}
         if name in self.widths:
             words |= {"input_moment", HIDDEN}
         if ROUNDING in self.extras and self.layers[name].side == "output":  # else `moment` is that of the inputs
@@ -72,7 +72,9 @@ class Wants:
     def _fewer(self) -> dict[str, Wants]:
         """The same without tokens of an image together, without hidden neurons, and without both."""
         plain = tuple(dict.fromkeys("loss" if name == "fisher" else name for name in self.objectives))
-        ranks = replace(self, extras=tuple(set(self.extras) - {HIDDEN, VALUES}), widths=frozenset(), queries={})
+        ranks = replace(
+            self, extras=tuple(set(self.extras) - {HIDDEN, VALUES, QUERIES}), widths=frozenset(), queries={}
+        )
         found = {}
         if plain != self.objectives:
             found["objective=loss"] = replace(self, objectives=plain)

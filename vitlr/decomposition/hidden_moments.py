@@ -12,6 +12,7 @@ from vitlr.calibration.statistics import LayerStatistics
 from vitlr.errors import NumericalError
 
 _STILL = 1e-6  # of the moment about zero
+_FAINT = 1e-2  # likewise: below it the rounding of sums in float32 may be more than a ridge
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -38,8 +39,24 @@ class HiddenMoments:
         """Σ `[D, D]`: M about the mean where a bias can carry it, with its ridge."""
         self._check_varies()
         covariance = self.M(centred=self.with_bias)
-        covariance.diagonal().add_(self.ridge * covariance.diagonal().mean().clamp_min(_TINY))
+        ridge = self.ridge * covariance.diagonal().mean().clamp_min(_TINY)
+        covariance = self._rounded(covariance, ridge)
+        covariance.diagonal().add_(ridge)
         return covariance
+
+    def _rounded(self, covariance: Tensor, ridge: Tensor) -> Tensor:
+        """Σ without what is negative in it, where the means are nearly all there is and the ridge does not outdo that.
+
+        Sums in float32 are rounded relative to the means: what that leaves of a small variance may have either sign.
+        """
+        D = len(covariance)
+        few = self.layer.tokens <= D  # of these nothing is known in most directions
+        if not self.with_bias or few or float(covariance.trace()) > _FAINT * float(self.M().trace()):
+            return covariance
+        if not int(torch.linalg.cholesky_ex(covariance + ridge * torch.eye(D)).info):
+            return covariance
+        energies, Q = torch.linalg.eigh(covariance)
+        return (Q * energies.clamp_min(0)) @ Q.mT
 
     def _check_varies(self) -> None:
         """Raise `NumericalError` where nothing is left about the mean but what its sums in float32 have rounded."""

@@ -85,21 +85,37 @@ def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapp
     measured at its inputs, `H = Wᵀ S W` without S: it keeps its width.
     """
     check_objective(objective.name, centred=objective.centred, widths=True)
-    measured = parts.mlps_among(stats.layers)
-    if not measured:
-        none = f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}"
-        raise InputError(none if parts.mlps else next(iter(refused_mlps(parts.model).values()), none))
-    if objective.by_gradient:
-        narrow = {name for name, mlp in measured.items() if stats.layers[mlp.linears[-1]].side == "input"}
-        if narrow == set(measured):
-            raise InputError(
-                f"the second linear of {min(narrow)} has more outputs than inputs, as have all others: "
-                "their widths need objective='output'"
-            )
-        measured = {name: mlp for name, mlp in measured.items() if name not in narrow}
+    if why := why_no_widths(parts, stats, objective):
+        raise InputError(why if parts.mlps_among(stats.layers) else f"{why}. Supported: {SUPPORTED}")
+    growing = _growing(parts, stats, objective)
+    measured = {name: mlp for name, mlp in parts.mlps_among(stats.layers).items() if name not in growing}
     for name, mlp in measured.items():
         if stats.layers[mlp.linears[-1]].input_moment is None:
             raise InputError(
                 f"these statistics hold no hidden moments ({name}); calibrate with hidden=True, which widths need"
             )
     return measured
+
+
+def why_no_widths(parts: Parts, stats: Statistics, objective: Objective) -> str:
+    """Why none of the measured MLPs can get narrower, whatever else was measured; "" where one can."""
+    measured = parts.mlps_among(stats.layers)
+    if not measured:
+        if parts.mlps:
+            return f"none of the {len(parts.mlps)} MLPs recognised was measured"
+        none = f"{type(parts.model).__qualname__} has no MLP of a form that is known"
+        return next(iter(refused_mlps(parts.model).values()), none).partition(". Supported: ")[0]
+    if (growing := _growing(parts, stats, objective)) == set(measured):
+        return (
+            f"the second linear of {min(growing)} has more outputs than inputs, as have all others: "
+            "their widths need objective='output'"
+        )
+    return ""
+
+
+def _growing(parts: Parts, stats: Statistics, objective: Objective) -> set[str]:
+    """The measured MLPs whose second linear has gradients at its inputs only."""
+    if not objective.by_gradient:
+        return set()
+    measured = parts.mlps_among(stats.layers).items()
+    return {name for name, mlp in measured if stats.layers[mlp.linears[-1]].side == "input"}

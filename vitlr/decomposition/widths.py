@@ -98,7 +98,9 @@ class WidthSpectrum:
                 known = _eliminated(weight.double(), metric, moments, options.compensate, group, ranked)
         except (NumericalError, torch.linalg.LinAlgError) as cause:
             what = "MLP" if kind == "mlp" else "attention"
-            raise NumericalError(f"{what} {name}: {cause}; calibrate again in float32, or raise ridge=") from cause
+            few = layer.tokens <= weight.shape[1]
+            better = f"on more images ({layer.tokens} tokens, {weight.shape[1]} neurons)" if few else "in float32"
+            raise NumericalError(f"{what} {name}: {cause}; calibrate again {better}, or raise ridge=") from cause
         order, errors, second = known
         return cls(
             name=name,

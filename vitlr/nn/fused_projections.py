@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlr.nn._attend import attend
 from vitlr.nn._fused import Fused
-from vitlr.nn._plain import foreign_weight, has_hooks, is_transformed
-from vitlr.ops.dispatch.registration import kernel_chosen
-from vitlr.ops.dispatch.registry import has_kernels
-from vitlr.ops.layers import attention as op
+from vitlr.nn._plain import foreign_weight, has_hooks
 from vitlr.runtime.modules import class_of
 
 _OF = "transformers.models"
@@ -77,14 +73,8 @@ class FusedProjections(Fused):
         q, k, v = (self._heads(self.get_submodule(name)(hidden_states)) for name in _INPUTS)
         asked = kwargs.get("is_causal")
         causal = bool(self.is_causal if asked is None else asked) and attention_mask is None and q.shape[2] > 1
-        plain = attention_mask is None and not causal and not is_transformed() and foreign_weight(self) is None
         out = self.get_submodule(next(name for name in self.kept if name in _OUT))
-        if plain and has_kernels(op.OP):
-            keys = None if torch.compiler.is_compiling() else k.shape[2]
-            if kernel_chosen(op.OP, q, keys, self.head_dim):
-                return out(op.attention(q, k, v)), None
-        y = F.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=causal)
-        return out(y.transpose(1, 2).flatten(2)), None
+        return out(attend(self, q, k, v, mask=attention_mask, causal=causal)), None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitlr.nn._attend import BIASES, attend, packed, split
 from vitlr.nn._fused import Fused
-from vitlr.nn._plain import does_nothing, foreign_weight, has_hooks, is_transformed
-from vitlr.ops.dispatch.registration import kernel_chosen
-from vitlr.ops.dispatch.registry import has_kernels
-from vitlr.ops.layers import attention as op
+from vitlr.nn._plain import does_nothing, foreign_weight, has_hooks
 from vitlr.runtime.modules import class_of
 
 # Classes whose forward is known, by name: this package does not import timm.
 CLASSES = ("timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention")
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
-_BIASES = ("q_bias", "k_bias", "v_bias")
 
 
 class FusedRotaryAttention(Fused):
@@ -70,7 +66,7 @@ class FusedRotaryAttention(Fused):
         extra = [name for name, _ in module.named_children() if name not in kept]
         if missing or extra:
             return f"it has {', '.join(extra) or 'nothing'} besides, and no {', '.join(missing) or 'part missing'}"
-        if beside := [*(module._parameters.keys() | module._buffers.keys()) - set(_BIASES)]:
+        if beside := [*(module._parameters.keys() | module._buffers.keys()) - set(BIASES)]:
             return f"it has {', '.join(sorted(beside))} besides"
         if (foreign := foreign_weight(module)) is not None:
             return f"it holds a {foreign}, no plain weight"
@@ -92,26 +88,13 @@ class FusedRotaryAttention(Fused):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self._rotated(heads, rope).to(v.dtype) for heads in (q, k))
-        return self.proj_drop(self.proj(self.norm(self._attend(q, k, v, attn_mask, is_causal))))
+        return self.proj_drop(self.proj(self.norm(attend(self, q, k, v, mask=attn_mask, causal=is_causal))))
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         """q, k and v, [B, heads, tokens, head_dim]."""
-        if "qkv" not in self._modules:
-            made = [self.get_submodule(name)(x) for name in _SEPARATE]
-        else:
-            made = list(self._qkv(x).chunk(3, -1))
-        return [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in made]
-
-    def _qkv(self, x: Tensor) -> Tensor:
-        qkv = self.get_submodule("qkv")
-        q_bias, k_bias, v_bias = (getattr(self, name, None) for name in _BIASES)
-        if q_bias is None or k_bias is None or v_bias is None:
-            y: Tensor = qkv(x)
-            return y
-        bias = torch.cat((q_bias, k_bias, v_bias))
-        if self.qkv_bias_separate:
-            return qkv(x) + bias
-        return F.linear(x, qkv.weight, bias)  # type: ignore[arg-type]
+        if "qkv" in self._modules:
+            return packed(self, x, self.num_heads)
+        return [split(self.get_submodule(name)(x), self.num_heads) for name in _SEPARATE]
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
         """All tokens but the first ones turned by their places; rope [..., tokens, 2 head_dim]: sines, then cosines."""
@@ -124,11 +107,3 @@ class FusedRotaryAttention(Fused):
             pairs = x.unflatten(-1, (-1, 2))
             turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
         return torch.cat([first, (x * cos + turned * sin).to(x.dtype)], 2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        plain = attn_mask is None and not is_causal and not is_transformed() and foreign_weight(self) is None
-        if plain and has_kernels(op.OP):
-            keys = None if torch.compiler.is_compiling() else k.shape[2]
-            if kernel_chosen(op.OP, q, keys, self.head_dim):
-                return op.attention(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, 0.0, is_causal).transpose(1, 2).flatten(2)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._attend import attend
 from vitlr.nn._plain import has_hooks
 
 
@@ -105,12 +106,12 @@ class MultiheadLinears(nn.Module):
             scores = q @ k.mT * q.shape[-1] ** -0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
             weights = F.dropout(weights, dropout) if dropout else weights
-            read = weights @ v
+            read = (weights @ v).transpose(1, 2).flatten(2)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights.squeeze(0) if alone else weights
         else:
-            read = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        answer = self.out_proj(read.transpose(1, 2).flatten(2))
+            read = attend(self, q, k, v, mask=mask, dropout=dropout)
+        answer = self.out_proj(read)
         return self._back(answer, alone), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, alone: bool) -> tuple[Tensor, Tensor, Tensor]:

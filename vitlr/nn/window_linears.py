@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitlr.errors import InputError
+from vitlr.nn._attend import attend
 from vitlr.nn._plain import has_hooks
+from vitlr.nn.position_biases import cosines
 from vitlr.runtime.modules import class_of
 
 _MODULE = "torchvision.models.swin_transformer"
 _SCALED, _COSINE = f"{_MODULE}.ShiftedWindowAttention", f"{_MODULE}.ShiftedWindowAttentionV2"
 _MASKED = -100.0  # what is added to scores between regions that the shift brought together
-_LARGEST = math.log(100.0)  # of logit_scale
 
 
 class WindowLinears(nn.Module):
@@ -117,13 +117,11 @@ class WindowLinears(nn.Module):
     def _attend(self, x: Tensor, bias: Tensor) -> Tensor:
         """Attention inside windows x [B windows, tokens, C]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scale = None
         if self.cosine:
-            q, k, scale = F.normalize(q, dim=-1), F.normalize(k, dim=-1), 1.0
-            q = q * self._parameters["logit_scale"].clamp(max=_LARGEST).exp()  # type: ignore[union-attr]
+            q, k = cosines(q, k, self._parameters["logit_scale"])  # type: ignore[arg-type]
         dropout = self.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=scale)
-        return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        y = attend(self, q, k, v, bias.to(q.dtype), dropout=dropout)
+        return F.dropout(self.proj(y), self.dropout, self.training)
 
     def _bias(self) -> Tensor:
         """What is added to scores for where a token lies to another, [1, heads, tokens, tokens]."""

@@ -19,6 +19,7 @@ from vitlr.measuring.specimens import Shape, is_specimen
 from vitlr.measuring.times import Times
 from vitlr.nn import (
     FusedAttention,
+    FusedBiasedAttention,
     FusedProjections,
     FusedRotaryAttention,
     LowRankLinear,
@@ -154,7 +155,7 @@ def _as_fused(model: nn.Module) -> nn.Module:
     """A copy of a dense model as `fuse` leaves it: nothing but its attentions become one operation."""
     model = duplicate(model)
     for name, module in list(model.named_modules()):
-        for kind in (FusedAttention, FusedRotaryAttention, FusedProjections):
+        for kind in (FusedAttention, FusedRotaryAttention, FusedProjections, FusedBiasedAttention):
             if name and kind.why_not(module) is None:
                 swap(model, name, kind(module))
     return model

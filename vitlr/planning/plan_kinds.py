@@ -7,9 +7,10 @@ from typing import Any
 from vitlr.calibration.options import OBJECTIVES
 from vitlr.planning.latency import LATENCY
 from vitlr.runtime import compact
-from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, whole
+from vitlr.runtime.kinds import FLAG, NAME, NONE, PLAIN, among, number, text, tuple_of, whole
 
 LEVELS = 1000  # of rounding, either way
+ROUNDS = 8  # of calibration at most, the last plan's among them
 BITS = number(0, 1e6) | NONE  # of a file for each weight
 _SIZE, _TOTAL, _REASON = whole(1, 2**31), whole(0), text(2000)
 LAYER: dict[str, Any] = {
@@ -56,4 +57,5 @@ PLAN: dict[str, Any] = {
     "compensated?": FLAG,
     "ridge?": number(0),
     "latency?": LATENCY,
+    "earlier?": tuple_of(PLAIN, 1, ROUNDS - 1),  # plans, each of which is checked as one
 }

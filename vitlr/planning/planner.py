@@ -15,7 +15,7 @@ from vitlr.anatomy.reading import Parts, read
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.levels import measured_linears
 from vitlr.decomposition.matrices import matrix_bits
-from vitlr.decomposition.mlp_widths import measured_mlps
+from vitlr.decomposition.mlp_widths import measured_mlps, why_no_widths
 from vitlr.decomposition.objectives import Objective
 from vitlr.decomposition.query_key_widths import has_query_keys
 from vitlr.decomposition.solving import solve
@@ -98,7 +98,7 @@ def plan(
     spectra = solve(parts, stats, objective, kinds, options, known=spectra, **how)
     if kept is not None:
         kept.keep(spectra)
-    if failed and asked and not spectra.widths:  # who asks for widths hears what failed, not another plan
+    if failed and options.method == "widths" and not spectra.widths:  # there is nothing else in such a plan
         raise failed[0]
     if failed and asked:
         _logger.warning("%d left as wide as they are (%s)", len(failed), failed[0])
@@ -126,7 +126,7 @@ def settle(
     elif method is None and budget is not None and budget.quantity == "bytes" and _roundable(options, stats, objective):
         method, why = "mix", "both sides of all layers were measured" + (f"; {no_mlps}" if no_mlps else "")
     elif method is None:
-        method = "lowrank" if no_mlps else "joint"
+        method = "lowrank" if no_mlps and not has_query_keys(stats, objective) else "joint"
         why = no_mlps or f"the hidden neurons of {mlps} MLPs were measured"
     rounding = ["rounding"] if method in ROUNDED or options.stored else []
     if rounding and method not in ("bits", "widths"):
@@ -136,7 +136,13 @@ def settle(
     attention = None if options.attention == "none" else options.attention
     if options.attention is None and method == "joint" and not rounding and has_query_keys(stats, objective):
         attention = "query_keys"
-    kinds = ["mlp"] if attention is None or parts.mlps_among(stats.layers) else []
+    stays = why_no_widths(parts, stats, objective) if method == "joint" else ""
+    if stays:
+        stays = f"no MLP gets narrower: {stays}"
+        why = why or stays
+        if options.method is not None:
+            _logger.warning("%s", stays)
+    kinds = ["mlp"] if not stays and (attention is None or parts.mlps_among(stats.layers)) else []
     return replace(options, method=method), [*kinds, *([attention] if attention else []), *rounding], why
 
 

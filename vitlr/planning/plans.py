@@ -18,9 +18,9 @@ from vitlr.planning.tables import KINDS, shown_plan
 from vitlr.runtime.kinds import check, read_json, shown, whole
 from vitlr.runtime.places import atomic_path, is_file
 
-SCHEMA = 5  # 2 knows widths, 3 those of attention, 4 levels and bits, 5 times; plans without them are written as always
+SCHEMA = 6  # 2 knows widths, 3 those of attention, 4 levels and bits, 5 times, 6 rounds; others are written as always
 _MAX_BYTES = 16 * 2**20
-_ROWS = ("layers", "widths", "others")
+_ROWS = ("layers", "widths", "others", "earlier")
 _OWN = ("why", "spectra", "image", "times", "latency")  # of a plan just made, in no file
 _NEW = ("method", "compensated", "ridge")  # fields that schema 1 did not have
 
@@ -93,7 +93,8 @@ class Plan:
     """Ranks for all layers, and widths for MLPs and attention, under one budget, and the whole model's totals.
 
     `spectra`, `image`, `times`, `why` travel with a plan that was just made; one read from JSON is applied with the
-    statistics.
+    statistics. A plan of several rounds holds the `earlier` ones, which are carried out first: its rows are of what
+    they leave, its budget and totals of the whole.
     """
 
     budget: str
@@ -113,6 +114,7 @@ class Plan:
     others: tuple[MatrixPlan, ...] = ()  # all other matrices take 7 bits where weights are rounded
     compensated: bool = True  # the second linears make up for the neurons that are gone
     ridge: float = 0.0
+    earlier: tuple[Plan, ...] = ()  # of the rounds before it, in which MLPs lose neurons
     why: str = field(default="", compare=False)  # it is this method, where nobody asked for one; not written to files
     spectra: Spectra | None = field(default=None, compare=False, repr=False)
     image: Any = field(default=None, compare=False, repr=False)  # shape and dtype of one
@@ -162,7 +164,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, without the spectra."""
-        new = _NEW if self.method == "lowrank" and not self.levels and self.latency is None else ()
+        plain = self.method == "lowrank" and not self.levels and self.latency is None and not self.earlier
+        new = _NEW if plain else ()
         body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in (*_ROWS, *_OWN, *new)}
         layers = [{k: v for k, v in asdict(row).items() if v is not None or k == "rank"} for row in self.layers]
         if new:
@@ -172,7 +175,10 @@ class Plan:
             for row in widths:
                 del row["kind"]
         if self.latency is not None:
-            return {"schema": SCHEMA, **body, "layers": layers, "widths": widths, "latency": self.latency.to_dict()}
+            return {"schema": 5, **body, "layers": layers, "widths": widths, "latency": self.latency.to_dict()}
+        if self.earlier:
+            earlier = [one.to_dict() for one in self.earlier]
+            return {"schema": SCHEMA, **body, "layers": layers, "widths": widths, "earlier": earlier}
         others = {"others": [asdict(row) for row in self.others]} if self.others else {}
         schema = 4 if self.method in ROUNDED or self.levels else 2 if self.attention is None else 3
         return {"schema": schema, **body, "layers": layers, "widths": widths, **others}
@@ -198,7 +204,8 @@ class Plan:
                 values["method"] = _word(values["method"])
             latency = Latency(**body["latency"]) if "latency" in body else None
             others = tuple(MatrixPlan(**row) for row in body.get("others", ()))
-            plan = cls(layers=layers, widths=widths, others=others, latency=latency, **values)
+            earlier = tuple(map(cls.from_dict, body.get("earlier", ())))
+            plan = cls(layers=layers, widths=widths, others=others, latency=latency, earlier=earlier, **values)
         except (KeyError, TypeError) as cause:
             raise InputError(f"this is not a vitlr plan: {cause}") from cause
         plan._check()
@@ -208,6 +215,10 @@ class Plan:
         """Raise `InputError` for values that do not go together."""
         if self.method not in METHODS:
             raise InputError(f"this plan's method is {self.method!r:.80}, expected one of {', '.join(METHODS)}")
+        for done, one in enumerate(self.earlier, 1):
+            if one.method != "widths" or one.earlier:
+                what = "rounds of its own" if one.earlier else f"method {one.method!r:.80}"
+                raise InputError(f"round {done} of this plan has {what}, expected widths alone; make the plan again")
         for row in self.widths:
             if row.width > row.full_width:
                 raise InputError(f"{row.name}: width {row.width!r:.80} does not fit {row.full_width!r:.80}")

@@ -112,6 +112,10 @@ def _totals(plan: Any, ranked: bool, rounded: bool) -> Iterator[str]:
     done += f"{len(plan.bytes_layers)} of {len(plan.layers)} layers multiply bytes, " if plan.bytes_layers else ""
     done += f"{len(plan.ranks)} of {len(plan.layers)} layers factorised, " if ranked else ""
     yield _filled(f"{plan.budget}, objective {plan.objective}: {done}{narrowed}predicted error {plan.error:.4g}", 2)
+    if plan.earlier:
+        left, error = plan.earlier[-1].params_kept / 1e6, sum(one.error for one in plan.earlier)
+        rounds = f"{len(plan.earlier)} earlier round{'s' * (len(plan.earlier) > 1)} of widths left {left:.3f} M params"
+        yield _filled(f"  {rounds} (predicted error {error:.4g}); rows are of what followed", 4)
     for what, unit, scale in (("params", "M", 1e6), ("macs", "G", 1e9), ("bytes", "MB", 1e6)):
         before, after = getattr(plan, what), getattr(plan, f"{what}_kept")
         share = after / max(before, 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from vitlr.anatomy import visibility
@@ -138,6 +141,7 @@ def apply(
     plan: Plan,
     stats: Statistics | None = None,
     *,
+    measure: Callable[[nn.Module], Statistics] | None = None,
     inplace: bool = False,
     progress: Progress | None = None,
 ) -> nn.Module:
@@ -147,20 +151,21 @@ def apply(
     Layers that the plan has multiply bytes (`Plan.bytes_layers`) stay floats: the ranges of their inputs are those of
     the model that comes out here, and are measured of it (`promises.multiply_planned`; `vitlr.compress` does so).
 
-    A plan read from JSON has no spectra and needs the statistics it was made from. A run on one image of noise proves
+    A plan read from JSON has no spectra and needs the statistics it was made from, or `measure(model)`, which collects
+    them where there are none. A plan of several rounds needs `measure`: each round is from statistics of the model as
+    the one before left it, and `stats` are the first one's. A run on one image of noise proves
     that what is new is called and counts. Raises `InputError` where plan, statistics and model do not belong together,
     where the model cannot be copied, and where the proof fails.
     """
     model = uncompiled(model)
-    with visibility.visible(model):
-        held = dict(model.named_modules())
-        weights = {row.name: layer.weight for row in plan.layers if isinstance(layer := held.get(row.name), nn.Linear)}
-        if len(weights) != len(plan.layers) or fingerprint(weights) != plan.fingerprint:
-            raise InputError(
-                "this plan is of another model or of other weights; make the plan for the model as it is now"
-            )
+    first = (*plan.earlier, plan)[0]
+    if _fingerprint(model, first) != first.fingerprint:
+        raise InputError("this plan is of another model or of other weights; make the plan for the model as it is now")
+    if plan.earlier:
+        return _in_rounds(model, plan, stats, measure, inplace, progress)
     spectra = plan.spectra
     if spectra is None:
+        stats = measure(model) if stats is None and measure is not None else stats
         if stats is None:
             raise InputError(
                 "this plan was read from a file and carries no factors; pass the statistics it was made from"
@@ -176,6 +181,36 @@ def apply(
     if plan.changes:
         guard(small)
     return small
+
+
+def _in_rounds(
+    model: nn.Module,
+    plan: Plan,
+    stats: Statistics | None,
+    measure: Callable[[nn.Module], Statistics] | None,
+    inplace: bool,
+    progress: Progress | None,
+) -> nn.Module:
+    """The rounds one after the other."""
+    if measure is None:
+        raise InputError(
+            f"this plan has {len(plan.earlier) + 1} rounds, each from statistics of the model as the one before left "
+            "it; pass measure=, such as lambda network: vitlr.calibrate(network, images, hidden=True)"
+        )
+    for done, part in enumerate((*plan.earlier, replace(plan, earlier=(), spectra=None))):
+        if done:  # what another machine makes of the round before differs in last bits
+            part = replace(part, fingerprint=_fingerprint(model, part) or part.fingerprint)
+        model = apply(model, part, stats, measure=measure, inplace=inplace, progress=progress)
+        stats, inplace = None, True
+    return model
+
+
+def _fingerprint(model: nn.Module, plan: Plan) -> str | None:
+    """Of the weights of the layers that a plan speaks of, as they are; None where a layer is not there."""
+    with visibility.visible(model):
+        held = dict(model.named_modules())
+        weights = {row.name: layer.weight for row in plan.layers if isinstance(layer := held.get(row.name), nn.Linear)}
+        return fingerprint(weights) if len(weights) == len(plan.layers) else None
 
 
 @visibility.seeing

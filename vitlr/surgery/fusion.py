@@ -17,6 +17,7 @@ from vitlr.nn import (
     Fp8Linear,
     Fp8MLP,
     FusedAttention,
+    FusedBiasedAttention,
     FusedProjections,
     FusedRotaryAttention,
     Int8Block,
@@ -49,6 +50,7 @@ FUSED: tuple[type[Fused], ...] = (
     FusedAttention,
     FusedRotaryAttention,
     FusedProjections,
+    FusedBiasedAttention,
     Int8Block,
     Fp8Block,
 )
@@ -101,9 +103,9 @@ def fuse(
 
     Only where that is exact: plain MLPs become a `LowRankMLP` (by other names than timm's a `NamedLowRankMLP`), gated
     ones a `LowRankGLU`, timm's attention a `FusedAttention`, where it rotates queries and keys a
-    `FusedRotaryAttention`, transformers' a `FusedProjections`. With `fold`, norms and layer scales beside low-rank
-    layers are multiplied into their factors (`vitlr.folding`): the same function up to one rounding of the factors,
-    which stays so after `unfuse`.
+    `FusedRotaryAttention`, transformers' a `FusedProjections`, and one under a bias of positions (Swin, BEiT, SAM) a
+    `FusedBiasedAttention`. With `fold`, norms and layer scales beside low-rank layers are multiplied into their factors
+    (`vitlr.folding`): the same function up to one rounding of the factors, which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`. With `scales="token"` every token's bytes go by its own

@@ -67,6 +67,47 @@ def test_as_exact_as_torch(isa, dtype, threads):
         torch.set_num_threads(before)
 
 
+def biases(q, k):
+    """What positions add: shared by images, or not, with keys out of sight, shared by heads, by queries, by keys."""
+    B, H, L, S = *q.shape[:3], k.shape[2]
+    each = torch.randn(B, H, L, S, dtype=q.dtype)
+    seen = (torch.arange(L)[:, None] - torch.arange(S)).abs() < 5  # one key of the first row at least
+    yield each[:1]
+    yield each.masked_fill(~seen, -torch.inf)
+    yield each[:, :1].transpose(2, 3).contiguous().transpose(2, 3)  # whose rows are not contiguous
+    yield each[:1, :1, :1]
+    yield each[..., :1].expand(B, H, L, S)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_with_a_bias_of_positions_as_exact_as_torch(isa, dtype):
+    for shape in SHAPES[:-1]:
+        args = qkv(*shape, dtype=dtype)
+        for bias in biases(*args[:2]):
+            whole = bias.double().expand(*shape[:4])
+            exact = reference(*(x.double() for x in args), whole)
+            got = attention(*args, bias)
+            assert_close_to(got, reference(*args, whole.to(dtype)), exact)
+            plain = attention(*args)
+            assert shape[3] == 1 or bias.stride(-1) == 0 or not torch.allclose(got, plain, rtol=0.01)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_that_sees_no_key_gets_zeros_and_a_nan_stays_where_it_is(isa, dtype):
+    q, k, v = qkv(1, 2, 21, 37, 16, dtype=dtype)
+    bias = torch.zeros(1, 2, 21, 37, dtype=dtype)
+    bias[0, 1, 4] = -torch.inf
+    bias[0, 0, 6, 36] = torch.nan
+    y, plain = attention(q, k, v, bias), attention(q, k, v)
+    assert (y[0, 4, 16:] == 0).all() and torch.isnan(y[0, 6, :16]).all()
+    assert torch.equal(reference(q, k, v, bias)[0, 4, 16:], y[0, 4, 16:])
+    untouched = torch.ones(21, 32, dtype=torch.bool)
+    untouched[4, 16:] = untouched[6, :16] = False
+    assert_close_to(y[0][untouched], plain[0][untouched], reference(*(x.double() for x in (q, k, v)))[0][untouched])
+
+
 @needs_native
 def test_strides_and_alignment(isa):
     q, k, v = qkv(2, 3, 37, 37, 24)
@@ -102,12 +143,15 @@ def test_opcheck_and_gradients(monkeypatch):
     args = [x.clone().requires_grad_() for x in qkv(2, 2, 5, 9, 8)]
     monkeypatch.undo()  # the poison is NaN, which opcheck would compare
     monkeypatch.setenv("VITLR_BACKEND", "cpu")
-    torch.library.opcheck(torch.ops.vitlr.attention.default, tuple(args))
+    bias = torch.randn(1, 2, 5, 9)
+    bias[..., 3, 4] = bias[0, 1, 2] = -torch.inf
     weights = torch.randn(2, 5, 16)
-    ours = torch.autograd.grad((attention(*args) * weights).sum(), args)
-    theirs = torch.autograd.grad((reference(*args) * weights).sum(), args)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    for given in (args, [*args, bias.requires_grad_()], [*args, torch.randn(2, 1, 1, 9, requires_grad=True)]):
+        torch.library.opcheck(torch.ops.vitlr.attention.default, (*given, *[None] * (4 - len(given))))
+        ours = torch.autograd.grad((attention(*given) * weights).sum(), given)
+        theirs = torch.autograd.grad((reference(*given) * weights).sum(), given)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_computes_in_its_dtype():
@@ -140,6 +184,12 @@ def test_chosen_for_a_vit_and_not_for_a_handful_of_tokens(monkeypatch):
 def test_what_does_not_fit_is_refused(shapes, message):
     with pytest.raises(InputError, match=message):
         attention(*(torch.zeros(shape) for shape in shapes))
+    fitting = [torch.zeros(1, 2, size, 8) for size in (5, 6, 6)]
+    for size in ((2, 5, 6), (1, 2, 5, 1), (1, 3, 5, 6), (2, 2, 5, 6)):
+        with pytest.raises(InputError, match=r"bias .* does not fit"):
+            attention(*fitting, torch.zeros(size))
+    with pytest.raises(InputError, match=r"bias is torch\.bfloat16"):
+        attention(*fitting, torch.zeros(1, 2, 5, 6, dtype=torch.bfloat16))
     with pytest.raises(InputError, match=r"k is torch\.float64"):
         attention(torch.zeros(1, 1, 2, 2), *(torch.zeros(1, 1, 2, 2, dtype=torch.float64) for _ in range(2)))
 

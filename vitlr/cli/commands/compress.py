@@ -136,9 +136,8 @@ def compress(
         options["batch_size"] = batch_size
     read_options(budget, **how, changes=options)
     _check_refinement(refine, resume, data, plan_only, options)
-    if rounds > 1 and (data is None or plan_out is not None):
-        missing = "--plan-out, as the plan is of the narrowed model" if plan_out is not None else "no --data to measure"
-        raise InputError(f"--rounds {rounds} does not go with {missing}; leave it out, or take one round")
+    if rounds > 1 and data is None:
+        raise InputError(f"--rounds {rounds} needs images to measure again: add --data, or take one round")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     outputs = {"--out": out, "--stats": stats, "--plan-out": plan_out}
     outputs |= {} if stats is None else {"the spectra of --stats": place(stats)}

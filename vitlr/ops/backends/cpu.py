@@ -92,9 +92,15 @@ def _residual_linear(
     return chain.run(x)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    return native.attention(q, k, v, native.isa_used()).flatten(2)
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    q, k, v = (_with_whole_rows(x) for x in (q, k, v))
+    if bias is not None:
+        bias = _with_whole_rows(bias).expand(*q.shape[:3], -1)
+    return native.attention(q, k, v, bias, native.isa_used()).flatten(2)
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _gram(C: Tensor, X: Tensor, weight: Tensor | None = None) -> Tensor:

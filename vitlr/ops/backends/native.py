@@ -199,12 +199,15 @@ def int8_attention(
     return y
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, isa: str) -> torch.Tensor:
-    """softmax(q kᵀ / √d) v: q [B, H, L, d], k and v [B, H, S, d], rows contiguous, fp32 or bf16 -> [B, L, H, d]."""
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, isa: str) -> torch.Tensor:
+    """softmax(q kᵀ / √d + bias) v: q [B, H, L, d], k and v [B, H, S, d], bias [B, H, L, S] -> [B, L, H, d].
+
+    All are fp32 or all bf16, and their rows contiguous; other strides of the bias may be 0.
+    """
     assert _C is not None, why_not()
     B, H, L, d = q.shape
     y = q.new_empty((B, L, H, d))
-    places = ((x.data_ptr(), *x.stride()[:3]) for x in (q, k, v))
+    places = ((0,) * 4 if x is None else (x.data_ptr(), *x.stride()[:3]) for x in (q, k, v, bias))
     sizes = (B, H, L, k.shape[2], d)
     bf16, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
     _C.attention(bf16, *places, y.data_ptr(), *sizes, d**-0.5, threads, isa)
