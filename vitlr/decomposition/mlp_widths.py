@@ -86,7 +86,7 @@ def measured_mlps(parts: Parts, stats: Statistics, objective: Objective) -> Mapp
     """
     check_objective(objective.name, centred=objective.centred, widths=True)
     if why := why_no_widths(parts, stats, objective):
-        raise InputError(why)
+        raise InputError(why if parts.mlps_among(stats.layers) else f"{why}. Supported: {SUPPORTED}")
     growing = _growing(parts, stats, objective)
     measured = {name: mlp for name, mlp in parts.mlps_among(stats.layers).items() if name not in growing}
     for name, mlp in measured.items():
@@ -102,9 +102,9 @@ def why_no_widths(parts: Parts, stats: Statistics, objective: Objective) -> str:
     measured = parts.mlps_among(stats.layers)
     if not measured:
         if parts.mlps:
-            return f"none of the {len(parts.mlps)} MLPs recognised was measured; supported: {SUPPORTED}"
-        none = f"{type(parts.model).__qualname__} has no MLP of a form that is known. Supported: {SUPPORTED}"
-        return next(iter(refused_mlps(parts.model).values()), none)
+            return f"none of the {len(parts.mlps)} MLPs recognised was measured"
+        none = f"{type(parts.model).__qualname__} has no MLP of a form that is known"
+        return next(iter(refused_mlps(parts.model).values()), none).partition(". Supported: ")[0]
     if (growing := _growing(parts, stats, objective)) == set(measured):
         return (
             f"the second linear of {min(growing)} has more outputs than inputs, as have all others: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def settle(
         attention = "query_keys"
     stays = why_no_widths(parts, stats, objective) if method == "joint" else ""
     if stays:
-        stays = "no MLP gets narrower: " + re.split("[.;] [Ss]upported", stays)[0]
+        stays = f"no MLP gets narrower: {stays}"
         why = why or stays
         if options.method is not None:
             _logger.warning("%s", stays)
