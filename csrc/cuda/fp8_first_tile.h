@@ -41,7 +41,8 @@ struct Maps {
   Map W, y;
 };
 
-// Four warpgroups share N rows of x at a time and 64 rows each of W, ranks up to R.
+// Four warpgroups share N rows of x at a time and 64 rows each of W, ranks up to R. They take no turns, so named barriers 1
+// to 4 are theirs.
 template <int N_, int R_>
 struct Tile {
   static constexpr int N = N_, R = R_, WARPGROUPS = 4, warps = 4 * WARPGROUPS;

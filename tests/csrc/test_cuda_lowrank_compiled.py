@@ -46,7 +46,9 @@ def test_nothing_spills_and_products_are_not_serialised(source, kernels, nvcc):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "kernels"), [("lowrank_mlp_bf16_sm90", 7), ("fp8_linear_sm90", 5)])
+@pytest.mark.parametrize(
+    ("source", "kernels"), [("lowrank_mlp_bf16_sm90", 7), ("fp8_first_sm90", 4), ("fp8_linear_sm90", 5)]
+)
 def test_the_debug_build_gives_up_in_place_of_waiting_for_ever(source, kernels, nvcc):
     """It traps; and ptxas leaves setmaxnreg in it, so that it is the kernel that hangs."""
     try:

@@ -13,7 +13,7 @@ from tolerance import assert_close_to
 
 from vitlr import ops
 from vitlr.errors import InputError
-from vitlr.ops.backends import cuda_bytes, native
+from vitlr.ops.backends import cuda, cuda_bytes, native
 from vitlr.ops.backends.triton import byte_chains
 from vitlr.ops.dispatch import registry
 from vitlr.ops.dispatch.ceilings import H100, H200
@@ -50,7 +50,7 @@ def hopper(monkeypatch):
         emulated.library().emulate(*given, ctas or 3, 0, told, len(told))
         assert not told.value, told.value.decode()
 
-    module = SimpleNamespace(lowrank_sm90=None, fp8_linear_sm90=None, fp8_mlp_sm90=None)
+    module = SimpleNamespace(**dict.fromkeys(cuda.KERNELS))
     monkeypatch.setattr(native, "cuda_why_not", lambda device=None: None)
     monkeypatch.setattr(native, "capability", lambda device: 90)
     monkeypatch.setattr(native, "cuda", lambda: module)
