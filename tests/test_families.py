@@ -10,6 +10,7 @@ import vitlr
 from vitlr.anatomy import visibility
 from vitlr.checkpoint.structure import structure
 from vitlr.measuring import cost
+from vitlr.nn import FusedBiasedAttention
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -39,7 +40,12 @@ def test_every_family_is_compressed_saved_and_loaded(name, tmp_path):
     loaded = vitlr.load(tmp_path / "m.safetensors")
     with torch.no_grad():
         torch.testing.assert_close(whole(x), dense, rtol=1e-4, atol=1e-4)
-        assert torch.equal(vitlr.fuse(small, fold=False)(x), logits) and torch.equal(loaded(x), fused(x))
+        assert torch.equal(loaded(x), fused(x))
+        unfolded = vitlr.fuse(small, fold=False)
+        if any(isinstance(module, FusedBiasedAttention) for module in unfolded.modules()):
+            torch.testing.assert_close(unfolded(x), logits, rtol=1e-5, atol=1e-5)  # a bias is added in another order
+        else:
+            assert torch.equal(unfolded(x), logits)
         torch.testing.assert_close(fused(x), logits, rtol=1e-4, atol=1e-4)  # norms folded: rounded once more
         torch.testing.assert_close(vitlr.to_dense(loaded)(x), logits, rtol=1e-3, atol=1e-3)
 
