@@ -1,7 +1,7 @@
 // Rows of floats to bytes and their first linear for Hopper: fp8_first_body.h.
 #include "cuda/fp8_first_body.h"
 #include "cuda/fp8_hopper.h"
-#include "cuda/lowrank_kernel.h"
+#include "cuda/fp8_launch.h"
 
 namespace vitlr::cuda::fp8_first {
 namespace {
@@ -21,24 +21,8 @@ __global__ void __launch_bounds__(T::threads, 1)
 
 template <class T, class Type>
 void launch(const Matrices& matrices, const Sizes& sizes, int processors, cudaStream_t stream) {
-  // TMA moves what it takes for 16-bit numbers, as bits.
-  const auto encode = [](const void* data, int rows, int pairs, int box_rows, int box_pairs) {
-    return lowrank::encoded(lowrank::Matrix{data, pairs}, rows, pairs, box_rows, box_pairs, true);
-  };
-  const auto maps = maps_of<T, CUtensorMap>(matrices, sizes, encode);
-  auto* kernel = &fp8_first_kernel<T, Type>;
-  const size_t bytes = T::shared_bytes + 1024;
-  allow_shared(kernel, bytes, "shared memory of the first linear of 8-bit floats");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas<T>(sizes, processors)));
-  config.blockDim = dim3(T::threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-#ifdef VITLR_BOUNDED_WAITS
-  lowrank::Hang* const note = lowrank::allocated_hang();
-  check(cudaMemcpyToSymbol(lowrank::hang_note, &note, sizeof note), "the note of the debug build");
-#endif
-  check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of the first linear of 8-bit floats");
+  const auto maps = maps_of<T, CUtensorMap>(matrices, sizes, fp8::encoded_pairs);
+  fp8::launch<T>(&fp8_first_kernel<T, Type>, ctas<T>(sizes, processors), stream, "the first linear of 8-bit floats", maps, sizes);
 }
 
 }  // namespace

@@ -15,31 +15,24 @@ namespace {
 
 constexpr const char* kName = "the first linear of 8-bit floats for Hopper";
 
-struct Argument {
-  const void* address;
-  const char* name;
-  int alignment;
-  bool optional;
-};
-
 // What TMA asks of matrices, and loads of eight numbers.
 void require(const Matrices& p, const Sizes& sizes, int device) {
   require_capability(device, 90, true, kName);
-  const Argument arguments[] = {
-      {p.W, "W", 16, false},
-      {p.y, "y", 16, false},
-      {sizes.x, "x", 16, false},
-      {sizes.gamma, "gamma", 16, true},
-      {sizes.beta, "beta", 16, true},
-      {sizes.scale, "scale", 4, false},
-      {sizes.bias, "bias", 4, true},
-      {sizes.reach, "reach", 4, false},
-      {sizes.y_scale, "y's scale", 4, false},
-      {sizes.y_squares, "y's squares", 4, false},
-      {sizes.flags, "the flags", 4, sizes.count == 0},
-  };
-  for (const Argument& one : arguments)
-    if (one.address != nullptr || !one.optional) require_on_device(one.address, device, one.alignment, one.name);
+  require_on_device(
+      {
+          {p.W, "W", 16, false},
+          {p.y, "y", 16, false},
+          {sizes.x, "x", 16, false},
+          {sizes.gamma, "gamma", 16, true},
+          {sizes.beta, "beta", 16, true},
+          {sizes.scale, "scale", 4, false},
+          {sizes.bias, "bias", 4, true},
+          {sizes.reach, "reach", 4, false},
+          {sizes.y_scale, "y's scale", 4, false},
+          {sizes.y_squares, "y's squares", 4, false},
+          {sizes.flags, "the flags", 4, sizes.count == 0},
+      },
+      device);
   const std::string why = objection(sizes);
   if (!why.empty()) refuse(why);
 }

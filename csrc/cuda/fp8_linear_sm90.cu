@@ -1,7 +1,7 @@
 // A linear of 8-bit floats for Hopper, bytes in and out: fp8_body.h.
 #include "cuda/fp8_body.h"
 #include "cuda/fp8_hopper.h"
-#include "cuda/lowrank_kernel.h"
+#include "cuda/fp8_launch.h"
 
 namespace vitlr::cuda::fp8 {
 namespace {
@@ -25,24 +25,8 @@ __global__ void __launch_bounds__(T::threads, 1)
 
 template <class T>
 void launch(const Matrices& matrices, const Sizes& sizes, int ctas, cudaStream_t stream) {
-  // TMA moves what it takes for 16-bit numbers, as bits.
-  const auto encode = [](const void* data, int rows, int pairs, int box_rows, int box_pairs) {
-    return lowrank::encoded(lowrank::Matrix{data, pairs}, rows, pairs, box_rows, box_pairs, true);
-  };
-  const auto maps = maps_of<T, CUtensorMap>(matrices, sizes, encode);
-  auto* kernel = &fp8_kernel<T>;
-  const size_t bytes = T::shared_bytes + 1024;
-  allow_shared(kernel, bytes, "shared memory of the kernel of 8-bit floats");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min(ctas, tiles<T>(sizes))));
-  config.blockDim = dim3(T::threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-#ifdef VITLR_BOUNDED_WAITS
-  lowrank::Hang* const note = lowrank::allocated_hang();
-  check(cudaMemcpyToSymbol(lowrank::hang_note, &note, sizeof note), "the note of the debug build");
-#endif
-  check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of the kernel of 8-bit floats");
+  const auto maps = maps_of<T, CUtensorMap>(matrices, sizes, fp8::encoded_pairs);
+  fp8::launch<T>(&fp8_kernel<T>, std::min(ctas, tiles<T>(sizes)), stream, "the kernel of 8-bit floats", maps, sizes);
 }
 
 }  // namespace

@@ -17,16 +17,20 @@ constexpr const char* kName = "the kernel of 8-bit floats for Hopper";
 // What TMA asks of matrices and loads of pairs of vectors.
 void require(const Matrices& p, const Sizes& sizes, int device) {
   require_capability(device, 90, true, kName);
-  for (const auto& [matrix, name] : {std::pair<const void*, const char*>{p.q, "q"}, {p.W, "W"}, {p.y, "y"}})
-    require_on_device(matrix, device, 16, name);
-  for (const auto& [vector, name] : {std::pair<const float*, const char*>{sizes.rows_scale, "the rows' scale"},
-                                     {sizes.squares, "the rows' squares"},
-                                     {sizes.reach, "reach"},
-                                     {sizes.y_scale, "y's scale"},
-                                     {sizes.y_squares, "y's squares"}})
-    require_on_device(vector, device, 4, name);
-  require_on_device(sizes.scale, device, 8, "scale");
-  if (sizes.bias != nullptr) require_on_device(sizes.bias, device, 8, "bias");
+  require_on_device(
+      {
+          {p.q, "q", 16, false},
+          {p.W, "W", 16, false},
+          {p.y, "y", 16, false},
+          {sizes.rows_scale, "the rows' scale", 4, false},
+          {sizes.squares, "the rows' squares", 4, false},
+          {sizes.reach, "reach", 4, false},
+          {sizes.y_scale, "y's scale", 4, false},
+          {sizes.y_squares, "y's squares", 4, false},
+          {sizes.scale, "scale", 8, false},
+          {sizes.bias, "bias", 8, true},
+      },
+      device);
   if (sizes.act < Act::none || sizes.act > Act::relu) refuse("no such activation");
   const std::string why = objection(sizes);
   if (!why.empty()) refuse(why);

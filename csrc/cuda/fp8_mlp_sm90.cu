@@ -1,7 +1,7 @@
 // An MLP of 8-bit floats for Hopper behind its first linear: fp8_mlp_body.h.
 #include "cuda/fp8_hopper.h"
+#include "cuda/fp8_launch.h"
 #include "cuda/fp8_mlp_body.h"
-#include "cuda/lowrank_kernel.h"
 
 namespace vitlr::cuda::fp8_mlp {
 namespace {
@@ -25,24 +25,11 @@ __global__ void __launch_bounds__(T::threads, 1)
 
 template <class T>
 void launch(const Matrices& matrices, const Sizes& sizes, int processors, cudaStream_t stream) {
-  // TMA moves what it takes for 16-bit numbers, as bits.
   const auto encode = [](const void* data, int rows, int pairs, int box_rows) {
-    return lowrank::encoded(lowrank::Matrix{data, pairs}, rows, pairs, box_rows, kPanelColumns, true);
+    return fp8::encoded_pairs(data, rows, pairs, box_rows, kPanelColumns);
   };
   const auto maps = maps_of<T, CUtensorMap>(matrices, sizes, encode, lowrank::woven_map);
-  auto* kernel = &fp8_mlp_kernel<T>;
-  const size_t bytes = T::shared_bytes + 1024;
-  allow_shared(kernel, bytes, "shared memory of the MLP of 8-bit floats");
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(ctas<T>(sizes, processors)));
-  config.blockDim = dim3(T::threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-#ifdef VITLR_BOUNDED_WAITS
-  lowrank::Hang* const note = lowrank::allocated_hang();
-  check(cudaMemcpyToSymbol(lowrank::hang_note, &note, sizeof note), "the note of the debug build");
-#endif
-  check(cudaLaunchKernelEx(&config, kernel, maps, sizes), "launch of the MLP of 8-bit floats");
+  fp8::launch<T>(&fp8_mlp_kernel<T>, ctas<T>(sizes, processors), stream, "the MLP of 8-bit floats", maps, sizes);
 }
 
 }  // namespace

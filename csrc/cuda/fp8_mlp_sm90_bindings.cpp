@@ -16,37 +16,30 @@ namespace {
 
 constexpr const char* kName = "the MLP of 8-bit floats for Hopper";
 
-struct Argument {
-  const void* address;
-  const char* name;
-  int alignment;
-  bool optional;
-};
-
 // What TMA asks of matrices, and loads of vectors four numbers at a time.
 void require(const Matrices& p, const Sizes& sizes, int device) {
   require_capability(device, 90, true, kName);
-  const Argument arguments[] = {
-      {p.q, "q", 16, false},
-      {p.W1, "W1", 16, false},
-      {p.W2, "W2", 16, false},
-      {p.W3, "W3", 16, false},
-      {sizes.y, "y", 16, false},
-      {sizes.residual, "the residual", 16, true},
-      {sizes.rows_scale, "the rows' scale", 4, false},
-      {sizes.squares, "the rows' squares", 4, false},
-      {sizes.reach, "reach", 4, false},
-      {sizes.scale1, "scale1", 16, false},
-      {sizes.scale2, "scale2", 16, false},
-      {sizes.scale3, "scale3", 16, false},
-      {sizes.bias1, "bias1", 16, true},
-      {sizes.bias2, "bias2", 16, true},
-      {sizes.bias3, "bias3", 16, true},
-      {sizes.sums, "the room for sums", 16, false},
-      {sizes.flags, "the flags", 4, false},
-  };
-  for (const Argument& one : arguments)
-    if (one.address != nullptr || !one.optional) require_on_device(one.address, device, one.alignment, one.name);
+  require_on_device(
+      {
+          {p.q, "q", 16, false},
+          {p.W1, "W1", 16, false},
+          {p.W2, "W2", 16, false},
+          {p.W3, "W3", 16, false},
+          {sizes.y, "y", 16, false},
+          {sizes.residual, "the residual", 16, true},
+          {sizes.rows_scale, "the rows' scale", 4, false},
+          {sizes.squares, "the rows' squares", 4, false},
+          {sizes.reach, "reach", 4, false},
+          {sizes.scale1, "scale1", 16, false},
+          {sizes.scale2, "scale2", 16, false},
+          {sizes.scale3, "scale3", 16, false},
+          {sizes.bias1, "bias1", 16, true},
+          {sizes.bias2, "bias2", 16, true},
+          {sizes.bias3, "bias3", 16, true},
+          {sizes.sums, "the room for sums", 16, false},
+          {sizes.flags, "the flags", 4, false},
+      },
+      device);
   if (sizes.act < Act::none || sizes.act > Act::relu) refuse("no such activation");
   const std::string why = objection(sizes);
   if (!why.empty()) refuse(why);

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -102,6 +103,19 @@ inline void require_on_device(const void* pointer, int device, size_t alignment,
   check(cudaPointerGetAttributes(&found, pointer), "cudaPointerGetAttributes");
   if ((found.type != cudaMemoryTypeDevice && found.type != cudaMemoryTypeManaged) || found.device != device)
     refuse(std::string(name) + " does not lie on CUDA device " + std::to_string(device));
+}
+
+// An address that is passed to a kernel, and what it has to be.
+struct Argument {
+  const void* address;
+  const char* name;
+  size_t alignment;
+  bool optional;  // null where there is nothing
+};
+
+inline void require_on_device(std::initializer_list<Argument> arguments, int device) {
+  for (const Argument& one : arguments)
+    if (one.address != nullptr || !one.optional) require_on_device(one.address, device, one.alignment, one.name);
 }
 
 // More than 48 KiB of shared memory has to be asked for, once a kernel and device; cheap enough for every launch.
