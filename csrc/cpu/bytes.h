@@ -19,26 +19,26 @@ struct Int8 {
 };
 
 template <>
-inline Vector added<Int8>(Vector a, Vector b) {
-  return (Vector)((Integers)a + (Integers)b);
-}
+struct SumOf<Int8> {
+  using Type = Integers;
+};
 
 template <>
-inline Vector multiply_add<Int8>(Vector sum, const void* word, Vector w) {
+inline Integers multiply_add<Int8>(Integers sum, const void* word, Vector w) {
   const int32_t a = static_cast<int32_t>(*static_cast<const Word*>(word));
 #if defined(__AVX512VNNI__)
-  return (Vector)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)w);
+  return (Integers)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(a), (__m512i)w);
 #elif defined(__AVXVNNI__)
-  return (Vector)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(a), (__m256i)w);
+  return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(a), (__m256i)w);
 #elif defined(__AVX512BW__)
-  return (Vector)_mm512_add_epi32((__m512i)sum, _mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)w));
+  return sum + (Integers)_mm512_madd_epi16(_mm512_set1_epi32(a), (__m512i)w);
 #elif defined(__AVX2__)
-  return (Vector)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)w));
+  return sum + (Integers)_mm256_madd_epi16(_mm256_set1_epi32(a), (__m256i)w);
 #elif defined(__SSE2__)
-  return (Vector)_mm_add_epi32((__m128i)sum, _mm_madd_epi16(_mm_set1_epi32(a), (__m128i)w));
+  return sum + (Integers)_mm_madd_epi16(_mm_set1_epi32(a), (__m128i)w);
 #else
   const Integers pair = (Integers)w;
-  return (Vector)((Integers)sum + (pair << 16 >> 16) * (a & 0xffff) + (pair >> 16) * (a >> 16));
+  return sum + (pair << 16 >> 16) * (a & 0xffff) + (pair >> 16) * (a >> 16);
 #endif
 }
 

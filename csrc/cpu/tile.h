@@ -24,8 +24,17 @@ namespace {
 
 constexpr int kRows = VITLR_ROWS;
 
+// What products are added up in: of bytes integers, and typed so, or GCC keeps a copy of every sum in memory.
 template <class T>
-inline Vector multiply_add(Vector sum, const void* word, Vector w) {
+struct SumOf {
+  using Type = Vector;
+};
+
+template <class T>
+using Sum = typename SumOf<T>::Type;
+
+template <class T>
+inline Sum<T> multiply_add(Sum<T> sum, const void* word, Vector w) {
 #if defined(__AVX512BF16__)
   if (T::pairs) {
     const __m512i a = _mm512_set1_epi32(static_cast<int>(*static_cast<const Word*>(word)));
@@ -35,18 +44,13 @@ inline Vector multiply_add(Vector sum, const void* word, Vector w) {
   return sum + *static_cast<const Float*>(word) * w;
 }
 
-template <class T>
-inline Vector added(Vector a, Vector b) {
-  return a + b;
-}
-
 // sums [ROWS][kColumns] (+)= block x panel, over `words` words. Registers add up one chunk of K, not all of it: a sum of
 // 3072 products in one fp32 chain would be several times less exact than a vendor's GEMM.
 template <class T, int ROWS, int VECTORS>
 void tile(const Word* block, int64_t next_chunk, int64_t words, const Word* panel, float* sums, bool add) {
   for (int64_t left = words; left > 0; left -= kChunk, block += next_chunk, add = true) {
     const int64_t depth = smaller(left, kChunk);
-    Vector sum[ROWS][VECTORS] = {};
+    Sum<T> sum[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < depth; ++k, panel += VECTORS * kLanes) {
       Vector w[VECTORS];
 #pragma GCC unroll 2
@@ -61,7 +65,7 @@ void tile(const Word* block, int64_t next_chunk, int64_t words, const Word* pane
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         float* at = sums + m * kColumns + v * kLanes;
-        store(at, add ? added<T>(load(at), sum[m][v]) : sum[m][v]);
+        store(at, (Vector)(add ? (Sum<T>)load(at) + sum[m][v] : sum[m][v]));
       }
   }
 }
@@ -144,9 +148,9 @@ inline void fill(const void* x, int64_t row_stride, int64_t column_stride, int64
 template <class T>
 double peak_of(int64_t rounds) {
   constexpr int chains = kRows * 2;  // as many as a tile has, enough to hide the latency
-  Vector sum[chains];
+  Sum<T> sum[chains];
 #pragma GCC unroll 32
-  for (int c = 0; c < chains; ++c) sum[c] = splat(static_cast<float>(c));  // equal ones would be computed once
+  for (int c = 0; c < chains; ++c) sum[c] = (Sum<T>)splat(static_cast<float>(c));  // equal ones would be computed once
   const Word word = 0x3f803f80;                                           // 1 as fp32, twice as bf16, or any integers
   Vector w = {};
   for (int64_t i = 0; i < rounds; ++i) {
@@ -154,9 +158,9 @@ double peak_of(int64_t rounds) {
 #pragma GCC unroll 32
     for (int c = 0; c < chains; ++c) sum[c] = multiply_add<T>(sum[c], &word, w);
   }
-  Vector total = {};  // of values and not of the array, which must not get an address, or it would live in memory
+  Sum<T> total = {};  // of values and not of the array, which must not get an address, or it would live in memory
 #pragma GCC unroll 32
-  for (int c = 0; c < chains; ++c) total = added<T>(total, sum[c]);
+  for (int c = 0; c < chains; ++c) total += sum[c];
   __asm__ volatile("" : "+m"(total));
   return 2.0 * chains * kLanes * T::elements * static_cast<double>(rounds);
 }

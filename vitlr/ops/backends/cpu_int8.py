@@ -13,7 +13,7 @@ from vitlr.ops.backends.cpu import ACTIVATIONS
 from vitlr.ops.dispatch import registry
 from vitlr.ops.layers import int8_attention, int8_chain
 
-_RAN_ON = ("Sapphire Rapids (AMX, AVX-512, AVX-VNNI, AVX2)",)
+_RAN_ON = ("Sapphire Rapids (AMX, AVX-512, AVX-VNNI, AVX2)", "Zen 4 (AVX-512)")
 _MULTIPLIES_BYTES = ("avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
