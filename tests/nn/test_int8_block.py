@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -77,6 +80,50 @@ def test_who_listens_to_a_child_is_called(block, x, child):
     assert (block(x) - whole).norm() < 0.02 * (whole - x).norm() and calls
     handle.remove()
     assert torch.equal(block(x), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: block.norm1.weight.mul_(2),
+        lambda block: block.norm2.__setattr__("eps", 1.0),
+        lambda block: block.attn.qkv.codes.neg_(),
+        lambda block: block.mlp.fc2.bias.add_(3),
+        lambda block: block.mlp.__setattr__("act", nn.ReLU()),
+        lambda block: swap(block, "mlp.fc1", block.mlp.fc1.to_linear()),
+        lambda block: block.ls1.__class__ is nn.Identity and block.__setattr__("ls1", nn.Threshold(1.0, 0.0)),
+    ],
+    ids=["gamma", "eps", "codes", "bias", "activation", "a linear of floats", "a layer scale"],
+)
+def test_what_a_call_remembers_of_the_last_one_goes_with_any_change(block, x, change):
+    before = [block(x) for _ in range(3)][-1]
+    change(block)
+    fresh = copy.deepcopy(block)
+    assert torch.equal(block(x), fresh(x)) and not torch.equal(block(x), before)
+
+
+@torch.no_grad()
+def test_remembered_or_not_a_call_gives_the_same(block, x, monkeypatch):
+    first, again = block(x), block(x)
+    assert torch.equal(first, again)
+    assert torch.equal(block(x[:1]), first[:1]) and torch.equal(block(x), first)  # of another shape, and back
+    monkeypatch.setenv("VITLR_BACKEND", "torch")
+    assert (block(x) - first).norm() < 0.02 * (first - x).norm() and not torch.equal(block(x), first)
+    monkeypatch.setenv("VITLR_BACKEND", "cpu")
+    monkeypatch.setenv("VITLR_CPU_ISA", "portable")
+    torch.testing.assert_close(block(x), first, rtol=1e-3, atol=1e-2)
+
+
+def test_a_block_that_was_called_is_pickled_and_freed(block, x):
+    with torch.no_grad():
+        whole = [block(x) for _ in range(2)][-1]
+        again = pickle.loads(pickle.dumps(block))
+        assert torch.equal(again(x), whole)
+    seen = weakref.ref(again)
+    del again
+    gc.collect()
+    assert seen() is None
 
 
 @torch.no_grad()

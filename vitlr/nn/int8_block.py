@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from vitlr.nn._fused import Fused
 from vitlr.nn._fused_mlp import activation_name
 from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
+from vitlr.nn._standing import Standing
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.int8_mlp import Int8MLP, steps
-from vitlr.ops.layers.int8_attention import int8_attention
-from vitlr.ops.layers.int8_chain import Norm, int8_chain
+from vitlr.ops.dispatch.registration import Ready, unwatched
+from vitlr.ops.layers import int8_attention, int8_chain
+from vitlr.ops.layers.int8_chain import Norm
 from vitlr.runtime.modules import class_of
 
 # Classes whose forward is known, by name: this package does not import timm.
@@ -33,6 +36,21 @@ class Parts(NamedTuple):
     fc1: list[Any]
     act: str
     fc2: list[Any]
+
+
+class Known(NamedTuple):
+    """Both operations of a block as they were called last, for as long as it and its input are of the same kind."""
+
+    standing: Standing
+    kind: tuple
+    attend: Ready
+    feed: Ready
+
+    def holds(self, block: nn.Module, kind: tuple) -> bool:
+        return kind == self.kind and self.standing.holds(block) and self.attend.holds() and self.feed.holds()
+
+
+_known: WeakKeyDictionary[Int8Block, Known] = WeakKeyDictionary()  # beside the modules, which are copied and pickled
 
 
 class Int8Block(Fused):
@@ -81,6 +99,11 @@ class Int8Block(Fused):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        if attn_mask is None and not is_causal and unwatched(x) and not torch.is_autocast_enabled("cpu"):
+            known, kind = _known.get(self), (x.shape, x.dtype, x.layout)
+            if known is not None and known.holds(self, kind):
+                x = known.attend(x, x)
+                return known.feed(x, x)
         plain = attn_mask is None and not is_causal and x.dim() == 3 and not is_transformed()
         parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
@@ -89,9 +112,16 @@ class Int8Block(Fused):
 
     def _halves(self, x: Tensor, parts: Parts) -> Tensor:
         norm1, qkv, proj, norm2, fc1, act, fc2 = parts
-        x = int8_attention(x, qkv, proj, self.attn.num_heads, x, norm1)  # type: ignore[arg-type]
-        acts = ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2)
-        return int8_chain(x, [*fc1, *fc2], acts, x, norm2)
+        attend = (qkv, proj, self.attn.num_heads, x, norm1)
+        feed = ([*fc1, *fc2], ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2))
+        kind = (x.shape, x.dtype, x.layout)
+        y = int8_attention.int8_attention(x, *attend)  # type: ignore[arg-type]
+        out = int8_chain.int8_chain(y, *feed, y, norm2)
+        if unwatched(x) and out.shape == x.shape:
+            first, second = int8_attention.ready(x, *attend), int8_chain.ready(y, *feed, y, norm2)  # type: ignore[arg-type]
+            if first is not None and second is not None:
+                _known[self] = Known(Standing(self), kind, first, second)
+        return out
 
 
 def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:

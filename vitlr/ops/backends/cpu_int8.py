@@ -14,35 +14,49 @@ from vitlr.ops.dispatch import registry
 from vitlr.ops.layers import int8_attention, int8_chain
 
 _RAN_ON = ("Sapphire Rapids (AMX, AVX-512, AVX-VNNI, AVX2)", "Zen 4 (AVX-512)")
-_MULTIPLIES_BYTES = ("avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
-def _chain(
+def _ready_chain(
     x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], biases: Sequence[Tensor],
     multipliers: Sequence[Tensor], shifts: Sequence[Tensor], wides: Sequence[Tensor | None], residual: Tensor | None,
     acts: Sequence[str], norm: Sequence[Tensor] = (), eps: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> registry.Prepared:  # fmt: skip
     isa = native.isa_used()
-    kept: list[Any] = []  # alive for as long as the call lasts
+    kept: list[Any] = []
     steps = map(int8_chain.Step, codes, scales, biases, multipliers, shifts, wides)
     layers = [_layer(step, act, isa, kept) for step, act in zip(steps, acts, strict=True)]
-    N = codes[-1].shape[0]
-    rows = x.reshape(-1, x.shape[-1])
-    y = native.int8_chain(rows, layers, N, _rows(residual, N), isa, _norm(norm, eps, kept))
-    return y.view(*x.shape[:-1], N)
+    N, moments = codes[-1].shape[0], _norm(norm, eps, kept)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return native.int8_chain(rows, layers, N, _rows(residual, N), isa, moments).view(*x.shape[:-1], N)
+
+    return registry.Prepared(run, lambda: native.isa_used() == isa, kept)
 
 
-def _attention(
+def _ready_attention(
     x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor | None], proj: Sequence[Tensor | None],
     residual: Tensor | None, heads: int, eps: float,
-) -> Tensor:  # fmt: skip
+) -> registry.Prepared:  # fmt: skip
     isa = native.isa_used()
     kept: list[Any] = []
     before, after = int8_attention.steps(qkv), int8_attention.steps(proj)
     layers = tuple([_layer(step, "none", isa, kept) for step in side] for side in (before, after))
     width, N = before[-1].codes.shape[0] // (3 * heads), after[-1].codes.shape[0]
-    x, residual = x.contiguous(), _rows(residual, N)
-    return native.int8_attention(x, heads, width, layers, N, residual, isa, _norm(norm, eps, kept))
+    moments = _norm(norm, eps, kept)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        return native.int8_attention(x.contiguous(), heads, width, layers, N, _rows(residual, N), isa, moments)
+
+    return registry.Prepared(run, lambda: native.isa_used() == isa, kept)
+
+
+def _chain(x: Tensor, *rest: Any) -> Tensor:
+    return _ready_chain(x, *rest)(x, rest[6])
+
+
+def _attention(x: Tensor, *rest: Any) -> Tensor:
+    return _ready_attention(x, *rest)(x, rest[3])
 
 
 def _layer(step: int8_chain.Step, act: str, isa: str, kept: list[Any]) -> tuple:
@@ -79,5 +93,7 @@ def _supports(key: int8_chain.Key | int8_attention.Key) -> str | None:
     return "a size is 0" if 0 in key.widths else native.why_not()
 
 
-registry.register(int8_chain.OP, registry.Candidate("cpu", _supports, _chain, _RAN_ON))
-registry.register(int8_attention.OP, registry.Candidate("cpu", _supports, _attention, _RAN_ON))
+registry.register(int8_chain.OP, registry.Candidate("cpu", _supports, _chain, _RAN_ON, prepare=_ready_chain))
+registry.register(
+    int8_attention.OP, registry.Candidate("cpu", _supports, _attention, _RAN_ON, prepare=_ready_attention)
+)

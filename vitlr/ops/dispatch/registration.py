@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,18 +68,55 @@ def short_way(op: torch._ops.OpOverload, run: Callable[..., Any]) -> Callable[..
     checked = _checked(op._schema.name.partition("::")[2], run)
 
     def call(x: Tensor, *rest: Any) -> Any:
-        return checked(x, *rest) if _unwatched(x) else op(x, *rest)
+        return checked(x, *rest) if unwatched(x) else op(x, *rest)
 
     return call
 
 
-def _unwatched(x: Tensor) -> bool:
+def unwatched(x: Tensor) -> bool:
     """Whether x is a plain tensor on the CPU, and no gradient, graph, mode or profiler asks for the call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     graphs = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return not (modes or graphs or torch.autograd._profiler_enabled())
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Calls of an op of bytes, for x of one shape and dtype, of which all but x and the residual stay as they are.
+
+    To look at a dozen tensors in every call takes as long as the products of fifty rows. Whether they did stay is for
+    the caller to know, who holds them.
+    """
+
+    name: str
+    key: Any
+    chosen: registry.Candidate
+    prepared: registry.Prepared
+
+    def holds(self) -> bool:
+        """Whether dispatch would do the same now."""
+        return registry.select(self.name, self.key) is self.chosen and self.prepared.holds()
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self.prepared(x, residual)
+
+
+class RunningOp:
+    """An op of bytes, called by the short way: `op(x, *rest)`."""
+
+    def __init__(self, name: str, call: Callable[..., Any], describe: Callable[..., Any]) -> None:
+        self._name, self._call, self._describe = name, call, describe
+
+    def __call__(self, x: Tensor, *rest: Any) -> Any:
+        return self._call(x, *rest)
+
+    def ready(self, x: Tensor, *rest: Any) -> Ready | None:
+        """Calls with this x, or another of its shape and dtype; None where the candidate has no short way for them."""
+        key = self._describe(math.prod(x.shape[:-1]), x, *rest)
+        chosen = registry.select(self._name, key)
+        return None if chosen.prepare is None else Ready(self._name, key, chosen, chosen.prepare(x, *rest))
 
 
 def register_running_op(
@@ -88,7 +126,7 @@ def register_running_op(
     key: type,
     describe: Callable[..., Any],
     roofline: Callable[[Any, registry.Ceilings | None], registry.Roofline],
-) -> Callable[..., Any]:
+) -> RunningOp:
     """Makes an op of bytes known, that has no gradient, and gives what calls it by the short way.
 
     `describe(M, x, *rest)` checks the arguments, x [..., K] first, and returns the `key` of a call of M rows, whose
@@ -113,7 +151,7 @@ def register_running_op(
     torch.library.register_autograd(f"vitlr::{name}", refuse, lib=_lib)
     known = registry.Candidate("torch", lambda key: None, reference, ran_on=("CPU",))
     registry.register_op(name, key, roofline, known)
-    return short_way(op, run)
+    return RunningOp(name, short_way(op, run), describe)
 
 
 def register_layer_op(

@@ -26,6 +26,22 @@ VARIABLE = "VITLR_BACKEND"
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What a candidate makes of a call whose arguments but x and the residual stay as they are.
+
+    `holds()`: whether the environment asks for the same. `kept` is what `run(x, residual)` has pointers to, and lives
+    as long as this, so it is this that is called.
+    """
+
+    run: Callable[..., Any]
+    holds: Callable[[], bool]
+    kept: Any
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        return self.run(x, residual)
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One implementation of an op.
 
@@ -34,7 +50,7 @@ class Candidate:
     rows is traced: the question is then whether it can run for some M. `run` takes the op's arguments and returns its
     result, contiguous. `ran_on` names the hardware it has been tested on: none, and it runs only where it is asked for
     by name. `worth(key)` is None if it pays there, else the reason why not. `floor(key, ceilings)` is its own best
-    time in µs.
+    time in µs. `prepare`, of an op of bytes, takes what `run` does and is for calls that differ in x and residual.
     """
 
     name: str
@@ -43,6 +59,7 @@ class Candidate:
     ran_on: tuple[str, ...] = ()
     worth: Callable[[Any], str | None] = lambda key: None
     floor: Callable[[Any, Ceilings], float | None] | None = None
+    prepare: Callable[..., Prepared] | None = None
 
     @property
     def backend(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import register_running_op
+from vitlr.ops.dispatch.registration import Ready, register_running_op
 from vitlr.ops.layers import attention, int8_chain
 from vitlr.ops.layers.factors import Maybe, check_added
 from vitlr.ops.layers.int8_chain import Norm, Step
@@ -57,9 +57,25 @@ def int8_attention(
     y has x's dtype. There is no gradient: asking for one raises InputError, as do shapes, dtypes or devices that do not
     fit and outputs of qkv that are not three for each of so many heads.
     """
+    return _call(x, *_rest(qkv, proj, heads, residual, norm))
+
+
+def ready(
+    x: Tensor,
+    qkv: Sequence[Step],
+    proj: Sequence[Step],
+    heads: int,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Ready | None:
+    """Calls of `int8_attention` with these steps, for x and residuals like these, if there is a short way."""
+    return _call.ready(x, *_rest(qkv, proj, heads, residual, norm))
+
+
+def _rest(qkv: Sequence[Step], proj: Sequence[Step], heads: int, residual: Tensor | None, norm: Norm | None) -> tuple:
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
     sides = ([part for step in side for part in step] for side in (qkv, proj))
-    return _call(x, gamma_beta, *sides, residual, heads, eps)
+    return gamma_beta, *sides, residual, heads, eps
 
 
 class Key(NamedTuple):

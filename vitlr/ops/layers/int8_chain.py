@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vitlr.errors import InputError
 from vitlr.ops.dispatch import registry
-from vitlr.ops.dispatch.registration import register_running_op
+from vitlr.ops.dispatch.registration import Ready, register_running_op
 from vitlr.ops.layers.activations import ACTIVATIONS, check_activation
 from vitlr.ops.layers.factors import Maybe, check_added
 
@@ -85,9 +85,20 @@ def int8_chain(
     q = 0. There is no gradient: asking for one raises InputError, as do an unknown act and shapes, dtypes or devices
     that do not fit.
     """
+    return _call(x, *_rest(steps, acts, residual, norm))
+
+
+def ready(
+    x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None, norm: Norm | None = None
+) -> Ready | None:
+    """Calls of `int8_chain` with these steps, for x and residuals like these, where there is a short way for them."""
+    return _call.ready(x, *_rest(steps, acts, residual, norm))
+
+
+def _rest(steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None, norm: Norm | None) -> tuple:
     columns = [list(column) for column in zip(*steps, strict=True)]
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
-    return _call(x, *columns, residual, list(acts), gamma_beta, eps)
+    return *columns, residual, list(acts), gamma_beta, eps
 
 
 class Key(NamedTuple):

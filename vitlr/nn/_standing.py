@@ -1,0 +1,42 @@
+"""Whether a tree of modules is still what it was, so that what was found out about it need not be found out again."""
+
+from __future__ import annotations
+
+from itertools import chain
+from operator import is_
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONTENTS = ("_modules", "_parameters", "_buffers")
+
+
+class Standing:
+    """A module with all below it, as it is: classes, attributes, children, and where the content of its tensors lies.
+
+    A write to a tensor that torch counts is seen, as is another tensor or another memory in its place. The root itself
+    is not referred to, so that this may be kept for as long as it lives.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        modules = list(root.modules())
+        self._below, self._classes = modules[1:], list(map(type, modules))
+        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
+        contents = [getattr(module, name) for module in modules for name in _CONTENTS]
+        self._dicts = [*map(vars, modules), *filter(None, contents)]
+        self._values = list(chain.from_iterable(map(dict.values, self._dicts)))
+        self._empty = [held for held in contents if not held]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._state = None if any(map(Tensor.is_inference, self._tensors)) else self._now()
+
+    def _now(self) -> list[int]:
+        return [*(t._version for t in self._tensors), *map(Tensor.data_ptr, self._tensors)]
+
+    def holds(self, root: nn.Module) -> bool:
+        """Whether nothing of that root has changed, and nobody listens; False where torch counts no writes."""
+        if self._state is None or any(self._hooks) or any(self._empty) or _has_any_global_hook():
+            return False
+        now = list(chain.from_iterable(map(dict.values, self._dicts)))
+        same = len(now) == len(self._values) and all(map(is_, now, self._values))
+        return same and self._classes == [type(root), *map(type, self._below)] and self._state == self._now()
