@@ -204,6 +204,17 @@ void panels(const Panel& first, int64_t end) {
 
 #else
 
+// Columns n.. of these rows of y and of the residual, into L1: rows are far apart, and no prefetcher of the CPU sees that.
+template <class T>
+void prefetch_output(const Panel& call, int64_t first, int64_t rows, int64_t n) {
+  if (call.next) return;
+  for (int64_t m = first; m < first + rows; ++m)
+    for (int64_t c = n * T::bytes; c < (n + kColumns) * T::bytes; c += 64) {
+      __builtin_prefetch(static_cast<const char*>(call.y) + m * call.y_stride * T::bytes + c, 1);
+      if (call.residual) __builtin_prefetch(static_cast<const char*>(call.residual) + m * call.residual_stride * T::bytes + c);
+    }
+}
+
 template <class T, int ACT>
 void panel(const Panel& call) {
   const Weight& weight = *call.weights[0];
@@ -217,6 +228,7 @@ void panel(const Panel& call) {
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = call.rows * t / tiles, rows = call.rows * (t + 1) / tiles - first;
     const Tile product = width > kLanes ? tile_of<Int8, 2>(rows) : tile_of<Int8, 1>(rows);
+    prefetch_output<T>(call, first, rows, n);
     product(block + first * kChunk, call.rows * kChunk, words, panel, reinterpret_cast<float*>(sums), false);
     finish<T, ACT>(call, first, rows, sums, columns, n, width);
     if (call.next) finish_wide<T, ACT>(call, first, rows, sums, columns, n, width);
