@@ -63,7 +63,7 @@ CHANGES = {
     "a listener before": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
     "a listener of its own": lambda model: model.register_forward_hook(lambda *_: None),
     "another precision": lambda model: model.bfloat16(),
-    "training": lambda model: model.train(not model.training),
+    "an attribute for another": lambda model: (delattr(model[0], "eps"), setattr(model[0], "forward", lambda x: x)),
 }
 
 

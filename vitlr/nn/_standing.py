@@ -10,13 +10,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONTENTS = ("_modules", "_parameters", "_buffers")
+_GIVEN = frozenset(vars(nn.Module()))  # what torch gives every module: these dicts, and whether it trains
 
 
 class Standing:
     """A module with all below it, as it is: classes, attributes, children, and where the content of its tensors lies.
 
-    A write to a tensor that torch counts is seen, as is another tensor or another memory in its place. The root itself
-    is not referred to, so that this may be kept for as long as it lives.
+    A write to a tensor that torch counts is seen, as is another tensor or another memory in its place; `training` does
+    not count. The root itself is not referred to, so that this may be kept for as long as it lives.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -24,19 +25,26 @@ class Standing:
         self._below, self._classes = modules[1:], list(map(type, modules))
         self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
         contents = [getattr(module, name) for module in modules for name in _CONTENTS]
-        self._dicts = [*map(vars, modules), *filter(None, contents)]
-        self._values = list(chain.from_iterable(map(dict.values, self._dicts)))
-        self._empty = [held for held in contents if not held]
+        self._contents, self._empty = [held for held in contents if held], [held for held in contents if not held]
+        self._vars = list(map(vars, modules))
+        own = [(held, name) for held in self._vars for name in held if name not in _GIVEN]
+        self._owners, self._names = [held for held, _ in own], [name for _, name in own]
+        self._counts, self._values = list(map(len, self._vars)), self._now()
         self._tensors = [value for value in self._values if isinstance(value, Tensor)]
-        self._state = None if any(map(Tensor.is_inference, self._tensors)) else self._now()
+        self._places = None if any(map(Tensor.is_inference, self._tensors)) else self._places_now()
 
-    def _now(self) -> list[int]:
+    def _now(self) -> list[object]:
+        return [*map(dict.get, self._owners, self._names), *chain.from_iterable(map(dict.values, self._contents))]
+
+    def _places_now(self) -> list[int]:
         return [*(t._version for t in self._tensors), *map(Tensor.data_ptr, self._tensors)]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether nothing of that root has changed, and nobody listens; False where torch counts no writes."""
-        if self._state is None or any(self._hooks) or any(self._empty) or _has_any_global_hook():
+        if self._places is None or any(self._hooks) or any(self._empty) or _has_any_global_hook():
             return False
-        now = list(chain.from_iterable(map(dict.values, self._dicts)))
+        if self._counts != list(map(len, self._vars)) or self._classes != [type(root), *map(type, self._below)]:
+            return False
+        now = self._now()
         same = len(now) == len(self._values) and all(map(is_, now, self._values))
-        return same and self._classes == [type(root), *map(type, self._below)] and self._state == self._now()
+        return same and self._places == self._places_now()
