@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from vitlr.checkpoint import other_libraries
 from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
-from vitlr.runtime.modules import class_of
+from vitlr.runtime.modules import class_of, plain_parts
 from vitlr.runtime.words import one_line
 
 Origin = dict[str, Any]
@@ -112,8 +112,10 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
 def why_not_rebuilt(model: nn.Module) -> str | None:
     """Why a file of this timm model would not rebuild it, in one line; None where it would, or names no origin."""
     try:
-        origin = find_origin(model)
-        problem = None if origin is None or origin["library"] != "timm" else differences(model, build(origin, "cpu"))
+        with plain_parts(model):
+            origin = find_origin(model)
+            other = origin is None or origin["library"] != "timm"
+            problem = None if other or origin is None else differences(model, build(origin, "cpu"))
     except InputError as cause:
         return str(cause)
     return None if problem is None or origin is None else f"{describe(origin)} does not rebuild it ({problem})"
