@@ -302,28 +302,6 @@ def test_weights_alone_still_load(tiny_vit, tmp_path):
     assert torch.equal(read(X), tiny_vit()(X))
 
 
-FINE_TUNES = {
-    "a drop path": {"drop_path_rate": 0.1},
-    "dropout everywhere": {"drop_rate": 0.2, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "pos_drop_rate": 0.3},
-    "any size of image": {"dynamic_img_size": True},
-    "dropped patches": {"patch_drop_rate": 0.25},
-}
-
-
-@pytest.mark.parametrize("kind", FINE_TUNES)
-def test_arguments_of_common_fine_tunes_are_read_off_the_model(kind):
-    import timm
-
-    from vitlr.checkpoint.origins import build, differences, find_origin
-
-    model = timm.create_model("vit_tiny_patch16_224", depth=12, **FINE_TUNES[kind])
-    origin = find_origin(model)
-    assert origin["args"] == FINE_TUNES[kind] and differences(model, build(origin, "cpu")) is None
-    model.head = nn.Linear(192, 7)  # num_classes stays 1000
-    origin = find_origin(model)
-    assert origin["args"]["num_classes"] == 7 and differences(model, build(origin, "cpu")) is None
-
-
 def test_what_a_file_cannot_rebuild_is_said_before_the_work(batches, caplog):
     import timm
 

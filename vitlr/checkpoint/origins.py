@@ -40,8 +40,11 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
 _SAID = 8  # arguments that messages show
-# How, not what, a module computes; the number of classes, which the shape of the head tells; the guard of `alien`.
-_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn", "num_classes", "save_pretrained"})
+# How, not what, a module computes; the number of classes, which the shape of the head tells; the guard of `alien`; and
+# what weights began as.
+_NO_MATTER = frozenset(
+    {"training", "grad_checkpointing", "fused_attn", "num_classes", "save_pretrained", "weight_init_mode"}
+)
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -250,7 +253,7 @@ def _channels(model: nn.Module) -> Any:
 
 
 def _size(model: nn.Module) -> Any:
-    return getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
 
 
 def _pool(model: nn.Module) -> Any:
@@ -271,6 +274,18 @@ def _rate(holder: str) -> Callable[[nn.Module], Any]:
         return round(max(rates, default=0.0), 6)  # float32 steps of a schedule
 
     return read
+
+
+def _normed(name: str) -> Callable[[nn.Module], Any]:
+    """Whether the first module of that name is a norm, not what stands where there is none."""
+    return lambda model: next(
+        (not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.rpartition(".")[2] == name), None
+    )
+
+
+def _scaled(model: nn.Module) -> Any:
+    """Where layer scales begin, which is of no matter; only that there are some."""
+    return 1e-5 if any(type(m).__name__ == "LayerScale" for m in model.modules()) else None
 
 
 def _own(name: str) -> Callable[[nn.Module], Any]:
@@ -298,6 +313,13 @@ _READ: dict[str, Callable[[nn.Module], Any]] = {
     "proj_drop_rate": _rate("proj_drop"),
     "dynamic_img_size": _own("dynamic_img_size"),
     "dynamic_img_pad": _own("dynamic_img_pad"),
+    "class_token": _own("has_class_token"),
+    "reg_tokens": _own("num_reg_tokens"),
+    "no_embed_class": _own("no_embed_class"),
+    "init_values": _scaled,
+    "qk_norm": _normed("q_norm"),
+    "pre_norm": _normed("norm_pre"),
+    "fc_norm": _normed("fc_norm"),
 }
 
 
