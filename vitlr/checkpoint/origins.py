@@ -40,11 +40,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
 _SAID = 8  # arguments that messages show
-# How, not what, a module computes; the number of classes, which the shape of the head tells; the guard of `alien`; and
-# what weights began as.
-_NO_MATTER = frozenset(
-    {"training", "grad_checkpointing", "fused_attn", "num_classes", "save_pretrained", "weight_init_mode"}
-)
+# How, not what, a module computes; the number of classes, which the head tells; `alien`'s guard; how weights began.
+_HOW = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"}
+_NO_MATTER = frozenset({*_HOW, "num_classes", "save_pretrained"})
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -283,6 +281,12 @@ def _normed(name: str) -> Callable[[nn.Module], Any]:
     )
 
 
+def _fc_norm(model: nn.Module) -> Any:
+    """Whether a norm stands behind the pooling, None where timm decides by itself: behind an average there is one."""
+    found = _normed("fc_norm")(model)
+    return None if found is (_pool(model) in ("avg", "avgmax", "max")) else found
+
+
 def _scaled(model: nn.Module) -> Any:
     """Where layer scales begin, which is of no matter; only that there are some."""
     return 1e-5 if any(type(m).__name__ == "LayerScale" for m in model.modules()) else None
@@ -319,7 +323,7 @@ _READ: dict[str, Callable[[nn.Module], Any]] = {
     "init_values": _scaled,
     "qk_norm": _normed("q_norm"),
     "pre_norm": _normed("norm_pre"),
-    "fc_norm": _normed("fc_norm"),
+    "fc_norm": _fc_norm,
 }
 
 
