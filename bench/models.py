@@ -112,6 +112,7 @@ class Trial:
         with visibility.visible(self.model):
             known, refused = mlps.find_mlps(self.model), mlps.refused_mlps(self.model)
             heads, why = attentions(self.model)[0], why_no_scores(self.model)
+            widths = {name: mlp.width for name, mlp in known.items()}
         reasons = [
             reason.partition("keeps its width: ")[2].partition(". Supported")[0] or reason
             for reason in refused.values()
@@ -124,17 +125,17 @@ class Trial:
         assert self.stats is not None
         for name in sorted(known.keys() - {row.name for row in plan.widths}):
             passed = not self.stats.layers.keys() >= set(known[name].linears)
-            reasons.append(PASSED if passed else self._too_few(known[name]))
+            reasons.append(PASSED if passed else self._too_few(known[name], widths[name]))
         if heads or why:
             parts.append(f"{chosen['query_keys']} of {len(heads.keys() | why.keys())} q·k")
             reasons += [reason.partition(". Supported")[0] for reason in why.values()]
         return [", ".join(parts) or "none", *dict.fromkeys(reasons)]
 
-    def _too_few(self, mlp: mlps.Mlp) -> str:
+    def _too_few(self, mlp: mlps.Mlp, width: int) -> str:
         """Why nothing is known of an MLP's hidden neurons: it has more than tokens were seen, or still ones."""
         assert self.stats is not None
         tokens = self.stats.layers[mlp.linears[-1]].tokens
-        return FEW if tokens <= mlp.width else "its hidden neurons hardly differ from token to token"
+        return FEW if tokens <= width else "its hidden neurons hardly differ from token to token"
 
     def bits(self) -> Cell:
         self._compressed("bits")

@@ -39,6 +39,38 @@ def test_a_parent_may_ask_a_layer_for_its_weights_dtype_and_device(tiny_vit, bat
         assert small.bfloat16()(X).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda fc: fc.weight.new_zeros(1),
+        lambda fc: fc.weight.new_ones(2).sum() - fc.weight.new_tensor(2.0),
+        lambda fc: torch.zeros(1).type(fc.weight.type()),
+        lambda fc: torch.zeros(1, dtype=fc.weight.data.dtype),
+        lambda fc: torch.zeros(1, dtype=fc.bias.dtype) + (fc.bias is None),
+    ],
+)
+@pytest.mark.parametrize("method", ["lowrank", "bits", "values"])
+def test_a_parent_may_ask_a_layer_for_what_is_no_weight(tiny_vit, batches, ask, method):
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = tiny_vit()
+
+        def forward(self, x):
+            return self.net(x + sum(ask(fc) for fc in (self.net.blocks[0].mlp.fc2, self.net.blocks[0].attn.qkv)))
+
+    model = Asking()
+    if method == "bits":
+        small = vitlr.compress(model, batches, "bytes:40%", method="bits")
+    elif method == "lowrank":
+        small = compressed(model, batches, method="lowrank", uniform=True)
+    else:
+        small = model
+        small.net.blocks[0].attn.qkv = vitlr.nn.SelectedLinear(model.net.blocks[0].attn.qkv, 32, 96)
+    expected = small.net(X)
+    assert torch.equal(small(X), expected)
+
+
 def test_compiled_models_are_compressed_refined_and_saved_as_what_they_hold(tiny_vit, batches, tmp_path):
     model = tiny_vit()
     compiled = torch.compile(tiny_vit(), backend="eager")
@@ -48,6 +80,45 @@ def test_compiled_models_are_compressed_refined_and_saved_as_what_they_hold(tiny
     vitlr.save(torch.compile(small, backend="eager"), tmp_path / "small.safetensors")
     assert torch.equal(vitlr.load(tmp_path / "small.safetensors")(X), small(X))
     assert vitlr.fuse(torch.compile(small, backend="eager")).state_dict().keys() == small.state_dict().keys()
+
+
+class Held(nn.Module):
+    """A module that holds another, as training frameworks do."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_files_know_nothing_of_parts_that_were_compiled(tiny_vit, batches, tmp_path, caplog):
+    def in_blocks():
+        model = tiny_vit()
+        for i, block in enumerate(model.blocks):
+            model.blocks[i] = torch.compile(block, backend="eager")
+        return model
+
+    for made, plain in ((in_blocks, tiny_vit), (lambda: Held(torch.compile(tiny_vit(), backend="eager")), None)):
+        caplog.clear()
+        small = compressed(made(), batches)
+        assert "model_args=" not in caplog.text
+        names = list(small.state_dict())
+        vitlr.save(small, tmp_path / "small.safetensors")
+        assert list(small.state_dict()) == names and any("_orig_mod" in name for name in names)  # it is as it was
+        if plain is not None:
+            assert torch.equal(vitlr.load(tmp_path / "small.safetensors")(X), small(X))
+        for model in (made(), (plain or (lambda: Held(tiny_vit())))()):
+            assert torch.equal(vitlr.load(tmp_path / "small.safetensors", model=model)(X), small(X))
+
+
+def test_compiled_models_are_evaluated_and_scripted_ones_named(tiny_vit, batches):
+    compiled = torch.compile(tiny_vit(), backend="eager")
+    assert vitlr.evaluate(compiled, batches, compiled) == vitlr.evaluate(tiny_vit(), batches, tiny_vit())
+    for fixed in (torch.jit.trace(tiny_vit(), X), torch.jit.script(nn.Sequential(nn.Linear(4, 4)))):
+        with pytest.raises(InputError, match=r"fixed by torch\.jit; give the one that it was scripted or traced from"):
+            compressed(fixed, batches)
 
 
 class WithPooler(nn.Module):
@@ -229,28 +300,6 @@ def test_weights_alone_still_load(tiny_vit, tmp_path):
     save_file(tiny_vit().state_dict(), tmp_path / "w.safetensors")
     read = vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors", **TINY)
     assert torch.equal(read(X), tiny_vit()(X))
-
-
-FINE_TUNES = {
-    "a drop path": {"drop_path_rate": 0.1},
-    "dropout everywhere": {"drop_rate": 0.2, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "pos_drop_rate": 0.3},
-    "any size of image": {"dynamic_img_size": True},
-    "dropped patches": {"patch_drop_rate": 0.25},
-}
-
-
-@pytest.mark.parametrize("kind", FINE_TUNES)
-def test_arguments_of_common_fine_tunes_are_read_off_the_model(kind):
-    import timm
-
-    from vitlr.checkpoint.origins import build, differences, find_origin
-
-    model = timm.create_model("vit_tiny_patch16_224", depth=12, **FINE_TUNES[kind])
-    origin = find_origin(model)
-    assert origin["args"] == FINE_TUNES[kind] and differences(model, build(origin, "cpu")) is None
-    model.head = nn.Linear(192, 7)  # num_classes stays 1000
-    origin = find_origin(model)
-    assert origin["args"]["num_classes"] == 7 and differences(model, build(origin, "cpu")) is None
 
 
 def test_what_a_file_cannot_rebuild_is_said_before_the_work(batches, caplog):

@@ -165,3 +165,20 @@ def test_the_real_checkpoint_fits(shared_data):
     model = create_model(NAME, checkpoint=path)
     assert sum(p.numel() for p in model.parameters()) == 5_717_416
     assert torch.equal(model.state_dict()["blocks.11.mlp.fc2.weight"], read_weights(path)["blocks.11.mlp.fc2.weight"])
+
+
+def test_a_new_head_is_made_beside_weights_of_training_scripts_and_none_where_none_is_wanted(tiny_vit, tmp_path):
+    trained, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    weights = trained.state_dict()
+    torch.save({"state_dict": {f"model.{name}": t for name, t in weights.items()}}, tmp_path / "lightning.ckpt")
+    save_file(weights, tmp_path / "plain.safetensors")
+    for file in ("lightning.ckpt", "plain.safetensors"):
+        make = {"checkpoint": tmp_path / file, **TINY}
+        with pytest.raises(InputError, match=r"2 of another shape \(head.weight"):
+            create_model(NAME, **{**make, "num_classes": 3})
+        read = create_model(NAME, new_head=True, **{**make, "num_classes": 3})
+        features = create_model(NAME, **{**make, "num_classes": 0})
+        for model in (read, features):
+            assert torch.equal(model.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
+        assert read(x).shape == (2, 3)
+        assert torch.equal(features(x), trained.forward_head(trained.forward_features(x), pre_logits=True))

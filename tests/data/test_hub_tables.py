@@ -55,6 +55,37 @@ def test_images_without_classes_serve_calibration_and_are_refused_where_labels_a
         open_data(data, model, need_labels=True)
 
 
+def columns(label, kind):
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    rows = {"image": [picture(i) for i in range(len(label))], "label": label}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_classes_may_be_plain_numbers_or_names_and_missing(tiny_vit):
+    model, numbers = tiny_vit(), [i % 5 for i in range(10)]
+    expected = everything(open_data(columns(numbers, datasets.ClassLabel(names=list("abcde"))), model))
+    for label, kind in ((numbers, "int64"), ([f"kind {i}" for i in numbers], "string")):
+        found = everything(open_data(columns(label, datasets.Value(kind)), model, need_labels=True))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    reversed_order = {str(i): 4 - i for i in range(5)}
+    words = columns([str(i) for i in numbers], datasets.Value("string"))
+    mapped = open_data(words, model, class_map=reversed_order)
+    assert torch.equal(everything(mapped)[1], 4 - expected[1])
+    for missing in (None, -1):  # as sets for a competition have it
+        for kind in (datasets.Value("int64"), datasets.ClassLabel(names=list("abcde"))):
+            unlabelled = open_data(columns([missing] * 10, kind), model, need_labels=None)
+            assert vitlr.evaluate(model, unlabelled, model).top1 is None
+    with pytest.raises(InputError, match=r"column label of .* holds neither numbers of classes nor names"):
+        open_data(columns([0.5] * 10, datasets.Value("float32")), model)
+
+
+def test_a_transform_of_its_owner_is_passed_by(tiny_vit):
+    plain = columns([0, 1, 2, 3, 4], datasets.Value("int64"))
+    own = plain.with_transform(lambda rows: {"pixel_values": [0] * len(rows["image"])})
+    found, expected = (everything(open_data(data, tiny_vit(), need_labels=True)) for data in (own, plain))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -60,9 +62,9 @@ def test_all_types_of_images_are_listed(tiny_vit, tmp_path, image_tar, kind, cap
 
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
     files = {}
-    for name in ("x.webp", "x.BMP", "x.gif", "x.tif", "x.tiff", "x.png", "x.jpg", "x.JPEG"):
+    for name in ("x.webp", "x.BMP", "x.gif", "x.tif", "x.tiff", "x.png", "x.jpg", "x.JPEG", "x.jfif"):
         buffer = io.BytesIO()
-        kinds = {"tif": "TIFF", "jpg": "JPEG", "webp": "WEBP"}
+        kinds = {"tif": "TIFF", "jpg": "JPEG", "webp": "WEBP", "jfif": "JPEG"}
         ending = name.split(".")[1]
         pixels.save(buffer, kinds.get(ending, ending.upper()))
         files[f"a/{name}"] = buffer.getvalue()
@@ -75,7 +77,7 @@ def test_all_types_of_images_are_listed(tiny_vit, tmp_path, image_tar, kind, cap
             (path / name).write_bytes(content)
         (path / "a" / "y.heic").write_bytes(b"")
     loader = open_data(path, tiny_vit())
-    assert loader.images == 8 and len(next(iter(loader))[0]) == 8
+    assert loader.images == 9 and len(next(iter(loader))[0]) == 9
     assert ("left out images of types that are not read: 1 .heic" in caplog.text) == (kind == "folder")
     from timm.data.readers.img_extensions import IMG_EXTENSIONS
 
@@ -94,6 +96,25 @@ def test_an_archive_that_is_cut_anywhere_is_refused(tiny_vit, image_tar, share):
     path.write_bytes(content[: int(share * blocks) * 512])  # between two headers
     with pytest.raises(InputError, match=r"it is cut short, or no \.tar"):
         open_data(path, tiny_vit())
+
+
+def test_an_archive_that_goes_on_behind_its_end_is_refused(tiny_vit, image_tar):
+    """It is read up to the first block of zeros, and what follows would be missing without a word."""
+    path = image_tar(images=4)
+    content = path.read_bytes()
+    with tarfile.open(path) as archive:
+        hole = archive.getmembers()[9]
+    begins, ends = hole.offset, hole.offset_data + 512 * -(-hole.size // 512)
+    damaged = content[:begins] + b"\xff" * 512 + content[begins + 512 :]
+    for found in (content[:begins] + bytes(ends - begins) + content[ends:], content + content, damaged):
+        path.write_bytes(found)
+        with pytest.raises(InputError, match=r"it ends at byte \d+ of \d+, and more follows"):
+            open_data(path, tiny_vit())
+    path.write_bytes(content[:begins] + bytes(2**21))  # what a broken download was to be
+    with pytest.raises(InputError, match="and more follows"):
+        open_data(path, tiny_vit())
+    path.write_bytes(content + bytes(10240))
+    assert open_data(path, tiny_vit()).images == 20
 
 
 def test_classes_that_torchvision_would_number_otherwise_are_told(tiny_vit, image_folder, caplog):

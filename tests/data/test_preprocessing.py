@@ -34,6 +34,7 @@ WRAPPERS = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "compiled data parallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     "a module that holds it": Lightning,
+    "a module that holds a compiled one": lambda model: Lightning(torch.compile(model, backend="eager")),
     "a sequence that begins with it": lambda model: nn.Sequential(model, nn.Linear(5, 2)),
 }
 

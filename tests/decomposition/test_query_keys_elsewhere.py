@@ -8,7 +8,7 @@ from solved import solved
 from torch import nn
 
 import vitlr
-from vitlr.anatomy.attention import attentions, score_attentions, why_no_scores
+from vitlr.anatomy.attention import attentions, measurable, score_attentions, why_no_scores
 from vitlr.anatomy.visibility import visible
 from vitlr.data.batches import first_tensor
 from vitlr.surgery.attention import narrow_attention, narrow_query_keys
@@ -25,7 +25,10 @@ TRANSFORMERS = {
     "Beit": ("BeitModel", "BeitConfig", {**SIZE, "use_relative_position_bias": True}),
     "Swin": ("SwinModel", "SwinConfig", WINDOWS),
 }
-POOLED = {"it takes the largest of several queries"}
+LEFT = {
+    "it takes the largest of several queries",
+    "it attends to channels in place of tokens, so each of its queries and keys counts",
+}
 FIVE = {"num_classes": 5}
 SMALL = {**FIVE, "depth": 2, "embed_dim": 32, "num_heads": 2}
 WIDE = {**FIVE, "depths": (1, 1, 1, 1), "embed_dims": (16, 32, 48, 64)}
@@ -89,7 +92,8 @@ def test_rotating_is_exact_and_directions_that_nothing_needs_are_free(name):
     with visible(model), torch.no_grad():
         known = score_attentions(model, [n for n, _ in model.named_modules()])
         assert known
-        assert {why for why in why_no_scores(model).values() if "is not one that" not in why} <= POOLED
+        assert {why for why in why_no_scores(model).values() if "is not one that" not in why} <= LEFT
+        assert len(known) == 4 or not name.startswith("cait")  # two that mix their heads, two of the class token alone
         for attention in known.values():
             linear = model.get_submodule(attention.queries_keys[0])
             rows = torch.arange(attention.width).view(attention.heads, -1)
@@ -109,6 +113,15 @@ def test_rotating_is_exact_and_directions_that_nothing_needs_are_free(name):
             narrow_query_keys(cut, spectrum, spectrum.full_width - spectrum.attention.heads)
     for changed in (rotated, cut):
         torch.testing.assert_close(answer(changed, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_attentions_that_mix_their_heads_lose_none():
+    model, _ = make("cait_xxs24_224")
+    with visible(model):
+        found, refused = measurable(model, [n for n, _ in model.named_modules()])
+    mixing = {name for name, module in model.named_modules() if type(module).__name__ == "TalkingHeadAttn"}
+    assert len(mixing) == 2 and not mixing & found.keys()
+    assert {refused[name] for name in mixing} == {"it mixes its heads, so none of them stands alone"}
 
 
 def partner(channel, attention):

@@ -27,6 +27,26 @@ class Headed(nn.Module):
         return getattr(self, self.name)(self.backbone(x))
 
 
+class HeadFirst(nn.Module):
+    """A head of an unusual name that was made before the backbone."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.task, self.backbone = head, backbone
+
+    def forward(self, x):
+        return self.task(self.backbone(x))
+
+
+def beside_the_lost_one(tiny_vit, head):
+    """A timm model without a classifier that was given one under another name."""
+    model = tiny_vit(num_classes=0)
+    model.fc = head
+    base = type(model)
+    model.__class__ = type("Mine", (base,), {"forward": lambda self, x: self.fc(base.forward(self, x))})
+    return model
+
+
 def assigned(tiny_vit):
     model = tiny_vit(num_classes=7)
     model.head = nn.Linear(32, 5)  # num_classes stays 7
@@ -41,6 +61,12 @@ LOGITS = {
     "a head of two layers": (
         lambda make: Headed(make(num_classes=0), "mine", nn.Sequential(nn.Linear(32, 8), nn.GELU(), nn.Linear(8, 5))),
         "of mine.2",
+    ),
+    "a head made before the backbone": (lambda make: HeadFirst(make(num_classes=0), nn.Linear(32, 5)), "of task"),
+    "a head beside timm's": (lambda make: beside_the_lost_one(make, nn.Linear(32, 5)), "of fc"),
+    "a sequence beside timm's": (
+        lambda make: beside_the_lost_one(make, nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 5))),
+        "of fc.1",
     ),
     "in a data-parallel wrapper": (lambda make: nn.DataParallel(assigned(make)), "of module.head"),
 }
@@ -78,6 +104,22 @@ def test_a_stale_number_of_classes_changes_no_statistics(tiny_vit, batches):
     for name, layer in a.layers.items():
         assert torch.equal(layer.gradient, b.layers[name].gradient)
     assert "the answer is taken for logits [images, 5] of head" in str(a)
+
+
+def test_one_number_an_image_may_be_a_row_of_none(tiny_vit, batches):
+    class Squeezed(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x).squeeze(-1)
+
+    model = tiny_vit(num_classes=1)
+    stats, bare = (vitlr.calibrate(m, batches, hidden=False) for m in (Squeezed(model), model))
+    assert stats.answer == bare.answer == "one number an image: its squared change counts"
+    for name, layer in bare.layers.items():
+        assert torch.equal(stats.layers[f"net.{name}"].gradient, layer.gradient)
 
 
 def test_one_number_an_image_is_taken_as_it_is(tiny_vit, batches):
@@ -158,9 +200,13 @@ def test_answers_in_dicts_and_tuples():
         [logits, features],
         {"out": logits},
         (loss, {"logits": logits}),
+        (None, logits),
+        (loss.unsqueeze(0), logits),  # of several devices
+        {"loss": loss.expand(2), "prediction": logits},
     ):
         assert first_tensor(answer) is logits
-    for answer in ({}, (loss,), None, "text"):
+    assert first_tensor((loss, loss.expand(2))).shape == (2, 1)
+    for answer in ({}, loss, (loss,), None, (None,), "text"):
         with pytest.raises(InputError, match="pass output_fn= to pick one"):
             first_tensor(answer)
 
@@ -211,3 +257,32 @@ def test_patch_embeddings_that_are_linears_stay_dense():
     for name in ("patch_embed", "to_patch_embedding", "patch_to_embed", "embed", "embeds", "patch_proj"):
         kept = linears.kept(Hand(name))
         assert kept == {f"{name}.1": "an embedding", "out": "the classifier"}
+
+
+class Patched(nn.Module):
+    """A linear of any name that sees patches, or something else than the image."""
+
+    def __init__(self, net, cut):
+        super().__init__()
+        self.tokens, self.blocks, self.head, self.cut = nn.Linear(192, 32), net.blocks, nn.Linear(32, 5), cut
+        self.norm = nn.LayerNorm(192)
+
+    def forward(self, x):
+        for block in [self.tokens, *self.blocks]:
+            x = block(x if x.ndim < 4 else self.cut(self, x))
+        return self.head(x.mean(1))
+
+
+def patches(x):
+    return x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def test_the_linear_that_embeds_patches_is_found_by_what_it_is_given(tiny_vit, batches):
+    for cut in (lambda net, x: patches(x), lambda net, x: net.norm(patches(x))):
+        model = Patched(tiny_vit(), cut).eval()
+        stats = vitlr.calibrate(model, batches)
+        assert "tokens" not in stats.layers and len(stats.layers) == 8
+        small = vitlr.compress(model, batches, "params:60%", rank_step=4)
+        assert type(small.tokens) is nn.Linear
+    model = Patched(tiny_vit(), lambda net, x: patches(x)[:, :5]).eval()  # not all that the image holds
+    assert "tokens" in vitlr.calibrate(model, batches).layers

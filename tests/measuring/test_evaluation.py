@@ -112,6 +112,15 @@ def test_classes_in_another_order_than_the_models_are_refused():
         evaluate(Table(), [(sure.flip(1)[:30], labels[:30]), (sure.flip(1)[30:], labels[30:])])
     for guess in (torch.randn(60, 20, generator=generator), torch.ones(60, 20), sure[torch.randperm(60)]):
         assert evaluate(Table(), [(guess, labels)]).images == 60
+    thirds = torch.arange(9).repeat_interleave(4)
+    for classes in (3, 5, 9):  # where an odd number is reversed, the one in the middle stays right
+        some = thirds[thirds < classes]
+        few = 5 * F.one_hot(some, classes) + torch.randn(len(some), classes, generator=generator)
+        assert evaluate(Table(), [(few, some)]).top1 > 90
+        with pytest.raises(InputError, match=f"class 0 is called {classes - 1}"):
+            evaluate(Table(), [(few.flip(1), some)])
+    merged = 5.0 * F.one_hot(thirds // 3 * 3, 9)  # three classes are taken for one: wrong, but in order
+    assert evaluate(Table(), [(merged, thirds)]).top1 == pytest.approx(100 / 3)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (5, 10), (1074, 1300)])
@@ -207,3 +216,22 @@ def test_nan_is_an_error(tiny_vit, batches, which):
     models[which].head.bias.data[0] = float("nan")
     with pytest.raises(NumericalError, match=f"logits of the {which}"):
         evaluate(models["model"], batches, models["reference"])
+
+
+def test_labels_of_sets_that_have_none_and_lists_of_labels_are_read():
+    logits = torch.randn(4, 6)
+    nobody = torch.full((4,), -1)
+    assert evaluate(Table(), [(logits, nobody)], Table()).top1 is None
+    with pytest.raises(InputError, match="yields no labels"):
+        evaluate(Table(), [(logits, nobody)])
+    best = logits.argmax(1)
+    assert evaluate(Table(), [(logits, best.tolist())]).top1 == 100
+
+
+def test_models_that_fail_on_a_batch_by_an_attribute_are_no_crash():
+    class Named(torch.nn.Module):
+        def forward(self, pixel_values=None, **more):
+            return pixel_values.flatten(1)
+
+    with pytest.raises(InputError, match=r"the model cannot take what the loader gives \(\[2, 6\] torch.float32\)"):
+        evaluate(Named(), [{"image": torch.randn(2, 6), "labels": torch.zeros(2).long()}])

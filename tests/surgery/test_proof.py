@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import types
+import weakref
+from collections import deque
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import vitlr
@@ -55,8 +61,29 @@ def norm_in_a_table(model):
     model.steps = {"norm": [lambda x: model.norm(x)]}
 
 
+def cached_forward(model):
+    model.norm.forward = functools.lru_cache(maxsize=0)(model.norm.forward)
+
+
+def weak_reference(model):
+    whole = weakref.ref(model)
+    model.norm.forward = lambda x: F.layer_norm(x, x.shape[-1:], whole().norm.weight, whole().norm.bias, 1e-6)
+
+
+def object_in_a_closure(model):
+    kept = types.SimpleNamespace(forward=model.norm.forward)
+    model.norm.forward = lambda x: kept.forward(x)
+
+
 @pytest.mark.parametrize(
-    ("wrap", "where"), [(adapter_in_a_hook, r"blocks\.0\._forward_hooks"), (norm_in_a_table, "steps")]
+    ("wrap", "where"),
+    [
+        (adapter_in_a_hook, r"blocks\.0\._forward_hooks"),
+        (norm_in_a_table, "steps"),
+        (cached_forward, r"norm\.forward"),
+        (weak_reference, r"norm\.forward"),
+        (object_in_a_closure, r"norm\.forward"),
+    ],
 )
 def test_functions_in_hooks_and_tables_that_would_run_the_original_are_refused(tiny_vit, batches, wrap, where):
     """What they run is not compressed, so the copy's answer is right until its own weights change."""
@@ -172,3 +199,25 @@ def test_gates_that_are_not_called_are_refused(tiny_vit, batches):
     model.blocks[1].forward = other.blocks[1].forward
     with pytest.raises(InputError, match=r"new modules are not called \(blocks\.1"):
         vitlr.prune(model, batches, 0.3, recipe=TrainRecipe(epochs=1))
+
+
+class Box:
+    """An object of no special kind that keeps what it is given."""
+
+    def __init__(self):
+        self.last = None
+
+    def append(self, value):
+        self.last = value
+
+
+@pytest.mark.parametrize("place", [Box, list, lambda: deque(maxlen=2)])
+def test_activations_kept_with_their_graph_are_copied_and_left_without_one(tiny_vit, batches, place):
+    model = tiny_vit()
+    model.place = place()
+    model.blocks[0].mlp.register_forward_hook(lambda module, args, out, to=model.place: to.append(out))
+    model(batches[0][0])
+    duplicate(model)
+    vitlr.calibrate(model, batches)
+    kept = [model.place.last] if isinstance(model.place, Box) else list(model.place)
+    assert kept and all(tensor.grad_fn is None for tensor in kept)

@@ -55,7 +55,25 @@ _MORE = {
     "timm.models.swin_transformer_v2.WindowAttention",
     "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention",
 }
-_KNOWN = _PLAIN | _TURNED | _MORE
+# the same of q and k, but heads are mixed before and after the softmax, so that q and k of one serve all.
+_MIXED = {"timm.models.cait.TalkingHeadAttn"}
+_KNOWN = _PLAIN | _TURNED | _MORE | _MIXED
+_POSITIONS = "tables of positions are multiplied by its queries as well, so these keep their channels"
+_HEAD_BY_HEAD = "one linear makes q, k and v head by head, in rows that are not told apart"
+_CHANNELS = "it attends to channels in place of tokens, so each of its queries and keys counts"
+_UNKNOWN = {
+    "timm.models.vision_transformer_sam.Attention": _POSITIONS,
+    f"{_OF}.sam.modeling_sam.SamVisionAttention": _POSITIONS,
+    f"{_OF}.sam.modeling_sam.SamVisionSdpaAttention": _POSITIONS,
+    f"{_OF}.vitdet.modeling_vitdet.VitDetAttention": _POSITIONS,
+    "timm.models.tiny_vit.Attention": _HEAD_BY_HEAD,
+    "timm.models.levit.Attention": _HEAD_BY_HEAD,
+    "timm.models.levit.AttentionDownsample": _HEAD_BY_HEAD,
+    "timm.models.xcit.XCA": _CHANNELS,
+    "timm.models.davit.ChannelAttention": _CHANNELS,
+    "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
+}
+"""Attentions that are left alone for a reason of their own."""
 _KEYS_OF_FEWER = ("timm.models.pvt_v2.Attention", "timm.models.twins.GlobalSubSampleAttn")  # their norm is before k, v
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("q", "kv"))
 _OUT = ("proj", "o_proj", "out_proj")
@@ -129,7 +147,8 @@ def attentions(model: nn.Module) -> tuple[dict[str, Attention], dict[str, str]]:
         if not _looks_like_one(module):
             continue
         if class_of(module) not in _KNOWN:
-            refused[name] = f"{type(module).__qualname__} is not one that vitlr knows. Supported: {SUPPORTED}"
+            unknown = f"{type(module).__qualname__} is not one that vitlr knows. Supported: {SUPPORTED}"
+            refused[name] = _UNKNOWN.get(class_of(module), unknown)
             continue
         answer = _read(name, module)
         if isinstance(answer, str):
@@ -143,6 +162,10 @@ def measurable(model: nn.Module, linears: Container[str]) -> tuple[dict[str, Att
     """The attentions whose channels can go, all of them among `linears`, and what keeps its width, with the reason."""
     found, refused = attentions(model)
     for name, attention in list(found.items()):
+        if class_of(model.get_submodule(name)) in _MIXED:
+            refused[name] = "it mixes its heads, so none of them stands alone"
+            del found[name]
+            continue
         outside = [linear for linear in attention.linears if linear not in linears]
         if outside:
             refused[name] = f"{outside[0]} is not among the layers that are measured"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from vitlr.anatomy import naming, timm
@@ -135,8 +136,11 @@ def is_scale(module: nn.Module) -> bool:
 
 
 def _generic_classifiers(model: nn.Module) -> list[nn.Module]:
-    """Guess by names only where the model cannot say: timm's own answer, also 'none', is final."""
-    return [] if callable(getattr(model, "get_classifier", None)) else naming.classifiers(model)
+    """Guess by names where timm's model names no linear: a head of one's own may stand beside the one it has lost."""
+    if not callable(getattr(model, "get_classifier", None)):
+        return naming.classifiers(model)
+    named = any(isinstance(m, nn.Linear) for head in timm.classifiers(model) for m in head.modules())
+    return [] if named else naming.own_heads(model)
 
 
 def _compile(patterns: Patterns, option: str, names: list[str], surface: Surface) -> list[re.Pattern[str]]:
@@ -163,6 +167,8 @@ def _instead(regex: re.Pattern[str], surface: Surface) -> str:
 def _nothing(model: nn.Module, surface: Surface) -> str:
     if surface.targets:
         return "include and exclude leave no linear to compress; choose wider patterns"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "the model is fixed by torch.jit; give the one that it was scripted or traced from"
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return "the linears of this model hold codes of rounded weights: vitlr.to_dense(model) has linears again"
     for name, reason in (*((n, h.reason) for n, h in surface.hidden.items()), *surface.kept.items()):

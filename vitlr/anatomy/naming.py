@@ -54,9 +54,17 @@ def classifiers(model: nn.Module) -> list[nn.Module]:
     return found or _behind_blocks(model)
 
 
+def own_heads(model: nn.Module) -> list[nn.Module]:
+    """The last linear of each child with a classifier's name that is a linear or an `nn.Sequential`, as one adds it."""
+    children = [child for name, child in model.named_children() if _HEADS.fullmatch(name)]
+    plain = [child for child in children if type(child) in (nn.Linear, nn.Sequential)]
+    return [found[-1] for child in plain if (found := [m for m in child.modules() if isinstance(m, nn.Linear)])]
+
+
 def _behind_blocks(model: nn.Module) -> list[nn.Module]:
     """The last linear of all, where it stands behind a stack of blocks: a head by whatever name.
 
+    One that was made before the blocks is known by its widths: from that of the blocks to another.
     Not of transformers' models, which end in poolers and whose heads have known names.
     """
     if hasattr(getattr(model, "config", None), "model_type"):
@@ -68,7 +76,11 @@ def _behind_blocks(model: nn.Module) -> list[nn.Module]:
         if isinstance(stack, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1:
             kinds = {type(m) for m in blocks}
             inside |= {id(m) for b in blocks if len(kinds) == 1 for m in b.modules()}
-    return linears[-1:] if inside and id(linears[-1]) not in inside else []
+    if inside and id(linears[-1]) not in inside:
+        return linears[-1:]
+    width = linears[-1].out_features if linears else 0
+    ahead = [m for m in linears if id(m) not in inside and m.in_features == width != m.out_features]
+    return ahead if inside and len(ahead) == 1 else []
 
 
 def _has_linears(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from vitlr.calibration.hidden import hidden_layers
 from vitlr.calibration.hooks import Tap, sketches
 from vitlr.calibration.options import FEW, GRADIENT_OBJECTIVES, HIDDEN, QUERIES, RANGES, ROUNDING, Calibration
 from vitlr.calibration.others import Others
-from vitlr.calibration.probe import Probe, check_model, probe, scalar, strided_layers, unreached
+from vitlr.calibration.probe import Probe, check_model, embedding, probe, scalar, strided_layers, unreached
 from vitlr.calibration.resuming import images_of, resumed
 from vitlr.calibration.shares import NOTHING, Share, begin_anew, everywhere, example, together
 from vitlr.calibration.statistics import Statistics
@@ -138,7 +138,7 @@ def calibrate(
                 found = probe(model, targets, one)
                 if loss_fn is None:
                     lost |= unreached(model, targets, one, output_fn, needs_gradient)
-                lost |= found.silent
+                lost |= found.silent | embedding(model, targets, one)
                 if lost:
                     targets = {name: linear for name, linear in targets.items() if name not in lost}
                     found = probe(model, targets, one)

@@ -43,7 +43,7 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
     handles = [linear.register_forward_pre_hook(_remember(sources[name], name)) for name, linear in targets.items()]
     try:
         macs = cost.count_macs(model, image)
-    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as cause:
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as cause:
         if isinstance(cause, VitlrError):
             raise
         given = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors(image))
@@ -137,6 +137,35 @@ def unreached(
             some(lost),
         )
     return set(lost)
+
+
+def embedding(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> set[str]:
+    """The linear that makes tokens of an image's patches, if there is one: it stays dense, as a convolution would.
+
+    No weights stand before it, and it gets as many numbers as the image has, in rows of tokens.
+    """
+    first: list[tuple[nn.Module, Tensor | None]] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not first:
+            first.append((module, args[0] if args and isinstance(args[0], Tensor) else None))
+
+    weighted = [m for m in model.modules() if isinstance(w := m._parameters.get("weight"), Tensor) and w.ndim > 1]
+    handles = [module.register_forward_pre_hook(see) for module in weighted]
+    try:
+        with torch.no_grad():
+            call(model, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    module, given = first[0] if first else (None, None)
+    sizes = {t.numel() for t in tensors(image) if t.ndim > 3}
+    found = {name for name, linear in targets.items() if linear is module}
+    if given is None or given.ndim < 3 or given.numel() not in sizes or len(found) == len(targets):
+        return set()
+    if found:
+        _logger.info("%s stays dense: it embeds the patches of an image", some(sorted(found)))
+    return found
 
 
 def scalar(loss: Any) -> Tensor:

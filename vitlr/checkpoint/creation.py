@@ -117,10 +117,12 @@ def load_weights(
 ) -> None:
     """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit.
 
-    With `new_head` a classifier of another shape is left as it was made, with random weights, as timm does.
+    With `new_head` a classifier of another shape is left as it was made, with random weights, as timm does; a model of
+    timm that was made without one (`num_classes=0`) takes none.
     """
     path = Path(checkpoint)
-    weights: Mapping[str, Tensor] = read_weights(path)
+    weights: Mapping[str, Tensor] = _inner(model, read_weights(path))
+    weights = _without_lost_head(model, weights)
     if new_head:
         own, heads = model.state_dict(), tuple(f"{head}." for head in classifier_names(model))
         others = {k: own[k] for k in own if k.startswith(heads) and k in weights and own[k].shape != weights[k].shape}
@@ -129,9 +131,7 @@ def load_weights(
             weights = {**weights, **others}
     problem = _mismatch(model, weights)
     if problem:
-        renamed = next(
-            (found for form in (weights, _inner(model, weights)) if (found := _fitting(model, form)) is not None), None
-        )
+        renamed = _fitting(model, weights)
         if renamed is None:
             what = name or type(model).__name__
             raise InputError(
@@ -262,6 +262,15 @@ def _inner(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tens
             break
         weights = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
     return weights
+
+
+def _without_lost_head(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`weights` without the classifier that a model of timm was made without."""
+    names = getattr(model, "pretrained_cfg", None) or {}
+    heads = names.get("classifier") or () if getattr(model, "num_classes", None) == 0 else ()
+    own = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    expected = model.state_dict().keys()
+    return {name: t for name, t in weights.items() if name in expected or not name.startswith(own)} if own else weights
 
 
 def _original_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

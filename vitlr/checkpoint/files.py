@@ -25,7 +25,7 @@ from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, Resi
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
 from vitlr.runtime.copies import duplicate
-from vitlr.runtime.modules import uncompiled
+from vitlr.runtime.modules import plain_parts, uncompiled, without_compiled_parts
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
 from vitlr.runtime.words import one_line
@@ -56,6 +56,18 @@ def save(
     """
     path = check_writable(path)
     model = uncompiled(model)
+    with plain_parts(model):
+        _save(path, model, model_args, plan, recipe, metrics)
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    model_args: Mapping[str, Any] | Literal[False] | None,
+    plan: Plan | Mapping[str, Any] | None,
+    recipe: Any,
+    metrics: Any,
+) -> None:
     if any(isinstance(module, Fp8Linear) for module in model.modules()):
         raise InputError('this model multiplies 8-bit floats, which files do not hold: save it before fuse(bits="fp8")')
     tensors, tied = _state(model)
@@ -135,7 +147,9 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     held = Held.of(shapes, path.stat().st_size)
     origin = header["origin"]
     if model is not None:
-        rebuilt = _reshape(duplicate(model), header)
+        rebuilt = duplicate(uncompiled(model))
+        without_compiled_parts(rebuilt)
+        rebuilt = _reshape(rebuilt, header)
         _check_fit(rebuilt, shapes, header, held)
     elif origin is None:
         raise InputError("it does not name the model it was made from; pass a dense one: load(path, model=...)")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from vitlr.checkpoint import other_libraries
 from vitlr.checkpoint.bounds import Bounded, Held
 from vitlr.errors import InputError
-from vitlr.runtime.modules import class_of
+from vitlr.runtime.modules import class_of, plain_parts
 from vitlr.runtime.words import one_line
 
 Origin = dict[str, Any]
@@ -40,8 +40,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
 _SAID = 8  # arguments that messages show
-# How, not what, a module computes; the number of classes, which the shape of the head tells; the guard of `alien`.
-_NO_MATTER = frozenset({"training", "grad_checkpointing", "fused_attn", "num_classes", "save_pretrained"})
+# How, not what, a module computes; the number of classes, which the head tells; `alien`'s guard; how weights began.
+_HOW = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"}
+_NO_MATTER = frozenset({*_HOW, "num_classes", "save_pretrained"})
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -112,8 +113,10 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
 def why_not_rebuilt(model: nn.Module) -> str | None:
     """Why a file of this timm model would not rebuild it, in one line; None where it would, or names no origin."""
     try:
-        origin = find_origin(model)
-        problem = None if origin is None or origin["library"] != "timm" else differences(model, build(origin, "cpu"))
+        with plain_parts(model):
+            origin = find_origin(model)
+            other = origin is None or origin["library"] != "timm"
+            problem = None if other or origin is None else differences(model, build(origin, "cpu"))
     except InputError as cause:
         return str(cause)
     return None if problem is None or origin is None else f"{describe(origin)} does not rebuild it ({problem})"
@@ -248,7 +251,7 @@ def _channels(model: nn.Module) -> Any:
 
 
 def _size(model: nn.Module) -> Any:
-    return getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
 
 
 def _pool(model: nn.Module) -> Any:
@@ -269,6 +272,24 @@ def _rate(holder: str) -> Callable[[nn.Module], Any]:
         return round(max(rates, default=0.0), 6)  # float32 steps of a schedule
 
     return read
+
+
+def _normed(name: str) -> Callable[[nn.Module], Any]:
+    """Whether the first module of that name is a norm, not what stands where there is none."""
+    return lambda model: next(
+        (not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.rpartition(".")[2] == name), None
+    )
+
+
+def _fc_norm(model: nn.Module) -> Any:
+    """Whether a norm stands behind the pooling, None where timm decides by itself: behind an average there is one."""
+    found = _normed("fc_norm")(model)
+    return None if found is (_pool(model) in ("avg", "avgmax", "max")) else found
+
+
+def _scaled(model: nn.Module) -> Any:
+    """Where layer scales begin, which is of no matter; only that there are some."""
+    return 1e-5 if any(type(m).__name__ == "LayerScale" for m in model.modules()) else None
 
 
 def _own(name: str) -> Callable[[nn.Module], Any]:
@@ -296,6 +317,13 @@ _READ: dict[str, Callable[[nn.Module], Any]] = {
     "proj_drop_rate": _rate("proj_drop"),
     "dynamic_img_size": _own("dynamic_img_size"),
     "dynamic_img_pad": _own("dynamic_img_pad"),
+    "class_token": _own("has_class_token"),
+    "reg_tokens": _own("num_reg_tokens"),
+    "no_embed_class": _own("no_embed_class"),
+    "init_values": _scaled,
+    "qk_norm": _normed("q_norm"),
+    "pre_norm": _normed("norm_pre"),
+    "fc_norm": _fc_norm,
 }
 
 

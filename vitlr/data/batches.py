@@ -50,6 +50,8 @@ def labels_of(batch: Any) -> Tensor | None:
         found = next((batch[key] for key in LABELS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         found = batch[1]
+    if isinstance(found, (list, tuple)) and found and all(type(label) is int for label in found):
+        return torch.tensor(found)
     return found if isinstance(found, Tensor) else None
 
 
@@ -129,17 +131,23 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def first_tensor(answer: Any) -> Tensor:
-    """What a model answers: its `logits` by name, else the first tensor of a tuple or dict that has one row an image.
+    """What a model answers: its `logits` by name, else the first tensor of a tuple or dict that has a row an image.
 
-    A loss in front (a tensor without dimensions) is passed over.
+    Losses in front (no dimension, or one as several devices leave it) are passed over where anything else is there, and
+    so is None. One number an image, `[images]`, is a row of one.
     """
     if isinstance(answer, Tensor):
-        return answer
+        if not answer.ndim:
+            raise InputError(
+                "the model returned one number for all images, expected a row an image; pass output_fn= to pick one"
+            )
+        return answer if answer.ndim > 1 else answer.unsqueeze(1)
     named = answer.get("logits") if isinstance(answer, Mapping) else getattr(answer, "logits", None)
     if isinstance(named, Tensor):
-        return named
+        return first_tensor(named)
     values = list(answer.values()) if hasattr(answer, "values") else answer
-    for value in values if isinstance(values, (list, tuple)) else ():
-        if not isinstance(value, Tensor) or value.ndim:
-            return first_tensor(value)
+    for least in (2, 1):
+        for value in values if isinstance(values, (list, tuple)) else ():
+            if value is not None and not (isinstance(value, Tensor) and value.ndim < least):
+                return first_tensor(value)
     raise InputError(f"the model returned {type(answer).__name__}, expected a tensor; pass output_fn= to pick one")

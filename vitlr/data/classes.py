@@ -91,9 +91,7 @@ def label_images(
     """
     if not native:
         raise InputError(f"cannot read images from {path}: there are none in it")
-    if need_labels and names.keys() == {""} and classes != 1:
-        raise InputError(f"{path} has no classes: expected a folder a class; with a reference, no labels are needed")
-    if need_labels and names.keys() == {""} and class_map is None:
+    if need_labels and names.keys() == {""}:
         raise InputError(f"{path} has no classes: expected a folder a class; beside a reference no labels are needed")
     if need_labels and classes == 0:
         raise InputError("the model has no classifier (num_classes=0), so its accuracy cannot be measured")

@@ -18,6 +18,7 @@ _FEW_PIXELS = 2**24  # of any file; beyond, pixels are in proportion to its byte
 _PIXELS_A_BYTE = 20  # photographs have 2 to 10
 _MAX_FILE = 2**29  # bytes
 _NESTED = 3  # levels of archives within archives
+_PADDING = 2**20  # zeros that may follow the last member; tar fills up to a block, of 10 KiB if not told otherwise
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 
@@ -140,3 +141,9 @@ def _check_members(archive: tarfile.TarFile, end: int, levels: int) -> None:
                 raise tarfile.ReadError("archives within archives are too deep")
             with archive.extractfile(member) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as inner:  # type: ignore[union-attr]
                 _check_members(inner, member.size, levels - 1)
+    archive.fileobj.seek(archive.offset)
+    rest = archive.fileobj.read(_PADDING + 1)
+    if rest.strip(b"\0") or len(rest) > _PADDING:
+        raise tarfile.ReadError(
+            f"it ends at byte {archive.offset} of {end}, and more follows: damaged there, or two in one; make it again"
+        )

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from vitlr.data.options import Preprocessing, numbers
+from vitlr.data.processors import ASK, of_processor, says, sides
 from vitlr.errors import InputError
 from vitlr.runtime.contexts import evaluation_mode
-from vitlr.runtime.modules import like, unwrapped
+from vitlr.runtime.modules import like, uncompiled, unwrapped
 
 KEYS = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 _DEFAULTS = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic"}
@@ -32,7 +33,7 @@ def described(model: nn.Module, given: Any = None, **changes: Any) -> tuple[dict
     named = {**_given(given), **Preprocessing.of(**changes).words()}
     found = _described(model, needed=not {"input_size", "mean", "std"} <= named.keys())
     if missing := [key for key in ("input_size", "mean", "std") if key not in {**found, **named}]:
-        raise InputError(f"nothing says with which {' and '.join(missing)} {_called(model)} was trained{_ASK}")
+        raise InputError(f"nothing says with which {' and '.join(missing)} {_called(model)} was trained{ASK}")
     if named:
         found["source"] = f"{found['source']}; {', '.join(named)} as given" if "source" in found else "as given"
     if len(named.get("input_size", (0,) * 3)) == 2:
@@ -69,10 +70,10 @@ def _given(given: Any) -> dict[str, Any]:
             if key in words:
                 words[key] = numbers(key, words[key])
         if isinstance(words.get("input_size"), int):
-            words["input_size"] = _sides(words["input_size"])
+            words["input_size"] = sides(words["input_size"])
         return words
-    if hasattr(given, "image_mean"):
-        return _of_processor(given)
+    if says(given):
+        return of_processor(given)
     if hasattr(given, "crop_size") and hasattr(given, "mean"):
         crop, resize = (int(values[0]) for values in (given.crop_size, given.resize_size))
         words = {"input_size": (len(given.mean), crop, crop), "mean": given.mean, "std": given.std}
@@ -87,7 +88,7 @@ def _described(model: nn.Module, needed: bool) -> dict[str, Any]:
     """What the model itself, or the one inside it that gets the very same images, says of its preprocessing."""
     model = unwrapped(model)
     for name, module in model.named_modules():
-        words = next((words for source in _SOURCES if (words := source(module)) is not None), None)
+        words = next((words for source in _SOURCES if (words := source(uncompiled(module))) is not None), None)
         if words is None:
             continue
         if name and not _passed_on(model, module, words.get("input_size")):
@@ -95,13 +96,10 @@ def _described(model: nn.Module, needed: bool) -> dict[str, Any]:
                 return {}
             raise InputError(
                 f"{_called(model)} may change the images before {name} ({type(module).__name__}) gets them, so how to "
-                f"make them is not known{_ASK}"
+                f"make them is not known{ASK}"
             )
         return words
     return {}
-
-
-_ASK = "; give mean=, std= and img_size= (crop_pct=, interpolation=), or data_config="
 
 
 def _called(model: nn.Module) -> str:
@@ -131,7 +129,7 @@ def _of_timm(module: nn.Module) -> dict[str, Any] | None:
     projection = getattr(patches, "proj", None)
     channels = args.get("in_chans") or getattr(projection, "in_channels", None) or config["input_size"][0]
     words = {key: config[key] for key in KEYS if key in config}
-    return {**words, "input_size": (int(channels), *_sides(size)), "source": "as timm says"}
+    return {**words, "input_size": (int(channels), *sides(size)), "source": "as timm says"}
 
 
 def _of_open_clip(module: nn.Module) -> dict[str, Any] | None:
@@ -139,7 +137,7 @@ def _of_open_clip(module: nn.Module) -> dict[str, Any] | None:
     mean, std, size = (getattr(module, f"image_{word}", None) for word in ("mean", "std", "size"))
     if mean is None or std is None or size is None:
         return None
-    return {"input_size": (len(mean), *_sides(size)), "mean": mean, "std": std, "source": "as open_clip says"}
+    return {"input_size": (len(mean), *sides(size)), "mean": mean, "std": std, "source": "as open_clip says"}
 
 
 def _of_transformers(module: nn.Module) -> dict[str, Any] | None:
@@ -149,13 +147,14 @@ def _of_transformers(module: nn.Module) -> dict[str, Any] | None:
     and DINOv2 they differ.
     """
     config = getattr(module, "config", None)
-    if not hasattr(config, "model_type") or not hasattr(config, "to_dict"):
+    kind = getattr(config, "model_type", None)
+    if kind in (None, "timm_wrapper") or not hasattr(config, "to_dict"):  # the model of timm inside speaks for itself
         return None
     vision = getattr(config, "vision_config", config)
     size, channels = getattr(vision, "image_size", None), getattr(vision, "num_channels", None)
     words = _beside(getattr(config, "_name_or_path", ""))
     if isinstance(size, (int, list, tuple)):
-        words["input_size"] = (words.get("input_size", (3,))[0], *_sides(size))
+        words["input_size"] = (words.get("input_size", (3,))[0], *sides(size))
     if isinstance(channels, int) and "input_size" in words:
         words["input_size"] = (channels, *words["input_size"][1:])
     return {"source": "as transformers' config says", **words}
@@ -174,49 +173,9 @@ def _beside(place: str) -> dict[str, Any]:
         processor = AutoImageProcessor.from_pretrained(place, local_files_only=True)
     except Exception:  # no such file, none for images, one that needs a package: then it says nothing
         return {}
-    return {**_of_processor(processor), "source": f"as the image processor of {place} says"}
-
-
-def _of_processor(processor: Any) -> dict[str, Any]:
-    """timm's words for what a transformers image processor does."""
-    size, crop = (_edges(getattr(processor, name, None)) for name in ("size", "crop_size"))
-    crops = bool(getattr(processor, "do_center_crop", False)) and crop is not None
-    target = crop if crops else size
-    if target is None:
-        raise InputError(f"{type(processor).__name__} does not say to which size it brings images{_ASK}")
-    normal = getattr(processor, "do_normalize", True)
-    mean = tuple(processor.image_mean) if normal else (0.0,) * 3
-    std = tuple(processor.image_std) if normal else (1.0,) * 3
-    words: dict[str, Any] = {"input_size": (len(mean), *target), "mean": mean, "std": std}
-    share = getattr(processor, "crop_pct", None)  # ConvNeXt's, for sizes below 384
-    share = share if share and min(target) < 384 else None
-    words["crop_pct"] = share or (min(target) / min(size) if crops and size else 1.0)
-    shorter = _entry(getattr(processor, "size", None), "shortest_edge") is not None
-    words["crop_mode"] = "center" if shorter and (share or crops) else "squash"
-    resample = getattr(processor, "resample", None)
-    words["interpolation"] = "bicubic" if resample is None else _FILTERS.get(int(resample), "bicubic")
-    return words
-
-
-_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # as Pillow numbers them
-
-
-def _edges(size: Any) -> tuple[int, int] | None:
-    """Height and width of what a processor calls a size."""
-    if isinstance(size, int):
-        return size, size
-    edge = _entry(size, "shortest_edge")
-    height, width = _entry(size, "height") or edge, _entry(size, "width") or edge
-    return None if height is None or width is None else (int(height), int(width))
-
-
-def _entry(size: Any, key: str) -> Any:
-    return size.get(key) if isinstance(size, Mapping) else getattr(size, key, None)
-
-
-def _sides(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return int(height), int(width)
+    if not says(processor):
+        return {}
+    return {**of_processor(processor), "source": f"as the image processor of {place} says"}
 
 
 def _whole(config: dict[str, Any]) -> dict[str, Any]:

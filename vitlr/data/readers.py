@@ -19,7 +19,8 @@ from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
 _logger = logging.getLogger(__name__)
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_LATER = (".avif", ".heic", ".heif", ".jp2", ".jxl")  # types of images that Python's table may lack
 
 
 def name_of(data: Any) -> str:
@@ -81,14 +82,19 @@ class HubImages:
         if not images:
             raise InputError(f"none of its columns ({', '.join(kinds)}) holds images")
         named = [column for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
-        label = next((column for column in ("label", "labels", *named) if column in named), None)
+        plain = [column for column in _LABELS if isinstance(kinds.get(column), datasets.Value)]
+        label = next((column for column in (*_LABELS, *named) if column in (named or plain)), None)
         if len(images) > 1 or len(named) > 1:
             _logger.warning("of the columns of %s, %s is read, with the classes of %s", name, images[0], label)
+        table = table.with_format(None)  # without a transform of its owner's
         self.column = images[0]
         self.table = table.cast_column(self.column, datasets.Image(decode=False))
-        self.labels: list[int] = [0] * len(table) if label is None else list(table[label])
-        names = [""] if label is None else kinds[label].names
-        self.classes = {name: index for index, name in enumerate(names)}
+        found: list[Any] = [0] * len(table) if label is None else list(table[label])
+        if label in named:
+            self.classes = {word: index for index, word in enumerate(kinds[label].names)}
+        else:
+            self.classes, found = _classes_of(found, f"column {label} of {name}") if label else ({"": 0}, found)
+        self.labels: list[int] = [-1 if target is None else target for target in found]
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.table[index][self.column]
@@ -98,6 +104,25 @@ class HubImages:
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         """What the data set calls an image; its number where it does not."""
         return str(self.table[index][self.column].get("path") or f"image {index}")
+
+
+_LABELS = ("label", "labels", "target", "class")  # what columns of classes are called
+
+
+def _classes_of(found: Sequence[Any], where: str) -> tuple[dict[str, int], list[Any]]:
+    """Classes by name, and the class of every row, of a column of plain numbers from 0 on, or of names."""
+    given = [value for value in found if value not in (None, -1)]
+    if not given:
+        return {"": 0}, [0] * len(found)
+    if all(isinstance(value, str) for value in given):
+        classes = {word: index for index, word in enumerate(sorted(set(given), key=natural))}
+        return classes, [classes.get(value) for value in found]
+    if not all(isinstance(value, int) and 0 <= value < _MOST for value in given):
+        raise InputError(f"{where} holds neither numbers of classes nor names")
+    return {str(index): index for index in range(max(given) + 1)}, list(found)
+
+
+_MOST = 2**20  # classes
 
 
 @contextmanager
@@ -119,7 +144,8 @@ def _tell_unread(path: str) -> None:
     for _, _, files in os.walk(path):
         for name in files:
             ending = os.path.splitext(name)[1].lower()
-            if ending not in EXTENSIONS and (mimetypes.guess_type(name)[0] or "").startswith("image/"):
+            image = ending in _LATER or (mimetypes.guess_type(name)[0] or "").startswith("image/")
+            if image and ending not in EXTENSIONS:
                 unread[ending] = unread.get(ending, 0) + 1
     if unread:
         kinds = ", ".join(f"{count} {ending}" for ending, count in sorted(unread.items()))

@@ -80,7 +80,7 @@ def evaluate(
     told: list[tuple[Tensor, Tensor]] = []  # labels and first classes
     images = labelled = top1 = top5 = agree = 0
     distance = 0.0
-    with evaluation_mode(model), evaluation_mode(reference or model), torch.no_grad():
+    with evaluation_mode(model), evaluation_mode(model if reference is None else reference), torch.no_grad():
         for batch in loader:
             labels = _labels(batch, needed=reference is None) if known else None
             logits = _logits(model, batch, "model", output_fn)
@@ -106,7 +106,7 @@ def evaluate(
         raise InputError("the loader has no images; check the data")
     if labelled not in (0, images):
         raise InputError(f"the loader gives labels to {labelled} of {images} images; expected all or none")
-    if labelled and top1 < _CHANCE * images:
+    if labelled:
         _check_order(*(torch.cat(side) for side in zip(*told, strict=True)))
     low, high = wilson(top1, images)
     return Metrics(
@@ -124,23 +124,28 @@ def evaluate(
 def _check_order(labels: Tensor, told: Tensor) -> None:
     """`InputError` where the model tells the classes apart, and gives them other numbers than the labels do.
 
-    Two images of one class are then mostly told to be the same, two of any classes hardly ever: neither holds of a
-    model that guesses, or that answers one class to all.
+    Two images of one class are then mostly told to be the same, two of any classes hardly ever, every class has an
+    answer of its own, and that is mostly not its label: none of these holds of a model that guesses, and not all of
+    one that takes several classes for one.
     """
     pairs = _pairs(torch.bincount(labels))
-    same = _pairs(torch.unique(torch.stack([labels, told]), dim=1, return_counts=True)[1])
+    same = _pairs(torch.unique(torch.stack([labels, told]), dim=1, return_counts=True)[1]) / max(pairs, 1)
     any_two = _pairs(torch.bincount(told)) / max(len(told) * (len(told) - 1) // 2, 1)
-    if pairs >= _PAIRS and same / pairs > max(_ALIKE, 4 * any_two):
-        label = int(torch.bincount(labels).argmax())
-        answered = int(told[labels == label].mode().values)
-        raise InputError(
-            f"the classes are numbered otherwise than the model's: images of one class are told to be the same in "
-            f"{same / pairs:.0%} of pairs, and are mostly called wrong (class {label} is called {answered}); put the "
-            "class map in the model's order"
-        )
+    right = float((labels == told).double().mean())
+    if pairs < _PAIRS or same <= max(_ALIKE, 2 * any_two) or right >= same / 2:
+        return
+    answers = {int(label): int(told[labels == label].mode().values) for label in labels.unique()}
+    if len(set(answers.values())) < _APART * len(answers):
+        return
+    label = next((label for label, answer in answers.items() if label != answer), 0)
+    raise InputError(
+        f"the classes are numbered otherwise than the model's: images of one class are told to be the same in "
+        f"{same:.0%} of pairs, and are mostly called wrong (class {label} is called {answers[label]}); put the "
+        "class map in the model's order"
+    )
 
 
-_CHANCE, _PAIRS, _ALIKE = 0.05, 10, 0.4
+_PAIRS, _ALIKE, _APART = 10, 0.4, 0.75
 
 
 def _pairs(counts: Tensor) -> int:
@@ -157,9 +162,9 @@ def wilson(successes: int, trials: int, z: float = _Z95) -> tuple[float, float]:
 
 
 def _labels(batch: Any, needed: bool) -> Tensor | None:
-    """The labels of a batch; None where there are none and none are needed."""
+    """The labels of a batch; None where there are none and none are needed; −1 is what sets without them give."""
     labels = labels_of(batch)
-    if labels is None:
+    if labels is None or (len(labels.shape) == 1 and len(labels) and bool((labels == -1).all())):
         if needed:
             raise InputError(
                 "the loader yields no labels; expected batches (images, labels), or give a reference: agreement and KL "
@@ -201,7 +206,8 @@ def _logits(model: nn.Module, batch: Any, name: str, output_fn: Callable[[Any], 
     return logits
 
 
-_WRONG = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)  # what forwards raise on wrong inputs
+# What forwards raise on inputs that they cannot take.
+_WRONG = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 def _checked(labels: Tensor, logits: Tensor) -> Tensor:

@@ -36,6 +36,27 @@ class Shadow:
         """Whether its dtype is one of fractions."""
         return self.dtype.is_floating_point
 
+    @property
+    def data(self) -> Shadow:
+        """Itself."""
+        return self
+
+    def type(self) -> str:
+        """The name of the kind of tensors that it would be one of."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).type()
+
+    def new_zeros(self, *size: Any, **options: Any) -> Tensor:
+        """Zeros on its device and of its dtype, as of a tensor."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).new_zeros(*size, **options)
+
+    def new_ones(self, *size: Any, **options: Any) -> Tensor:
+        """The same of ones."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).new_ones(*size, **options)
+
+    def new_tensor(self, value: Any, **options: Any) -> Tensor:
+        """The value as a tensor on its device and of its dtype."""
+        return torch.empty(0, dtype=self.dtype, device=self.device).new_tensor(value, **options)
+
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"this layer stores no weight, so there is no weight.{name}: call the layer, or take the model back with "
@@ -49,7 +70,7 @@ class Shadow:
 class Weightless(nn.Module):
     """A layer [N, K] whose `weight` is a `Shadow`."""
 
-    __jit_unused_properties__ = ("weight",)
+    __jit_unused_properties__ = ("weight", "bias")
 
     @property
     def weight(self) -> Any:

@@ -51,6 +51,11 @@ class LowRankLinear(Weightless):
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second factor, [N], or None: a parent may ask whether there is one."""
+        return self.up.bias
+
     def reset_parameters(self) -> None:
         """Random factors whose product has the variance of `nn.Linear`'s weight: Var[(A B)_ij] = 1 / (3 K)."""
         # That variance is r Var(A) Var(B), split so that both stages scale a signal alike; uniform on ±u has u²/3.

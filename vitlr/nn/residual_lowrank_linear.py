@@ -77,6 +77,11 @@ class ResidualLowRankLinear(Weightless):
         scale = None if self.scale is None else self.scale.to(compute_dtype(x))  # as the op rounds it under autocast
         return A(B(x)) + op.residual(x, self.codes, scale, self.residual, self.group_size)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """That of the second factor, [N], or None: a parent may ask whether there is one."""
+        return self.up.bias
+
     @classmethod
     @torch.no_grad()
     def from_linear(

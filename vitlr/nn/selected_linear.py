@@ -51,6 +51,11 @@ class SelectedLinear(Weightless):
             self.register_buffer(name, index)
         self.training = linear.training
 
+    @property
+    def bias(self) -> Any:
+        """That of the linear, of the channels that are left, or None: a parent may ask whether there is one."""
+        return self.linear.bias
+
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
             x = x.index_select(-1, self.inputs)

@@ -6,6 +6,8 @@ import copy
 import dis
 import functools
 import types
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,9 +66,24 @@ def _graphs(value: Any, depth: int = 3) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.grad_fn is not None:
             yield value
-    elif depth and isinstance(value, (list, tuple, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
+    elif depth:
+        for item in _held(value):
             yield from _graphs(item, depth - 1)
+
+
+def _held(value: Any) -> list[Any]:
+    """What a container, or an object of no special kind, holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, deque)):
+        return list(value)
+    return list(vars(value).values()) if _plain(value) else []
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is an object whose attributes are all that it is, and no module, class or function."""
+    special = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, Tensor)
+    return hasattr(value, "__dict__") and not isinstance(value, special)
 
 
 def _detached(value: Any) -> Any:
@@ -75,11 +92,14 @@ def _detached(value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return value.detach()
-    if isinstance(value, dict):
-        value.update({key: _detached(item) for key, item in value.items()})
+    if isinstance(value, dict) or _plain(value):
+        state = value if isinstance(value, dict) else vars(value)
+        state.update({key: _detached(item) for key, item in state.items()})
         return value
-    if isinstance(value, list):
-        value[:] = [_detached(item) for item in value]
+    if isinstance(value, (list, set, deque)):
+        items = [_detached(item) for item in value]
+        value.clear()
+        (value.update if isinstance(value, set) else value.extend)(items)
         return value
     items = [_detached(item) for item in value]
     return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -87,10 +107,10 @@ def _detached(value: Any) -> Any:
 
 def _reached(value: Any) -> Iterator[nn.Module]:
     """The modules that a function can call: bound, closed over, among its defaults or the globals that it names."""
-    queue: list[Any] = [value]
+    queue: deque[Any] = deque([value])  # the nearest first
     seen: set[int] = set()
     while queue and len(seen) < 10_000:
-        found = queue.pop()
+        found = queue.popleft()
         if id(found) in seen:
             continue
         seen.add(id(found))
@@ -104,10 +124,10 @@ def _reached(value: Any) -> Iterator[nn.Module]:
             queue += [cell.cell_contents for cell in found.__closure__ or () if _filled(cell)]
             queue += [*(found.__defaults__ or ()), *(found.__kwdefaults__ or {}).values(), *vars(found).values()]
             queue += [found.__globals__[name] for name in _globals_of(found.__code__) if name in found.__globals__]
-        elif isinstance(found, (list, tuple)):
-            queue += found[:100]
-        elif isinstance(found, dict):  # also of hooks
-            queue += list(found.values())[:100]
+        elif isinstance(found, weakref.ref):
+            queue.append(found())
+        elif _plain(found) or isinstance(found, (dict, list, tuple, set, deque)):  # also of hooks, also behind a cache
+            queue += _held(found)[:100]
 
 
 def _globals_of(code: types.CodeType) -> list[str]:

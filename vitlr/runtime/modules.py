@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,8 +51,32 @@ def device_of(model: nn.Module) -> torch.device:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that `torch.compile` made a compiled one of, or the module itself."""
-    inner = model._modules.get("_orig_mod")
+    inner = None if isinstance(model, torch.jit.ScriptModule) else model._modules.get("_orig_mod")
     return model if inner is None else uncompiled(inner)
+
+
+def without_compiled_parts(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put what they hold in the place of compiled modules within the model; (parent, name, compiled) of each."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and uncompiled(child) is not child
+    ]
+    for parent, name, child in found:
+        parent._modules[name] = uncompiled(child)
+    return found
+
+
+@contextmanager
+def plain_parts(model: nn.Module) -> Iterator[None]:
+    """Within it no part of the model is compiled, so that modules go by the names that they have without that."""
+    found = without_compiled_parts(model)
+    try:
+        yield
+    finally:
+        for parent, name, child in found:
+            parent._modules[name] = child
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
