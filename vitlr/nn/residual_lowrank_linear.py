@@ -109,7 +109,8 @@ class ResidualLowRankLinear(Weightless):
             linear.in_features, linear.out_features, rank, residual, group_size, bias is not None, "meta", dtype
         )
         parts = solve_parts(W, rank, residual, layer.group_size, dtype, statistics)
-        layer.down.weight, layer.up.weight = nn.Parameter(parts.B), nn.Parameter(parts.A)
+        # Contiguous, as a file gives them back: BLAS may sum a transposed factor in another order.
+        layer.down.weight, layer.up.weight = (nn.Parameter(t.contiguous()) for t in (parts.B, parts.A))
         if bias is not None:
             layer.up.bias = nn.Parameter(bias.detach().to(dtype, copy=True))
         layer.codes = nn.Parameter(parts.codes) if residual == "blockdiag" else parts.codes
