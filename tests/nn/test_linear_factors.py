@@ -112,6 +112,7 @@ def test_there_is_no_dense_weight():
     assert weight.size(0) == N and weight.dim() == 2 and weight.numel() == N * K and weight.is_floating_point()
     with pytest.raises(TypeError, match="must be Tensor, not Shadow"):
         torch.nn.functional.linear(torch.randn(1, K), weight)
-    for used in (lambda: weight.T, lambda: weight.data, lambda: weight.copy_(0)):
+    assert weight.data.dtype == weight.dtype  # asked for so as well
+    for used in (lambda: weight.T, lambda: weight.data.mul_(2), lambda: weight.copy_(0)):
         with pytest.raises(AttributeError, match=r"stores no weight.*call the layer"):
             used()

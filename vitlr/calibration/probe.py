@@ -142,7 +142,7 @@ def unreached(
 def embedding(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> set[str]:
     """The linear that makes tokens of an image's patches, if there is one: it stays dense, as a convolution would.
 
-    No weights stand before it, and it gets as many numbers as the image has, in rows of tokens.
+    No weights stand before it, and it gets as many numbers as the image has, in rows that hold pixels of all channels.
     """
     first: list[tuple[nn.Module, Tensor | None]] = []
 
@@ -159,9 +159,11 @@ def embedding(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) ->
         for handle in handles:
             handle.remove()
     module, given = first[0] if first else (None, None)
-    sizes = {t.numel() for t in tensors(image) if t.ndim > 3}
     found = {name for name, linear in targets.items() if linear is module}
-    if given is None or given.ndim < 3 or given.numel() not in sizes or len(found) == len(targets):
+    if given is None or given.ndim < 3 or len(found) == len(targets):
+        return set()
+    pictures = [t for t in tensors(image) if t.ndim > 3]
+    if not any(t.numel() == given.numel() and given.shape[-1] % t.shape[1] == 0 for t in pictures):
         return set()
     if found:
         _logger.info("%s stays dense: it embeds the patches of an image", some(sorted(found)))
