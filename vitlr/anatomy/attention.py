@@ -61,6 +61,7 @@ _KNOWN = _PLAIN | _TURNED | _MORE | _MIXED
 _POSITIONS = "tables of positions are multiplied by its queries as well, so these keep their channels"
 _HEAD_BY_HEAD = "one linear makes q, k and v head by head, in rows that are not told apart"
 _CHANNELS = "it attends to channels in place of tokens, so each of its queries and keys counts"
+# Left alone, each for a reason of its own.
 _UNKNOWN = {
     "timm.models.vision_transformer_sam.Attention": _POSITIONS,
     f"{_OF}.sam.modeling_sam.SamVisionAttention": _POSITIONS,
@@ -73,7 +74,6 @@ _UNKNOWN = {
     "timm.models.davit.ChannelAttention": _CHANNELS,
     "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
 }
-"""Attentions that are left alone for a reason of their own."""
 _KEYS_OF_FEWER = ("timm.models.pvt_v2.Attention", "timm.models.twins.GlobalSubSampleAttn")  # their norm is before k, v
 _PARTS = (("qkv",), ("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("q", "kv"))
 _OUT = ("proj", "o_proj", "out_proj")

@@ -43,19 +43,22 @@ class Shadow:
 
     def type(self) -> str:
         """The name of the kind of tensors that it would be one of."""
-        return torch.empty(0, dtype=self.dtype, device=self.device).type()
+        return self._empty().type()
 
     def new_zeros(self, *size: Any, **options: Any) -> Tensor:
         """Zeros on its device and of its dtype, as of a tensor."""
-        return torch.empty(0, dtype=self.dtype, device=self.device).new_zeros(*size, **options)
+        return self._empty().new_zeros(*size, **options)
 
     def new_ones(self, *size: Any, **options: Any) -> Tensor:
         """The same of ones."""
-        return torch.empty(0, dtype=self.dtype, device=self.device).new_ones(*size, **options)
+        return self._empty().new_ones(*size, **options)
 
     def new_tensor(self, value: Any, **options: Any) -> Tensor:
         """The value as a tensor on its device and of its dtype."""
-        return torch.empty(0, dtype=self.dtype, device=self.device).new_tensor(value, **options)
+        return self._empty().new_tensor(value, **options)
+
+    def _empty(self) -> Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(

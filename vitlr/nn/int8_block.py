@@ -49,6 +49,10 @@ class Known(NamedTuple):
     def holds(self, block: nn.Module, kind: tuple) -> bool:
         return kind == self.kind and self.standing.holds(block) and self.attend.holds() and self.feed.holds()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.attend(x, x)
+        return self.feed(x, x)
+
 
 _known: WeakKeyDictionary[Int8Block, Known] = WeakKeyDictionary()  # beside the modules, which are copied and pickled
 
@@ -100,10 +104,9 @@ class Int8Block(Fused):
     @torch.jit.unused
     def _dispatched(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         if attn_mask is None and not is_causal and unwatched(x) and not torch.is_autocast_enabled("cpu"):
-            known, kind = _known.get(self), (x.shape, x.dtype, x.layout)
-            if known is not None and known.holds(self, kind):
-                x = known.attend(x, x)
-                return known.feed(x, x)
+            known = _known.get(self)
+            if known is not None and known.holds(self, (x.shape, x.dtype)):
+                return known(x)
         plain = attn_mask is None and not is_causal and x.dim() == 3 and not is_transformed()
         parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
@@ -114,14 +117,13 @@ class Int8Block(Fused):
         norm1, qkv, proj, norm2, fc1, act, fc2 = parts
         attend = (qkv, proj, self.attn.num_heads, x, norm1)
         feed = ([*fc1, *fc2], ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2))
-        kind = (x.shape, x.dtype, x.layout)
-        y = int8_attention.int8_attention(x, *attend)  # type: ignore[arg-type]
-        out = int8_chain.int8_chain(y, *feed, y, norm2)
-        if unwatched(x) and out.shape == x.shape:
-            first, second = int8_attention.ready(x, *attend), int8_chain.ready(y, *feed, y, norm2)  # type: ignore[arg-type]
+        if unwatched(x):
+            first, second = int8_attention.ready(x, *attend), int8_chain.ready(x, *feed, x, norm2)
             if first is not None and second is not None:
-                _known[self] = Known(Standing(self), kind, first, second)
-        return out
+                _known[self] = known = Known(Standing(self), (x.shape, x.dtype), first, second)
+                return known(x)
+        y = int8_attention.int8_attention(x, *attend)  # type: ignore[arg-type]
+        return int8_chain.int8_chain(y, *feed, y, norm2)
 
 
 def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:

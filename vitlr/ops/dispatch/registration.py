@@ -74,8 +74,10 @@ def short_way(op: torch._ops.OpOverload, run: Callable[..., Any]) -> Callable[..
 
 
 def unwatched(x: Tensor) -> bool:
-    """Whether x is a plain tensor on the CPU, and no gradient, graph, mode or profiler asks for the call."""
+    """Whether x is a plain dense tensor on the CPU, and no gradient, graph, mode or profiler asks for the call."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    if x.layout != torch.strided:
         return False
     modes = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
     graphs = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()

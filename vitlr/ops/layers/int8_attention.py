@@ -60,19 +60,14 @@ def int8_attention(
     return _call(x, *_rest(qkv, proj, heads, residual, norm))
 
 
-def ready(
-    x: Tensor,
-    qkv: Sequence[Step],
-    proj: Sequence[Step],
-    heads: int,
-    residual: Tensor | None = None,
-    norm: Norm | None = None,
-) -> Ready | None:
-    """Calls of `int8_attention` with these steps, for x and residuals like these, if there is a short way."""
-    return _call.ready(x, *_rest(qkv, proj, heads, residual, norm))
+def ready(x: Tensor, *rest: Any) -> Ready | None:
+    """Calls of `int8_attention` with these arguments, for x and residuals like these, if there is a short way."""
+    return _call.ready(x, *_rest(*rest))
 
 
-def _rest(qkv: Sequence[Step], proj: Sequence[Step], heads: int, residual: Tensor | None, norm: Norm | None) -> tuple:
+def _rest(
+    qkv: Sequence[Step], proj: Sequence[Step], heads: int, residual: Tensor | None = None, norm: Norm | None = None
+) -> tuple:
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
     sides = ([part for step in side for part in step] for side in (qkv, proj))
     return gamma_beta, *sides, residual, heads, eps

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +88,14 @@ def int8_chain(
     return _call(x, *_rest(steps, acts, residual, norm))
 
 
-def ready(
-    x: Tensor, steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None, norm: Norm | None = None
-) -> Ready | None:
-    """Calls of `int8_chain` with these steps, for x and residuals like these, where there is a short way for them."""
-    return _call.ready(x, *_rest(steps, acts, residual, norm))
+def ready(x: Tensor, *rest: Any) -> Ready | None:
+    """Calls of `int8_chain` with these arguments, for x and residuals like these, if there is a short way."""
+    return _call.ready(x, *_rest(*rest))
 
 
-def _rest(steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None, norm: Norm | None) -> tuple:
+def _rest(
+    steps: Sequence[Step], acts: Sequence[str], residual: Tensor | None = None, norm: Norm | None = None
+) -> tuple:
     columns = [list(column) for column in zip(*steps, strict=True)]
     gamma_beta, eps = ([], 0.0) if norm is None else ([norm.gamma, norm.beta], norm.eps)
     return *columns, residual, list(acts), gamma_beta, eps
