@@ -318,3 +318,23 @@ def test_a_head_for_other_classes_is_new_and_all_else_is_read(tiny_vit, tmp_path
     read = vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors", new_head=True, **how)
     assert read(X).shape == (4, 3) and "head.bias, head.weight is new" in caplog.text
     assert torch.equal(read.blocks[1].mlp.fc1.weight, tiny_vit().blocks[1].mlp.fc1.weight)
+
+
+def test_features_get_a_head_and_positions_of_another_image_size(tiny_vit, tmp_path, caplog):
+    """What fine-tuning a DINOv2 from a file is: it has no classifier, and positions for images of 518 pixels."""
+    features = {**tiny_vit(num_classes=0).state_dict()}
+    save_file(features, tmp_path / "w.safetensors")
+    how = {**TINY, "num_classes": 3, "img_size": 48}
+    with pytest.raises(InputError, match="does not fit"):
+        vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors", **how)
+    read = vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors", new_head=True, **how)
+    assert read(torch.randn(2, 3, 48, 48)).shape == (2, 3)
+    assert "head.bias, head.weight is new" in caplog.text and "pos_embed is resampled" in caplog.text
+    assert torch.equal(read.blocks[1].mlp.fc1.weight, features["blocks.1.mlp.fc1.weight"])
+    assert torch.equal(read.pos_embed[:, 0], features["pos_embed"][:, 0])  # of the class token
+
+
+def test_a_new_head_takes_no_other_weights_that_do_not_fit(tiny_vit, tmp_path):
+    save_file(tiny_vit(embed_dim=48).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match="does not fit"):
+        vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.safetensors", new_head=True, **TINY)

@@ -42,7 +42,8 @@ def create_model(
     `model.vitlr_origin`, the repository that pretrained weights are of in `model.vitlr_base`. A checkpoint is a
     safetensors file or one that `torch.load(weights_only=True)` reads: no pickled code ever runs. Raises `InputError`
     for an unknown name (with close matches), a folder that is not there, arguments the model does not take, and a file
-    that does not fit (naming what is missing, unexpected or of another shape).
+    that does not fit (naming what is missing, unexpected or of another shape). `new_head=True` takes it for another
+    task all the same: the classifier may be new, and positions are resampled to the image size.
     """
     import timm
 
@@ -117,18 +118,15 @@ def load_weights(
 ) -> None:
     """Copy the weights of a checkpoint file into `model`, all of them or none; `InputError` where they do not fit.
 
-    With `new_head` a classifier of another shape is left as it was made, with random weights, as timm does; a model of
-    timm that was made without one (`num_classes=0`) takes none.
+    With `new_head` the model is for another task, as timm does it: a classifier that the file lacks or has in another
+    shape is left as it was made, with random weights, and positions of another image size are resampled, both with a
+    warning. A model of timm that was made without a classifier (`num_classes=0`) takes none.
     """
     path = Path(checkpoint)
     weights: Mapping[str, Tensor] = _inner(model, read_weights(path))
     weights = _without_lost_head(model, weights)
     if new_head:
-        own, heads = model.state_dict(), tuple(f"{head}." for head in classifier_names(model))
-        others = {k: own[k] for k in own if k.startswith(heads) and k in weights and own[k].shape != weights[k].shape}
-        if heads and others:
-            _logger.warning("%s is new: %s has one of another shape", some(sorted(others)), path)
-            weights = {**weights, **others}
+        weights = _resampled(model, _with_new_head(model, weights, path), path)
     problem = _mismatch(model, weights)
     if problem:
         renamed = _fitting(model, weights)
@@ -264,6 +262,29 @@ def _inner(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tens
     return weights
 
 
+def _with_new_head(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """`weights` with the model's own classifier where the file has none, or one of another shape."""
+    own, heads = model.state_dict(), tuple(f"{head}." for head in classifier_names(model))
+    if not heads or all(name.startswith(heads) for name in own):
+        return weights
+    new = {k: t for k, t in own.items() if k.startswith(heads) and (k not in weights or weights[k].shape != t.shape)}
+    if new:
+        there = any(name in weights for name in new)
+        _logger.warning("%s is new: %s has %s", some(sorted(new)), path, "one of another shape" if there else "none")
+    return {**weights, **new}
+
+
+def _resampled(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """`weights` with tables of positions at the model's image size, by timm's own filter; as they are where it fails."""
+    own = model.state_dict()
+    others = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+    adapted = _filtered(model, weights) if others else None
+    if adapted is None or _mismatch(model, adapted):
+        return weights
+    _logger.warning("%s is resampled: %s has it for another image size", some(others), path)
+    return adapted
+
+
 def _without_lost_head(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """`weights` without the classifier that a model of timm was made without."""
     names = getattr(model, "pretrained_cfg", None) or {}
@@ -282,6 +303,11 @@ def _original_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     expected = model.state_dict()
     if any(name in weights and weights[name].shape != tensor.shape for name, tensor in expected.items()):
         return None
+    return _filtered(model, weights)
+
+
+def _filtered(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """`weights` as the model file's own filter in timm leaves them; None where there is none, or it cannot."""
     rename = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
     if rename is None:
         return None

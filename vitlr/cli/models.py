@@ -27,7 +27,7 @@ class Source:
 
     checkpoint: Path | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
-    new_head: bool = False  # weights for another number of classes are taken, but for the classifier
+    new_head: bool = False  # weights for other classes or another image size are taken, but for the classifier
 
 
 def names_a_file(name: str) -> bool:

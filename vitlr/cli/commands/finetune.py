@@ -88,7 +88,7 @@ def finetune(
     check_destinations(
         {"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map, "--resume": resume}
     )
-    source = Source(checkpoint, args, new_head="num_classes" in args)
+    source = Source(checkpoint, args, new_head=bool(args.keys() & {"num_classes", "img_size"}))
     network, dense = open_pair(model, source, reference, reference_checkpoint, device=parse_device(device))
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold
