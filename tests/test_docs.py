@@ -126,3 +126,8 @@ def test_the_two_commands_of_the_readme():
     shown = [code for language, code, _ in snippets(ROOT / "README.md") if language == "bash"]
     assert any(code.startswith('pip install ".[demo]" && vitlr demo\n') for code in shown)
     assert 'pip install -e ".[test]" && pytest\n' in shown
+
+
+def test_what_the_first_command_installs_draws_the_figures_of_the_lines_below_it():
+    extras = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras["optional-dependencies"]["figures"]) <= set(extras["optional-dependencies"]["demo"])
