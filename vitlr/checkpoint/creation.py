@@ -275,7 +275,7 @@ def _with_new_head(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
 
 
 def _resampled(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
-    """`weights` with positions resampled to the model's image size by timm's own filter; as they are where that fails."""
+    """`weights` with positions resampled to the model's image size by timm's filter; as they are where that fails."""
     own = model.state_dict()
     others = [name for name in own if name in weights and weights[name].shape != own[name].shape]
     adapted = _filtered(model, weights) if others else None
