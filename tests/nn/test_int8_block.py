@@ -14,7 +14,7 @@ from torch import nn
 
 import vitlr
 from vitlr.errors import InputError
-from vitlr.nn import Int8Block, SelectedLinear
+from vitlr.nn import Int8Block, LowRankLinear, SelectedLinear
 from vitlr.runtime.modules import swap
 from vitlr.surgery.fusion import fuse, unfuse
 
@@ -201,20 +201,22 @@ def test_a_linear_of_two_blocks_keeps_its_steps(images):
 LEFT = ((5, 16, 1), (5, 16, 1))  # channels of queries and of keys in three heads of 16
 
 
-def narrow_of(images, left=LEFT, values=48):
-    """A model whose queries and keys have lost channels, multiplying bytes."""
+def narrow_of(images, left=LEFT, values=48, rank=None):
+    """A model whose queries and keys have lost channels, multiplying bytes, in factors of a rank if one is given."""
     model = vit()
     for block in model.blocks:
         parts = [48 * part + 16 * h + torch.arange(width) for part in (0, 1) for h, width in enumerate(left[part])]
         rows = torch.cat([*parts, 96 + torch.arange(values)])
-        block.attn.qkv = SelectedLinear.from_linear(block.attn.qkv, outputs=rows)
+        qkv = block.attn.qkv if rank is None else LowRankLinear.from_linear(block.attn.qkv, rank)
+        block.attn.qkv = SelectedLinear.from_linear(qkv, outputs=rows)
     return small_of(model, images)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("rank", [None, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_channels_of_queries_and_keys_that_are_gone_are_left_out(images, x, dtype):
-    block, x = narrow_of(images).blocks[0].to(dtype), x.to(dtype)
+def test_channels_of_queries_and_keys_that_are_gone_are_left_out(images, x, dtype, rank):
+    block, x = narrow_of(images, rank=rank).blocks[0].to(dtype), x.to(dtype)
     assert isinstance(block, Int8Block)
     y, names = ops_called(lambda: block(x))
     assert names == ["int8_attention", "int8_chain"]
