@@ -29,6 +29,7 @@ from vitlr.anatomy import linears, mlps, visibility
 from vitlr.anatomy.attention import attentions, why_no_scores
 from vitlr.data.batches import call, first_tensor
 from vitlr.measuring.cost import count_params
+from vitlr.nn import FusedPatches
 from vitlr.nn._fused import StandIn
 from vitlr.runtime.words import one_line
 
@@ -167,7 +168,8 @@ class Trial:
         small = vitlr.apply(self.model, vitlr.plan(self.model, self.stats, ranks=ranks))
         fused = vitlr.fuse(small)
         torch.testing.assert_close(self.answers(fused), self.answers(small), **CLOSE)
-        kinds = Counter(type(module).__name__ for module in fused.modules() if isinstance(module, StandIn))
+        modules = (m for m in fused.modules() if isinstance(m, StandIn) and not isinstance(m, FusedPatches))
+        kinds = Counter(type(module).__name__ for module in modules)  # patches have no rank
         return [", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing"]
 
     def onnx(self) -> Cell:

@@ -106,18 +106,21 @@ void int8_chain(bool bf16, uintptr_t x, int64_t M, int64_t K, int64_t row_stride
   vitlr::run_chain(kernel, rows, chained.data(), static_cast<int>(chained.size()), threads);
 }
 
-// sizes: images, tokens, K, heads, width of a head
+// sizes: images, tokens, K, heads, width of a head; starts [heads + 1] of its queries and keys where they are narrower
 void int8_attention(bool bf16, uintptr_t x, const py::tuple& sizes, uintptr_t y, uintptr_t residual,
-                    int64_t residual_stride, const py::list& qkv, const py::list& proj, const py::tuple& norm, int threads,
-                    const std::string& isa) {
+                    int64_t residual_stride, const py::list& qkv, const py::list& proj, const py::tuple& norm,
+                    const py::list& starts, int threads, const std::string& isa) {
   const std::vector<vitlr::Layer> before = int8_layers("int8_attention", qkv, norm);
   const std::vector<vitlr::Layer> after = int8_layers("int8_attention", proj, py::make_tuple(0, 0, 0.0f));
   const ChainKernel& kernel = int8_chain_kernel(isa, bf16);
   const vitlr::AttentionKernel& attention = vitlr::attention_kernel(vitlr::select_isa(isa.c_str()), bf16);
   const auto size = [&](size_t i) { return sizes[i].cast<int64_t>(); };
+  std::vector<int64_t> first;
+  for (const auto& start : starts) first.push_back(start.cast<int64_t>());
   const vitlr::Int8Attention call{pointer(x), before.data(), after.data(), static_cast<int>(before.size()),
                                   static_cast<int>(after.size()), size(0), size(1), size(2), size(3), size(4),
-                                  pointer(residual), residual_stride, pointer(y)};
+                                  pointer(residual), residual_stride, pointer(y),
+                                  first.empty() ? nullptr : first.data()};
   py::gil_scoped_release release;
   vitlr::run_int8_attention(kernel, attention, call, threads);
 }

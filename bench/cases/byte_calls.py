@@ -55,7 +55,7 @@ def int8_attention(images: int, tokens: int, width: int, heads: int, dtype: torc
         new, exact = Random(seed, dtype, device), Random(seed + 1, torch.float32, device)
         qkv, proj = _step(exact, width, 3 * width, 0), _step(exact, width, width, 0)
         x = new(images, tokens, width)
-        return x, _norm(new, width, True), [*qkv], [*proj], x, heads, 1e-5
+        return x, _norm(new, width, True), [*qkv], [*proj], x, heads, [], 1e-5
 
     label = f"{width} in {heads} heads M={images}x{tokens} {_name(dtype)}"
     return Call("int8_attention", label, make, _attention_meant)
@@ -78,7 +78,7 @@ def _meant(
 
 def _attention_meant(
     x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor], proj: Sequence[Tensor], residual: Tensor, heads: int,
-    eps: float,
+    query_keys: Sequence[int], eps: float,
 ) -> Tensor:  # fmt: skip
     """`int8_attention` likewise, of one step on each side."""
     before, after = ([[part] for part in side] for side in (qkv, proj))

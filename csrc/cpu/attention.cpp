@@ -33,22 +33,23 @@ void run_attention(const AttentionKernel& kernel, const Attention& call, int thr
   const int64_t tiles = (call.queries + kernel.rows - 1) / kernel.rows;
   const int64_t shares = std::min(tiles, (threads + heads - 1) / heads);
   const int team = team_of(threads, heads * shares);
-  const int64_t room = kernel.room(call.keys, call.width);
+  const int64_t room = kernel.room(call.keys, call.width, call.width);
   std::atomic<bool> failed{false};
 #pragma omp parallel for num_threads(team) if (team > 1) schedule(dynamic, 1)
   for (int64_t task = 0; task < heads * shares; ++task) {
     const int64_t image = task / shares / call.heads, head = task / shares % call.heads, share = task % shares;
     const int64_t first = call.queries * share / shares, end = call.queries * (share + 1) / shares;
-    const auto at = [&](const void* base, const Strides& strides, int64_t row) {
-      const int64_t offset = image * strides.image + head * strides.head + row * strides.row;
-      return static_cast<const char*>(base) + offset * kernel.bytes;
+    const auto at = [&](const void* base, const Strides& strides, int64_t row, const int64_t* starts = nullptr) {
+      const int64_t column = starts ? starts[head] : head * strides.head;
+      return static_cast<const char*>(base) + (image * strides.image + column + row * strides.row) * kernel.bytes;
     };
     const Strides y{call.queries * call.heads * call.width, call.width, call.heads * call.width};
     Head one{};
-    one.q = at(call.q, call.q_strides, first), one.q_stride = call.q_strides.row;
-    one.k = at(call.k, call.k_strides, 0), one.k_stride = call.k_strides.row;
+    one.q = at(call.q, call.q_strides, first, call.starts), one.q_stride = call.q_strides.row;
+    one.k = at(call.k, call.k_strides, 0, call.starts), one.k_stride = call.k_strides.row;
     one.v = at(call.v, call.v_strides, 0), one.v_stride = call.v_strides.row;
-    one.queries = end - first, one.keys = call.keys, one.width = call.width, one.scale = call.scale;
+    one.width = call.starts ? call.starts[head + 1] - call.starts[head] : call.width, one.value_width = call.width;
+    one.queries = end - first, one.keys = call.keys, one.scale = call.scale;
     one.y = const_cast<char*>(at(call.y, y, first)), one.y_stride = y.row;
     if (call.bias) one.bias = at(call.bias, call.bias_strides, first), one.bias_stride = call.bias_strides.row;
     one.memory = scratch.reserve(room);

@@ -8,11 +8,11 @@ namespace vitlr {
 
 // One head of one image. Rows of q, k and v lie at strides in elements; the entries of a row are contiguous.
 struct Head {
-  const void *q, *k, *v;  // [queries, width], [keys, width], [keys, width]
+  const void *q, *k, *v;  // [queries, width], [keys, width], [keys, value_width]
   int64_t q_stride, k_stride, v_stride;
-  int64_t queries, keys, width;
+  int64_t queries, keys, width, value_width;
   float scale;  // > 0
-  void* y;      // [queries, width], rows at `y_stride`
+  void* y;      // [queries, value_width], rows at `y_stride`
   int64_t y_stride;
   void* memory;  // room of `AttentionKernel::room` bytes
   const void* bias;  // [queries, keys], rows at `bias_stride`, or none; -inf where a query does not see a key
@@ -23,7 +23,7 @@ struct Head {
 struct AttentionKernel {
   int64_t rows;   // of a tile of queries
   int64_t bytes;  // of an element
-  int64_t (*room)(int64_t keys, int64_t width);
+  int64_t (*room)(int64_t keys, int64_t width, int64_t value_width);
   void (*head)(const Head& head);
 };
 
@@ -51,6 +51,9 @@ struct Attention {
   void* y;  // [images, queries, heads, width], contiguous: as the next linear reads it
   const void* bias = nullptr;  // [images, heads, queries, keys], or none; strides of 0 where several share one
   Strides bias_strides = {};
+  // [heads + 1]: where q and k of every head begin in a row, and end, where they are narrower than `width`, that of v and
+  // y; none: at the strides of a head.
+  const int64_t* starts = nullptr;
 };
 
 // Throws std::bad_alloc without memory for packed keys and values of one head a thread.

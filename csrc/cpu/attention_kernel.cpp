@@ -35,9 +35,9 @@ inline int64_t block_words(int64_t n) {  // of one row of a block
 // Where the parts of a head's memory begin, in words of 32 bits.
 template <class T>
 struct Room {
-  Room(int64_t key_count, int64_t width)
+  Room(int64_t key_count, int64_t width, int64_t value_width)
       : values(keys + stored_columns(key_count) * words_of<T>(width)),
-        queries(values + stored_columns(width) * words_of<T>(key_count)),
+        queries(values + stored_columns(value_width) * words_of<T>(key_count)),
         shares(queries + kQueries * block_words<T>(width)),
         scores(shares + kQueries * block_words<T>(key_count)),
         end(scores + kQueries * kColumns * panels_of(key_count)) {}
@@ -47,8 +47,8 @@ struct Room {
 };
 
 template <class T>
-int64_t room(int64_t keys, int64_t width) {
-  return Room<T>(keys, width).end * 4;
+int64_t room(int64_t keys, int64_t width, int64_t value_width) {
+  return Room<T>(keys, width, value_width).end * 4;
 }
 
 // Sixteen words of each of sixteen rows, `stride` bytes apart, as columns of sixteen rows of `columns` words.
@@ -221,13 +221,13 @@ void clear_rest(Word* block, int64_t rows, int64_t from, int64_t words) {
 template <class T>
 void head(const Head& call) {
   const int64_t depth = words_of<T>(call.width), key_words = words_of<T>(call.keys);
-  const Room<T> room(call.keys, call.width);
+  const Room<T> room(call.keys, call.width, call.value_width);
   Word* const memory = static_cast<Word*>(call.memory);
   Word *const keys = memory + room.keys, *const values = memory + room.values;
   Word *const queries = memory + room.queries, *const shares = memory + room.shares;
   float* const all_scores = reinterpret_cast<float*>(memory + room.scores);
   pack_keys<T>(call.k, call.k_stride, call.keys, call.width, keys);
-  pack_values<T>(call.v, call.v_stride, call.keys, call.width, values);
+  pack_values<T>(call.v, call.v_stride, call.keys, call.value_width, values);
   const int64_t tiles = (call.queries + kQueries - 1) / kQueries;
   const float scale = call.bias ? 1 : call.scale;  // of what shares are made of
   alignas(64) float sums[kQueries * kColumns], totals[kQueries];
@@ -250,13 +250,13 @@ void head(const Head& call) {
     for (int64_t m = 0; m < rows; ++m)
       totals[m] = exponentials<T>(all_scores, call.keys, scale, rows, m, shares);
     clear_rest<T>(shares, rows, stored_columns(call.keys) / T::elements, key_words);
-    for (int64_t p = 0; p < panels_of(call.width); ++p) {
-      const int64_t columns = width_of(call.width, p);
+    for (int64_t p = 0; p < panels_of(call.value_width); ++p) {
+      const int64_t columns = width_of(call.value_width, p);
       multiply<T>(shares, rows, key_words, values + p * kColumns * key_words, sums, columns);
       for (int64_t m = 0; m < rows; ++m) {
         const float share = totals[m] == 0 ? 0 : 1 / totals[m];
         for (int64_t c = 0; c < columns; c += kLanes)
-          put_columns<T>(call.y, (first + m) * call.y_stride, p * kColumns + c, call.width,
+          put_columns<T>(call.y, (first + m) * call.y_stride, p * kColumns + c, call.value_width,
                          load(sums + m * kColumns + c) * share);
       }
     }

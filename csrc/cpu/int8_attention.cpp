@@ -15,19 +15,20 @@ namespace {
 void run_images(const ChainKernel& chain, const AttentionKernel& attention, const Int8Attention& call, int64_t first,
                 int64_t images, int threads) {
   const int64_t size = chain.bytes, D = call.heads * call.width, M = images * call.tokens;
+  const int64_t narrow = call.starts ? call.starts[call.heads] : D, between_row = 2 * narrow + D;
   const int64_t row = first * call.tokens, N = call.proj[call.proj_count - 1].weight.N;
-  char* const qkv = between.reserve(M * 4 * D * size);
+  char* const qkv = between.reserve(M * (between_row + D) * size);
   if (!qkv) throw std::bad_alloc();
-  char* const mixed = qkv + M * 3 * D * size;
+  char* const mixed = qkv + M * between_row * size;
   const auto at = [&](const void* base, int64_t stride) {
     return base ? static_cast<const char*>(base) + row * stride * size : nullptr;
   };
   run_chain(chain, {at(call.x, call.K), M, call.K, call.K, 1, qkv, nullptr, 0}, call.qkv, call.qkv_count, threads);
-  const Strides strides{call.tokens * 3 * D, call.width, 3 * D};
+  const Strides strides{call.tokens * between_row, call.width, between_row};
   const float scale = 1 / std::sqrt(static_cast<float>(call.width));
   run_attention(attention,
-                {qkv, qkv + D * size, qkv + 2 * D * size, strides, strides, strides, images, call.heads, call.tokens,
-                 call.tokens, call.width, scale, mixed},
+                {qkv, qkv + narrow * size, qkv + 2 * narrow * size, strides, strides, strides, images, call.heads,
+                 call.tokens, call.tokens, call.width, scale, mixed, nullptr, {}, call.starts},
                 threads);
   char* const y = const_cast<char*>(at(call.y, N));
   run_chain(chain, {mixed, M, D, D, 1, y, at(call.residual, call.residual_stride), call.residual_stride}, call.proj,

@@ -14,7 +14,7 @@ from torch import nn
 
 import vitlr
 from vitlr.errors import InputError
-from vitlr.nn import Int8Block
+from vitlr.nn import Int8Block, LowRankLinear, SelectedLinear
 from vitlr.runtime.modules import swap
 from vitlr.surgery.fusion import fuse, unfuse
 
@@ -196,3 +196,59 @@ def test_a_linear_of_two_blocks_keeps_its_steps(images):
     y = small(images)
     torch.testing.assert_close(fuse(small)(images), y, rtol=1e-4, atol=1e-4)
     assert type(fuse(small).blocks[0].ls1) is type(small.blocks[0].ls1)
+
+
+LEFT = ((5, 16, 1), (5, 16, 1))  # channels of queries and of keys in three heads of 16
+
+
+def narrow_of(images, left=LEFT, values=48, rank=None):
+    """A model whose queries and keys have lost channels, multiplying bytes, in factors of a rank if one is given."""
+    model = vit()
+    for block in model.blocks:
+        parts = [48 * part + 16 * h + torch.arange(width) for part in (0, 1) for h, width in enumerate(left[part])]
+        rows = torch.cat([*parts, 96 + torch.arange(values)])
+        qkv = block.attn.qkv if rank is None else LowRankLinear.from_linear(block.attn.qkv, rank)
+        block.attn.qkv = SelectedLinear.from_linear(qkv, outputs=rows)
+    return small_of(model, images)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [None, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_of_queries_and_keys_that_are_gone_are_left_out(images, x, dtype, rank):
+    block, x = narrow_of(images, rank=rank).blocks[0].to(dtype), x.to(dtype)
+    assert isinstance(block, Int8Block)
+    y, names = ops_called(lambda: block(x))
+    assert names == ["int8_attention", "int8_chain"]
+    called = block._called(x, None, False)
+    assert (y - called).norm() < 0.02 * (called - x).norm() + torch.finfo(dtype).eps * x.norm()
+    first = [block(x) for _ in range(2)][-1]
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    assert (compiled(x) - called).norm() < 0.02 * (called - x).norm() + torch.finfo(dtype).eps * x.norm()
+    assert copy.deepcopy(block).to("meta")(x.to("meta")).shape == y.shape
+    block.attn.qkv.outputs[:5] = block.attn.qkv.outputs[:5] + 11  # of the first head: no longer those of its keys
+    assert not torch.equal(block(x), first) and torch.equal(block(x), block._called(x, None, False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("left", "values"),
+    [(((5, 16, 1), (4, 16, 2)), 48), (((5, 16, 1), (5, 16, 0)), 48), (((5, 16, 0), (5, 16, 0)), 48), (LEFT, 47)],
+    ids=["other keys", "fewer keys", "a head without any", "a value gone"],
+)
+def test_other_channels_that_are_gone_leave_it_to_the_children(images, x, left, values):
+    block = narrow_of(images, left, values).blocks[0]
+    assert isinstance(block, Int8Block) and torch.equal(block(x), block._called(x, None, False))
+
+
+@torch.no_grad()
+def test_narrow_queries_and_keys_are_saved_loaded_given_back_and_multiplied_out(images, tmp_path):
+    small = narrow_of(images)
+    y = small(images)
+    vitlr.save(small, tmp_path / "m.safetensors", model_args=False)
+    loaded = vitlr.load(tmp_path / "m.safetensors", model=vit())
+    assert all(isinstance(block, Int8Block) for block in loaded.blocks) and torch.equal(loaded(images), y)
+    apart, dense = unfuse(small), vitlr.to_dense(small)
+    assert isinstance(apart.blocks[0].attn.qkv, SelectedLinear)
+    for other in (apart, dense):
+        assert (other(images) - y).norm() < 0.05 * y.norm()

@@ -15,17 +15,14 @@ from vitlr.nn._standing import Standing
 
 def tree():
     torch.manual_seed(0)
-    return nn.Sequential(nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Dropout(0.0))
+    model = nn.Sequential(nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.Dropout(0.0))
+    model[1][0].register_buffer("codes", torch.zeros(4, dtype=torch.int8))
+    model[1][0].register_buffer("apart", torch.zeros(8)[::2])
+    return model
 
 
 class Listened(nn.Linear):
     pass
-
-
-def write_inplace(model):
-    model[1][0].weight.data.add_(0)  # of the data, and then of the tensor: torch counts the second
-    with torch.no_grad():
-        model[1][0].weight.add_(1)
 
 
 def give_data(model):
@@ -45,7 +42,8 @@ def give_class(model):
 
 
 CHANGES = {
-    "a write": write_inplace,
+    "a write to integers": lambda model: model[1][0].codes.add_(1),
+    "a write to floats that lie apart": lambda model: model[1][0].apart.add_(1),
     "other memory": give_data,
     "another child": give_child,
     "another parameter": give_parameter,
@@ -75,6 +73,14 @@ def test_a_change_is_seen(change):
     assert standing.holds(model)
     change(model)
     assert not standing.holds(model)
+
+
+@torch.no_grad()
+def test_floats_in_one_piece_are_read_where_they_lie():
+    model = tree()
+    standing = Standing(model)
+    model[1][0].weight.add_(1)
+    assert standing.holds(model)
 
 
 def test_who_listens_to_all_modules_is_seen_until_he_goes():

@@ -48,7 +48,8 @@ def test_the_function_and_the_keys_stay(small, x):
     fused = vitlr.fuse(small)
     assert list(fused.state_dict()) == list(small.state_dict())
     torch.testing.assert_close(fused(x), small(x), rtol=1e-12, atol=1e-12)
-    assert fused_names(fused) == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn", "ls1", "mlp", "ls2")]
+    folded = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn", "ls1", "mlp", "ls2")]
+    assert fused_names(fused) == ["patch_embed.proj", *folded]
     for name in ("norm1", "norm2"):
         norm = fused.blocks[0].get_submodule(name)
         assert torch.equal(norm.weight, torch.ones_like(norm.weight)) and not norm.bias.any()

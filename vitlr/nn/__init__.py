@@ -5,6 +5,7 @@ from vitlr.nn.fp8_block import Fp8Block, Fp8MLP
 from vitlr.nn.fp8_linear import Fp8Linear
 from vitlr.nn.fused_attention import FusedAttention
 from vitlr.nn.fused_biased import FusedBiasedAttention
+from vitlr.nn.fused_patches import FusedPatches
 from vitlr.nn.fused_projections import FusedProjections
 from vitlr.nn.fused_rotary import FusedRotaryAttention
 from vitlr.nn.int8_block import Int8Block
@@ -29,6 +30,7 @@ __all__ = [
     "Fp8MLP",
     "FusedAttention",
     "FusedBiasedAttention",
+    "FusedPatches",
     "FusedProjections",
     "FusedRotaryAttention",
     "Int8Block",

@@ -27,8 +27,8 @@ class Fp8Block(Int8Block):
 
     MLP = Fp8MLP
 
-    def _halves(self, x: Tensor, parts: Parts) -> Tensor:
-        norm1, qkv, proj, norm2, fc1, act, fc2 = parts
+    def _halves(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> Tensor:
+        norm1, qkv, _, proj, norm2, fc1, act, fc2 = parts
         none = ["none"] * 2
         y = fp8_chain(x, qkv, none[: len(qkv)], norm=norm1)
         q, k, v = y.unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)

@@ -15,7 +15,9 @@ from vitlr.nn._plain import does_nothing, has_hooks, is_transformed
 from vitlr.nn._standing import Standing
 from vitlr.nn.folded_scale import FoldedScale
 from vitlr.nn.fused_attention import FusedAttention
+from vitlr.nn.int8_linear import Int8Linear
 from vitlr.nn.int8_mlp import Int8MLP, steps
+from vitlr.nn.selected_linear import SelectedLinear
 from vitlr.ops.dispatch.registration import Ready, unwatched
 from vitlr.ops.layers import int8_attention, int8_chain
 from vitlr.ops.layers.int8_chain import Norm
@@ -27,10 +29,11 @@ _NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNor
 
 
 class Parts(NamedTuple):
-    """What both operations take."""
+    """What both operations take; `left` are the channels of qkv that a `SelectedLinear` has, None where it has all."""
 
     norm1: Norm
     qkv: list[Any]
+    left: Tensor | None
     proj: list[Any]
     norm2: Norm
     fc1: list[Any]
@@ -60,9 +63,10 @@ _known: WeakKeyDictionary[Int8Block, Known] = WeakKeyDictionary()  # beside the 
 class Int8Block(Fused):
     """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`: timm's `Block` with the ops `int8_attention` and `int8_chain`.
 
-    Its attention is a `FusedAttention` and its MLP an `Int8MLP`, all of whose linears multiply bytes. The children keep
-    their names and are shared with the original module, which `back` gives back. Where somebody listens to one of them,
-    and under a mask, autocast or a transform, they are called. Raises InputError with the reason of `why_not`.
+    Its attention is a `FusedAttention` and its MLP an `Int8MLP`, all of whose linears multiply bytes; queries and keys
+    may have lost channels (`SelectedLinear`), which then are not even zeros. The children keep their names and are
+    shared with the original module, which `back` gives back. Where somebody listens to one of them, and under a mask,
+    autocast or a transform, they are called. Raises InputError with the reason of `why_not`.
     """
 
     MLP: ClassVar[type[Int8MLP]] = Int8MLP
@@ -107,15 +111,16 @@ class Int8Block(Fused):
             known = _known.get(self)
             if known is not None and known.holds(self, (x.shape, x.dtype)):
                 return known(x)
-        plain = attn_mask is None and not is_causal and x.dim() == 3 and not is_transformed()
+        plain = attn_mask is None and not is_causal and x.dim() == 3 and not x.is_meta and not is_transformed()
         parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
             return self._called(x, attn_mask, is_causal)
-        return self._halves(x, parts)
+        query_keys = () if parts.left is None else _query_keys(parts.left, self.attn)
+        return self._called(x, attn_mask, is_causal) if query_keys is None else self._halves(x, parts, query_keys)
 
-    def _halves(self, x: Tensor, parts: Parts) -> Tensor:
-        norm1, qkv, proj, norm2, fc1, act, fc2 = parts
-        attend = (qkv, proj, self.attn.num_heads, x, norm1)
+    def _halves(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> Tensor:
+        norm1, qkv, _, proj, norm2, fc1, act, fc2 = parts
+        attend = (qkv, proj, self.attn.num_heads, x, norm1, query_keys)
         feed = ([*fc1, *fc2], ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2))
         if unwatched(x):
             first, second = int8_attention.ready(x, *attend), int8_chain.ready(x, *feed, x, norm2)
@@ -134,9 +139,13 @@ def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:
     idle = [ls1, drop_path1, ls2, drop_path2, *(attn._modules[n] for n in ("q_norm", "k_norm", "norm", "proj_drop"))]
     if not all(child is not None and _idle(child) for child in idle):
         return "a layer scale, a drop path or a norm of its queries does something"
+    first = attn._modules["qkv"]
+    left: Any = None
+    if type(first) is SelectedLinear and kind.KIND is Int8Linear and first.inputs is None and not has_hooks(first):
+        first, left = first.linear, first.outputs
     qkv, proj, fc1, fc2 = (
-        steps(m._modules[n], kind.KIND)  # type: ignore[arg-type]
-        for m, n in ((attn, "qkv"), (attn, "proj"), (mlp, "fc1"), (mlp, "fc2"))
+        steps(linear, kind.KIND)  # type: ignore[arg-type]
+        for linear in (first, attn._modules["proj"], mlp._modules["fc1"], mlp._modules["fc2"])
     )
     act = activation_name(mlp.act)
     if not (qkv and proj and fc1 and fc2 and act):
@@ -146,7 +155,23 @@ def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:
     before, after = _norm(norm1), _norm(norm2)
     if before is None or after is None:
         return f"its norms are none of {', '.join(_NORMS)} with weight and bias"
-    return Parts(before, qkv, proj, after, fc1, act, fc2)
+    return Parts(before, qkv, left, proj, after, fc1, act, fc2)
+
+
+def _query_keys(left: Tensor, attention: nn.Module) -> tuple[int, ...] | None:
+    """How many channels of queries, and of keys, each head has of those of qkv that are left.
+
+    None where its queries have others than its keys, or none, where a value is gone, and where nobody can read numbers.
+    """
+    if torch.compiler.is_compiling() or type(left) is not Tensor:
+        return None
+    heads, d = int(attention.num_heads), int(attention.head_dim)  # type: ignore[arg-type]
+    full = heads * d
+    queries, keys, values = left.tensor_split(((len(left) - full) // 2, len(left) - full))
+    if len(left) <= full or len(queries) != len(keys) or not torch.equal(queries + full, keys) or values[0] < 2 * full:
+        return None
+    counts = torch.bincount(queries // d, minlength=heads).tolist()
+    return tuple(counts) if all(counts) else None
 
 
 def _idle(child: nn.Module) -> bool:

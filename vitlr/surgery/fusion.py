@@ -18,6 +18,7 @@ from vitlr.nn import (
     Fp8MLP,
     FusedAttention,
     FusedBiasedAttention,
+    FusedPatches,
     FusedProjections,
     FusedRotaryAttention,
     Int8Block,
@@ -41,7 +42,7 @@ from vitlr.surgery.bytes import multiply_bytes, multiply_fp8, multiply_tokens
 from vitlr.surgery.mlps import widen_mlp
 
 _SWAPPED = (LowRankLinear, ResidualLowRankLinear, SelectedLinear, QuantizedLinear, Int8Linear, Fp8Linear)
-FUSED: tuple[type[Fused], ...] = (
+FUSED: tuple[type[Fused] | type[FusedPatches], ...] = (
     Int8MLP,
     Fp8MLP,
     LowRankMLP,
@@ -53,6 +54,7 @@ FUSED: tuple[type[Fused], ...] = (
     FusedBiasedAttention,
     Int8Block,
     Fp8Block,
+    FusedPatches,
 )
 
 
@@ -80,8 +82,11 @@ def to_dense(model: nn.Module, *, full_width: bool = False, inplace: bool = Fals
     return model
 
 
-def fused(module: nn.Module) -> Fused:
-    """The fused module that stands for an MLP or an attention. Raises `InputError` with all reasons where none can."""
+def fused(module: nn.Module) -> StandIn:
+    """The fused module that stands for an MLP, an attention, a block or patches.
+
+    Raises `InputError` with all reasons where none can.
+    """
     reasons = {kind: kind.why_not(module) for kind in FUSED}
     for kind, reason in reasons.items():
         if reason is None:
@@ -104,8 +109,9 @@ def fuse(
     Only where that is exact: plain MLPs become a `LowRankMLP` (by other names than timm's a `NamedLowRankMLP`), gated
     ones a `LowRankGLU`, timm's attention a `FusedAttention`, where it rotates queries and keys a
     `FusedRotaryAttention`, transformers' a `FusedProjections`, and one under a bias of positions (Swin, BEiT, SAM) a
-    `FusedBiasedAttention`. With `fold`, norms and layer scales beside low-rank layers are multiplied into their factors
-    (`vitlr.folding`): the same function up to one rounding of the factors, which stays so after `unfuse`.
+    `FusedBiasedAttention`; a convolution of patches that lie side by side becomes a `FusedPatches`. With `fold`, norms
+    and layer scales beside low-rank layers are multiplied into their factors (`vitlr.folding`): the same function up to
+    one rounding of the factors, which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
     timm's blocks in which all linears do become an `Int8Block`. With `scales="token"` every token's bytes go by its own

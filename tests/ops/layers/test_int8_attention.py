@@ -68,11 +68,37 @@ def test_linears_of_low_rank_and_further_columns(isa):
     assert torch.equal(y, one_after_the_other(x, qkv, proj, 2, residual, norm))
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("left", [(1, 1), (3, 8), (8, 2), (5, 7), (8, 8)], ids=str)
+def test_channels_of_queries_and_keys_that_are_gone_are_zeros_that_nobody_multiplies(isa, left, dtype):
+    x, [full], proj, residual, norm = parts(2, 29, 2, 8, dtype)
+    narrow, rows = narrowed(full, left, 8)
+    gone = torch.ones(48, dtype=torch.bool).index_fill(0, rows, False)
+    zeros = full._replace(codes=full.codes * ~gone[:, None], bias=full.bias * ~gone)
+    y = int8_attention(x, [narrow], proj, 2, residual, norm, left)
+    assert torch.equal(y, int8_attention(x, [zeros], proj, 2, residual, norm))
+    args = ([*norm[:2]], [*narrow], [*proj[0]], residual, 2, list(left), norm.eps)
+    assert (y - reference(x, *args)).float().norm() < 0.02 * (y - residual).float().norm() + x.numel() * eps(dtype)
+
+
+def narrowed(full, left, d):
+    """A step of qkv whose heads have the first so many channels of queries and keys, and which those are."""
+    heads = [h * d + torch.arange(width) for h, width in enumerate(left)]
+    queries, D = torch.cat(heads), len(left) * d
+    rows = torch.cat([queries, D + queries, torch.arange(2 * D, 3 * D)])
+    return full._replace(codes=full.codes[rows], scale=full.scale[rows], bias=full.bias[rows]), rows
+
+
+def eps(dtype):
+    return torch.finfo(dtype).eps
+
+
 def test_the_reference_is_what_the_docstring_says():
     """With steps so fine that rounding does not count, in fp64."""
     x, norm = torch.randn(2, 7, 12).double(), [torch.rand(12).double(), torch.randn(12).double()]
     sides = [fine(12, 24), fine(8, 5)]
-    y = reference(x, norm, sides[0], sides[1], None, 2, 1e-6)
+    y = reference(x, norm, sides[0], sides[1], None, 2, [], 1e-6)
     n = torch.nn.functional.layer_norm(x, (12,), *norm, 1e-6)
     q, k, v = dense(n, sides[0]).view(2, 7, 3, 2, 4).permute(2, 0, 3, 1, 4)
     shares = (q @ k.mT / 2).softmax(-1)
@@ -91,13 +117,15 @@ def dense(x, one):
     return x @ (one.codes * one.scale[:, None] * one.multiplier).T
 
 
+@pytest.mark.parametrize("left", [[], [3, 1]], ids=["whole", "narrow"])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_opcheck(monkeypatch, backend):
+def test_opcheck(monkeypatch, backend, left):
     if backend == "cpu" and not native.available():
         pytest.skip(str(native.why_not()))
     monkeypatch.setenv("VITLR_BACKEND", backend)
     x, qkv, proj, residual, norm = parts(2, 3, 2, 4)
-    args = (x, [norm.gamma, norm.beta], [*qkv[0]], [*proj[0]], residual, 2, norm.eps)
+    first = narrowed(qkv[0], left, 4)[0] if left else qkv[0]
+    args = (x, [norm.gamma, norm.beta], [*first], [*proj[0]], residual, 2, left, norm.eps)
     torch.library.opcheck(torch.ops.vitlr.int8_attention.default, args)
 
 
@@ -111,6 +139,8 @@ def test_operations_are_counted():
     told = ops.explain("int8_attention", M=10, L=5, before=(8, 24), after=(8, 6), heads=2)
     assert told.roofline.flops == 2 * 10 * (8 * 24 + 8 * 6) + 4 * 10 * 5 * 8
     assert told.roofline.bytes == 4 * 10 * (8 + 6) + 8 * 24 + 8 * 6
+    told = ops.explain("int8_attention", M=10, L=5, before=(8, 14), after=(8, 6), heads=2, query_keys=(2, 1))
+    assert told.roofline.flops == 2 * 10 * (8 * 14 + 8 * 6) + 2 * 10 * 5 * (8 + 3)
 
 
 @needs_native
@@ -118,7 +148,7 @@ def test_as_exact_as_the_reference_where_no_rounding_is_close(isa):
     """One token: attention passes v on, so that what is rounded is known."""
     x = torch.zeros(4, 1, 8)
     one, two = step(8, 24), step(8, 6)
-    y, args = int8_attention(x, [one], [two], 2), ([], [*one], [*two], None, 2, 0.0)
+    y, args = int8_attention(x, [one], [two], 2), ([], [*one], [*two], None, 2, [], 0.0)
     assert_close_to(y, reference(x, *args), reference(x.double(), *args))
 
 
@@ -128,6 +158,10 @@ def test_as_exact_as_the_reference_where_no_rounding_is_close(isa):
         ({"x": torch.zeros(3, 24)}, r"x is torch.float32 \[3, 24\], expected floating point \[B, L, K\]"),
         ({"qkv": []}, "qkv has 0 parts, expected codes, scale, bias, multiplier, shift, wide of each step"),
         ({"heads": 5}, "qkv puts out 48 channels, expected 3 for each entry of 5 heads"),
+        ({"query_keys": (8, 16)}, "qkv puts out 48 channels, expected 1 for each entry of 2 heads beside 48 of que"),
+        ({"query_keys": (4, 4, 8)}, r"query_keys is \[4, 4, 8\], expected 2 widths from 1 to 8"),
+        ({"query_keys": (13, 3)}, r"query_keys is \[13, 3\], expected 2 widths from 1 to 8"),
+        ({"query_keys": (16, 0)}, r"query_keys is \[16, 0\], expected 2 widths from 1 to 8"),
         ({"proj": [step(15, 17)]}, r"codes 0 are torch.int8 \[17, 15\], expected int8 \[N, 16\]"),
         ({"residual": torch.zeros(2, 5, 16)}, r"residual \[2, 5, 16\] does not fit"),
         ({"norm": Norm(torch.ones(23), torch.ones(24), 0.0)}, r"gamma is torch.float32 \[23\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,17 +37,18 @@ def _ready_chain(
 
 def _ready_attention(
     x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor | None], proj: Sequence[Tensor | None],
-    residual: Tensor | None, heads: int, eps: float,
+    residual: Tensor | None, heads: int, query_keys: Sequence[int], eps: float,
 ) -> registry.Prepared:  # fmt: skip
     isa = native.isa_used()
     kept: list[Any] = []
     before, after = int8_attention.steps(qkv), int8_attention.steps(proj)
     layers = tuple([_layer(step, "none", isa, kept) for step in side] for side in (before, after))
-    width, N = before[-1].codes.shape[0] // (3 * heads), after[-1].codes.shape[0]
-    moments = _norm(norm, eps, kept)
+    width, N = after[0].channels // heads, after[-1].codes.shape[0]
+    moments, starts = _norm(norm, eps, kept), list(accumulate(query_keys, initial=0)) if query_keys else []
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        return native.int8_attention(x.contiguous(), heads, width, layers, N, _rows(residual, N), isa, moments)
+        rows = _rows(residual, N)
+        return native.int8_attention(x.contiguous(), heads, width, layers, N, rows, isa, moments, starts)
 
     return registry.Prepared(run, lambda: native.isa_used() == isa, kept)
 

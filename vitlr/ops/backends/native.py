@@ -182,10 +182,12 @@ def int8_attention(
     residual: torch.Tensor | None,
     isa: str,
     norm: tuple[int, int, float] = NO_NORM,
+    starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """x [B, L, K] contiguous through qkv, attention of so many heads and proj, + residual [B L, N] -> [B, L, N].
 
-    Layers of both, norm and residual are as those of `int8_chain`.
+    Layers of both, norm and residual are as those of `int8_chain`. starts [heads + 1]: where queries, and keys, of
+    every head begin among those of all and the last end, none wider than `width`; empty: all are `width` wide.
     """
     assert _C is not None, why_not()
     y = x.new_empty((*x.shape[:2], N))
@@ -193,7 +195,7 @@ def int8_attention(
     bf16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
     try:
         sizes = (*x.shape, heads, width)
-        _C.int8_attention(bf16, x.data_ptr(), sizes, y.data_ptr(), *more, *layers, norm, threads, isa)
+        _C.int8_attention(bf16, x.data_ptr(), sizes, y.data_ptr(), *more, *layers, norm, starts, threads, isa)
     except ValueError as cause:
         raise InputError(str(cause)) from cause
     return y

@@ -93,13 +93,12 @@ class Ready:
     """
 
     name: str
-    key: Any
-    chosen: registry.Candidate
+    circumstances: tuple[object, str | None]
     prepared: registry.Prepared
 
     def holds(self) -> bool:
         """Whether dispatch would do the same now."""
-        return registry.select(self.name, self.key) is self.chosen and self.prepared.holds()
+        return registry.circumstances(self.name) == self.circumstances and self.prepared.holds()
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self.prepared(x, residual)
@@ -116,9 +115,9 @@ class RunningOp:
 
     def ready(self, x: Tensor, *rest: Any) -> Ready | None:
         """Calls with this x, or another of its shape and dtype; None where the candidate has no short way for them."""
-        key = self._describe(math.prod(x.shape[:-1]), x, *rest)
-        chosen = registry.select(self._name, key)
-        return None if chosen.prepare is None else Ready(self._name, key, chosen, chosen.prepare(x, *rest))
+        circumstances = registry.circumstances(self._name)
+        chosen = registry.select(self._name, self._describe(math.prod(x.shape[:-1]), x, *rest))
+        return None if chosen.prepare is None else Ready(self._name, circumstances, chosen.prepare(x, *rest))
 
 
 def register_running_op(

@@ -88,6 +88,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _chosen: dict[tuple, Candidate] = {}
+_registered = object()  # another one whenever there are other candidates
 _inside: ContextVar[str | None] = ContextVar("backend", default=None)
 
 
@@ -108,7 +109,7 @@ def register(op: str, candidate: Candidate) -> None:
     if candidate.name in taken:
         raise InputError(f"{op} already has a candidate {candidate.name!r}: {', '.join(taken)}")
     _op(op).candidates.append(candidate)
-    _chosen.clear()
+    _choose_again()
 
 
 def unregister(op: str, name: str) -> None:
@@ -117,7 +118,13 @@ def unregister(op: str, name: str) -> None:
     if name not in [candidate.name for candidate in kernels]:
         raise InputError(f"{op} has no kernel {name!r} to take out")
     _op(op).candidates[1:] = [candidate for candidate in kernels if candidate.name != name]
+    _choose_again()
+
+
+def _choose_again() -> None:
+    global _registered
     _chosen.clear()
+    _registered = object()
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:
@@ -153,6 +160,11 @@ def select(op: str, key: Any, wanted: str | None = None) -> Candidate:
             _chosen.clear()
         chosen = _chosen[entry] = _forced(op, key, wanted) if wanted else _preferred(op, key)
     return chosen
+
+
+def circumstances(op: str) -> tuple[object, str | None]:
+    """What `select` goes by beside the key: as long as they are equal, it chooses the same for the same key."""
+    return _registered, _wanted(_op(op).override)
 
 
 def constant_in_graphs(function: Callable[..., bool]) -> Callable[..., bool]:

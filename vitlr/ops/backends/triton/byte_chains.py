@@ -91,11 +91,10 @@ registry.register(int8_chain.OP, registry.Candidate("triton.bytes", _able, _run_
 
 def _run_attention(
     x: Tensor, norm: Sequence[Tensor], qkv: Sequence[Tensor | None], proj: Sequence[Tensor | None],
-    residual: Tensor | None, heads: int, eps: float,
+    residual: Tensor | None, heads: int, query_keys: Sequence[int], eps: float,
 ) -> Tensor:  # fmt: skip
     """A chain, attention as torch has it, in x's dtype, and a chain."""
-    y = _through(x, int8_attention.steps(qkv), None, norm, eps)
-    q, k, v = y.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = int8_attention.split(_through(x, int8_attention.steps(qkv), None, norm, eps), heads, query_keys)
     return _through(attention.reference(q, k, v), int8_attention.steps(proj), residual)
 
 
