@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vitlr.checkpoint.creation import create_model, load_weights, origin, read_weights
+from vitlr.checkpoint.creation import create_model, origin
+from vitlr.checkpoint.weight_files import state_dicts
+from vitlr.checkpoint.weights import load_weights
 from vitlr.errors import InputError
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
@@ -72,6 +74,61 @@ def test_checkpoint_gives_the_same_weights(tiny_vit, tmp_path, wrapper):
     assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda state: {"net": state, "acc": 91.2, "epoch": 3},
+        lambda state: {"network": {f"vit.{name}": t for name, t in state.items()}, "loss": torch.tensor(0.3)},
+        lambda state: {"ema": {"module": state, "updates": torch.tensor(7)}, "optimizer": {"state": {0: dict(state)}}},
+        lambda state: {"student": state, "teacher": {"backbone.cls_token": torch.zeros(1, 1, 8)}},
+        lambda state: {"a": state, "b": dict(state)},  # the same weights twice
+        lambda state: {**state, "epoch": 3},
+        lambda state: {
+            "state_dict": {**{f"target_encoder.{k}": t for k, t in state.items()}, "loss.weight": state["norm.bias"]}
+        },
+    ],
+)
+def test_the_only_weights_that_fit_are_read_whatever_stands_around_them(tiny_vit, tmp_path, content):
+    state = tiny_vit(seed=3).state_dict()
+    torch.save(content(state), tmp_path / "w.pth")
+    loaded = create_model(NAME, checkpoint=tmp_path / "w.pth", **TINY).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_of_several_weights_that_fit_one_is_named(tiny_vit, tmp_path, nested):
+    student, teacher = tiny_vit(seed=3).state_dict(), tiny_vit(seed=4).state_dict()
+    both = {"student": student, "teacher": teacher}
+    if not nested:
+        both = {"state_dict": {f"{who}.vit.{name}": t for who, state in both.items() for name, t in state.items()}}
+    path = tmp_path / "w.pth"
+    torch.save(both, path)
+    with pytest.raises(InputError, match=r"2 state dicts that fit: .*student.*, .*teacher.*checkpoint_key=$"):
+        create_model(NAME, checkpoint=path, **TINY)
+    read = create_model(NAME, checkpoint=path, checkpoint_key="teacher", **TINY)
+    assert all(torch.equal(tensor, teacher[name]) for name, tensor in read.state_dict().items())
+    with pytest.raises(InputError, match=r"has no 'ema'; it holds .*student"):
+        create_model(NAME, checkpoint=path, checkpoint_key="ema", **TINY)
+    with pytest.raises(InputError, match="goes with checkpoint="):
+        create_model(NAME, checkpoint_key="ema", **TINY)
+
+
+def test_an_average_of_timm_is_read_with_a_word_and_another_by_its_key(tiny_vit, tmp_path, caplog):
+    trained, average = tiny_vit(seed=3).state_dict(), tiny_vit(seed=4).state_dict()
+    torch.save({"state_dict": trained, "state_dict_ema": average}, tmp_path / "w.pth")
+    read = create_model(NAME, checkpoint=tmp_path / "w.pth", **TINY)
+    assert torch.equal(read.norm.weight, average["norm.weight"]) and torch.equal(read.cls_token, average["cls_token"])
+    assert "state_dict_ema is read of" in caplog.text and "another: state_dict" in caplog.text
+    read = create_model(NAME, checkpoint=tmp_path / "w.pth", checkpoint_key="state_dict", **TINY)
+    assert torch.equal(read.cls_token, trained["cls_token"])
+
+
+def test_what_does_not_fit_is_said_of_what_comes_nearest(tiny_vit, tmp_path):
+    torch.save({"net": tiny_vit(num_classes=7).state_dict(), "loss": {"weight": torch.ones(5)}}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"2 of another shape \(head.weight .*\) \(net of net, loss\); name"):
+        create_model(NAME, checkpoint=tmp_path / "w.pth", **TINY)
+
+
 def test_checkpoint_under_its_authors_names(tmp_path):
     swin = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (2, 2), "num_classes": 5}
     state = create_model("swin_tiny_patch4_window7_224", **swin).state_dict()
@@ -117,7 +174,7 @@ def test_pickled_code_never_runs(tmp_path):
     path = tmp_path / "evil.pth"
     torch.save({"state_dict": Evil()}, path)
     with pytest.raises(InputError, match="pickled objects are refused"):
-        read_weights(path)
+        state_dicts(path)
     assert not Evil.ran
 
 
@@ -128,7 +185,7 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(InputError, match=r"w\.pth"):
-            read_weights(path)
+            state_dicts(path)
 
 
 def test_truncated_safetensors(tiny_vit, tmp_path):
@@ -136,7 +193,7 @@ def test_truncated_safetensors(tiny_vit, tmp_path):
     save_file(tiny_vit().state_dict(), path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(InputError, match="not a whole safetensors file"):
-        read_weights(path)
+        state_dicts(path)
 
 
 @pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(2)], {"model": {"a": "b"}}])
@@ -144,27 +201,29 @@ def test_torch_files_without_weights(tmp_path, content):
     path = tmp_path / "w.pth"
     torch.save(content, path)
     with pytest.raises(InputError, match="holds no weights"):
-        read_weights(path)
+        state_dicts(path)
 
 
 def test_missing_checkpoint_and_folder(tmp_path):
     for path in (tmp_path / "nowhere.pth", tmp_path):
         with pytest.raises(InputError, match="cannot read checkpoint"):
-            read_weights(path)
+            state_dicts(path)
 
 
 def test_a_vitlr_file_says_how_to_open_it(tmp_path):
     path = tmp_path / "small.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"vitlr": "{}"})
     with pytest.raises(InputError, match=r"vitlr\.load"):
-        read_weights(path)
+        state_dicts(path)
 
 
 def test_the_real_checkpoint_fits(shared_data):
     path = shared_data("vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors")
     model = create_model(NAME, checkpoint=path)
     assert sum(p.numel() for p in model.parameters()) == 5_717_416
-    assert torch.equal(model.state_dict()["blocks.11.mlp.fc2.weight"], read_weights(path)["blocks.11.mlp.fc2.weight"])
+    assert torch.equal(
+        model.state_dict()["blocks.11.mlp.fc2.weight"], state_dicts(path)[""]["blocks.11.mlp.fc2.weight"]
+    )
 
 
 def test_a_new_head_is_made_beside_weights_of_training_scripts_and_none_where_none_is_wanted(tiny_vit, tmp_path):
