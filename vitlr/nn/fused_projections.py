@@ -24,9 +24,13 @@ CLASSES = frozenset(
         f"{_OF}.clip.modeling_clip.CLIPAttention",
         f"{_OF}.siglip.modeling_siglip.SiglipAttention",
         f"{_OF}.owlv2.modeling_owlv2.Owlv2Attention",
+        f"{_OF}.yolos.modeling_yolos.YolosSelfAttention",
+        f"{_OF}.videomae.modeling_videomae.VideoMAESelfAttention",
     }
 )
-_INPUTS, _OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj")
+_INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+_DROPOUT = ("attention_dropout", "dropout_prob", "dropout")
+_OUT = ("o_proj", "out_proj")  # elsewhere, in a module of its own, where the inputs are called query, key and value
 
 
 class FusedProjections(Fused):
@@ -39,12 +43,12 @@ class FusedProjections(Fused):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__(attention)
-        self.head_dim: int = attention.head_dim  # type: ignore[assignment]
+        self.head_dim: int = getattr(attention, "head_dim", None) or attention.attention_head_size  # type: ignore[assignment]
         self.is_causal: bool = attention.is_causal  # type: ignore[assignment]
 
     @classmethod
     def children_of(cls, module: nn.Module) -> tuple[str, ...]:
-        return tuple(name for name in module._modules if name in (*_INPUTS, *_OUT))
+        return tuple(name for name in module._modules if name in {*_INPUTS[0], *_INPUTS[1], *_OUT})
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -55,12 +59,13 @@ class FusedProjections(Fused):
             return "it is no attention of transformers' that is known"
         kept = cls.children_of(module)
         extra = [name for name, _ in module.named_children() if name not in kept]
-        if len(kept) != 4 or extra or module._parameters or module._buffers:
-            return f"it has {', '.join([*kept, *extra, *module._parameters, *module._buffers])}, expected four linears"
+        if len(kept) != (3 if _INPUTS[1][0] in kept else 4) or extra or module._parameters or module._buffers:
+            there = ", ".join([*kept, *extra, *module._parameters, *module._buffers])
+            return f"it has {there}, expected query, key and value, or projections of these and of the output"
         how = getattr(module.config, "_attn_implementation", None)
         if how != "sdpa":
             return f"it runs as {how}, which may give its softmax back"
-        dropout = getattr(module, "attention_dropout", getattr(module, "dropout", 0.0))
+        dropout = next((getattr(module, key) for key in _DROPOUT if hasattr(module, key)), 0.0)
         if dropout:
             return "it drops out attention"
         if (foreign := foreign_weight(module)) is not None:
@@ -70,11 +75,15 @@ class FusedProjections(Fused):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        q, k, v = (self._heads(self.get_submodule(name)(hidden_states)) for name in _INPUTS)
+        q, k, v = (self._heads(self.get_submodule(name)(hidden_states)) for name in self._inputs())
         asked = kwargs.get("is_causal")
         causal = bool(self.is_causal if asked is None else asked) and attention_mask is None and q.shape[2] > 1
-        out = self.get_submodule(next(name for name in self.kept if name in _OUT))
-        return out(attend(self, q, k, v, mask=attention_mask, causal=causal)), None
+        y = attend(self, q, k, v, mask=attention_mask, causal=causal)
+        out = next((name for name in self.kept if name in _OUT), None)
+        return y if out is None else self.get_submodule(out)(y), None
+
+    def _inputs(self) -> tuple[str, ...]:
+        return next(names for names in _INPUTS if names[0] in self.kept)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
