@@ -256,9 +256,8 @@ def test_checkpoints_that_are_none_name_the_remedy(tiny_vit, tmp_path):
     torch.save({"weights": [tiny_vit().norm.weight], "epoch": 1}, tmp_path / "other.pth")
     with pytest.raises(InputError, match=r"a state_dict\), alone or under a key .*got weights, epoch"):
         vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "other.pth", **TINY)
-    with pytest.raises(InputError, match=r"is no number|pickled objects are refused"):
-        torch.save({"model": tiny_vit().state_dict(), "best": np.array(["a"], dtype=object)[0:1]}, tmp_path / "o.pth")
-        vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "o.pth", **TINY)
+    torch.save({"model": tiny_vit().state_dict(), "best": np.array(["a"], dtype=object)[0:1]}, tmp_path / "o.pth")
+    vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "o.pth", **TINY)  # objects beside it are not read
 
 
 def test_a_folder_with_timms_config_is_a_model(tiny_vit, batches, tmp_path):

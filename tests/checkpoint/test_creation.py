@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import datetime
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,12 +174,51 @@ class Evil:
         return (setattr, (Evil, "ran", True))
 
 
-def test_pickled_code_never_runs(tmp_path):
+class System:
+    def __reduce__(self):
+        return (os.system, ("touch ran",))
+
+
+class Options(dict):
+    """As Lightning's: a table of its own kind, with attributes."""
+
+    def __init__(self):
+        super().__init__(lr=0.1)
+        self.name = "tiny"
+
+
+def test_pickled_code_never_runs(tiny_vit, tmp_path):
     path = tmp_path / "evil.pth"
-    torch.save({"state_dict": Evil()}, path)
-    with pytest.raises(InputError, match="pickled objects are refused"):
+    for content in ({"state_dict": Evil()}, Evil(), {"net": tiny_vit(seed=3).state_dict(), "callback": Evil()}):
+        torch.save(content, path)
+        with contextlib.suppress(InputError):
+            create_model(NAME, checkpoint=path, **TINY)
+        assert not Evil.ran
+    torch.save({"state_dict": System()}, path)
+    with pytest.raises(InputError, match=r"no pickled code is run.*is blocked"):
         state_dicts(path)
-    assert not Evil.ran
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_objects_beside_the_weights_are_looked_past_and_whole_models_looked_into(tiny_vit, tmp_path, whole):
+    model = tiny_vit(seed=3)
+    options = {"data": Path("/data"), "cfg": Options(), "when": datetime.date(2020, 1, 1)}
+    content = {"model": model} if whole else {"state_dict": model.state_dict()}
+    torch.save(content | {"hyper_parameters": options}, tmp_path / "w.ckpt")
+    read = create_model(NAME, checkpoint=tmp_path / "w.ckpt", **TINY).state_dict()
+    assert all(torch.equal(read[name], t) for name, t in model.state_dict().items())
+
+
+def test_averages_of_torch_and_adapters_of_lora(tiny_vit, tmp_path):
+    model = tiny_vit(seed=3)
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / "swa.pth")  # counts beside module.
+    read = create_model(NAME, checkpoint=tmp_path / "swa.pth", **TINY)
+    assert torch.equal(read.cls_token, model.cls_token)
+    state = {name.replace("qkv.", "qkv.base_layer."): t for name, t in model.state_dict().items()}
+    torch.save({**state, "blocks.0.attn.qkv.lora_A.default.weight": torch.ones(4, 32)}, tmp_path / "lora.pth")
+    with pytest.raises(InputError, match=r"adapters of LoRA.*merge_and_unload"):
+        create_model(NAME, checkpoint=tmp_path / "lora.pth", **TINY)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x80\x02garbage", b"PK\x03\x04cut"])

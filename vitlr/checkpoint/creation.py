@@ -30,10 +30,10 @@ def create_model(
     `name` may also be `hf-hub:OWNER/NAME` or `local-dir:FOLDER`, which bring their weights, from the Hub safetensors
     only. `args` go to `timm.create_model` (num_classes, img_size, depth, ...); name and args are kept in
     `model.vitlr_origin`, the repository that pretrained weights are of in `model.vitlr_base`. A checkpoint is a
-    safetensors file or one that `torch.load(weights_only=True)` reads: no pickled code ever runs. What fits of the
-    state dicts that training scripts write into one is read; `checkpoint_key` (such as `"teacher"`) says which where
-    several do. Raises `InputError` for an unknown name (with close matches), a folder that is not there, arguments the
-    model does not take, and a file that does not fit (naming what is missing, unexpected or of another shape).
+    safetensors file or one of `torch.save`, of which no pickled code ever runs. What fits of the state dicts that
+    training scripts write into one is read; `checkpoint_key` (such as `"teacher"`) says which where several do. Raises
+    `InputError` for an unknown name (with close matches), a folder that is not there, arguments the model does not
+    take, and a file that does not fit (naming what is missing, unexpected or of another shape).
     """
     import timm
 

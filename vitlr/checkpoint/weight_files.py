@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line, some
 
+_POINT = re.compile(r"(?:WeightsUnpickler error: |from a trusted source\.\s+)(\S.*?)\s*(?:Check the doc|$)", re.DOTALL)
 _DEEPEST = 4  # tables in tables: {"model_ema": {"module": {...}}} has two
 
 
@@ -23,8 +26,9 @@ def state_dicts(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
     """Read every state dict of a safetensors or torch file by the keys that lead to it, without pickle.
 
     A plain one is under "", the second of `{"student": ..., "ema": {"module": ...}}` under "ema.module". Numbers and
-    texts beside the tensors of a state dict are left out, as are tables by numbers (an optimizer's). Raises
-    `InputError` for a file that cannot be read or holds none.
+    texts beside the tensors of a state dict are left out, as are tables by numbers (an optimizer's). Of objects, what
+    they hold is read, and no code of theirs is run; so is a model that was pickled as a whole. Raises `InputError` for
+    a file that cannot be read or holds none.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe would be waited for, a device has no end
@@ -57,13 +61,24 @@ def _inside(content: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tup
     if id(content) in seen or len(keys) > _DEEPEST:
         return
     seen.add(id(content))
-    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
+    tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)} or _of_module(content, "", set())
     if tensors:
-        from timm.models import clean_state_dict
-
-        yield ".".join(keys), clean_state_dict(tensors)
+        yield ".".join(keys), tensors
     for key, value in content.items():
         yield from _inside(value, (*keys, key), seen)
+
+
+def _of_module(content: Any, prefix: str, above: set[int]) -> dict[str, Tensor]:
+    """The state dict of a module that was pickled as a whole, by what nn.Module keeps where."""
+    held = getattr(content, "__dict__", {})
+    if not {"_parameters", "_buffers", "_modules"} <= held.keys() or id(content) in above:
+        return {}
+    own = {**held["_parameters"], **held["_buffers"]}
+    left = held.get("_non_persistent_buffers_set") or ()
+    state = {f"{prefix}{name}": t for name, t in own.items() if isinstance(t, Tensor) and name not in left}
+    for name, child in held["_modules"].items():
+        state |= _of_module(child, f"{prefix}{name}.", above | {id(content)})
+    return state
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -78,13 +93,39 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_PLAIN):
+        with torch.serialization.safe_globals(_unread(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as cause:  # a damaged or foreign file makes the unpickler raise almost anything
+        point = _POINT.search(str(cause))  # torch's messages come to it late
+        said = one_line(cause) if point is None else one_line(Exception(point[1]))
         raise InputError(
-            f"checkpoint {path} is neither safetensors nor a torch file of plain tensors "
-            f"(pickled objects are refused): {one_line(cause)}"
+            f"checkpoint {path} is neither safetensors nor a torch file of tensors and plain objects (no pickled code "
+            f"is run); write model.state_dict() alone: {said}"
         ) from cause
+
+
+class _Unread:
+    """Stands for every class and function that a pickle names: none is looked up or run, what they held is a table."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+class _Array:
+    """Stands for what NumPy wrote, whose states are no tables."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _unread(path: Path) -> list[Any]:
+    """Stand-ins for what a torch file names beside plain values: a script's options, callbacks, or the whole model."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        return [(_Array if name.startswith("numpy.") else _Unread, name) for name in names]
+    except Exception:  # an old file, or none: reading it says what is wrong
+        return _PLAIN
 
 
 def _number(dtype: np.dtype[Any], content: bytes) -> Any:
@@ -101,6 +142,6 @@ _KINDS = (
     "float32",
     "float64",
 )
-# timm's training scripts store their arguments, others the best accuracy as a number of NumPy.
+# Of old files, which do not say what they name: timm's scripts store their arguments, others numbers of NumPy.
 _PLAIN: list[Any] = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in _KINDS)]
 _PLAIN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]

@@ -141,6 +141,11 @@ def _why_none(own: Weights, there: Mapping[str, Weights], path: Path, model: str
 
     where = max(there, key=shared)
     of = f" ({where} of {_listed(there)})" if len(there) > 1 else ""
+    if any(".lora_" in name for name in there[where]):
+        return (
+            f"checkpoint {path} holds adapters of LoRA beside or without the layers that they change: put them on with "
+            "peft and write model.merge_and_unload().state_dict()"
+        )
     return (
         f"checkpoint {path} does not fit {model}: {_mismatch(own, there[where])}{of}; name the model that the file was "
         "made for, with its arguments (num_classes=, img_size=, ...)"

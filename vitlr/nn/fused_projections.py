@@ -24,13 +24,18 @@ CLASSES = frozenset(
         f"{_OF}.clip.modeling_clip.CLIPAttention",
         f"{_OF}.siglip.modeling_siglip.SiglipAttention",
         f"{_OF}.owlv2.modeling_owlv2.Owlv2Attention",
+    }
+)
+# The same without `out`, which lies in a module beside it.
+BARE = frozenset(
+    {
         f"{_OF}.yolos.modeling_yolos.YolosSelfAttention",
         f"{_OF}.videomae.modeling_videomae.VideoMAESelfAttention",
     }
 )
 _INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _DROPOUT = ("attention_dropout", "dropout_prob", "dropout")
-_OUT = ("o_proj", "out_proj")  # elsewhere, in a module of its own, where the inputs are called query, key and value
+_OUT = ("o_proj", "out_proj")
 
 
 class FusedProjections(Fused):
@@ -55,11 +60,11 @@ class FusedProjections(Fused):
         """Why a module cannot become a FusedProjections with the same outputs; None if it can."""
         if isinstance(module, cls):
             return "it is one already"
-        if class_of(module) not in CLASSES:
+        if class_of(module) not in CLASSES | BARE:
             return "it is no attention of transformers' that is known"
         kept = cls.children_of(module)
         extra = [name for name, _ in module.named_children() if name not in kept]
-        if len(kept) != (3 if _INPUTS[1][0] in kept else 4) or extra or module._parameters or module._buffers:
+        if len(kept) != (3 if class_of(module) in BARE else 4) or extra or module._parameters or module._buffers:
             there = ", ".join([*kept, *extra, *module._parameters, *module._buffers])
             return f"it has {there}, expected query, key and value, or projections of these and of the output"
         how = getattr(module.config, "_attn_implementation", None)
