@@ -93,3 +93,22 @@ def test_one_that_is_not_is_refused(tiny_vit, batches, tmp_path, change, said):
     vitlr.save(vitlr.compress(tiny_vit(), batches, "params:80%", rank_step=4), tmp_path / "f", model_args=False)
     with pytest.raises(InputError, match=f"not the one that was saved: .*{said}"):
         vitlr.load(tmp_path / "f", model=tiny_vit(**change))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_wrappers_are_no_part_of_a_file(batches, tmp_path, wrap):
+    made = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = timm.create_model("vit_tiny_patch16_224", **made).eval()
+    small = vitlr.compress(wrap(model).eval(), batches, "params:80%", rank_step=4)
+    vitlr.save(small, tmp_path / "f")
+    for read in (vitlr.load(tmp_path / "f"), vitlr.load(tmp_path / "f", model=wrap(model))):
+        assert type(read) is type(model) and torch.equal(read(batches[0][0]), small(batches[0][0]))
+    assert vitlr.load(tmp_path / "f").vitlr_info["plan"] is not None
+
+
+def test_channels_are_read_off_the_layer_that_was_put_there(batches, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model.patch_embed.proj = nn.Conv2d(1, 32, 8, 8)  # in_chans stays 3
+    grey = [(x[:, :1], y) for x, y in batches]
+    vitlr.save(small := vitlr.compress(model.eval(), grey, "params:80%", rank_step=4), tmp_path / "f")
+    assert torch.equal(vitlr.load(tmp_path / "f")(grey[0][0]), small(grey[0][0]))

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-# How, not what, a module computes; the number of classes, which the head tells; `alien`'s guard; how weights began.
+# How, not what, a module computes; classes and channels, which the layers tell; `alien`'s guard; how weights began.
 _HOW = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"}
-_NO_MATTER = frozenset({*_HOW, "num_classes", "save_pretrained"})
+_NO_MATTER = frozenset({*_HOW, "num_classes", "in_chans", "save_pretrained"})
 _NOTHING = re.compile(
     r"Identity|StochasticDepth|\w*Drop(out|Path|Block)\w*"
 )  # classes that hand on what they are given

@@ -80,10 +80,10 @@ def plain_parts(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that hand on what they get: compiled, data parallel, distributed, sharded."""
+    """The module inside wrappers that hand on what they get: compiled, data parallel, distributed, averaged."""
     model = uncompiled(model)
-    inner = model._modules.get("module") if type(model).__name__ in _PARALLEL else None
+    inner = model._modules.get("module") if type(model).__name__ in _WRAPPERS else None
     return model if inner is None else unwrapped(inner)
 
 
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "ModelEmaV3")
