@@ -7,6 +7,7 @@ import contextlib
 import copy
 import datetime
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import vitlr
 from vitlr.checkpoint.creation import create_model, origin
 from vitlr.checkpoint.weight_files import state_dicts
 from vitlr.checkpoint.weights import load_weights
@@ -284,3 +286,42 @@ def test_a_new_head_is_made_beside_weights_of_training_scripts_and_none_where_no
             assert torch.equal(model.blocks[1].mlp.fc1.weight, weights["blocks.1.mlp.fc1.weight"])
         assert read(x).shape == (2, 3)
         assert torch.equal(features(x), trained.forward_head(trained.forward_features(x), pre_logits=True))
+
+
+def test_dinov2_as_its_authors_train_it(tmp_path):
+    sizes = {"img_size": 28, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    state = create_model("vit_small_patch14_dinov2", **sizes).state_dict()
+    chunks = {re.sub(r"^blocks\.(\d)", r"blocks.0.\1", name): t for name, t in state.items()}
+    teacher = {f"backbone.{name}": t for name, t in chunks.items()}
+    teacher |= {"backbone.mask_token": torch.zeros(1, 32), "dino_head.mlp.0.weight": torch.zeros(8, 32)}
+    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
+    read = create_model("vit_small_patch14_dinov2", checkpoint=tmp_path / "teacher_checkpoint.pth", **sizes)
+    assert all(torch.equal(t, state[name]) for name, t in read.state_dict().items())
+
+
+def test_what_is_transformers_is_told_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    names = (
+        "cls_token",
+        "position_embeddings",
+        "patch_embeddings.projection.weight",
+        "patch_embeddings.projection.bias",
+    )
+    save_file({f"vit.embeddings.{name}": torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="holds a model of transformers: make it there"):
+        create_model(f"local-dir:{tmp_path}")
+    with pytest.raises(InputError, match="names are those of transformers: make the model there"):
+        create_model(NAME, checkpoint=tmp_path / "model.safetensors", **TINY)
+
+
+@pytest.mark.parametrize("model", ["vit.pth", {"cls_token": torch.zeros(1)}, None])
+def test_what_is_no_model_is_refused(model, batches):
+    for use in (vitlr.compress, vitlr.calibrate):
+        with pytest.raises(InputError, match=rf"the model is a {type(model).__name__}, expected a torch\.nn\.Module"):
+            use(model, batches, "params:80%") if use is vitlr.compress else use(model, batches)
+
+
+def test_load_names_what_reads_files_of_torch(tiny_vit, tmp_path):
+    torch.save(tiny_vit().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"a file of torch\.save.*vitlr\.create_model"):
+        vitlr.load(tmp_path / "w.pth")

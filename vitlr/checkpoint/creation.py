@@ -42,6 +42,9 @@ def create_model(
         bare = checkpoint is not None or name.startswith(folders.LOCAL)  # whose weights may be of any plain kind
         files = (folders.CONFIG,) if bare else (folders.CONFIG, folders.WEIGHTS)
         name = f"{folders.LOCAL}{folders.folder(name, *files)}"
+        if "architecture" not in (told := folders.config_of(name)):
+            whose = "transformers" if "model_type" in told else "no library that vitlr makes models of"
+            raise InputError(f"{called} holds a model of {whose}: make it there, and give vitlr the model itself")
     else:
         _check_name(name)
     if "checkpoint_path" in args:
@@ -62,8 +65,8 @@ def create_model(
         raise InputError(f"checkpoint_key={checkpoint_key!r} goes with checkpoint=")
     kept = {key: value for key, value in args.items() if key not in _NOT_ARCHITECTURE}
     if elsewhere:  # a file names timm's architecture, with what its config says on top
-        name, told = _config_in(name.removeprefix(folders.LOCAL))
-        kept = {"num_classes": model.num_classes, **told, **kept}
+        name, config = _config_in(name.removeprefix(folders.LOCAL))
+        kept = {"num_classes": model.num_classes, **config, **kept}
     if checkpoint is None:
         model.vitlr_base = _repository(model, called, pretrained)  # type: ignore[assignment]
     model.vitlr_origin = {"library": "timm", "name": name, "args": kept}  # type: ignore[assignment]

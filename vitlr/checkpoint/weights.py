@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from vitlr.runtime.words import some
 _logger = logging.getLogger(__name__)
 _AVERAGES = ("state_dict_ema", "model_ema")  # timm's scripts judge by these, and timm reads them first
 _TRAINED = ("state_dict", "model", "model_state_dict")  # what stands beside an average there
+_CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")  # as DINOv2 trains: blocks.CHUNK.BLOCK
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "base_model.", "student.")
 
 Weights = Mapping[str, Tensor]
@@ -146,10 +148,10 @@ def _why_none(own: Weights, there: Mapping[str, Weights], path: Path, model: str
             f"checkpoint {path} holds adapters of LoRA beside or without the layers that they change: put them on with "
             "peft and write model.merge_and_unload().state_dict()"
         )
-    return (
-        f"checkpoint {path} does not fit {model}: {_mismatch(own, there[where])}{of}; name the model that the file was "
-        "made for, with its arguments (num_classes=, img_size=, ...)"
-    )
+    remedy = "name the model that the file was made for, with its arguments (num_classes=, img_size=, ...)"
+    if any("embeddings." in name for name in there[where]):
+        remedy = "its names are those of transformers: make the model there, and give vitlr the model itself"
+    return f"checkpoint {path} does not fit {model}: {_mismatch(own, there[where])}{of}; {remedy}"
 
 
 def _mismatch(own: Weights, weights: Weights) -> str:
@@ -169,7 +171,8 @@ def _mismatch(own: Weights, weights: Weights) -> str:
 
 def _fitting(model: nn.Module, weights: Weights) -> Weights | None:
     """`weights`, or those under the names of timm, if they fit."""
-    for form in (weights, _original_names(model, weights)):
+    in_a_row = {_CHUNK.sub("blocks.", name): tensor for name, tensor in weights.items()}
+    for form in (weights, _original_names(model, weights), _original_names(model, in_a_row)):
         if form is not None and not _mismatch(model.state_dict(), form):
             return form
     return None
