@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
+import textwrap
 from collections import Counter
 
 import pytest
@@ -14,7 +18,14 @@ from torch import nn
 import vitlr
 from vitlr.data.batches import first_tensor
 from vitlr.errors import InputError
-from vitlr.nn import FusedBiasedAttention, FusedProjections, FusedRotaryAttention, LowRankLinear, NamedLowRankMLP
+from vitlr.nn import (
+    FusedBiasedAttention,
+    FusedProjections,
+    FusedRotaryAttention,
+    LowRankLinear,
+    NamedLowRankMLP,
+    fused_projections,
+)
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 TRANSFORMERS = {
@@ -27,6 +38,7 @@ TRANSFORMERS = {
     "CLIP": ("CLIPVisionModel", "CLIPVisionConfig"),
     "Siglip": ("SiglipVisionModel", "SiglipVisionConfig"),
     "Owlv2": ("Owlv2VisionModel", "Owlv2VisionConfig"),
+    "Aimv2": ("Aimv2VisionModel", "Aimv2VisionConfig"),
 }
 ROTARY = [
     "eva02_base_patch14_224",
@@ -70,13 +82,33 @@ def test_transformers_blocks_are_fused_to_the_same_function_and_come_back(name, 
         assert len(calls) == 2
     torch.testing.assert_close(answer(fused, x), before, rtol=1e-12, atol=1e-12)
     assert counted(fused)[FusedProjections] == 2
-    assert counted(fused)[NamedLowRankMLP] == (0 if name in ("CLIP", "Owlv2") else 2)  # QuickGELU
+    assert counted(fused)[NamedLowRankMLP] == (0 if name in ("CLIP", "Owlv2", "Aimv2") else 2)  # QuickGELU, gated
     assert list(fused.state_dict()) == list(small.state_dict())
     back = vitlr.unfuse(fused)
     assert [type(m) for m in back.modules()] == [type(m) for m in small.modules()]
     assert torch.equal(answer(back, x), before)
     vitlr.save(fused, tmp_path / "m.safetensors")
     assert torch.equal(answer(vitlr.load(tmp_path / "m.safetensors"), x), answer(fused, x))
+
+
+def written(name):
+    """What the forward of a class of transformers does, without its docstring and annotations."""
+    module, _, cls = name.rpartition(".")
+    found = importlib.import_module(module)
+    forward = ast.parse(textwrap.dedent(inspect.getsource(getattr(found, cls).forward))).body[0]
+    return [ast.unparse(line) for line in forward.body if not isinstance(getattr(line, "value", None), ast.Constant)]
+
+
+@pytest.mark.parametrize("name", sorted(fused_projections.CLASSES | fused_projections.BARE))
+def test_what_is_known_by_name_is_written_as_what_was_tried(name):
+    pytest.importorskip("transformers")
+    tried = fused_projections.BARE if name in fused_projections.BARE else fused_projections.CLASSES
+    tried = [of for of in tried if of.split(".")[2] in ("vit", "clip", "siglip", "owlv2", "yolos", "videomae")]
+    try:
+        forward = written(name)
+    except ModuleNotFoundError:
+        pytest.skip("this version of transformers has no such model")
+    assert forward in [written(of) for of in tried]
 
 
 def test_an_attention_that_gives_its_softmax_back_stays():
@@ -86,6 +118,21 @@ def test_an_attention_that_gives_its_softmax_back_stays():
         model.get_submodule("layers.0.attention") if hasattr(model, "layers") else model.encoder.layer[0].attention
     )
     assert "it runs as eager" in FusedProjections.why_not(attention)
+
+
+def test_models_that_were_asked_for_their_hidden_states_are_fused_and_still_tell_them():
+    library = pytest.importorskip("transformers")
+    model, x = library.ViTModel(library.ViTConfig(**SIZE)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x, output_hidden_states=True).hidden_states
+        fused = vitlr.fuse(model)
+        assert counted(fused)[FusedProjections] == 2
+        for each in (fused, vitlr.unfuse(fused)):
+            after = each(x, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(after, before)
+    heard = []
+    model.layers[0].attention.register_forward_hook(lambda *_: heard.append(1))
+    assert counted(vitlr.fuse(model))[FusedProjections] == 1
 
 
 def test_masks_are_left_to_torch():

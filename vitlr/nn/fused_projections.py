@@ -14,24 +14,44 @@ from vitlr.runtime.modules import class_of
 _OF = "transformers.models"
 # Classes whose forward is known, by name: heads of q_proj, k_proj and v_proj, softmax(q kᵀ / √d) v, then `out`.
 CLASSES = frozenset(
-    {
-        f"{_OF}.vit.modeling_vit.ViTAttention",
-        f"{_OF}.deit.modeling_deit.DeiTAttention",
-        f"{_OF}.dinov2.modeling_dinov2.Dinov2Attention",
-        f"{_OF}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersAttention",
-        f"{_OF}.vit_msn.modeling_vit_msn.ViTMSNAttention",
-        f"{_OF}.ijepa.modeling_ijepa.IJepaAttention",
-        f"{_OF}.clip.modeling_clip.CLIPAttention",
-        f"{_OF}.siglip.modeling_siglip.SiglipAttention",
-        f"{_OF}.owlv2.modeling_owlv2.Owlv2Attention",
-    }
+    f"{_OF}.{family}.modeling_{family}.{name}Attention"
+    for family, name in {
+        "aimv2": "Aimv2",
+        "altclip": "AltCLIP",
+        "chinese_clip": "ChineseCLIPVision",
+        "clip": "CLIP",
+        "clipseg": "CLIPSeg",
+        "deit": "DeiT",
+        "dinov2": "Dinov2",
+        "dinov2_with_registers": "Dinov2WithRegisters",
+        "eomt": "Eomt",
+        "idefics2": "Idefics2Vision",
+        "idefics3": "Idefics3Vision",
+        "ijepa": "IJepa",
+        "metaclip_2": "MetaClip2",
+        "owlv2": "Owlv2",
+        "owlvit": "OwlViT",
+        "pixio": "Pixio",
+        "rf_detr": "RfDetrDinov2",
+        "siglip": "Siglip",
+        "siglip2": "Siglip2",
+        "smolvlm": "SmolVLMVision",
+        "vit": "ViT",
+        "vit_mae": "ViTMAE",
+        "vit_msn": "ViTMSN",
+        "vivit": "Vivit",
+        "x_clip": "XCLIP",
+    }.items()
 )
 # The same without `out`, which lies in a module beside it.
 BARE = frozenset(
-    {
-        f"{_OF}.yolos.modeling_yolos.YolosSelfAttention",
-        f"{_OF}.videomae.modeling_videomae.VideoMAESelfAttention",
-    }
+    f"{_OF}.{family}.modeling_{family}.{name}SelfAttention"
+    for family, name in {
+        "dpt": "DPT",
+        "videomae": "VideoMAE",
+        "vitpose_backbone": "VitPoseBackbone",
+        "yolos": "Yolos",
+    }.items()
 )
 _INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _DROPOUT = ("attention_dropout", "dropout_prob", "dropout")
