@@ -30,6 +30,8 @@ from vitlr.anatomy.attention import attentions, why_no_scores
 from vitlr.data.batches import call, first_tensor
 from vitlr.measuring.cost import count_params
 from vitlr.nn._fused import StandIn
+from vitlr.nn.multihead_linears import MultiheadLinears
+from vitlr.nn.window_linears import WindowLinears
 from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line
 
@@ -223,8 +225,9 @@ class Trial:
 
 
 def torch_attends(model: nn.Module) -> bool:
-    """Whether torch's own attention is there, which needs no other."""
-    return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+    """Whether torch's own attention is there, or what stands for it while it is compressed, which need no other."""
+    kinds = nn.MultiheadAttention, MultiheadLinears, WindowLinears
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def said(attempt: Callable[[], Cell]) -> Cell:
