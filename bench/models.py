@@ -101,7 +101,6 @@ STAYS = {
     "VitDetAttention": "multiplies matrices itself, over images of channels, for which nothing of ours is written",
     "MobileViTSelfAttention": "multiplies matrices itself, on pixels of patches, for which nothing of ours is written",
     "RelativePositionalMultiHeadAttention": "multiplies matrices itself, for which nothing of ours is written",
-    "DINOv3ViTAttention": "rotates by tables of its model's, for which nothing of ours is written",
 }
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""

@@ -239,15 +239,20 @@ def test_attention_under_a_bias_of_positions_is_fused_to_the_same_function_and_c
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("SegFormer", FusedBiasedAttention), ("YOLOS", FusedProjections), ("VideoMAE", FusedProjections)],
+    [
+        ("SegFormer", FusedBiasedAttention),
+        ("YOLOS", FusedProjections),
+        ("VideoMAE", FusedProjections),
+        ("DINOv3", FusedProjections),
+    ],
 )
-def test_attention_of_reduced_keys_or_without_its_last_linear_is_fused_too(family, kind):
+def test_attention_of_reduced_keys_turned_or_without_its_last_linear_is_fused_too(family, kind):
     pytest.importorskip("transformers")
     known = pytest.importorskip("bench.families").families()[f"transformers/{family}"]
     torch.manual_seed(0)
     model = known.make()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else max(parameter[0].numel(), 1) ** -0.5)
     model, x = model.double().eval(), torch.randn(3, *known.shape, dtype=torch.float64)
     before = answer(model, x)
     with fake_kernel("attention") as calls:

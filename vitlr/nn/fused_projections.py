@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitlr.nn._attend import attend
@@ -53,6 +54,8 @@ BARE = frozenset(
         "yolos": "Yolos",
     }.items()
 )
+# The same with queries and keys turned by their places, by the cosines and sines that the model hands on.
+TURNED = frozenset({f"{_OF}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTAttention"})
 _INPUTS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _DROPOUT = ("attention_dropout", "dropout_prob", "dropout")
 _OUT = ("o_proj", "out_proj")
@@ -60,6 +63,8 @@ _OUT = ("o_proj", "out_proj")
 
 class FusedProjections(Fused):
     """`y = out(softmax(q kᵀ / √d) v)`, q, k, v from linears of their own: transformers' attention as it is in a ViT.
+
+    DINOv3 turns q and k by their places before that; YOLOS, VideoMAE and DPT have `out` in a module beside it.
 
     The children keep their names, so state_dict keys do not change. The op `attention` runs without mask where dispatch
     chooses a kernel, otherwise `F.scaled_dot_product_attention`, as in the original, which gives no softmax back
@@ -80,7 +85,7 @@ class FusedProjections(Fused):
         """Why a module cannot become a FusedProjections with the same outputs; None if it can."""
         if isinstance(module, cls):
             return "it is one already"
-        if class_of(module) not in CLASSES | BARE:
+        if class_of(module) not in CLASSES | BARE | TURNED:
             return "it is no attention of transformers' that is known"
         kept = cls.children_of(module)
         extra = [name for name, _ in module.named_children() if name not in kept]
@@ -101,6 +106,8 @@ class FusedProjections(Fused):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         q, k, v = (self._heads(self.get_submodule(name)(hidden_states)) for name in self._inputs())
+        if (places := kwargs.get("position_embeddings")) is not None:
+            q, k = _turned(q, *places), _turned(k, *places)
         asked = kwargs.get("is_causal")
         causal = bool(self.is_causal if asked is None else asked) and attention_mask is None and q.shape[2] > 1
         y = attend(self, q, k, v, mask=attention_mask, causal=causal)
@@ -112,3 +119,10 @@ class FusedProjections(Fused):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads [B, H, N, d] whose last tokens, as many as there are places, turn in planes of channels j, j + d/2."""
+    first, x = x.split((x.shape[2] - sin.shape[-2], sin.shape[-2]), 2)
+    a, b = x.chunk(2, -1)
+    return torch.cat([first, x * cos + torch.cat([-b, a], -1) * sin], 2)
