@@ -325,3 +325,17 @@ def test_load_names_what_reads_files_of_torch(tiny_vit, tmp_path):
     torch.save(tiny_vit().state_dict(), tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"a file of torch\.save.*vitlr\.create_model"):
         vitlr.load(tmp_path / "w.pth")
+
+
+def test_weights_that_are_no_plain_ones_or_of_compressed_layers_name_the_remedy(tiny_vit, batches, tmp_path):
+    small = vitlr.compress(tiny_vit(), batches, "params:80%", rank_step=4)
+    for content in (small, small.state_dict()):
+        torch.save(content, tmp_path / "small.pth")
+        with pytest.raises(InputError, match=r"were compressed: write such a model with vitlr\.save"):
+            create_model(NAME, checkpoint=tmp_path / "small.pth", **TINY)
+    torchao = pytest.importorskip("torchao.quantization")
+    model = tiny_vit()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    torch.save(model.state_dict(), tmp_path / "int8.pth")
+    with pytest.raises(InputError, match="no plain tensor; write the weights before"):
+        create_model(NAME, checkpoint=tmp_path / "int8.pth", **TINY)

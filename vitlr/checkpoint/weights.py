@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 _AVERAGES = ("state_dict_ema", "model_ema")  # timm's scripts judge by these, and timm reads them first
 _TRAINED = ("state_dict", "model", "model_state_dict")  # what stands beside an average there
 _CHUNK = re.compile(r"^blocks\.\d+\.(?=\d+\.)")  # as DINOv2 trains: blocks.CHUNK.BLOCK
+_COMPRESSED = (".down.weight", ".linear.weight", ".outputs", ".inputs", ".codes")  # of layers of vitlr.nn
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.", "encoder.", "base_model.", "student.")
 
 Weights = Mapping[str, Tensor]
@@ -56,6 +57,7 @@ def load_weights(
     fitting = {where: fits for where, weights in there.items() if (fits := _fitting(model, weights)) is not None}
     if not fitting:
         raise InputError(_why_none(own, there, path, name or type(model).__name__))
+    _check_plain(fitting, path)
     chosen = fitting[_only(_distinct(fitting), path)]
     if random := sorted(name for name, tensor in chosen.items() if tensor is own.get(name)):
         _logger.warning("%s is new: %s has one of another shape", some(random), path)
@@ -76,6 +78,17 @@ def _only(fitting: Sequence[str], path: Path) -> str:
         _logger.warning("%s is read of %s, as timm does; checkpoint_key= names another: %s", averages[0], path, others)
         return averages[0]
     return fitting[0]
+
+
+def _check_plain(fitting: Mapping[str, Weights], path: Path) -> None:
+    """`InputError` for weights that a quantiser or a sharding made tensors of its own of."""
+    for weights in fitting.values():
+        for name, tensor in weights.items():
+            if type(tensor) not in (Tensor, nn.Parameter):
+                raise InputError(
+                    f"checkpoint {path}: {name} is a {type(tensor).__name__}, no plain tensor; write the weights "
+                    "before they are quantised or sharded, and do that again behind vitlr"
+                )
 
 
 def _listed(places: Iterable[str]) -> str:
@@ -151,6 +164,8 @@ def _why_none(own: Weights, there: Mapping[str, Weights], path: Path, model: str
     remedy = "name the model that the file was made for, with its arguments (num_classes=, img_size=, ...)"
     if any("embeddings." in name for name in there[where]):
         remedy = "its names are those of transformers: make the model there, and give vitlr the model itself"
+    if any(name.endswith(_COMPRESSED) for name in there[where]):
+        remedy = "its layers were compressed: write such a model with vitlr.save, and read it with vitlr.load"
     return f"checkpoint {path} does not fit {model}: {_mismatch(own, there[where])}{of}; {remedy}"
 
 
