@@ -42,7 +42,7 @@ def create_model(
         bare = checkpoint is not None or name.startswith(folders.LOCAL)  # whose weights may be of any plain kind
         files = (folders.CONFIG,) if bare else (folders.CONFIG, folders.WEIGHTS)
         name = f"{folders.LOCAL}{folders.folder(name, *files)}"
-        if "architecture" not in (told := folders.config_of(name)):
+        if "architecture" not in (told := folders.config_of(called)):
             whose = "transformers" if "model_type" in told else "no library that vitlr makes models of"
             raise InputError(f"{called} holds a model of {whose}: make it there, and give vitlr the model itself")
     else:
