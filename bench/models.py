@@ -31,6 +31,9 @@ from vitlr.data.batches import call, first_tensor
 from vitlr.measuring.cost import count_params
 from vitlr.nn import FusedPatches
 from vitlr.nn._fused import StandIn
+from vitlr.nn.multihead_linears import MultiheadLinears
+from vitlr.nn.window_linears import WindowLinears
+from vitlr.runtime.modules import class_of
 from vitlr.runtime.words import one_line
 
 RESULTS, PAGE = ROOT / "docs" / "results" / "models.json", ROOT / "docs" / "models.md"
@@ -50,8 +53,9 @@ Made by `python -m bench.models`; a number in brackets points to the reason, in 
 - file: whether `vitlr.load` rebuilds the compressed model from its file alone, or needs `model=` (torchvision's Swin
   and MaxViT do at sizes other than those that torchvision has names for);
 - fuse: what `vitlr.fuse` makes of a model whose every layer has half its rank; `FusedBiasedAttention` is attention
-  under a bias of positions (Swin, BEiT, SAM, MaxViT). torch's own attention needs none: what stands for it while it is
-  compressed runs by the same kernel as it is, torchvision's in windows too;
+  under a bias of positions (Swin, BEiT, SAM, MaxViT, MViTv2, Data2Vec) or with fewer keys (SegFormer). Of transformers'
+  blocks whose two linears lie in two modules only the attention is gathered. torch's own attention needs none: what
+  stands for it while it is compressed runs by the same kernel as it is, torchvision's in windows too;
 - ONNX: whether the compressed model was written and ONNX Runtime answers as it does; compile: whether
   `torch.compile(fullgraph=True)` takes it; empty where that was not tried.
 """
@@ -67,7 +71,38 @@ COLUMNS = {
 }
 SLOW = ("onnx", "compile")
 PASSED = "the answer does not depend on all of its linears, which stay dense"
+NOTHING_THERE = "no module of its own is a whole attention or an MLP of linears, which is what fuse gathers"
 FEW = f"it has as many hidden neurons as tokens were seen on {IMAGES} images; on more it gets narrower"
+# What `fuse` leaves as it is, by the end of its class's name, and why.
+CHANNELS = "attends to channels in place of tokens"
+NO_SCORES = "has no softmax of scores"
+LEVIT = "has norms behind its linears, and values wider than its queries and keys"
+TORCH = "runs by torch's own kernel as it is: nothing of ours is written for its windows or fewer keys"
+ONE_QUERY = "has one query, which costs next to nothing"
+STAYS = {
+    "cait.TalkingHeadAttn": "mixes its heads before and after the softmax",
+    "cait.ClassAttn": ONE_QUERY,
+    "crossvit.CrossAttention": ONE_QUERY,
+    "AttentionPoolLatent": ONE_QUERY,
+    "XCA": CHANNELS,
+    "davit.ChannelAttention": CHANNELS,
+    "CrossCovarianceAttn": CHANNELS,
+    "FactorAttnConvRelPosEnc": NO_SCORES,
+    "LinearSelfAttention": NO_SCORES,
+    "LiteMLA": NO_SCORES,
+    "MaskUnitAttention": "takes the largest of several queries",
+    "Attention2d": "works on images of channels, heads first",
+    "levit.Attention": LEVIT,
+    "LevitAttention": LEVIT,
+    "CascadedGroupAttention": "runs head after head, each fed by the one before",
+    "pvt_v2.Attention": TORCH,
+    "LocallyGroupedAttn": TORCH,
+    "davit.WindowAttention": TORCH,
+    "PvtV2SelfAttention": "multiplies matrices itself, with fewer keys, for which nothing of ours is written",
+    "VitDetAttention": "multiplies matrices itself, over images of channels, for which nothing of ours is written",
+    "MobileViTSelfAttention": "multiplies matrices itself, on pixels of patches, for which nothing of ours is written",
+    "RelativePositionalMultiHeadAttention": "multiplies matrices itself, for which nothing of ours is written",
+}
 Cell = list[str]
 """What stands in a cell, and the reasons behind it."""
 
@@ -170,7 +205,10 @@ class Trial:
         torch.testing.assert_close(self.answers(fused), self.answers(small), **CLOSE)
         modules = (m for m in fused.modules() if isinstance(m, StandIn) and not isinstance(m, FusedPatches))
         kinds = Counter(type(module).__name__ for module in modules)  # patches have no rank
-        return [", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing"]
+        classes = dict.fromkeys(class_of(module) for module in fused.modules())
+        stay = [f"{of.rpartition('.')[2]} {why}" for of in classes for end, why in STAYS.items() if of.endswith(end)]
+        stay += [] if kinds or stay or torch_attends(fused) else [NOTHING_THERE]
+        return [", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing", *stay]
 
     def onnx(self) -> Cell:
         assert self.small is not None
@@ -185,6 +223,12 @@ class Trial:
         compiled = torch.compile(copy.deepcopy(self.small), backend="eager", fullgraph=True)
         torch.testing.assert_close(self.answers(compiled), self.answers(self.small), **CLOSE)
         return ["yes"]
+
+
+def torch_attends(model: nn.Module) -> bool:
+    """Whether torch's own attention is there, or what stands for it while it is compressed, which need no other."""
+    kinds = nn.MultiheadAttention, MultiheadLinears, WindowLinears
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def said(attempt: Callable[[], Cell]) -> Cell:

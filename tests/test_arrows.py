@@ -40,6 +40,8 @@ WINGS = (
     "cli",
 )
 
+FORMER = {"losses": "measuring.losses"}  # places that scripts import from, and where what they name lives
+
 
 def modules() -> dict[str, Path]:
     """Every module by its dotted name without `vitlr.`; the package's own two are none."""
@@ -47,7 +49,8 @@ def modules() -> dict[str, Path]:
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] in ("__init__", "__main__") else parts)
-        if name and parts[0] != "triton_kernels":  # a package of its own, which imports nothing of ours
+        # triton_kernels is a package of its own, which imports nothing of ours
+        if name and parts[0] != "triton_kernels" and name not in FORMER:
             found[name] = path
     return found
 
@@ -89,6 +92,13 @@ def test_wings_import_only_what_lies_below(arrows):
         if WINGS.index(wing(other)) > WINGS.index(wing(name))
     }
     assert not upward, f"imports that climb: {', '.join(sorted(upward))}"
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_a_former_place_holds_nothing_of_its_own_and_nobody_here_goes_there(former, arrows):
+    _, *body = ast.parse((ROOT / f"{former}.py").read_text()).body
+    assert [type(node) for node in body] == [ast.ImportFrom, ast.Assign] and body[0].module == f"vitlr.{FORMER[former]}"
+    assert not any(f"vitlr.{former} " in path.read_text() for path in modules().values())
 
 
 def test_no_files_import_each_other_in_a_circle(arrows):

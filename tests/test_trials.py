@@ -253,12 +253,11 @@ def test_checkpoints_that_are_none_name_the_remedy(tiny_vit, tmp_path):
     np.savez(tmp_path / "jax.npz", cls=np.zeros((1, 1, 32)))
     with pytest.raises(InputError, match="under the names of JAX; write it as safetensors first"):
         vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "jax.npz", **TINY)
-    torch.save({"weights": tiny_vit().state_dict(), "epoch": 1}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"as one of state_dict_ema, .*got weights, epoch"):
+    torch.save({"weights": [tiny_vit().norm.weight], "epoch": 1}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"a state_dict\), alone or under a key .*got weights, epoch"):
         vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "other.pth", **TINY)
-    with pytest.raises(InputError, match=r"is no number|pickled objects are refused"):
-        torch.save({"model": tiny_vit().state_dict(), "best": np.array(["a"], dtype=object)[0:1]}, tmp_path / "o.pth")
-        vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "o.pth", **TINY)
+    torch.save({"model": tiny_vit().state_dict(), "best": np.array(["a"], dtype=object)[0:1]}, tmp_path / "o.pth")
+    vitlr.create_model("vit_tiny_patch16_224", checkpoint=tmp_path / "o.pth", **TINY)  # objects beside it are not read
 
 
 def test_a_folder_with_timms_config_is_a_model(tiny_vit, batches, tmp_path):
@@ -305,7 +304,7 @@ def test_weights_alone_still_load(tiny_vit, tmp_path):
 def test_what_a_file_cannot_rebuild_is_said_before_the_work(batches, caplog):
     import timm
 
-    model = timm.create_model("vit_tiny_patch16_224", **TINY).eval()  # nothing on it says these widths
+    model = timm.create_model("vit_tiny_patch16_224", **TINY, mlp_ratio=2).eval()  # nothing on it says these widths
     vitlr.compress(model, batches, "params:80%", rank_step=4, method="lowrank", objective="output")
     assert "can be saved with model_args= only: vit_tiny_patch16_224" in caplog.text
 

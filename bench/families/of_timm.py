@@ -47,6 +47,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "SwinV2": ("swinv2_tiny_window8_256", SWIN, 32),
     "SwinV2, CR": ("swinv2_cr_tiny_ns_224", SWIN, 32),
     "Hiera": ("hiera_tiny_224", {**FIVE, "embed_dim": 16, "stages": (1, 1, 1, 1)}, 224),
+    "MViTv2": ("mvitv2_tiny", {**FIVE, "img_size": 64}, 64),
     "PVTv2": ("pvt_v2_b0", STAGES, 64),
     "Twins": ("twins_svt_small", WIDE, 224),
     "DaViT": ("davit_tiny", {**WIDE, "num_heads": (1, 2, 3, 4)}, 64),

@@ -47,6 +47,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DeiT, distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
     "BEiT": ("BeitForImageClassification", "BeitConfig", {**VIT, "use_relative_position_bias": True}),
     "Data2Vec": ("Data2VecVisionForImageClassification", "Data2VecVisionConfig", VIT),
+    "Data2Vec, biases": (
+        "Data2VecVisionForImageClassification",
+        "Data2VecVisionConfig",
+        {**VIT, "use_relative_position_bias": True},
+    ),
     "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", RATIO),
     "DINOv2, gated": ("Dinov2ForImageClassification", "Dinov2Config", {**RATIO, "use_swiglu_ffn": True}),
     "DINOv2, registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", RATIO),

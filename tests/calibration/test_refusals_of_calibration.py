@@ -162,3 +162,18 @@ def test_layers_that_mix_images_cannot_be_weighted_by_image():
     for objective in ("normalized", "fisher"):
         with pytest.raises(InputError, match=r"layer a .* use objective='loss' or 'output'"):
             calibrate(Mixing(), [x], objective=objective)
+
+
+def test_inputs_that_a_loader_gives_no_names_of_are_asked_for_by_name(tiny_vit, images):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.more = tiny_vit(), nn.Linear(3, 5)
+
+        def forward(self, image, more):
+            return self.vit(image) + self.more(more)
+
+    more = torch.randn(len(images), 3)
+    with pytest.raises(InputError, match="several inputs come as dicts, under the names"):
+        calibrate(Two().eval(), [(images, more)])
+    assert calibrate(Two().eval(), [{"image": images, "more": more}]).images == len(images)

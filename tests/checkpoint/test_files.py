@@ -142,9 +142,9 @@ def test_a_model_made_by_timm_itself_is_guessed(tmp_path):
     assert loaded.vitlr_origin["args"] == args
 
 
-@pytest.mark.parametrize("args", [{"depth": 2}, {"depth": 2, "act_layer": "relu"}, {"depth": 2, "drop_rate": 0.1}])
+@pytest.mark.parametrize("args", [{"mlp_ratio": 2}, {"act_layer": "elu"}, {"mlp_ratio": 2, "drop_rate": 0.1}])
 def test_what_cannot_be_guessed_is_asked_for(args, tmp_path):
-    made = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "num_classes": 5, **args}
+    made = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, **args}
     model = timm.create_model("vit_tiny_patch16_224", **made).eval()
     path = tmp_path / "m.safetensors"
     with pytest.raises(InputError, match="pass model_args="):

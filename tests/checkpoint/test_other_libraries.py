@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 import vitlr
 from vitlr.checkpoint import files, other_libraries
@@ -123,3 +124,14 @@ def test_a_folder_of_such_a_model_opens_too(tmp_path):
     vitlr.save_pretrained(model, tmp_path / "folder")
     assert "`ViTForImageClassification` (transformers)" in (tmp_path / "folder" / "README.md").read_text()
     assert torch.equal(answer(vitlr.load(f"local-dir:{tmp_path / 'folder'}"), x), answer(model, x))
+
+
+def test_new_heads_of_torchvision_are_read_off_also_behind_compression():
+    library = pytest.importorskip("torchvision.models")
+    vit = library.VisionTransformer(**TORCHVISION, num_classes=10)
+    vit.heads.head = nn.Linear(64, 3)  # num_classes stays 10
+    assert other_libraries.find(vit)["args"]["num_classes"] == 3
+    swin = library.swin_t()
+    swin.head = nn.Linear(768, 3)
+    swin.features[1][0].mlp[0] = vitlr.LowRankLinear.from_linear(swin.features[1][0].mlp[0], 8)
+    assert other_libraries.find(swin) == {"library": "torchvision", "name": "swin_t", "args": {"num_classes": 3}}

@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from commandline import KEYS, NAME, TINY, nothing_left
+from safetensors.torch import load_file
 
 import vitlr
 from vitlr.calibration.statistics import Statistics
@@ -200,3 +202,15 @@ def test_refine_validate_and_bench_fit_eighty_columns(run, squeeze, image_folder
     said += run("bench", file, "--batch-size", "1,8", "--repeats", 1).out
     said = said.replace(str(file), "small.safetensors")  # where a test's files lie takes a line of its own
     assert max(map(len, said.splitlines())) <= 80 and "vs ms" in said and "fused ms" in said and "agreement" in said
+
+
+def test_a_key_is_for_the_weight_file_that_needs_it(run, refused, tiny_vit, image_folder, tmp_path, weights):
+    both, data = tmp_path / "both.pth", image_folder(images=1)
+    torch.save({"student": tiny_vit(seed=8).state_dict(), "teacher": load_file(weights)}, both)
+    check = ["validate", NAME, "--data", data, *TINY]
+    key = ["--checkpoint-key", "teacher", "--json"]
+    plain = ["--reference", NAME, "--reference-checkpoint", weights]
+    assert "say which with --checkpoint-key" in refused(*check, "--checkpoint", both)
+    assert run(*check, "--checkpoint", both, *plain, *key).json["kl"] < 1e-6
+    assert "say which" in refused(*check, "--checkpoint", weights, *plain[:3], both)
+    assert "goes with --checkpoint" in refused("inspect", NAME, *TINY, "--checkpoint-key", "teacher")

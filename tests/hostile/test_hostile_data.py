@@ -13,7 +13,7 @@ from mutations import Tally
 from PIL import Image
 
 import vitlr.calibration.loop
-from vitlr.checkpoint.creation import read_weights
+from vitlr.checkpoint.weight_files import state_dicts
 from vitlr.data.loader import open_data
 from vitlr.errors import InputError
 
@@ -124,7 +124,7 @@ def test_class_maps_and_checkpoints_that_have_no_end_are_refused(tiny_vit, image
         with pytest.raises(InputError, match="cannot read class map"):
             open_data(image_folder(name=f"of_{os.path.basename(path)}"), tiny_vit(), class_map=path)
         with pytest.raises(InputError, match="cannot read checkpoint"):
-            read_weights(path)
+            state_dicts(path)
 
 
 def test_images_damaged_at_random_are_read_or_skipped(tiny_vit, image_folder, jpeg):

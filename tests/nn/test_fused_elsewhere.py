@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import importlib
+import inspect
+import textwrap
 from collections import Counter
 
 import pytest
@@ -13,7 +17,15 @@ from torch import nn
 
 import vitlr
 from vitlr.data.batches import first_tensor
-from vitlr.nn import FusedBiasedAttention, FusedProjections, FusedRotaryAttention, LowRankLinear, NamedLowRankMLP
+from vitlr.errors import InputError
+from vitlr.nn import (
+    FusedBiasedAttention,
+    FusedProjections,
+    FusedRotaryAttention,
+    LowRankLinear,
+    NamedLowRankMLP,
+    fused_projections,
+)
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
 TRANSFORMERS = {
@@ -26,6 +38,7 @@ TRANSFORMERS = {
     "CLIP": ("CLIPVisionModel", "CLIPVisionConfig"),
     "Siglip": ("SiglipVisionModel", "SiglipVisionConfig"),
     "Owlv2": ("Owlv2VisionModel", "Owlv2VisionConfig"),
+    "Aimv2": ("Aimv2VisionModel", "Aimv2VisionConfig"),
 }
 ROTARY = [
     "eva02_base_patch14_224",
@@ -69,13 +82,33 @@ def test_transformers_blocks_are_fused_to_the_same_function_and_come_back(name, 
         assert len(calls) == 2
     torch.testing.assert_close(answer(fused, x), before, rtol=1e-12, atol=1e-12)
     assert counted(fused)[FusedProjections] == 2
-    assert counted(fused)[NamedLowRankMLP] == (0 if name in ("CLIP", "Owlv2") else 2)  # QuickGELU
+    assert counted(fused)[NamedLowRankMLP] == (0 if name in ("CLIP", "Owlv2", "Aimv2") else 2)  # QuickGELU, gated
     assert list(fused.state_dict()) == list(small.state_dict())
     back = vitlr.unfuse(fused)
     assert [type(m) for m in back.modules()] == [type(m) for m in small.modules()]
     assert torch.equal(answer(back, x), before)
     vitlr.save(fused, tmp_path / "m.safetensors")
     assert torch.equal(answer(vitlr.load(tmp_path / "m.safetensors"), x), answer(fused, x))
+
+
+def written(name):
+    """What the forward of a class of transformers does, without its docstring and annotations."""
+    module, _, cls = name.rpartition(".")
+    found = importlib.import_module(module)
+    forward = ast.parse(textwrap.dedent(inspect.getsource(getattr(found, cls).forward))).body[0]
+    return [ast.unparse(line) for line in forward.body if not isinstance(getattr(line, "value", None), ast.Constant)]
+
+
+@pytest.mark.parametrize("name", sorted(fused_projections.CLASSES | fused_projections.BARE))
+def test_what_is_known_by_name_is_written_as_what_was_tried(name):
+    pytest.importorskip("transformers")
+    tried = fused_projections.BARE if name in fused_projections.BARE else fused_projections.CLASSES
+    tried = [of for of in tried if of.split(".")[2] in ("vit", "clip", "siglip", "owlv2", "yolos", "videomae")]
+    try:
+        forward = written(name)
+    except ModuleNotFoundError:
+        pytest.skip("this version of transformers has no such model")
+    assert forward in [written(of) for of in tried]
 
 
 def test_an_attention_that_gives_its_softmax_back_stays():
@@ -85,6 +118,21 @@ def test_an_attention_that_gives_its_softmax_back_stays():
         model.get_submodule("layers.0.attention") if hasattr(model, "layers") else model.encoder.layer[0].attention
     )
     assert "it runs as eager" in FusedProjections.why_not(attention)
+
+
+def test_models_that_were_asked_for_their_hidden_states_are_fused_and_still_tell_them():
+    library = pytest.importorskip("transformers")
+    model, x = library.ViTModel(library.ViTConfig(**SIZE)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(x, output_hidden_states=True).hidden_states
+        fused = vitlr.fuse(model)
+        assert counted(fused)[FusedProjections] == 2
+        for each in (fused, vitlr.unfuse(fused)):
+            after = each(x, output_hidden_states=True).hidden_states
+            torch.testing.assert_close(after, before)
+    heard = []
+    model.layers[0].attention.register_forward_hook(lambda *_: heard.append(1))
+    assert counted(vitlr.fuse(model))[FusedProjections] == 1
 
 
 def test_masks_are_left_to_torch():
@@ -148,9 +196,10 @@ def test_an_mlp_by_any_name_is_one_operation_and_no_other_forward_is():
     assert "more than" in NamedLowRankMLP.why_not(chain)
 
 
+BIASES = ("bias_table", "attention_biases", "rel_pos_", "meta_mlp", "cpb_mlp", "position_bias_mlp")
 BIASED = {
-    "timm": ["Swin", "SwinV2", "SwinV2, CR", "BEiT", "BEiTv2", "SAM", "TinyViT", "MaxViT"],
-    "transformers": ["Swin", "BEiT", "SAM"],
+    "timm": ["Swin", "SwinV2", "SwinV2, CR", "BEiT", "BEiTv2", "SAM", "TinyViT", "MaxViT", "MViTv2"],
+    "transformers": ["Swin", "SwinV2", "BEiT", "Data2Vec, biases", "SAM"],
 }
 
 
@@ -164,7 +213,10 @@ def test_attention_under_a_bias_of_positions_is_fused_to_the_same_function_and_c
     for parameter in model.parameters():  # biases of positions that matter
         nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
     for name, parameter in model.named_parameters():
-        if any(part in name for part in ("bias_table", "attention_biases", "rel_pos_", "meta_mlp", "cpb_mlp")):
+        if any(
+            part in name
+            for part in ("bias_table", "attention_biases", "rel_pos_", "meta_mlp", "cpb_mlp", "position_bias_mlp")
+        ):
             nn.init.normal_(parameter)
     model, x = model.double().eval(), torch.randn(3, *known.shape, dtype=torch.float64)
     if low:
@@ -183,3 +235,51 @@ def test_attention_under_a_bias_of_positions_is_fused_to_the_same_function_and_c
     back = vitlr.unfuse(fused)
     assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
     assert torch.equal(answer(back, x), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("SegFormer", FusedBiasedAttention),
+        ("YOLOS", FusedProjections),
+        ("VideoMAE", FusedProjections),
+        ("DINOv3", FusedProjections),
+    ],
+)
+def test_attention_of_reduced_keys_turned_or_without_its_last_linear_is_fused_too(family, kind):
+    pytest.importorskip("transformers")
+    known = pytest.importorskip("bench.families").families()[f"transformers/{family}"]
+    torch.manual_seed(0)
+    model = known.make()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else max(parameter[0].numel(), 1) ** -0.5)
+    model, x = model.double().eval(), torch.randn(3, *known.shape, dtype=torch.float64)
+    before = answer(model, x)
+    with fake_kernel("attention") as calls:
+        fused = vitlr.fuse(model, fold=False)
+        torch.testing.assert_close(answer(fused, x), before, rtol=1e-10, atol=1e-10)
+        assert len(calls) == counted(fused)[kind] > 0
+    torch.testing.assert_close(answer(fused, x), before, rtol=1e-10, atol=1e-10)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert torch.equal(answer(vitlr.unfuse(fused), x), before)
+
+
+def test_softmax_that_is_asked_for_or_dropped_out_stays_and_masks_hide():
+    library = pytest.importorskip("transformers")
+    from transformers.models.segformer.modeling_segformer import SegformerAttention
+    from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
+
+    config = library.Swinv2Config(attention_probs_dropout_prob=0.1)
+    assert "drops out" in FusedBiasedAttention.why_not(Swinv2SelfAttention(config, 16, 2, 4))
+    fused = FusedBiasedAttention(Swinv2SelfAttention(library.Swinv2Config(), 16, 2, 4))
+    with pytest.raises(InputError, match=r"no softmax back; run vitlr\.unfuse"):
+        fused(torch.randn(2, 16, 16), None, True)
+    attention = library.SegformerModel(
+        library.SegformerConfig(hidden_sizes=[16] * 4, num_attention_heads=[2] * 4)
+    ).eval()
+    attention = [module for module in attention.modules() if isinstance(module, SegformerAttention)][-1]
+    fused, x = FusedBiasedAttention(copy.deepcopy(attention)), torch.randn(2, 9, 16)
+    seen = torch.ones(9, 9).tril().bool()[None, None]
+    with torch.no_grad():
+        for mask in (seen, torch.zeros(1, 1, 9, 9).masked_fill(~seen, -1e9)):
+            torch.testing.assert_close(fused(x, 3, 3, mask)[0], attention(x, 3, 3, mask)[0])

@@ -60,6 +60,10 @@ _MIXED = {"timm.models.cait.TalkingHeadAttn"}
 _KNOWN = _PLAIN | _TURNED | _MORE | _MIXED
 _POSITIONS = "tables of positions are multiplied by its queries as well, so these keep their channels"
 _HEAD_BY_HEAD = "one linear makes q, k and v head by head, in rows that are not told apart"
+_WIDER = (
+    "a norm by batch stands between its linears and the scores, and its values, wider than queries and keys, pass an "
+    "activation: all keep their channels"
+)
 _CHANNELS = "it attends to channels in place of tokens, so each of its queries and keys counts"
 # Left alone, each for a reason of its own.
 _UNKNOWN = {
@@ -68,8 +72,10 @@ _UNKNOWN = {
     f"{_OF}.sam.modeling_sam.SamVisionSdpaAttention": _POSITIONS,
     f"{_OF}.vitdet.modeling_vitdet.VitDetAttention": _POSITIONS,
     "timm.models.tiny_vit.Attention": _HEAD_BY_HEAD,
-    "timm.models.levit.Attention": _HEAD_BY_HEAD,
-    "timm.models.levit.AttentionDownsample": _HEAD_BY_HEAD,
+    "timm.models.levit.Attention": _WIDER,
+    "timm.models.levit.AttentionDownsample": _WIDER,
+    f"{_OF}.levit.modeling_levit.LevitAttention": _WIDER,
+    f"{_OF}.levit.modeling_levit.LevitAttentionSubsample": _WIDER,
     "timm.models.xcit.XCA": _CHANNELS,
     "timm.models.davit.ChannelAttention": _CHANNELS,
     "timm.models.edgenext.CrossCovarianceAttn": _CHANNELS,
@@ -210,7 +216,7 @@ def nothing(model: nn.Module, refused: Mapping[str, str], what: str = "value cha
 
 
 def _looks_like_one(module: nn.Module) -> bool:
-    if isinstance(module, nn.MultiheadAttention) or class_of(module) in _KNOWN:
+    if isinstance(module, nn.MultiheadAttention) or class_of(module) in _KNOWN | _UNKNOWN.keys():
         return True
     children = dict(module.named_children())
     return any(out in children for out in _OUT) and any(part in children for part in ("qkv", "q_proj", "q", "kv"))

@@ -33,6 +33,9 @@ class Probe:
     silent: frozenset[str]
 
 
+_BY_NAME = "; several inputs come as dicts, under the names that its forward has for them"
+
+
 def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Probe:
     """Send one image (a batch of one) through; `InputError` where the model cannot take it or calls no target.
 
@@ -49,6 +52,7 @@ def probe(model: nn.Module, targets: Mapping[str, nn.Linear], image: Any) -> Pro
         given = ", ".join(f"{list(t.shape)} {t.dtype}" for t in tensors(image))
         raise InputError(
             f"the model cannot take an image of the loader ({given}, with its batch dimension): {cause}"
+            + (_BY_NAME if isinstance(cause, TypeError) and "missing" in str(cause) else "")
         ) from cause
     finally:
         for handle in handles:

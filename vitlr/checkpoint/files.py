@@ -25,7 +25,7 @@ from vitlr.nn import Fp8Linear, Int8Linear, LowRankLinear, QuantizedLinear, Resi
 from vitlr.planning.plans import Plan
 from vitlr.runtime import compact
 from vitlr.runtime.copies import duplicate
-from vitlr.runtime.modules import plain_parts, uncompiled, without_compiled_parts
+from vitlr.runtime.modules import plain_parts, unwrapped, without_compiled_parts
 from vitlr.runtime.places import check_writable
 from vitlr.runtime.storage import check_digest, digest, load_header, load_tensors, save_tensors
 from vitlr.runtime.words import one_line
@@ -51,13 +51,23 @@ def save(
     `vitlr.create_model`, guessed otherwise (classes, channels, image size, pooling). The model is rebuilt from
     them and compared before anything is written; models of transformers and torchvision say it themselves. False
     stores no origin: such a file, and one of a model that none of these libraries rebuilds, is read with
-    `load(path, model=...)`. `plan`, `recipe`, `metrics` are kept as JSON for the reader.
+    `load(path, model=...)`. Of DataParallel and its like the model within is written. `plan`, `recipe`, `metrics` are
+    kept as JSON for the reader.
     Raises `InputError` where the rebuilt model differs or the place is not writable, `RunError` where the disk is full.
     """
     path = check_writable(path)
-    model = uncompiled(model)
+    model = _inside(model)
     with plain_parts(model):
         _save(path, model, model_args, plan, recipe, metrics)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model in wrappers for several devices and averages, with what is known of it: files know no wrappers."""
+    inner = unwrapped(model)
+    for key in ("vitlr_info", "vitlr_origin", "vitlr_base"):
+        if hasattr(model, key) and not hasattr(inner, key):
+            setattr(inner, key, getattr(model, key))
+    return inner
 
 
 def _save(
@@ -147,7 +157,7 @@ def _load(path: Path, header: dict[str, Any], model: nn.Module | None) -> nn.Mod
     held = Held.of(shapes, path.stat().st_size)
     origin = header["origin"]
     if model is not None:
-        rebuilt = duplicate(uncompiled(model))
+        rebuilt = duplicate(unwrapped(model))
         without_compiled_parts(rebuilt)
         rebuilt = _reshape(rebuilt, header)
         _check_fit(rebuilt, shapes, header, held)

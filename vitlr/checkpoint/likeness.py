@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitlr.checkpoint.origins import scalars
+from vitlr.checkpoint.evaluated import in_evaluation, scalars
 from vitlr.data.batches import call, noise_image, tensors_in
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError
@@ -83,7 +83,8 @@ def blueprint(model: nn.Module) -> dict[str, Any]:
 def check_blueprint(model: nn.Module, saved: Any) -> None:
     """`InputError` for the first module that is of another class, or holds another value, than when it was saved.
 
-    What only one of the two holds does not count: libraries add attributes from version to version.
+    What only one of the two holds does not count: libraries add attributes from version to version. Nor does what only
+    training looks at.
     """
     if saved is None:
         return
@@ -91,10 +92,11 @@ def check_blueprint(model: nn.Module, saved: Any) -> None:
     for name, index in saved["modules"].items():
         if name not in now["modules"] or index >= len(saved["kinds"]):
             continue
-        (kind, values), (kind_now, values_now) = saved["kinds"][index], now["kinds"][now["modules"][name]]
+        was, found = saved["kinds"][index], now["kinds"][now["modules"][name]]
+        (kind, values), (kind_now, values_now) = in_evaluation(*was), in_evaluation(*found)
         label = name or "the model"
         if kind != kind_now:
-            raise InputError(_OTHER.format(f"{label} is a {kind_now}, saved it was a {str(kind)[:80]}"))
+            raise InputError(_OTHER.format(f"{label} is a {found[0]}, saved it was a {str(was[0])[:80]}"))
         for key in values.keys() & values_now.keys():
             if values[key] != values_now[key]:
                 said = f"{label}.{key} is {values_now[key]!r:.80}, saved it was {values[key]!r:.80}"

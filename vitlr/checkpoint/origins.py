@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitlr.checkpoint import other_libraries
+from vitlr.checkpoint.arguments import READ, head_width
 from vitlr.checkpoint.bounds import Bounded, Held
+from vitlr.checkpoint.evaluated import in_evaluation, scalars
 from vitlr.errors import InputError
 from vitlr.runtime.modules import class_of, plain_parts
 from vitlr.runtime.words import one_line
@@ -40,9 +42,6 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 _TEXT = re.compile(r"[A-Za-z0-9_.\-]{0,64}")
 _LARGEST = 1_000_000
 _SAID = 8  # arguments that messages show
-# How, not what, a module computes; the number of classes, which the head tells; `alien`'s guard; how weights began.
-_HOW = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"}
-_NO_MATTER = frozenset({*_HOW, "num_classes", "save_pretrained"})
 # fmt: off
 _FILL = frozenset({
     "add_", "clamp_", "copy_", "div_", "erfinv_", "fill_", "kaiming_normal_", "kaiming_uniform_", "mul_", "normal_",
@@ -103,8 +102,8 @@ def find_origin(model: nn.Module, model_args: Mapping[str, Any] | None = None) -
         args = dict(model_args)
     elif named and origin is not None:
         args = {key: value for key, value in origin["args"].items() if _is_plain(key, value)}
-        if _head_width(model) != getattr(model, "num_classes", None):
-            args["num_classes"] = _head_width(model)
+        if head_width(model) != getattr(model, "num_classes", None):
+            args["num_classes"] = head_width(model)
     else:
         args = _guess(model, name)
     return check_origin({"library": "timm", "name": name, "args": args})
@@ -157,7 +156,7 @@ def differences(model: nn.Module, twin: nn.Module) -> str | None:
     """Say the first thing in which `twin` would compute something else than `model` given its weights, or None.
 
     Compared: names and classes of all modules, their scalar attributes, names and shapes of the state, and the values
-    of buffers that are not part of the state. Not compared: values of the state, training-only modes, hooks.
+    of buffers that are not part of the state. Not compared: values of the state, hooks, what only training looks at.
     """
     ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, twin))
     for name in [*ours, *theirs]:
@@ -166,9 +165,11 @@ def differences(model: nn.Module, twin: nn.Module) -> str | None:
     for name, module in ours.items():
         label = name or "(model)"
         a, b = class_of(module), class_of(theirs[name])
-        if a != b:
+        (kind, mine), (other_kind, other) = (
+            in_evaluation(c, dict(scalars(m))) for c, m in ((a, module), (b, theirs[name]))
+        )
+        if kind != other_kind:
             return f"{label} is a {a}, rebuilt it is a {b}"
-        mine, other = dict(scalars(module)), dict(scalars(theirs[name]))
         for key in [*mine, *(k for k in other if k not in mine)]:
             x, y = mine.get(key, "absent"), other.get(key, "absent")
             if x != y and not (x != x and y != y):  # NaN is equal to NaN here
@@ -210,18 +211,6 @@ def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else "x".join(map(str, shape)) or "a scalar"
 
 
-def scalars(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    for key, value in vars(module).items():
-        if key.startswith(("_", "vitlr_")) or key in _NO_MATTER:
-            continue
-        value = tuple(value) if isinstance(value, list) else value
-        flat = value if isinstance(value, tuple) else (value,)
-        if all(item is None or isinstance(item, (bool, int, float, str)) for item in flat):
-            yield key, value
-        elif callable(value) and hasattr(value, "__qualname__"):
-            yield key, f"{value.__module__}.{value.__qualname__}"
-
-
 def _registered_name(model: nn.Module) -> str | None:
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or not isinstance(config.get("architecture"), str):
@@ -239,92 +228,11 @@ def _guess(model: nn.Module, name: str) -> dict[str, Any]:
     """Read off the model what differs from the plain build of its name; anything more must come as model_args."""
     plain = build({"library": "timm", "name": name, "args": {}}, "meta")
     found = {}
-    for key, read in _READ.items():
+    for key, read in READ.items():
         value = read(model)
         if value is not None and value != read(plain) and _is_plain(key, value):
             found[key] = value
     return found
-
-
-def _channels(model: nn.Module) -> Any:
-    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-
-
-def _size(model: nn.Module) -> Any:
-    return getattr(getattr(model, "patch_embed", None), "img_size", getattr(model, "img_size", None))
-
-
-def _pool(model: nn.Module) -> Any:
-    pool = getattr(model, "global_pool", None)
-    head = getattr(getattr(model, "head", None), "global_pool", None)
-    return next((p for p in (getattr(head, "pool_type", None), head, pool) if isinstance(p, str)), None)
-
-
-def _rate(holder: str) -> Callable[[nn.Module], Any]:
-    """The largest rate among modules of that name: of a drop path it is the last one's, rates rise to it."""
-
-    def read(model: nn.Module) -> Any:
-        rates = []
-        for name, module in model.named_modules():
-            if re.fullmatch(holder, name.rpartition(".")[2]):
-                rate = getattr(module, "drop_prob", getattr(module, "p", getattr(module, "prob", None)))
-                rates += [rate] if isinstance(rate, float) else []
-        return round(max(rates, default=0.0), 6)  # float32 steps of a schedule
-
-    return read
-
-
-def _normed(name: str) -> Callable[[nn.Module], Any]:
-    """Whether the first module of that name is a norm, not what stands where there is none."""
-    return lambda model: next(
-        (not isinstance(m, nn.Identity) for n, m in model.named_modules() if n.rpartition(".")[2] == name), None
-    )
-
-
-def _fc_norm(model: nn.Module) -> Any:
-    """Whether a norm stands behind the pooling, None where timm decides by itself: behind an average there is one."""
-    found = _normed("fc_norm")(model)
-    return None if found is (_pool(model) in ("avg", "avgmax", "max")) else found
-
-
-def _scaled(model: nn.Module) -> Any:
-    """Where layer scales begin, which is of no matter; only that there are some."""
-    return 1e-5 if any(type(m).__name__ == "LayerScale" for m in model.modules()) else None
-
-
-def _own(name: str) -> Callable[[nn.Module], Any]:
-    """What the model, or its patch embedding, holds under that name."""
-    return lambda model: getattr(model, name, getattr(getattr(model, "patch_embed", None), name, None))
-
-
-def _head_width(model: nn.Module) -> Any:
-    """The classes of the head that is there; what a model says of itself goes stale when a head is put in its place."""
-    head = getattr(model, "get_classifier", lambda: None)()
-    return head.out_features if isinstance(head, nn.Linear) else getattr(model, "num_classes", None)
-
-
-# How arguments that fine-tunes are made with are read off a model.
-_READ: dict[str, Callable[[nn.Module], Any]] = {
-    "num_classes": _head_width,
-    "in_chans": _channels,
-    "img_size": _size,
-    "global_pool": _pool,
-    "drop_path_rate": _rate(r"drop_path\d*"),
-    "drop_rate": _rate("head_drop|drop"),
-    "pos_drop_rate": _rate("pos_drop"),
-    "patch_drop_rate": _rate("patch_drop"),
-    "attn_drop_rate": _rate("attn_drop"),
-    "proj_drop_rate": _rate("proj_drop"),
-    "dynamic_img_size": _own("dynamic_img_size"),
-    "dynamic_img_pad": _own("dynamic_img_pad"),
-    "class_token": _own("has_class_token"),
-    "reg_tokens": _own("num_reg_tokens"),
-    "no_embed_class": _own("no_embed_class"),
-    "init_values": _scaled,
-    "qk_norm": _normed("q_norm"),
-    "pre_norm": _normed("norm_pre"),
-    "fc_norm": _fc_norm,
-}
 
 
 def _is_plain(key: str, value: Any) -> bool:

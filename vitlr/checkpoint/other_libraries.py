@@ -10,6 +10,7 @@ from torch import nn
 
 from vitlr.checkpoint import open_clip_towers
 from vitlr.checkpoint.plain_args import Args, plain
+from vitlr.checkpoint.structure import structure
 from vitlr.errors import InputError
 from vitlr.runtime.words import one_line
 
@@ -113,22 +114,33 @@ def _find_in_torchvision(model: nn.Module) -> tuple[str, Args] | None:
     if cls.__name__ == _VIT:
         blocks = model.encoder.layers  # type: ignore[union-attr]
         args = {key: getattr(model, key) for key in (*_VIT_ARGS, "representation_size")}
+        if isinstance(head := getattr(model.heads, "head", None), nn.Linear):  # what the model says goes stale
+            args["num_classes"] = head.out_features
         return _VIT, {**args, "num_layers": len(blocks), "num_heads": blocks[0].num_heads}  # type: ignore[arg-type,index,union-attr]
     heads = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return _registered(model, cls.__name__, {"num_classes": heads[-1].out_features}) if heads else None
 
 
 def _registered(model: nn.Module, family: str, args: Args) -> tuple[str, Args] | None:
-    """The first registered name whose model has the same shapes."""
+    """The first registered name whose model has the same shapes, but for layers that compression changed."""
     import torch
     import torchvision.models
 
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    changed = structure(model).keys()
+
+    def shapes(of: nn.Module) -> dict[str, Any]:
+        return {
+            name: tensor.shape
+            for name, tensor in of.state_dict().items()
+            if not any(name.startswith(f"{layer}.") for layer in changed)
+        }
+
+    own = shapes(model)
     for name in torchvision.models.list_models(module=torchvision.models):
         if family in _FAMILIES and name.startswith(_FAMILIES[family]):
             with torch.device("meta"):
                 twin = torchvision.models.get_model(name, weights=None, **args)
-            if {key: tensor.shape for key, tensor in twin.state_dict().items()} == own:
+            if shapes(twin) == own:
                 return name, args
     return None
 

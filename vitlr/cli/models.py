@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Source:
     checkpoint: Path | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
     new_head: bool = False  # weights for other classes or another image size are taken, but for the classifier
+    key: str | None = None  # which state dict of the weight file, where several fit
 
 
 def names_a_file(name: str) -> bool:
@@ -45,13 +46,21 @@ def open_model(name: str, source: Source, *, device: torch.device, weights: bool
     if names_a_file(name) and source.new_head and source.checkpoint is None and source.args.keys() == {"num_classes"}:
         return _with_new_head(checkpoint_file.load(name, device=device), source.args["num_classes"])
     if names_a_file(name):
-        if source.checkpoint is not None or source.args:
-            flag = "--checkpoint" if source.checkpoint is not None else f"the model argument {next(iter(source.args))}"
+        flag = (
+            "--checkpoint" if source.checkpoint is not None else "--checkpoint-key" if source.key is not None else None
+        )
+        if flag or source.args:
+            flag = flag or f"the model argument {next(iter(source.args))}"
             raise InputError(f"{flag} goes with a timm name; {name} is a file that knows its own model and weights")
         return checkpoint_file.load(name, device=device)
     pretrained = weights and source.checkpoint is None
     return create_model(
-        name, checkpoint=source.checkpoint, pretrained=pretrained, new_head=source.new_head, **source.args
+        name,
+        checkpoint=source.checkpoint,
+        checkpoint_key=source.key,
+        pretrained=pretrained,
+        new_head=source.new_head,
+        **source.args,
     ).to(device)
 
 
@@ -76,16 +85,21 @@ def open_pair(
 ) -> tuple[nn.Module, nn.Module | None]:
     """The model `name` and the one it is compared with, both fed the same tensors.
 
-    One --checkpoint and one set of arguments are for the one model that needs them. Raises `InputError` as
+    One --checkpoint, its key and one set of arguments are for the one model that needs them. Raises `InputError` as
     `open_model` does, and for a reference that is fed otherwise.
     """
     if reference is None and reference_checkpoint is not None:
         raise InputError("--reference-checkpoint goes with --reference")
     by_name = not names_a_file(name)
     reference_by_name = reference is not None and not names_a_file(reference)
-    theirs = Source(reference_checkpoint)
+    key = source.key
+    if source.checkpoint is None and reference_checkpoint is not None:
+        source = replace(source, key=None)
+    elif by_name:
+        key = None
+    theirs = Source(reference_checkpoint, key=key)
     if reference_by_name:
-        theirs = Source(reference_checkpoint or (None if by_name else source.checkpoint), source.args)
+        theirs = Source(reference_checkpoint or (None if by_name else source.checkpoint), source.args, key=key)
     network = open_model(name, source if by_name or not reference_by_name else Source(), device=device).to(dtype)
     if reference is None:
         return network, None

@@ -13,7 +13,13 @@ from vitlr.cli.command import KWARGS, PAIR
 from vitlr.errors import InputError
 
 DATA, OUTPUT, MODEL, MACHINE = "Data", "Output", "Model", "Machine"  # sections of the help
-_OWN_FLAGS = {"name": "MODEL", "checkpoint": "--checkpoint", "checkpoint_path": "--checkpoint", "pretrained": "MODEL"}
+_OWN_FLAGS = {
+    "name": "MODEL",
+    "checkpoint": "--checkpoint",
+    "checkpoint_path": "--checkpoint",
+    "checkpoint_key": "--checkpoint-key",
+    "pretrained": "MODEL",
+}
 _ELSEWHERE = "; hf-hub:OWNER/NAME and local-dir:FOLDER name either, elsewhere."
 
 Model = Annotated[
@@ -39,6 +45,14 @@ Checkpoint = Annotated[
     typer.Option(
         metavar="F",
         help="Weights of the timm model: safetensors or a torch state dict. [default: timm's own]",
+        rich_help_panel=DATA,
+    ),
+]
+CheckpointKey = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY",
+        help="Which state dict of it is read, such as teacher. [default: the one that fits]",
         rich_help_panel=DATA,
     ),
 ]

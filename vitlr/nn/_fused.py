@@ -49,6 +49,7 @@ class Fused(StandIn):
         kept = self.children_of(module)
         super().__init__(with_children(module, dict.fromkeys(kept)))  # emptied of what it shares with this module
         self.kept = kept
+        self._forward_hooks.update(module._forward_hooks)  # those that do not count as hooks
         for name in kept:
             self.add_module(name, getattr(module, name))
 

@@ -10,14 +10,22 @@ from vitlr.ops.dispatch.registry import constant_in_graphs
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's calls, or has replaced its forward."""
+    """Whether somebody listens to the module's calls, or has replaced its forward.
+
+    Not counted is what transformers puts on layers and attentions of every model that was once asked for its hidden
+    states: it stays there, and writes down only what is asked for.
+    """
     return bool(
-        module._forward_hooks
+        any(not _writes_down(hook) for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def _writes_down(hook: object) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def does_nothing(child: nn.Module) -> bool:

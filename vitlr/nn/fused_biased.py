@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from vitlr.nn._attend import attend
 from vitlr.nn._fused import Fused
@@ -14,7 +14,8 @@ from vitlr.runtime.modules import class_of
 
 
 class FusedBiasedAttention(Fused):
-    """`y = proj(softmax(q kᵀ / √d + P) v)`, P by where tokens lie to each other: Swin, BEiT, SAM, TinyViT, MaxViT.
+    """`y = proj(softmax(q kᵀ / √d + P) v)`, P by where tokens lie to each other: Swin, BEiT, SAM, TinyViT, MaxViT,
+    MViTv2, Data2Vec; SegFormer has none, and keys of fewer tokens.
 
     The classes are those of `FORMS`. Children, parameters and buffers keep their names, so state_dict keys do not
     change. The op `attention` takes P where dispatch chooses a kernel, otherwise `F.scaled_dot_product_attention` does:
@@ -30,7 +31,7 @@ class FusedBiasedAttention(Fused):
         self._non_persistent_buffers_set.update(attention._non_persistent_buffers_set)
         for name in (*FORMS[self.form].kept, *FORMS[self.form].optional):
             if name not in self._modules:
-                setattr(self, name, getattr(attention, name))
+                setattr(self, name, getattr(attention, name, None))
 
     @classmethod
     def children_of(cls, module: nn.Module) -> tuple[str, ...]:
@@ -57,7 +58,8 @@ class FusedBiasedAttention(Fused):
             return "its values are wider than its queries and keys"
         if (foreign := foreign_weight(module)) is not None:
             return f"it holds a {foreign}, no plain weight"
-        if not does_nothing(getattr(module, "attn_drop", nn.Identity())) or getattr(module, "attention_dropout", False):
+        drops = [getattr(module, name, None) or nn.Identity() for name in ("attn_drop", "dropout")]
+        if not all(map(does_nothing, drops)) or getattr(module, "attention_dropout", False):
             return "it drops out attention"
         return "it has hooks" if has_hooks(module) else None
 
@@ -70,11 +72,8 @@ class FusedBiasedAttention(Fused):
             module.attention_bias_cache = {}  # type: ignore[assignment]  # made of weights before these
         return module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         form, x = FORMS[self.form], (*args, *kwargs.values())[0]
-        q, k, v, bias = form.make(self, *args, **kwargs)
-        y = attend(self, q, k, v, None if bias is None else bias.to(q.dtype))
-        out = self.get_submodule("o_proj" if "o_proj" in self._modules else "proj")(y.view(*x.shape[:-1], -1))
-        if "proj_drop" in self._modules:
-            out = self.get_submodule("proj_drop")(out)
-        return (out, None) if form.pair else out
+        made = form.make(self, *args, **kwargs)
+        bias = None if made.bias is None else made.bias.to(made.q.dtype)
+        return form.finish(self, x, attend(self, made.q, made.k, made.v, bias), made)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vitlr.errors import InputError
+
 
 def put(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in place of the module called `name`, under that name only."""
@@ -50,7 +52,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` made a compiled one of, or the module itself."""
+    """The module that `torch.compile` made a compiled one of, or the module itself; `InputError` for what is none."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is a {type(model).__name__}, expected a torch.nn.Module; weights and names become one by "
+            "vitlr.create_model(NAME, checkpoint=...)"
+        )
     inner = None if isinstance(model, torch.jit.ScriptModule) else model._modules.get("_orig_mod")
     return model if inner is None else uncompiled(inner)
 
@@ -80,10 +87,10 @@ def plain_parts(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside wrappers that hand on what they get: compiled, data parallel, distributed, sharded."""
+    """The module inside wrappers that hand on what they get: compiled, data parallel, distributed, averaged."""
     model = uncompiled(model)
-    inner = model._modules.get("module") if type(model).__name__ in _PARALLEL else None
+    inner = model._modules.get("module") if type(model).__name__ in _WRAPPERS else None
     return model if inner is None else unwrapped(inner)
 
 
-_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "ModelEmaV3")

@@ -120,6 +120,11 @@ def _open(path: Path) -> Iterator[Any]:
     try:
         with path.open("rb") as raw:
             start = raw.read(8)
+        if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+            raise InputError(
+                f"{path} is a file of torch.save, no safetensors file; vitlr.create_model(NAME, checkpoint=...) reads "
+                "weights from it"
+            )
         if len(start) == 8 and (names := struct.unpack("<Q", start)[0]) > _MAX_NAMES:
             raise InputError(f"{path} is not a whole safetensors file, or names {names} bytes of tensors; refused")
         with safe_open(path, framework="pt") as file:

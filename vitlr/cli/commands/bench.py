@@ -11,6 +11,7 @@ from vitlr.cli.options import (
     MACHINE,
     AsJson,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -38,6 +39,7 @@ def bench(
         ),
     ] = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     data: Data = None,
     class_map: ClassMap = None,
     limit: Limit = None,
@@ -107,7 +109,7 @@ def bench(
     from vitlr.surgery import fusion
 
     where, dtype = parse_device(device), parse_precision(precision)
-    source = Source(checkpoint, args)
+    source = Source(checkpoint, args, key=checkpoint_key)
     if names is not None:
         from vitlr.cli.commands.bench_engines import by_engine
 

@@ -19,6 +19,7 @@ from vitlr.cli.options import (
     OUTPUT,
     AsJson,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -57,6 +58,7 @@ def compress(
     limit: Limit = None,
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     out: Out = None,
     stats: Annotated[
         Path | None,
@@ -142,7 +144,7 @@ def compress(
     outputs = {"--out": out, "--stats": stats, "--plan-out": plan_out}
     outputs |= {} if stats is None else {"the spectra of --stats": place(stats)}
     check_destinations(outputs, {**inputs, "--resume": resume})
-    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
+    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs), key=checkpoint_key)
     network = open_model(model, source, device=parse_device(device or ("cpu" if timed else None)))
     if out is not None:
         origins.check_origin(origins.find_origin(network, source.args))  # arguments a file cannot hold

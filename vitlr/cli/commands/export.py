@@ -15,6 +15,7 @@ from vitlr.cli.options import (
     OUTPUT,
     AsJson,
     Checkpoint,
+    CheckpointKey,
     Data,
     FileOrModel,
     ImgSize,
@@ -44,6 +45,7 @@ def export(
     ] = None,
     out: Out = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     bits: Annotated[
         int | None,
         typer.Option(
@@ -105,7 +107,7 @@ def export(
     from vitlr.surgery.bytes import decode
 
     check_destinations({"--out F": out, "--stats": stats}, {"--data": Path(data) if data else None})
-    network = open_model(model, Source(checkpoint, args), device=torch.device("cpu"))
+    network = open_model(model, Source(checkpoint, args, key=checkpoint_key), device=torch.device("cpu"))
     how: dict[str, Any] = {"batch_size": batch_size, "dynamic_size": dynamic_size}
     measured = None
     if bits is not None:

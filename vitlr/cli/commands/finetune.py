@@ -14,6 +14,7 @@ from vitlr.cli.options import (
     AsJson,
     BatchSize,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -44,6 +45,7 @@ def finetune(
     limit: Limit = None,
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     reference: Annotated[
         str | None,
         typer.Option(metavar="MODEL_OR_F", help="Learn this model's answers too (distillation).", rich_help_panel=DATA),
@@ -88,7 +90,8 @@ def finetune(
     check_destinations(
         {"--out": out}, {**read, "--checkpoint": checkpoint, "--class-map": class_map, "--resume": resume}
     )
-    source = Source(checkpoint, args, new_head=bool(args.keys() & {"num_classes", "img_size"}))
+    new = bool(args.keys() & {"num_classes", "img_size"})
+    source = Source(checkpoint, args, new_head=new, key=checkpoint_key)
     network, dense = open_pair(model, source, reference, reference_checkpoint, device=parse_device(device))
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold

@@ -17,6 +17,7 @@ from vitlr.cli.options import (
     AsJson,
     BatchSize,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -51,6 +52,7 @@ def frontier(
     ] = None,
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, help="Calibrate on N images at most.", rich_help_panel=DATA)
     ] = 1000,
@@ -113,7 +115,7 @@ def frontier(
     from vitlr.reporting.frontier import frontier as measured
     from vitlr.reporting.judging import classifies
 
-    network = open_model(model, Source(checkpoint, args), device=parse_device(device))
+    network = open_model(model, Source(checkpoint, args, key=checkpoint_key), device=parse_device(device))
     origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold
     how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, **options}
     labels: dict[str, Any] = {"need_labels": None if classifies(network) else False}

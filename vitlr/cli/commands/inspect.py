@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from vitlr.cli.options import AsJson, Checkpoint, FileOrModel, ImgSize, ModelKwargs, NumClasses, model_arguments
+from vitlr.cli.options import (
+    AsJson,
+    Checkpoint,
+    CheckpointKey,
+    FileOrModel,
+    ImgSize,
+    ModelKwargs,
+    NumClasses,
+    model_arguments,
+)
 from vitlr.cli.result import Result, table
 from vitlr.runtime.words import gathered, numbered, tail
 
@@ -18,6 +27,7 @@ _BYPASSED = "read past by the model; made visible exactly"
 def inspect(
     model: FileOrModel,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     img_size: ImgSize = None,
     num_classes: NumClasses = None,
     model_kwargs: ModelKwargs = None,
@@ -34,7 +44,7 @@ def inspect(
     from vitlr.cli.models import Source, open_model
     from vitlr.measuring import cost
 
-    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs))
+    source = Source(checkpoint, model_arguments(img_size, num_classes, model_kwargs), key=checkpoint_key)
     with origins.unfilled():  # nothing here looks at a value
         network = open_model(model, source, device=torch.device("cpu"), weights=False)
     bypassed = visibility.make_visible(network)

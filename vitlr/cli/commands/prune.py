@@ -15,6 +15,7 @@ from vitlr.cli.options import (
     AsJson,
     BatchSize,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -51,6 +52,7 @@ def prune(
     limit: Limit = None,
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     rate: Annotated[
         float | None, typer.Option(metavar="R", help="Share of the gates that goes, as in 0.4.", rich_help_panel=DATA)
     ] = None,
@@ -146,7 +148,7 @@ def prune(
         {"--out": out, "--stats": stats},
         {**read, "--checkpoint": checkpoint, "--class-map": class_map, "--resume": resume},
     )
-    network = open_model(model, Source(checkpoint, args), device=parse_device(device))
+    network = open_model(model, Source(checkpoint, args, key=checkpoint_key), device=parse_device(device))
     if not names_a_file(model):
         origins.check_origin(origins.find_origin(network, args))  # arguments a file cannot hold
     opened: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vitlr.cli.command import takes
-from vitlr.cli.options import DATA, MACHINE, OUTPUT, AsJson, BatchSize, ClassMap, Data, Limit, Workers
+from vitlr.cli.options import DATA, MACHINE, OUTPUT, AsJson, BatchSize, CheckpointKey, ClassMap, Data, Limit, Workers
 from vitlr.cli.result import Result
 from vitlr.data.options import Preprocessing
 from vitlr.engines.names import parse_engines
@@ -45,6 +45,7 @@ def report(
     reference_checkpoint: Annotated[
         Path | None, typer.Option(metavar="F", help="Its weights. [default: timm's own]", rich_help_panel=DENSE)
     ] = None,
+    checkpoint_key: CheckpointKey = None,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -108,7 +109,7 @@ def report(
     first = checkpoint.load(files[0])
     dense = None
     if reference is not None:
-        dense = open_model(reference, Source(reference_checkpoint), device=torch.device("cpu"))
+        dense = open_model(reference, Source(reference_checkpoint, key=checkpoint_key), device=torch.device("cpu"))
     images = None
     if data is not None:
         how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}

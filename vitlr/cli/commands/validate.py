@@ -13,6 +13,7 @@ from vitlr.cli.options import (
     AsJson,
     BatchSize,
     Checkpoint,
+    CheckpointKey,
     ClassMap,
     Data,
     Device,
@@ -36,6 +37,7 @@ def validate(
     data: Data = None,
     class_map: ClassMap = None,
     checkpoint: Checkpoint = None,
+    checkpoint_key: CheckpointKey = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -73,7 +75,7 @@ def validate(
     from vitlr.runtime.progress import bar
 
     where, dtype = parse_device(device), parse_precision(precision)
-    source = Source(checkpoint, args)
+    source = Source(checkpoint, args, key=checkpoint_key)
     network, other = open_pair(model, source, reference, reference_checkpoint, device=where, dtype=dtype)
     how: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers, "limit": limit}
     loader = open_data(data, network, **how, **options, need_labels=True if other is None else None)
