@@ -208,3 +208,18 @@ def test_attention_is_given_back(distil, pair):
     before = [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]
     after = [m.fused_attn for m in distil().modules() if hasattr(m, "fused_attn")]
     assert before == after == [m.fused_attn for m in dense.modules() if hasattr(m, "fused_attn")]
+
+
+def test_the_rate_falls_as_the_width_grows_where_nobody_gives_one(pair, proxy_images, quick, monkeypatch):
+    dense, small = pair
+    seen, real = [], torch.optim.AdamW
+
+    def optimizer(groups, **how):
+        seen.append(groups[0]["peak"])
+        return real(groups, **how)
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    for options in ({}, {"lr": 0.25}):
+        given = {key: value for key, value in quick.items() if key != "lr"}
+        vitlr.refine(small, dense, proxy_images, rungs=["distil"], **{**given, "steps": 1, **options})
+    assert seen == [0.01 / dense.embed_dim, 0.25]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +33,8 @@ from vitlr.training.state import State
 
 _TIMED = 6  # steps after which `minutes` becomes a number of steps
 _NO_END = 2**62
-_CODES, _VECTORS = 50, 10  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
+_RATE_TIMES_WIDTH, _RATE_ROUNDED = 0.01, 5e-5  # where nobody says
+_CODES, _VECTORS = 100, 20  # rates of rounded models: latent weights, in steps of theirs, and all else, over `lr`
 
 
 def distil(
@@ -47,8 +50,11 @@ def distil(
 
     Both see the same augmented images in eval mode. What is left is the running mean of the weights at its best on
     the held-out images, the start included. Frozen parameters stay frozen. A loss that is no number ends the run.
-    Rounded layers train latent weights, of which both the loss and the held-out images see the codes.
+    Rounded layers train latent weights, of which both the loss and the held-out images see the codes. The default rate
+    is one over the width: AdamW steps alike in every entry, and what a row sums up has as many (arXiv 2203.03466).
     """
+    if recipe.lr is None:
+        recipe = replace(recipe, lr=_RATE_ROUNDED if is_rounded(model) else _RATE_TIMES_WIDTH / width_of(reference))
     if is_rounded(model):
         loosened = Loosened(model)
         try:
@@ -177,6 +183,7 @@ class Rounding(Distilling):
         super().__init__(model, judge, recipe, snapshots)
 
     def optimizer_of(self, model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+        assert recipe.lr is not None
         latents = {"params": self.loosened.latents, "peak": _CODES * recipe.lr, "weight_decay": 0.0}
         vectors = {"params": self.loosened.vectors, "peak": _VECTORS * recipe.lr}
         return torch.optim.AdamW([latents, vectors], weight_decay=recipe.weight_decay)
@@ -190,6 +197,12 @@ class Rounding(Distilling):
         with super().judged() as model:
             self.loosened.settle()
             yield model
+
+
+def width_of(model: nn.Module) -> int:
+    """The number of inputs that most of its linears have: that of what runs from block to block."""
+    found = Counter(m.in_features for m in model.modules() if isinstance(m, nn.Linear))
+    return found.most_common(1)[0][0] if found else 768  # without any, as narrow a step as for a ViT-B
 
 
 def rate(step: int, total: int | None, warmup: int) -> float:

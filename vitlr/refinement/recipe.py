@@ -27,7 +27,13 @@ class Recipe(Options):
         metavar="N",
     )
     minutes: float | None = option(None, "Time for all rungs together.", above=0, metavar="T")
-    lr: float = option(1e-4, "Peak learning rate of distil, of AdamW, then a cosine down to 0.", low=0, metavar="X")
+    lr: float | None = option(
+        None,
+        "Peak learning rate of distil, of AdamW, then a cosine down to 0. [default: 0.01 over the model's width, so "
+        "5e-5 for 192; of rounded weights 5e-5]",
+        low=0,
+        metavar="X",
+    )
     seed: int = option(0, "Of order, augmentation and random starts.", low=0, high=2**32 - 1, metavar="N")
     batch_size: int = option(32, "Images in a step.", low=2, flag="")
     warmup: int = option(20, "Steps of rising rate.", low=0, flag="")
