@@ -2,8 +2,9 @@
 
     python -m bench.compare.claims --dinov2 DINOV2.safetensors --cifar FOLDER [--epochs 1] [--json FILE]
 
-FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg. Every model is trained on all training images by one recipe
-for the same epochs; the squeezed ones start from the dense fine-tuned one and learn its answers beside the labels.
+FOLDER holds train/<class>/*.jpg and test/<class>/*.jpg. Every model is trained on all training images for the same
+epochs by one recipe, at a lower rate where it has no new head; the squeezed ones start from the dense fine-tuned one
+and learn its answers beside the labels.
 A ViT-Ti, pretrained on ImageNet-21k, is fine-tuned the same way on as many patches, and the ViT-S squeezed to its
 size. The test images are looked at once a row, for the table. Models are kept in --work, so that a run goes on.
 """

@@ -151,7 +151,7 @@ double peak_of(int64_t rounds) {
   Sum<T> sum[chains];
 #pragma GCC unroll 32
   for (int c = 0; c < chains; ++c) sum[c] = (Sum<T>)splat(static_cast<float>(c));  // equal ones would be computed once
-  const Word word = 0x3f803f80;                                                    // 1 as fp32, twice as bf16, or any integers
+  const Word word = 0x3f803f80;  // 1 as fp32, twice as bf16, or any integers
   Vector w = {};
   for (int64_t i = 0; i < rounds; ++i) {
     __asm__ volatile("" : "+m"(w));  // or nothing of this loop would be left

@@ -14,7 +14,7 @@ from torch import nn
 
 import vitlr
 from vitlr.errors import InputError
-from vitlr.nn import Int8Block, LowRankLinear, SelectedLinear
+from vitlr.nn import Int8Block, LowRankLinear, SelectedLinear, int8_block
 from vitlr.runtime.modules import swap
 from vitlr.surgery.fusion import fuse, unfuse
 
@@ -239,6 +239,19 @@ def test_channels_of_queries_and_keys_that_are_gone_are_left_out(images, x, dtyp
 def test_other_channels_that_are_gone_leave_it_to_the_children(images, x, left, values):
     block = narrow_of(images, left, values).blocks[0]
     assert isinstance(block, Int8Block) and torch.equal(block(x), block._called(x, None, False))
+
+
+@torch.no_grad()
+def test_channels_that_are_left_are_counted_once_wherever_the_block_runs(images, x, monkeypatch):
+    """To read them from a GPU would have the CPU wait in every call."""
+    seen, counted = [], int8_block._counted
+    monkeypatch.setattr(int8_block, "_counted", lambda *args: (seen.append(1), counted(*args))[1])
+    monkeypatch.setenv("VITLR_BACKEND", "torch")  # which has no short way, so that a block looks at its parts each time
+    block = narrow_of(images).blocks[0]
+    y = [block(x) for _ in range(3)]
+    assert len(seen) == 1 and torch.equal(y[0], y[2])
+    block.attn.qkv.outputs[:5] += 11
+    assert torch.equal(block(x), block._called(x, None, False)) and len(seen) == 2
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ from torch import nn
 # How, not what, a module computes; classes and channels, which the layers tell; `alien`'s guard; how weights began.
 _HOW = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode"}
 _NO_MATTER = frozenset({*_HOW, "num_classes", "in_chans", "save_pretrained"})
-_NOTHING = re.compile(
-    r"Identity|StochasticDepth|\w*Drop(out|Path|Block)\w*"
-)  # classes that hand on what they are given
+_NOTHING = re.compile(r"Identity|StochasticDepth|\w*Drop(out|Path|Block)\w*")  # these hand on what they are given
 _RATE = re.compile(r"\w*drop\w*")
-_BEGINNINGS = {"init_values", "layer_scale_init_value", "head_init_scale", "inplace"}  # where weights began, not are
+_BEGINNINGS = {"init_values", "layer_scale_init_value", "head_init_scale"}  # where weights began, not where they are
+_UNSEEN = {*_BEGINNINGS, "inplace"}
 # timm's own classes, which it takes where a layer is given by its name, as torch's that compute the same.
 _AS_OF_TORCH: dict[str, tuple[str, dict[str, Any]]] = {
     "timm.layers.activations.GELU": ("GELU", {"approximate": "none"}),
@@ -50,7 +49,7 @@ def in_evaluation(kind: str, values: Mapping[str, Any]) -> tuple[str, dict[str, 
     known = (_AS_OF_TORCH if name != kind else _BARE).get(kind)
     if known is None and kind.startswith("torch.nn."):
         known = name, {}
-    kept = {key: value for key, value in values.items() if key not in _BEGINNINGS and not _is_rate(key, value)}
+    kept = {key: value for key, value in values.items() if key not in _UNSEEN and not _is_rate(key, value)}
     return (kind, kept) if known is None else (known[0], known[1] | kept)
 
 

@@ -193,9 +193,13 @@ def _mismatch(own: Weights, weights: Weights) -> str:
 
 def _fitting(model: nn.Module, weights: Weights, resample: bool) -> Weights | None:
     """`weights`, or those under the names of timm, if they fit; `resample` puts positions at its image size."""
+    own = model.state_dict()
+    if not _mismatch(own, weights):
+        return weights
     in_a_row = {_CHUNK.sub("blocks.", name): tensor for name, tensor in weights.items()}
-    for form in (weights, *(_original_names(model, named, resample) for named in (weights, in_a_row))):
-        if form is not None and not _mismatch(model.state_dict(), form):
+    for named in (weights, in_a_row):
+        form = _original_names(model, named, resample)
+        if form is not None and not _mismatch(own, form):
             return form
     return None
 
@@ -206,10 +210,8 @@ def _original_names(model: nn.Module, weights: Weights, resample: bool) -> dict[
     Published files keep their authors' names or buffers timm no longer stores. Filters also resample position tables
     of another image size without a word, so a file that disagrees in a shape is given to them by `resample` only.
     """
-    expected = model.state_dict()
-    if not resample and any(
-        name in weights and weights[name].shape != tensor.shape for name, tensor in expected.items()
-    ):
+    own = model.state_dict()
+    if not resample and any(name in weights and weights[name].shape != tensor.shape for name, tensor in own.items()):
         return None
     rename = getattr(sys.modules.get(type(model).__module__), "checkpoint_filter_fn", None)
     if rename is None:

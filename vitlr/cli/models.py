@@ -46,12 +46,12 @@ def open_model(name: str, source: Source, *, device: torch.device, weights: bool
     if names_a_file(name) and source.new_head and source.checkpoint is None and source.args.keys() == {"num_classes"}:
         return _with_new_head(checkpoint_file.load(name, device=device), source.args["num_classes"])
     if names_a_file(name):
-        flag = (
-            "--checkpoint" if source.checkpoint is not None else "--checkpoint-key" if source.key is not None else None
-        )
-        if flag or source.args:
-            flag = flag or f"the model argument {next(iter(source.args))}"
-            raise InputError(f"{flag} goes with a timm name; {name} is a file that knows its own model and weights")
+        given = {"--checkpoint": source.checkpoint, "--checkpoint-key": source.key}
+        flags = [flag for flag, value in given.items() if value is not None]
+        if unwanted := [*flags, *(f"the model argument {key}" for key in source.args)]:
+            raise InputError(
+                f"{unwanted[0]} goes with a timm name; {name} is a file that knows its own model and weights"
+            )
         return checkpoint_file.load(name, device=device)
     pretrained = weights and source.checkpoint is None
     return create_model(

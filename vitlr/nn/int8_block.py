@@ -57,7 +57,9 @@ class Known(NamedTuple):
         return self.feed(x, x)
 
 
-_known: WeakKeyDictionary[Int8Block, Known] = WeakKeyDictionary()  # beside the modules, which are copied and pickled
+# Beside the modules, which are copied and pickled.
+_known: WeakKeyDictionary[Int8Block, Known] = WeakKeyDictionary()
+_widths: WeakKeyDictionary[Int8Block, tuple[Tensor, tuple, tuple[int, ...] | None]] = WeakKeyDictionary()
 
 
 class Int8Block(Fused):
@@ -115,7 +117,7 @@ class Int8Block(Fused):
         parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
             return self._called(x, attn_mask, is_causal)
-        query_keys = () if parts.left is None else _query_keys(parts.left, self.attn)
+        query_keys = () if parts.left is None else _query_keys(parts.left, self)
         return self._called(x, attn_mask, is_causal) if query_keys is None else self._halves(x, parts, query_keys)
 
     def _halves(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> Tensor:
@@ -158,14 +160,24 @@ def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:
     return Parts(before, qkv, left, proj, after, fc1, act, fc2)
 
 
-def _query_keys(left: Tensor, attention: nn.Module) -> tuple[int, ...] | None:
-    """How many channels of queries, and of keys, each head has of those of qkv that are left.
+def _query_keys(left: Tensor, block: Int8Block) -> tuple[int, ...] | None:
+    """How many channels of queries, and of keys, each head of a block has of those of qkv that are left.
 
     None where its queries have others than its keys, or none, where a value is gone, and where nobody can read numbers.
+    Counted once as long as nobody writes to them: from a GPU every look at a number would wait for all that runs there.
     """
     if torch.compiler.is_compiling() or type(left) is not Tensor:
         return None
-    heads, d = int(attention.num_heads), int(attention.head_dim)  # type: ignore[arg-type]
+    heads, d = int(block.attn.num_heads), int(block.attn.head_dim)  # type: ignore[arg-type]
+    if left.is_inference():  # torch counts no writes to it
+        return _counted(left, heads, d)
+    kind, found = (left._version, heads, d), _widths.get(block)
+    if found is None or found[0] is not left or found[1] != kind:
+        found = _widths[block] = (left, kind, _counted(left, heads, d))
+    return found[2]
+
+
+def _counted(left: Tensor, heads: int, d: int) -> tuple[int, ...] | None:
     full = heads * d
     queries, keys, values = left.tensor_split(((len(left) - full) // 2, len(left) - full))
     if len(left) <= full or len(queries) != len(keys) or not torch.equal(queries + full, keys) or values[0] < 2 * full:

@@ -51,7 +51,7 @@ def distil(
     Both see the same augmented images in eval mode. What is left is the running mean of the weights at its best on
     the held-out images, the start included. Frozen parameters stay frozen. A loss that is no number ends the run.
     Rounded layers train latent weights, of which both the loss and the held-out images see the codes. The default rate
-    is one over the width: AdamW steps alike in every entry, and what a row sums up has as many (arXiv 2203.03466).
+    is 0.01 / width: AdamW's steps are alike in every entry, and a row adds up as many as it is wide (arXiv 2203.03466).
     """
     if recipe.lr is None:
         recipe = replace(recipe, lr=_RATE_ROUNDED if is_rounded(model) else _RATE_TIMES_WIDTH / width_of(reference))
