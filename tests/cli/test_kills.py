@@ -143,3 +143,27 @@ def test_an_interrupt_that_other_code_swallows_is_raised_again(tmp_path, number)
     done = subprocess.run([sys.executable, "-m", "swallowing"], cwd=tmp_path, stderr=subprocess.PIPE)
     assert done.returncode == 130 and time.monotonic() - began < 25
     assert b"cleaned" in done.stderr and b"interrupted" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("failing", ["ImportError('half an import')", "InputError('no torch')"])
+def test_what_fails_after_a_swallowed_interrupt_ends_as_the_interrupt(tmp_path, number, failing):
+    (tmp_path / "broken.py").write_text(
+        "import os, signal, sys\n"
+        "import vitlr.cli.app as shell\n"
+        "import vitlr.cli.commands.doctor as doctor\n"
+        "from vitlr.errors import InputError\n"
+        "def swallow():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "    except BaseException:\n"
+        "        pass\n"
+        f"    raise {failing}\n"
+        "doctor.diagnose = swallow\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv[1:] = ['doctor']\n"
+        "shell.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-m", "broken"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"error: interrupted; it came to {failing[:8]}")

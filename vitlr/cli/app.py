@@ -137,7 +137,8 @@ def main() -> Any:
     if not launched_first():
         silence()
     try:
-        return app()
+        with interrupts.outlasting():
+            return app()
     except KeyboardInterrupt:
         typer.echo("error: interrupted", err=True)
         sys.exit(130)

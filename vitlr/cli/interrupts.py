@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from vitlr.errors import Interrupted
 
 AGAIN = 0.5  # seconds after which an interrupt that nothing unwinds from is raised once more
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 _TIMED = hasattr(signal, "setitimer")
+_came = False  # one of them, since `arm`
 
 
 def arm() -> None:
@@ -17,9 +22,13 @@ def arm() -> None:
 
     SIGINT stays ignored where it was, as shells have it for what runs in the background.
     """
+    global _came
+    _came = False
     own = os.getpid()
 
     def interrupted(number: int, frame: Any) -> None:
+        global _came
+        _came = True
         if _TIMED and os.getpid() == own:  # not in workers that were forked
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise KeyboardInterrupt
@@ -44,6 +53,17 @@ def disarm() -> None:
         signal.signal(number, signal.SIG_IGN)
     # One that interrupts exec() of a string leaves CPython a note to die of SIGINT at the end; this takes it back.
     exec("")
+
+
+@contextmanager
+def outlasting() -> Iterator[None]:
+    """Let an error after an interrupt count as that: a swallowed one leaves half an import, which fails by itself."""
+    try:
+        yield
+    except Exception as cause:
+        if _came:
+            raise Interrupted(f"it came to {type(cause).__name__}: {cause!s:.200}") from cause
+        raise
 
 
 def _unwinding() -> bool:

@@ -60,7 +60,8 @@ def guarded(command: Callable[..., Result], together: bool = False) -> Callable[
         aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
             check_places(options)
-            with _warnings_on_stderr(), aside, _joined(options) if together else contextlib.nullcontext():
+            joined = _joined(options) if together else contextlib.nullcontext()
+            with interrupts.outlasting(), _warnings_on_stderr(), aside, joined:
                 result = command(**options)
             if as_json or result.text:
                 typer.echo(json.dumps(result.values, allow_nan=False) if as_json else result.text)
