@@ -9,6 +9,7 @@ from vitlr.nn.fused_patches import FusedPatches
 from vitlr.nn.fused_projections import FusedProjections
 from vitlr.nn.fused_rotary import FusedRotaryAttention
 from vitlr.nn.int8_block import Int8Block
+from vitlr.nn.int8_blocks import Int8Blocks
 from vitlr.nn.int8_linear import Int8Linear
 from vitlr.nn.int8_mlp import Int8MLP
 from vitlr.nn.lowrank_glu import LowRankGLU
@@ -34,6 +35,7 @@ __all__ = [
     "FusedProjections",
     "FusedRotaryAttention",
     "Int8Block",
+    "Int8Blocks",
     "Int8Linear",
     "Int8MLP",
     "LowRankGLU",

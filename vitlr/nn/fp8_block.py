@@ -27,6 +27,9 @@ class Fp8Block(Int8Block):
 
     MLP = Fp8MLP
 
+    def _steps(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> None:
+        """These operations have no short way."""
+
     def _halves(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> Tensor:
         norm1, qkv, _, proj, norm2, fc1, act, fc2 = parts
         none = ["none"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -42,19 +43,26 @@ class Parts(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Both operations of a block as they were called last, for as long as it and its input are of the same kind."""
+    """The operations of blocks as they were called last, for as long as these and their input are of the same kind."""
 
     standing: Standing
     kind: tuple
-    attend: Ready
-    feed: Ready
+    steps: tuple[Ready, ...]
+    asking: tuple[Ready, ...]  # those of the steps that ask the environment for different things
 
-    def holds(self, block: nn.Module, kind: tuple) -> bool:
-        return kind == self.kind and self.standing.holds(block) and self.attend.holds() and self.feed.holds()
+    @classmethod
+    def of(cls, root: nn.Module, x: Tensor, steps: Sequence[Ready]) -> Known:
+        different = {(step.name, step.prepared.asked): step for step in steps}
+        return cls(Standing(root), (x.shape, x.dtype), tuple(steps), tuple(different.values()))
+
+    def holds(self, root: nn.Module, x: Tensor) -> bool:
+        asked = (x.shape, x.dtype) == self.kind and all(step.holds() for step in self.asking)
+        return asked and self.standing.holds(root)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = self.attend(x, x)
-        return self.feed(x, x)
+        for step in self.steps:
+            x = step(x, x)
+        return x
 
 
 # Beside the modules, which are copied and pickled.
@@ -109,28 +117,49 @@ class Int8Block(Fused):
 
     @torch.jit.unused
     def _dispatched(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        if attn_mask is None and not is_causal and unwatched(x) and not torch.is_autocast_enabled("cpu"):
-            known = _known.get(self)
-            if known is not None and known.holds(self, (x.shape, x.dtype)):
-                return known(x)
-        plain = attn_mask is None and not is_causal and x.dim() == 3 and not x.is_meta and not is_transformed()
+        masked = attn_mask is not None or is_causal
+        short = not masked and unwatched(x) and not torch.is_autocast_enabled("cpu")
+        known = _known.get(self) if short else None
+        if known is not None and known.holds(self, x):
+            return known(x)
+        operands = None if masked else self._operands(x)
+        if operands is None:
+            return self._called(x, attn_mask, is_causal)
+        steps = self._steps(x, *operands) if short else None
+        if steps is None:
+            return self._halves(x, *operands)
+        _known[self] = known = Known.of(self, x, steps)
+        return known(x)
+
+    def ready(self, x: Tensor) -> tuple[Ready, ...] | None:
+        """Both operations, for x and others of its shape and dtype; None where they cannot stand for the children."""
+        operands = self._operands(x)
+        return None if operands is None else self._steps(x, *operands)
+
+    def _operands(self, x: Tensor) -> tuple[Parts, tuple[int, ...]] | None:
+        """What the operations take beside x, and how narrow queries and keys are; None where they cannot run on it."""
+        plain = x.dim() == 3 and not x.is_meta and not is_transformed()
         parts = _parts(self, self.MLP) if plain and not torch.is_autocast_enabled(x.device.type) else ""
         if isinstance(parts, str) or parts.norm1.gamma.dtype != x.dtype or parts.norm2.gamma.dtype != x.dtype:
-            return self._called(x, attn_mask, is_causal)
+            return None
         query_keys = () if parts.left is None else _query_keys(parts.left, self)
-        return self._called(x, attn_mask, is_causal) if query_keys is None else self._halves(x, parts, query_keys)
+        return None if query_keys is None else (parts, query_keys)
+
+    def _steps(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> tuple[Ready, ...] | None:
+        attend, feed = self._halved(x, parts, query_keys)
+        first, second = int8_attention.ready(x, *attend), int8_chain.ready(x, *feed, x, parts.norm2)
+        return None if first is None or second is None else (first, second)
 
     def _halves(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> Tensor:
-        norm1, qkv, _, proj, norm2, fc1, act, fc2 = parts
+        attend, feed = self._halved(x, parts, query_keys)
+        y = int8_attention.int8_attention(x, *attend)
+        return int8_chain.int8_chain(y, feed[0], feed[1], y, parts.norm2)
+
+    def _halved(self, x: Tensor, parts: Parts, query_keys: tuple[int, ...]) -> tuple[Any, tuple[list, list[str]]]:
+        """The arguments of the operations after x; of the second one, those before its residual."""
+        norm1, qkv, _, proj, _, fc1, act, fc2 = parts
         attend = (qkv, proj, self.attn.num_heads, x, norm1, query_keys)
-        feed = ([*fc1, *fc2], ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2))
-        if unwatched(x):
-            first, second = int8_attention.ready(x, *attend), int8_chain.ready(x, *feed, x, norm2)
-            if first is not None and second is not None:
-                _known[self] = known = Known(Standing(self), (x.shape, x.dtype), first, second)
-                return known(x)
-        y = int8_attention.int8_attention(x, *attend)  # type: ignore[arg-type]
-        return int8_chain.int8_chain(y, *feed, y, norm2)
+        return attend, ([*fc1, *fc2], ["none"] * (len(fc1) - 1) + [act] + ["none"] * len(fc2))
 
 
 def _parts(block: nn.Module, kind: type[Int8MLP]) -> Parts | str:

@@ -22,6 +22,7 @@ from vitlr.nn import (
     FusedProjections,
     FusedRotaryAttention,
     Int8Block,
+    Int8Blocks,
     Int8Linear,
     Int8MLP,
     LowRankGLU,
@@ -53,6 +54,7 @@ FUSED: tuple[type[Fused] | type[FusedPatches], ...] = (
     FusedProjections,
     FusedBiasedAttention,
     Int8Block,
+    Int8Blocks,
     Fp8Block,
     FusedPatches,
 )
@@ -114,9 +116,9 @@ def fuse(
     one rounding of the factors, which stays so after `unfuse`.
     `bits=8`: linears multiply bytes from then on (`Int8Linear`, and MLPs of them an `Int8MLP`), in the ranges that
     `stats`, measured of this very model with `extras=("ranges",)`, saw; that is not exact, and `unfuse` leaves it so.
-    timm's blocks in which all linears do become an `Int8Block`. With `scales="token"` every token's bytes go by its own
-    range (`TokenInt8Linear`): nothing is cut off, `stats` may be left out, and codes of rounded weights stay as they
-    are; slower, as nothing between two linears is bytes.
+    timm's blocks in which all linears do become an `Int8Block`, and such blocks in sequence an `Int8Blocks`. With
+    `scales="token"` every token's bytes go by its own range (`TokenInt8Linear`): nothing is cut off, `stats` may be
+    left out, and codes of rounded weights stay as they are; slower, as nothing between two linears is bytes.
     `bits="fp8"`: linears multiply floats of 8 bits (`Fp8Linear`, `Fp8MLP`, `Fp8Block`), whose scales need no
     statistics; for GPUs that multiply e4m3, plain torch elsewhere. Such a model is for running: files hold none. With
     `stats`, measured of this very model with `extras=("rounding",)`, weights are rounded so that the loss moves least.
@@ -149,7 +151,7 @@ def fuse(
 
 
 def _gather(model: nn.Module) -> None:
-    for name, module in list(model.named_modules()):
+    for name, module in reversed(list(model.named_modules())):  # blocks after what they hold, and then their sequence
         if name and any(kind.why_not(module) is None for kind in FUSED):
             swap(model, name, fused(module))
 

@@ -32,7 +32,7 @@ def _ready_chain(
         rows = x.reshape(-1, x.shape[-1])
         return native.int8_chain(rows, layers, N, _rows(residual, N), isa, moments).view(*x.shape[:-1], N)
 
-    return registry.Prepared(run, lambda: native.isa_used() == isa, kept)
+    return registry.Prepared(run, native.isa_used, kept)
 
 
 def _ready_attention(
@@ -50,7 +50,7 @@ def _ready_attention(
         rows = _rows(residual, N)
         return native.int8_attention(x.contiguous(), heads, width, layers, N, rows, isa, moments, starts)
 
-    return registry.Prepared(run, lambda: native.isa_used() == isa, kept)
+    return registry.Prepared(run, native.isa_used, kept)
 
 
 def _chain(x: Tensor, *rest: Any) -> Tensor:

@@ -94,11 +94,12 @@ class Ready:
 
     name: str
     circumstances: tuple[object, str | None]
+    asked: object
     prepared: registry.Prepared
 
     def holds(self) -> bool:
         """Whether dispatch would do the same now."""
-        return registry.circumstances(self.name) == self.circumstances and self.prepared.holds()
+        return registry.circumstances(self.name) == self.circumstances and self.prepared.asked() == self.asked
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self.prepared(x, residual)
@@ -117,7 +118,10 @@ class RunningOp:
         """Calls with this x, or another of its shape and dtype; None where the candidate has no short way for them."""
         circumstances = registry.circumstances(self._name)
         chosen = registry.select(self._name, self._describe(math.prod(x.shape[:-1]), x, *rest))
-        return None if chosen.prepare is None else Ready(self._name, circumstances, chosen.prepare(x, *rest))
+        if chosen.prepare is None:
+            return None
+        prepared = chosen.prepare(x, *rest)
+        return Ready(self._name, circumstances, prepared.asked(), prepared)
 
 
 def register_running_op(

@@ -29,12 +29,12 @@ VARIABLE = "VITLR_BACKEND"
 class Prepared:
     """What a candidate makes of a call whose arguments but x and the residual stay as they are.
 
-    `holds()`: whether the environment asks for the same. `kept` is what `run(x, residual)` has pointers to, and lives
-    as long as this, so it is this that is called.
+    `asked()`: what the environment asks for, which is to stay what it was. `kept` is what `run(x, residual)` has
+    pointers to, and lives as long as this, so it is this that is called.
     """
 
     run: Callable[..., Any]
-    holds: Callable[[], bool]
+    asked: Callable[[], object]
     kept: Any
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
