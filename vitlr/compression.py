@@ -28,9 +28,12 @@ from vitlr.planning.pace import check_machine, clocked
 from vitlr.planning.plan_kinds import ROUNDS
 from vitlr.planning.planner import plan
 from vitlr.planning.plans import Plan
+from vitlr.refinement.images import Proxy
+from vitlr.refinement.judge import Judge
 from vitlr.refinement.ladder import check_free, refine
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
+from vitlr.refinement.trials import MOST, Snapshots, tried
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.modules import uncompiled
@@ -80,6 +83,7 @@ def compressed(
     budget: str | Budget | None = None,
     *,
     rounds: int = 1,
+    trials: int = 0,
     rungs: str | Sequence[str] = "none",
     stats: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
@@ -101,7 +105,9 @@ def compressed(
     `stats` names a file of statistics: used if it is there and fits, written otherwise, gone on from where it was cut
     short (`calibrate(resume=)`), with the spectra solved from it beside it (`plan(beside=)`); `resume` a folder of
     snapshots of the refinement. More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is
-    left and go on, each at the price of a calibration. `rungs` are those of `refine`: "none", "rescale",
+    left and go on, each at the price of a calibration. With `trials` the plan is tried on a sixth of the images, part
+    by part, and made again by what each costs over what was predicted, so many times; the nearest one is taken
+    (`vitlr.refinement.trials`). `rungs` are those of `refine`: "none", "rescale",
     "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
 
     `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
@@ -114,18 +120,18 @@ def compressed(
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
     model = uncompiled(model)
-    stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes)
+    stages = read_options(budget, rounds, rungs, stats, calibration, planning, recipe, changes, trials)
     if stages.rungs:
         check_free(model)
     if stages.timed:
         check_machine(model, stages.planning)
-    if rounds > 1 or stages.rungs or stages.timed:
+    if rounds > 1 or trials or stages.rungs or stages.timed:
         if isinstance(loader, Iterator):
             raise InputError(
                 "calibration uses this loader up, what follows needs it again; give a list or a DataLoader"
             )
-        if loader is None and (stages.rungs or measure is None):
-            raise InputError("loader= is missing: refinement, and more rounds than one, need images")
+        if loader is None and (stages.rungs or trials or measure is None):
+            raise InputError("loader= is missing: refinement, trials, and more rounds than one need images")
     if not plan_only and (problem := why_not_rebuilt(model)) is not None:
         _logger.warning("the result can be saved with model_args= only: %s", problem)
     watch = watch or (lambda label, total=None, unit="images": shown(progress, label, total, unit))
@@ -142,7 +148,7 @@ def compressed(
 
     measured = measure(model) if measure else calibrated(model, stages.calibration, stats, **stages.asked)
     whole, images = Cost(count_params(model), measured.macs, count_bytes(model)), measured.images
-    reference = duplicate(model) if inplace and (stages.rungs or stages.timed) else model
+    reference = duplicate(model) if inplace and (stages.rungs or trials or stages.timed) else model
     options = stages.planning
     if len(layers) < len(measured.layers):
         options = replace(options, include=exactly(layers), exclude=None)
@@ -168,6 +174,20 @@ def compressed(
     with watch("solving", len(measured.layers), "layers") as advance:
         beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
         chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
+    if trials and chosen.changes:
+        proxy = Proxy(loader)  # type: ignore[arg-type]
+        judge = Judge(reference, proxy.held, stages.recipe.batch_size, output_fn)
+        kept = Snapshots.of(resume, chosen, reference, proxy.fingerprint)
+        once: dict[str, Any] = {"options": options, "spectra": chosen.spectra}
+        chosen = tried(
+            small,
+            chosen,
+            judge,
+            lambda corrections: plan(small, measured, left, **once, corrections=corrections),
+            times=trials,
+            kept=kept,
+            watch=watch,
+        )
     if stages.timed and stages.budget is not None and not plan_only:
         same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
         chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))
@@ -232,6 +252,7 @@ def read_options(
     planning: Planning | None = None,
     recipe: Recipe | None = None,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    trials: int = 0,
 ) -> Stages:
     """The options by stage; `InputError` for what is unknown, out of range or does not go together."""
     check_names(changes, Planning, Calibration, Recipe)
@@ -252,6 +273,7 @@ def read_options(
     if rounds > 1 and deciding.settled is None:
         deciding = replace(deciding, method="joint")
     check_rounds(rounds, deciding, goal)
+    check_trials(trials, deciding, goal)
     if measuring.hidden is None and (deciding.settled is not None or deciding.hidden == "attention"):
         measuring = replace(measuring, hidden=deciding.hidden)
     wanted = parse_rungs(rungs)
@@ -286,6 +308,25 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     if rounds > 1 and (options.settled not in NARROWING or budget is None):
         how = f"method={options.settled!r}" if options.settled not in NARROWING else "no budget"
         raise InputError(f"rounds={rounds} narrows MLPs on the way to a budget; it does not go with {how}")
+
+
+def check_trials(trials: int, options: Planning, budget: Budget | None) -> None:
+    """Raise `InputError` for a number of trials that there is not, and plans whose parts cannot be put back."""
+    if type(trials) is not int or not 0 <= trials <= MOST:
+        raise InputError(f"trials={trials!r}, expected a whole number from 0 to {MOST}")
+    if not trials:
+        return
+    for given, asked in (
+        ("bits=", bool(options.stored) or options.settled in ROUNDED),
+        ("a budget of latency", is_timed(budget)),
+        ("no budget", budget is None),
+        ("uniform=True", options.uniform),
+        ("corrections=, which it finds", options.corrections is not None),
+    ):
+        if asked:
+            raise InputError(
+                f"trials={trials} corrects predicted losses of ranks and widths; it does not go with {given}"
+            )
 
 
 def narrowed(

@@ -91,7 +91,7 @@ def test_more_bad_usage(refused, refine, squeeze, tmp_path, unread):
 
 def test_too_few_images(run, refine):
     answer = run(*refine(limit=20))
-    assert answer.status == 2 and "20 images, refine needs at least 32" in answer.err
+    assert answer.status == 2 and "20 images, expected at least 32" in answer.err
 
 
 def test_a_budget_that_all_layers_fit_into_leaves_nothing_to_repair(run, refine):

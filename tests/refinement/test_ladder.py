@@ -132,7 +132,7 @@ def test_bad_choices_are_refused_before_an_image_is_read(pair, options):
 
 def test_too_few_images_and_images_all_alike(pair, proxy_images, quick):
     dense, small = pair
-    with pytest.raises(InputError, match="31 images, refine needs at least 32"):
+    with pytest.raises(InputError, match="31 images, expected at least 32"):
         vitlr.refine(small, dense, [torch.cat(proxy_images)[:31]], **quick)
     with pytest.raises(InputError, match="alike"):
         vitlr.refine(small, dense, [torch.ones(40, 3, 32, 32)], **quick)

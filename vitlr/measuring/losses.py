@@ -174,14 +174,19 @@ def check_reached(loss: Tensor) -> None:
 
 
 def divergence(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
-    """Mean over images of `T² KL(softmax(e/T) || softmax(a/T))`, or of `½ ‖e/‖e‖ − a/‖a‖‖²` for features.
+    """The mean over images of `divergences`."""
+    return divergences(expected, answers, logits, temperature).mean()
 
-    Of `½ (e − a)²` for one number an image.
+
+def divergences(expected: Tensor, answers: Tensor, logits: bool, temperature: float = 1.0) -> Tensor:
+    """`T² KL(softmax(e/T) || softmax(a/T))` of every image, or `½ ‖e/‖e‖ − a/‖a‖‖²` for features.
+
+    `½ (e − a)²` for one number an image.
     """
     if not logits:
-        return 0.5 * (directions(expected) - directions(answers)).square().sum(1).mean()
+        return 0.5 * (directions(expected) - directions(answers)).square().sum(1)
     expected, answers = logits_in(expected), logits_in(answers)
-    return temperature**2 * _kl(expected / temperature, answers / temperature).mean()
+    return temperature**2 * _kl(expected / temperature, answers / temperature)
 
 
 def directions(features: Tensor) -> Tensor:

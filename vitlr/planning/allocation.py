@@ -51,6 +51,9 @@ def allocate(
     options.check_budget(budget)
     if not spectra.layers:
         raise InputError("there is no layer to compress")
+    parts = {*spectra.layers, *(narrowing.name for narrowing in spectra.widths.values())}
+    if foreign := set(options.corrections or {}) - parts:
+        raise InputError(f"corrections= names {min(foreign)!r}, which is no layer, MLP or attention of this plan")
     quantity = budget.quantity if budget else "bytes" if options.settled == "bits" else "params"
     common = (spectra, sizes, quantity, options, options.matching(list(spectra.layers)))
     offers = Offers(*common) if pace is None else TimedOffers(*common, pace, bytes_loss)

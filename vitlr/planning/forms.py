@@ -96,7 +96,11 @@ class Forms:
                 size, lost = ladders[rank][level]
                 cost[i] = size + self.fewer_biases(name, shape[0]) if self.rounds else cost[i]
                 loss[i] += lost
-        return Prices(cost, loss)
+        return Prices(cost, self.correction(narrowing, name) * loss)
+
+    def correction(self, narrowing: Narrowing | None, name: str) -> float:
+        """What a predicted loss counts of a linear, or of the MLP or attention that it is a part of."""
+        return (self.options.corrections or {}).get(name if narrowing is None else narrowing.name, 1.0)
 
     def ladder(self, name: str, width: int | None, rank: int | None) -> dict[int, tuple[float, float]]:
         """Bytes and loss of every level of a linear where its MLP has this width, and it this rank."""

@@ -84,7 +84,8 @@ class Offers(Forms):
 
     def width_loss(self, narrowing: Narrowing, width: int) -> float:
         """Of a width alone."""
-        return self.options.width_scale * float(narrowing.errors[width])
+        scale = self.options.width_scale * self.correction(narrowing, narrowing.second)
+        return scale * float(narrowing.errors[width])
 
     def _narrowed(self, narrowing: Narrowing) -> Item:
         """An MLP or attention: every width alone, and some of them, evenly spread, with ranks; what is worth having."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ class Planning(Decomposition):
     width_step: int = option(16, "Widths are multiples of N.", low=1, metavar="N")
     width_scale: float = option(
         WIDTH_SCALE, "What a loss of widths counts against one of ranks.", above=0, flag="", metavar="X"
+    )
+    corrections: Mapping[str, float] | None = option(
+        None, "What predicted losses count, {MLP, attention or layer: factor}, as trials found them.", flag=""
     )
     attention: str | None = option(
         None,
@@ -138,6 +142,9 @@ class Planning(Decomposition):
         if method in (*NARROWING, "bits"):
             for given in self.of_ranks():
                 raise InputError(f"{given} goes with method='lowrank' only, not with {method!r}")
+        for part, factor in (self.corrections or {}).items():
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+                raise InputError(f"corrections= gives {part!r} a factor of {factor!r}, expected a number above 0")
         if self.ranks is not None and (self.uniform or self.rank_buckets):
             raise InputError("ranks= names the ranks itself; it does not go with uniform= or rank_buckets=")
         if self.ranks is not None and (self.include is not None or self.exclude is not None):

@@ -43,7 +43,7 @@ class TimedOffers(Offers):
         loss = np.array([0.0 if form.rank is None else errors[form.rank] for form in forms])
         for i, form in enumerate(forms):
             loss[i] += self._of_bytes(narrowing, name, width, form, errors) if form.int8 else 0.0
-        return Prices(cost, loss)
+        return Prices(cost, self.correction(narrowing, name) * loss)
 
     def ms(self, narrowing: Narrowing | None, name: str, width: int | None, form: Form) -> float:
         """Milliseconds of a linear in this form."""

@@ -70,7 +70,9 @@ class Proxy:
         self.source = Files(loader) if isinstance(loader, Loader) else Tensors(loader)
         order = list(self.source.order)
         if len(order) < MIN_IMAGES:
-            raise InputError(f"the loader gives {len(order)} images, refine needs at least {MIN_IMAGES}; give it more")
+            raise InputError(
+                f"the loader gives {len(order)} images, expected at least {MIN_IMAGES} to refine or try by; add some"
+            )
         count = min(max(round(_HELD_SHARE * len(order)), _HELD_LEAST), _HELD_MOST)
         self.training, held = order[:-count], order[-count:]
         self.held = torch.cat(list(self.source.plain(held)))

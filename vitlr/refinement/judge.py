@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitlr.data.batches import to_model
 from vitlr.errors import NumericalError
-from vitlr.measuring.losses import agreeing, divergence, first_tensor, is_logits
+from vitlr.measuring.losses import agreeing, divergence, divergences, first_tensor, is_logits
 from vitlr.runtime import processes
 from vitlr.runtime.contexts import evaluation_mode
 
@@ -55,6 +55,12 @@ class Judge:
         if self.logits:
             agreement = 100 * float(agreeing(self.expected, answers).double().mean())
         return Distance(float(divergence(self.expected, answers, self.logits)), agreement)
+
+    def each(self, model: nn.Module) -> Tensor:
+        """The distance of every image `[images]`, in float64; infinite where an answer holds NaN or Inf."""
+        answers = self._answers(model)
+        finite = torch.isfinite(answers).all(1)
+        return divergences(self.expected, answers, self.logits).where(finite, math.inf)
 
     @torch.no_grad()
     def _answers(self, model: nn.Module) -> Tensor:

@@ -84,6 +84,14 @@ def compress(
             rich_help_panel=MEASURE,
         ),
     ] = 1,
+    trials: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Try the plan part by part on a sixth of the images, and plan again by what each part costs; N times.",
+            rich_help_panel=MEASURE,
+        ),
+    ] = 0,
     refine: Annotated[
         str,
         typer.Option(
@@ -93,7 +101,9 @@ def compress(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep snapshots of the refinement there, and go on from them.", rich_help_panel=REPAIR
+            metavar="DIR",
+            help="Keep snapshots of trials and refinement there, and go on from them.",
+            rich_help_panel=REPAIR,
         ),
     ] = None,
     img_size: ImgSize = None,
@@ -131,15 +141,19 @@ def compress(
     from vitlr.decomposition.spectra_file import place
     from vitlr.runtime import processes
 
-    how: dict[str, Any] = {"rounds": rounds, "rungs": refine, "stats": stats}
+    how: dict[str, Any] = {"rounds": rounds, "trials": trials, "rungs": refine, "stats": stats}
     images_as = taken(Preprocessing, options)
     timed = is_timed(budget)
     if timed and batch_size is not None:
         options["batch_size"] = batch_size
     read_options(budget, **how, changes=options)
-    _check_refinement(refine, resume, data, plan_only, options)
+    _check_refinement(refine, None if trials else resume, data, plan_only, options)
     if rounds > 1 and data is None:
         raise InputError(f"--rounds {rounds} needs images to measure again: add --data, or take one round")
+    if resume is not None and resume.exists() and not resume.is_dir():
+        raise InputError(f"--resume {resume} is a file, expected a folder")
+    if trials and data is None:
+        raise InputError(f"--trials {trials} needs images to try the plan on: add --data, or leave it out")
     inputs = {"--checkpoint": checkpoint, "--data": Path(data) if data else None, "--class-map": class_map}
     outputs = {"--out": out, "--stats": stats, "--plan-out": plan_out}
     outputs |= {} if stats is None else {"the spectra of --stats": place(stats)}
@@ -204,14 +218,12 @@ def _check_refinement(
         raise InputError("--lr goes with --refine distil")
     if not rungs:
         if resume is not None:
-            raise InputError("--resume goes with --refine rescale, refit, regrow or distil")
+            raise InputError("--resume goes with --trials, and --refine rescale, refit, regrow or distil")
         return
     if plan_only:
         raise InputError("--refine needs a model, and --plan-only makes none; leave one of them out")
     if data is None:
         raise InputError("--refine needs images: add --data (a folder of images, a .tar or hfds/NAME)")
-    if resume is not None and resume.exists() and not resume.is_dir():
-        raise InputError(f"--resume {resume} is a file, expected a folder")
 
 
 @contextmanager
@@ -223,7 +235,7 @@ def _watched(
 
     try:
         with bar(label, total, unit) as progress:
-            if label.startswith("refining"):
+            if label.startswith("refining") or label == "trying":
                 with resumable(resume):
                     yield progress
             else:
