@@ -116,7 +116,8 @@ def main(args: argparse.Namespace) -> None:
     if args.prepare:
         return
     out = args.out / f"{NAME}.json"
-    body = {model: of for model, of in (read(kept) or read(out)).items() if "clock" in of}
+    every = read(kept) or read(out)
+    body = {model: of for model, of in every.items() if any("times" in row for row in of["rows"].values())}
     write_json(out, body)
     (args.out / f"{NAME}.md").write_text(markdown(body))
     draw(body, args.out / f"{NAME}.svg")
