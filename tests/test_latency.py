@@ -10,7 +10,7 @@ import vitlr
 from vitlr.compression import compressed
 from vitlr.errors import InputError
 from vitlr.measuring import clock
-from vitlr.nn import FusedAttention, Int8Linear, Int8MLP, LowRankLinear
+from vitlr.nn import FusedAttention, Int8Block, Int8Linear, Int8MLP, LowRankLinear, SelectedLinear
 from vitlr.planning.plans import Plan
 from vitlr.surgery.promises import multiply_planned
 
@@ -73,6 +73,30 @@ def test_what_takes_longer_within_the_model_is_corrected_once(vit, loader, ticki
     assert latency.correction == pytest.approx(1.3, rel=0.02)
     assert done.plan.ranks and latency.kept and abs(latency.off) < 0.02
     assert latency.measured_ms <= 0.6 * latency.measured_dense_ms * 1.02
+
+
+@torch.no_grad()
+def test_queries_and_keys_get_shorter_where_blocks_multiply_bytes(vit, loader, ticking, tmp_path):
+    done = compressed(vit, loader, "latency:19%", batch_size=8, **{**STEPS, "width_step": 4})
+    narrow = {
+        row.name: row.width for row in done.plan.widths if row.kind == "query_keys" and row.width < row.full_width
+    }
+    assert narrow and done.plan.latency.kept
+    for name, width in narrow.items():
+        qkv = done.model.get_submodule(f"{name}.qkv")
+        assert isinstance(qkv, SelectedLinear) and isinstance(qkv.linear, Int8Linear)
+        assert qkv.linear.out_features == 48 + 2 * width and f"{name}.qkv" in done.plan.bytes_layers
+    assert all(isinstance(block, Int8Block) for block in done.model.blocks)
+    vitlr.save(done.model, tmp_path / "small.safetensors")
+    again = vitlr.load(tmp_path / "small.safetensors")
+    assert torch.equal(again(loader[0]), done.model(loader[0]))
+    assert Plan.from_dict(again.vitlr_info["plan"]).widths == done.plan.widths
+
+
+def test_of_floats_queries_and_keys_stay_as_they_are(vit, loader, ticking):
+    floats = vitlr.calibrate(vit, loader)
+    done = compressed(vit, loader, "latency:60%", batch_size=8, measure=lambda _: floats, **STEPS)
+    assert done.plan.changes and not any(row.kind == "query_keys" for row in done.plan.widths)
 
 
 def test_a_promise_that_no_correction_keeps_is_told_by_how_much(vit, loader, ticking):

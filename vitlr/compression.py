@@ -22,7 +22,7 @@ from vitlr.calibration.statistics import Statistics
 from vitlr.checkpoint.origins import why_not_rebuilt
 from vitlr.errors import InputError
 from vitlr.measuring.cost import Cost, count_bytes, count_params
-from vitlr.planning.budgets import Budget, is_timed, parse_budget
+from vitlr.planning.budgets import Budget, OutOfReach, is_timed, parse_budget
 from vitlr.planning.options import ROUNDED, Planning
 from vitlr.planning.pace import check_machine, clocked
 from vitlr.planning.plan_kinds import ROUNDS
@@ -40,7 +40,7 @@ from vitlr.runtime.modules import uncompiled
 from vitlr.runtime.progress import Progress, Watch, alone, shown
 from vitlr.surgery.application import apply
 from vitlr.surgery.fusion import fuse
-from vitlr.surgery.promises import bytes_names, corrected, multiply_planned, timed
+from vitlr.surgery.promises import bytes_names, corrected, multiply_planned, timed, within_reach
 
 _logger = logging.getLogger(__name__)
 NARROWING = ("widths", "joint")  # the methods that rounds serve
@@ -173,7 +173,16 @@ def compressed(
             times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
         beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
-        chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
+        how_planned: dict[str, Any] = {"options": options, "times": times, "beside": beside}
+        try:
+            chosen, far = plan(small, measured, left, **how_planned, progress=advance), False
+        except OutOfReach as cause:
+            if not stages.timed or left is None or plan_only:
+                raise
+            far, chosen = (
+                True,
+                within_reach(small, left, lambda rest: plan(small, measured, rest, **how_planned), cause),
+            )
     if trials and chosen.changes:
         proxy = Proxy(loader)  # type: ignore[arg-type]
         judge = Judge(reference, proxy.held, stages.recipe.batch_size, output_fn)
@@ -188,7 +197,7 @@ def compressed(
             kept=kept,
             watch=watch,
         )
-    if stages.timed and stages.budget is not None and not plan_only:
+    if stages.timed and stages.budget is not None and not (plan_only or far):
         same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
         chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))
     if stages.budget is not None:  # of the whole, also where rounds have taken a part

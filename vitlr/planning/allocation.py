@@ -15,7 +15,7 @@ import numpy as np
 from vitlr.decomposition.spectra import Spectra
 from vitlr.errors import InputError
 from vitlr.planning.buckets import bucketed
-from vitlr.planning.budgets import Budget
+from vitlr.planning.budgets import Budget, OutOfReach
 from vitlr.planning.choices import Item, best
 from vitlr.planning.fixed_ranks import by_hand, uniform
 from vitlr.planning.forms import Sizes
@@ -96,10 +96,11 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
         "mix": "a smaller width step",
     }
     other = "" if offers.method in ("joint", "bits", "mix") else ", or use method='joint'"
-    raise InputError(
+    raise OutOfReach(
+        least,
         f"budget {budget} cannot be reached with method={offers.method!r}: the smallest plan keeps {least / whole:.2%} "
         f"({offers.said(least)} of {offers.said(whole)}; {outside / whole:.2%} lie outside the compressible layers); "
-        f"raise the budget, or take {steps.get(offers.method, 'smaller rank and width steps')}{other}"
+        f"raise the budget, or take {steps.get(offers.method, 'smaller rank and width steps')}{other}",
     )
 
 

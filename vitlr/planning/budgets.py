@@ -15,6 +15,14 @@ _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e([+-]?\d{1,3}))?\s*(%|[uµm]?s|[
 _EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G, bytes:10MB, latency:50% or latency:12ms"
 
 
+class OutOfReach(InputError):
+    """A budget below the smallest plan, which takes `least` of the quantity."""
+
+    def __init__(self, least: float, message: str) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Budget:
     """At most `amount` of `quantity` is kept: in units or, where `relative`, as a share of the dense model.

@@ -25,7 +25,7 @@ LATENCY: dict[str, Any] = {
 class Latency:
     """Milliseconds of a batch: of the dense model, promised by the table and, once it was built, measured.
 
-    `correction` is what the first plan took over what the table said, by which the table counts in this one.
+    `correction` is what this plan should take over what the table says, by the plans before it that were tried.
     """
 
     batch_size: int
@@ -67,7 +67,7 @@ class Latency:
         what = f"batch {self.batch_size}, {self.threads} thread{'s' * (self.threads > 1)}, {self.dtype}"
         line = f"  time   {self.dense_ms:9.3f} ms -> {self.promised_ms:9.3f} ms  ({self.share:.1%} promised; {what})"
         if self.correction != 1:
-            line += f"\n  tried, it took {self.correction:.3f} times what single layers take: planned again by that"
+            line += f"\n  tried, plans took {self.correction:.3f} times what single layers take: planned again by that"
         if self.off is None:
             return line
         found = f"  measured in turns {self.measured_dense_ms:.3f} ms -> {self.measured_ms:.3f} ms: "

@@ -184,7 +184,7 @@ class Planning(Decomposition):
         if self.stored or self.method in ROUNDED:
             given = f"bits={self.bits!r}" if self.stored else f"method={self.method!r}"
             raise InputError(f"{given} counts stored bytes, and codes run no faster; leave it out, or give bytes:20%")
-        if self.attention not in (None, "none"):
+        if self.attention not in (None, "none", "query_keys"):
             raise InputError(f"attention={self.attention!r} is not timed; leave it out, or give a budget of macs")
         for given, asked in (
             ("uniform=True", self.uniform),

@@ -108,9 +108,10 @@ def shapes_of(parts: Parts, stats: Statistics, batch_size: int) -> dict[str, Sha
     found: dict[str, Shape] = {}
     for mlp in parts.mlps_among(stats.layers).values():
         found |= _of_mlp(mlp, stats, batch_size)
+    packed = {a.queries_keys[0] for a in parts.query_keys.values() if len(a.queries_keys) == 1}
     for name, layer in stats.layers.items():
         if name not in found:
-            found[name] = _linear(parts.linears[name], _rows(layer, stats, batch_size), None)
+            found[name] = _linear(parts.linears[name], _rows(layer, stats, batch_size), 1 if name in packed else None)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from vitlr.anatomy import visibility
 from vitlr.anatomy.reading import Parts, read
+from vitlr.calibration.options import RANGES
 from vitlr.calibration.statistics import Statistics
 from vitlr.decomposition.levels import measured_linears
 from vitlr.decomposition.matrices import matrix_bits
@@ -81,7 +82,8 @@ def plan(
     if is_timed(wanted):
         check_times(times, options)
         times = times or clocked(model, stats, options)
-        options = replace(options, attention="none")  # shorter queries and keys are not timed
+        if RANGES not in stats.extras:
+            options = replace(options, attention="none")  # shorter queries and keys save time in blocks of bytes alone
         pace = Pace(times, shapes_of(parts, stats, times.batch_size))
     objective = Objective.of(stats, options, spectra)
     if objective.by_gradient and (doubt := stats.notes.get("certain")) is not None:

@@ -35,7 +35,10 @@ class TimedOffers(Offers):
     def of(self, narrowing: Narrowing | None, name: str, width: int | None, factored: bool) -> list[Form]:
         floats = super().of(narrowing, name, width, factored)
         may = name in self.wanted and name in self.bytes_loss
-        return [*(form._replace(int8=True) for form in floats if may), *floats]
+        of_bytes = [form._replace(int8=True) for form in floats if may]
+        if narrowing is None or narrowing.kind != "query_keys" or width in (None, narrowing.full_width):
+            return [*of_bytes, *floats]
+        return [] if narrowing.first else of_bytes  # a block of bytes leaves out what is gone, all else writes zeros
 
     def prices(self, narrowing: Narrowing | None, name: str, width: int | None, forms: Sequence[Form]) -> Prices:
         errors = self.errors(narrowing, name, width, forms)
