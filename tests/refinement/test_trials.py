@@ -169,7 +169,7 @@ def test_compressed_in_one_call_leaves_the_model_alone_and_says_what_it_tries(de
     done = compressed(dense, proxy_images, "params:45%", trials=1, watch=heard, resume=tmp_path / "kept", **how)
     plain = compressed(dense, proxy_images, "params:45%", **how)
     assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
-    assert told.count(("trying", "parts")) == 2 and done.plan.params_kept <= 0.45 * done.plan.params
+    assert told.count(("trying", "plans")) == 2 and done.plan.params_kept <= 0.45 * done.plan.params
     judge = Judge(dense, Proxy(proxy_images).held, 8)
     assert judge(done.model).kl <= judge(plain.model).kl
     assert json.loads(done.plan.to_json())["schema"] == json.loads(plain.plan.to_json())["schema"]

@@ -105,7 +105,7 @@ def tried(
     for done in range(times + 1):
         parts = parts_of(plan)
         names = [name for name, part in parts.items() if done < times and changed(plan, name, part)]
-        with watch("trying", 1 + len(names), "parts") as told:
+        with watch("trying", 1 + len(names), "plans") as told:
             whole, apart = _distances(model, plan, {name: parts[name] for name in names}, judge, kept, done, told)
         if (distance := float(whole.mean())) < nearest:
             best, nearest = plan, distance
