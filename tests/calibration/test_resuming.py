@@ -92,3 +92,17 @@ def test_what_a_loader_calls_images_may_be_the_images(tiny_vit, images):
     loader = Holder([images])
     loader.images = images
     assert images_of(loader) is None and vitlr.calibrate(tiny_vit(), loader).images == len(images)
+
+
+def test_statistics_of_another_size_than_a_dynamic_model_was_made_for_are_used_again(tiny_vit, tmp_path):
+    """What counts is what the loader gives; of one that can be read once only, what the file says."""
+    model = tiny_vit(dynamic_img_size=True).eval()
+    larger = [torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    file = tmp_path / "s.safetensors"
+    first = vitlr.calibrate(model, larger, resume=file)
+    again = vitlr.calibrate(model, larger, resume=file)
+    assert again.input_shape == first.input_shape == (3, 48, 48) and again.images == 8
+    smaller = [batch[..., :32, :32].contiguous() for batch in larger]
+    with pytest.raises(InputError, match=r"of images \(3, 48, 48\), the loader gives \(3, 32, 32\)"):
+        vitlr.calibrate(model, smaller, resume=file)
+    assert vitlr.calibrate(model, torch.utils.data.DataLoader(torch.cat(larger), 4), resume=file).images == 8

@@ -20,7 +20,7 @@ from vitlr.anatomy import linears, visibility
 from vitlr.calibration.options import HIDDEN, VALUES, Calibration
 from vitlr.calibration.shares import Share, together
 from vitlr.calibration.statistics import Statistics
-from vitlr.data.batches import count_images
+from vitlr.data.batches import count_images, for_model, image_shape
 from vitlr.data.loader import Loader
 from vitlr.data.preprocessing import input_size
 from vitlr.errors import InputError, Interrupted, ProcessLost
@@ -82,13 +82,17 @@ def images_of(loader: Any) -> int | None:
 def _check_fits(model: nn.Module, found: Statistics, loader: Any, wanted: Calibration, asked: tuple[str, ...]) -> None:
     modules, own = dict(model.named_modules()), isinstance(loader, Loader)
     found.check_fits({name: m.weight for name in found.layers if isinstance(m := modules.get(name), nn.Linear)})
-    size = found.input_shape
+    size, whose = found.input_shape, "the model takes"
     if own:
         size = tuple(loader.config["input_size"])
-    elif hasattr(model, "default_cfg"):
+    elif (
+        isinstance(loader, (list, tuple)) and loader
+    ):  # a model with dynamic_img_size takes others than it was made for
+        size, whose = image_shape(for_model(model, loader[0])), "the loader gives"
+    elif hasattr(model, "default_cfg") and not getattr(model, "dynamic_img_size", False):
         size = input_size(model)
     if found.input_shape != size:
-        raise InputError(f"these statistics are of images {found.input_shape}, the model takes {size}")
+        raise InputError(f"these statistics are of images {found.input_shape}, {whose} {size}")
     chosen = {key for key in names_of(Calibration) if getattr(wanted, key) != getattr(Calibration, key)} | set(asked)
     for key in ("samples", "seed"):
         value, has = getattr(wanted, key), getattr(found, key)
