@@ -117,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
         return
     out = args.out / f"{NAME}.json"
     every = read(kept) or read(out)
-    body = {model: of for model, of in every.items() if any("times" in row for row in of["rows"].values())}
+    models = [model for model in ALL if any("times" in row for row in every.get(model, {}).get("rows", {}).values())]
+    body = {model: every[model] for model in models}
     write_json(out, body)
     (args.out / f"{NAME}.md").write_text(markdown(body))
     draw(body, args.out / f"{NAME}.svg")
