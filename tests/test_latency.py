@@ -97,6 +97,9 @@ def test_of_floats_queries_and_keys_stay_as_they_are(vit, loader, ticking):
     floats = vitlr.calibrate(vit, loader)
     done = compressed(vit, loader, "latency:60%", batch_size=8, measure=lambda _: floats, **STEPS)
     assert done.plan.changes and not any(row.kind == "query_keys" for row in done.plan.widths)
+    asked = {"batch_size": 8, "measure": lambda _: floats, "attention": "query_keys", **STEPS}
+    with pytest.raises(InputError, match="attention='query_keys' saves time where layers multiply bytes"):
+        compressed(vit, loader, "latency:60%", **asked)
 
 
 def test_a_promise_that_no_correction_keeps_is_told_by_how_much(vit, loader, ticking):

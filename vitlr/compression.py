@@ -174,15 +174,14 @@ def compressed(
     with watch("solving", len(measured.layers), "layers") as advance:
         beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
         how_planned: dict[str, Any] = {"options": options, "times": times, "beside": beside}
+        far = False
         try:
-            chosen, far = plan(small, measured, left, **how_planned, progress=advance), False
+            chosen = plan(small, measured, left, **how_planned, progress=advance)
         except OutOfReach as cause:
             if not stages.timed or left is None or plan_only:
                 raise
-            far, chosen = (
-                True,
-                within_reach(small, left, lambda rest: plan(small, measured, rest, **how_planned), cause),
-            )
+            far = True
+            chosen = within_reach(small, left, lambda rest: plan(small, measured, rest, **how_planned), cause)
     if trials and chosen.changes:
         proxy = Proxy(loader)  # type: ignore[arg-type]
         judge = Judge(reference, proxy.held, stages.recipe.batch_size, output_fn)

@@ -85,9 +85,7 @@ def _check_fits(model: nn.Module, found: Statistics, loader: Any, wanted: Calibr
     size, whose = found.input_shape, "the model takes"
     if own:
         size = tuple(loader.config["input_size"])
-    elif (
-        isinstance(loader, (list, tuple)) and loader
-    ):  # a model with dynamic_img_size takes others than it was made for
+    elif isinstance(loader, (list, tuple)) and loader:  # with dynamic_img_size others than the model was made for
         size, whose = image_shape(for_model(model, loader[0])), "the loader gives"
     elif hasattr(model, "default_cfg") and not getattr(model, "dynamic_img_size", False):
         size = input_size(model)

@@ -83,6 +83,11 @@ def plan(
         check_times(times, options)
         times = times or clocked(model, stats, options)
         if RANGES not in stats.extras:
+            if options.attention == "query_keys":
+                raise InputError(
+                    "attention='query_keys' saves time where layers multiply bytes, for which these statistics hold no "
+                    "ranges; collect them with extras=('ranges',), or leave it out"
+                )
             options = replace(options, attention="none")  # shorter queries and keys save time in blocks of bytes alone
         pace = Pace(times, shapes_of(parts, stats, times.batch_size))
     objective = Objective.of(stats, options, spectra)
