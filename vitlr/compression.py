@@ -33,7 +33,7 @@ from vitlr.refinement.judge import Judge
 from vitlr.refinement.ladder import check_free, refine
 from vitlr.refinement.recipe import Recipe, parse_rungs
 from vitlr.refinement.report import Refinement
-from vitlr.refinement.trials import MOST, Snapshots, tried
+from vitlr.refinement.trials import Snapshots, check_trials, tried
 from vitlr.runtime.copies import duplicate
 from vitlr.runtime.fields import check_names, keywords, own
 from vitlr.runtime.modules import uncompiled
@@ -316,25 +316,6 @@ def check_rounds(rounds: int, options: Planning, budget: Budget | None) -> None:
     if rounds > 1 and (options.settled not in NARROWING or budget is None):
         how = f"method={options.settled!r}" if options.settled not in NARROWING else "no budget"
         raise InputError(f"rounds={rounds} narrows MLPs on the way to a budget; it does not go with {how}")
-
-
-def check_trials(trials: int, options: Planning, budget: Budget | None) -> None:
-    """Raise `InputError` for a number of trials that there is not, and plans whose parts cannot be put back."""
-    if type(trials) is not int or not 0 <= trials <= MOST:
-        raise InputError(f"trials={trials!r}, expected a whole number from 0 to {MOST}")
-    if not trials:
-        return
-    for given, asked in (
-        ("bits=", bool(options.stored) or options.settled in ROUNDED),
-        ("a budget of latency", is_timed(budget)),
-        ("no budget", budget is None),
-        ("uniform=True", options.uniform),
-        ("corrections=, which it finds", options.corrections is not None),
-    ):
-        if asked:
-            raise InputError(
-                f"trials={trials} corrects predicted losses of ranks and widths; it does not go with {given}"
-            )
 
 
 def narrowed(

@@ -16,6 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitlr.errors import InputError
+from vitlr.planning.budgets import Budget, is_timed
+from vitlr.planning.options import ROUNDED, Planning
 from vitlr.planning.plans import LayerPlan, Plan, WidthPlan
 from vitlr.refinement.judge import Judge
 from vitlr.runtime import snapshots
@@ -56,6 +59,25 @@ class Snapshots(snapshots.Snapshots):
         digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
         weights = fingerprint(dict(reference.named_parameters()))
         return cls(folder, {"plan": digest, "reference": weights, "images": images})
+
+
+def check_trials(trials: int, options: Planning, budget: Budget | None) -> None:
+    """Raise `InputError` for a number of trials that there is not, and plans whose parts cannot be put back."""
+    if type(trials) is not int or not 0 <= trials <= MOST:
+        raise InputError(f"trials={trials!r}, expected a whole number from 0 to {MOST}")
+    if not trials:
+        return
+    for given, asked in (
+        ("bits=", bool(options.stored) or options.settled in ROUNDED),
+        ("a budget of latency", is_timed(budget)),
+        ("no budget", budget is None),
+        ("uniform=True", options.uniform),
+        ("corrections=, which it finds", options.corrections is not None),
+    ):
+        if asked:
+            raise InputError(
+                f"trials={trials} corrects predicted losses of ranks and widths; it does not go with {given}"
+            )
 
 
 def parts_of(plan: Plan) -> dict[str, Part]:
