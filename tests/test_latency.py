@@ -1,4 +1,4 @@
-"""compress under a budget of milliseconds: tried, corrected once, carried out, fused, measured, and told."""
+"""compress under a budget of milliseconds: tried, corrected, carried out, fused, measured, and told."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vitlr.compression import compressed
 from vitlr.errors import InputError
 from vitlr.measuring import clock
 from vitlr.nn import FusedAttention, Int8Block, Int8Linear, Int8MLP, LowRankLinear, SelectedLinear
+from vitlr.planning import planner
+from vitlr.planning.budgets import OutOfReach
 from vitlr.planning.plans import Plan
 from vitlr.surgery.promises import multiply_planned
 
@@ -100,6 +102,24 @@ def test_of_floats_queries_and_keys_stay_as_they_are(vit, loader, ticking):
     asked = {"batch_size": 8, "measure": lambda _: floats, "attention": "query_keys", **STEPS}
     with pytest.raises(InputError, match="attention='query_keys' saves time where layers multiply bytes"):
         compressed(vit, loader, "latency:60%", **asked)
+
+
+def test_what_the_table_holds_for_out_of_reach_is_tried_and_nothing_solved_again(vit, loader, ticking, monkeypatch):
+    floats, solved, solve = vitlr.calibrate(vit, loader), [], planner.solve
+    monkeypatch.setattr(planner, "solve", lambda *args, **how: (solved.append(how["known"]), solve(*args, **how))[1])
+    how = {"batch_size": 8, "method": "lowrank", "measure": lambda _: floats, **STEPS}
+    with pytest.raises(OutOfReach) as cause:
+        compressed(vit, loader, "latency:1%", **how)
+    far = f"latency:{0.7 * cause.value.least:.6f}ms"
+    with pytest.raises(InputError, match="cannot be reached"):
+        compressed(vit, loader, far, **how)
+    ticking(drag=0.5)
+    solved.clear()
+    done = compressed(vit, loader, far, **how)
+    assert done.plan.latency.kept and 0.4 < done.plan.latency.correction < 0.6
+    assert len(solved) > 1 and solved[0] is None and all(known is not None for known in solved[1:])
+    with pytest.raises(InputError, match="cannot be reached"):
+        compressed(vit, loader, far, plan_only=True, **how)
 
 
 def test_a_promise_that_no_correction_keeps_is_told_by_how_much(vit, loader, ticking):

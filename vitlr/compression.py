@@ -104,19 +104,19 @@ def compressed(
 
     `stats` names a file of statistics: used if it is there and fits, written otherwise, gone on from where it was cut
     short (`calibrate(resume=)`), with the spectra solved from it beside it (`plan(beside=)`); `resume` a folder of
-    snapshots of the refinement. More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what is
-    left and go on, each at the price of a calibration. With `trials` the plan is tried on a sixth of the images, part
-    by part, and made again by what each costs over what was predicted, so many times; the nearest one is taken
-    (`vitlr.refinement.trials`). `rungs` are those of `refine`: "none", "rescale",
-    "refit", "regrow" or "distil". A `seed` goes to calibration and refinement.
+    snapshots of trials and refinement. More `rounds` ("widths" and "joint") narrow MLPs part of the way, calibrate what
+    is left and go on, each at the price of a calibration. With `trials` the plan is tried on a sixth of the images,
+    part by part, and made again by what each costs over what was predicted, so many times; the nearest one is taken
+    (`vitlr.refinement.trials`). `rungs` are those of `refine`: "none", "rescale", "refit", "regrow" or "distil". A
+    `seed` goes to calibration and refinement.
 
     `measure(model)` takes the place of every calibration. `decided` sees the plan before anything is changed;
     `plan_only` stops there. `watch("calibrating", total, unit)` is entered for every stage and gives its `progress`.
     The plan stays with the model, in `vitlr_info` and so in its file.
 
-    Under a budget of latency, for `batch_size` images on `threads`, the plan is tried and corrected once before it is
-    carried out, layers that multiply bytes get their ranges by another calibration of what refinement left, and the
-    model comes back fused, as it was measured: `plan.latency` says what was promised and what it takes.
+    Under a budget of latency, for `batch_size` images on `threads`, the plan is tried and corrected, twice at most,
+    before it is carried out, layers that multiply bytes get their ranges by another calibration of what refinement
+    left, and the model comes back fused, as it was measured: `plan.latency` says what was promised and what it takes.
     Budget and options are checked before any image is read. Raises what the stages raise.
     """
     model = uncompiled(model)
@@ -173,32 +173,30 @@ def compressed(
             times = clocked(small, measured, options, progress=advance)
     with watch("solving", len(measured.layers), "layers") as advance:
         beside = stats if measure is None and rounds == 1 else None  # a narrowed model's are of no file
-        how_planned: dict[str, Any] = {"options": options, "times": times, "beside": beside}
-        far = False
+        far: OutOfReach | None = None
         try:
-            chosen = plan(small, measured, left, **how_planned, progress=advance)
+            chosen = plan(small, measured, left, options=options, times=times, beside=beside, progress=advance)
+            spectra = chosen.spectra
         except OutOfReach as cause:
-            if not stages.timed or left is None or plan_only:
+            if not stages.timed or plan_only:
                 raise
-            far = True
-            chosen = within_reach(small, left, lambda rest: plan(small, measured, rest, **how_planned), cause)
+            far, spectra = cause, cause.spectra
+
+    def planned(goal: Budget | None, **more: Any) -> Plan:
+        """Another plan from what is solved."""
+        return plan(small, measured, goal, options=options, spectra=spectra, times=times, **more)
+
     if trials and chosen.changes:
         proxy = Proxy(loader)  # type: ignore[arg-type]
         judge = Judge(reference, proxy.held, stages.recipe.batch_size, output_fn)
         kept = Snapshots.of(resume, chosen, reference, proxy.fingerprint)
-        once: dict[str, Any] = {"options": options, "spectra": chosen.spectra}
-        chosen = tried(
-            small,
-            chosen,
-            judge,
-            lambda corrections: plan(small, measured, left, **once, corrections=corrections),
-            times=trials,
-            kept=kept,
-            watch=watch,
-        )
-    if stages.timed and stages.budget is not None and not (plan_only or far):
-        same: dict[str, Any] = {"options": options, "spectra": chosen.spectra, "times": times}
-        chosen = corrected(small, chosen, stages.budget, lambda rest: plan(small, measured, rest, **same))
+        how_tried: dict[str, Any] = {"times": trials, "kept": kept, "watch": watch}
+        chosen = tried(small, chosen, judge, lambda found: planned(left, corrections=found), **how_tried)
+    if stages.timed and stages.budget is not None and not plan_only:
+        if far is not None:
+            chosen = within_reach(small, stages.budget, planned, far)
+        else:
+            chosen = corrected(small, chosen, stages.budget, planned)
     if stages.budget is not None:  # of the whole, also where rounds have taken a part
         chosen = replace(chosen, budget=str(stages.budget), params=whole.params, macs=whole.macs, bytes=whole.bytes)
     last, chosen = chosen, replace(chosen, earlier=earlier)

@@ -30,7 +30,7 @@ def world(monkeypatch):
     def of(takes, least=0.0):
         def again(budget):
             if budget.amount < least:
-                raise OutOfReach(least, f"the smallest plan takes {least} ms")
+                raise OutOfReach(f"the smallest plan takes {least} ms", least, None)
             return Planned(Latency(8, 1, "bfloat16", "here", DENSE, round(budget.amount, 4)))
 
         def timed(dense, small, latency, image):

@@ -21,8 +21,9 @@ class Int8Blocks(Fused, nn.Sequential):
     """`block[n](… block[1](block[0](x)))`: an `nn.Sequential` of `Int8Block`s.
 
     Whether every block may still run as its two operations is looked at before the first one, for all of them: between
-    products of megabytes of weights the same looks take six times as long. Where somebody listens to anything below, a
-    block is of another class, or one would call its children, they are called one by one. Children keep their names.
+    products of megabytes of weights, code and objects would have to come from memory for every single one. Where
+    somebody listens to anything below, a block is of another class, or one would call its children, they are called one
+    by one. Children keep their names.
     Raises InputError with the reason of `why_not`.
     """
 

@@ -97,10 +97,11 @@ def _within(offers: Offers, items: Sequence[Item], budget: Budget | None) -> lis
     }
     other = "" if offers.method in ("joint", "bits", "mix") else ", or use method='joint'"
     raise OutOfReach(
-        least,
         f"budget {budget} cannot be reached with method={offers.method!r}: the smallest plan keeps {least / whole:.2%} "
         f"({offers.said(least)} of {offers.said(whole)}; {outside / whole:.2%} lie outside the compressible layers); "
         f"raise the budget, or take {steps.get(offers.method, 'smaller rank and width steps')}{other}",
+        least,
+        offers.spectra,
     )
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vitlr.errors import InputError
 from vitlr.runtime.sizes import in_units
+
+if TYPE_CHECKING:  # budgets are read before torch is there
+    from vitlr.decomposition.spectra import Spectra
 
 QUANTITIES = ("params", "macs", "bytes")  # counted; milliseconds are measured
 LATENCY = "latency"
@@ -16,11 +20,11 @@ _EXPECTED = "expected what is KEPT, as in params:40%, params:2.5M, macs:1.2G, by
 
 
 class OutOfReach(InputError):
-    """A budget below the smallest plan, which takes `least` of the quantity."""
+    """A budget below the smallest plan, which takes `least` of the quantity by these `spectra`."""
 
-    def __init__(self, least: float, message: str) -> None:
+    def __init__(self, message: str, least: float, spectra: Spectra) -> None:
         super().__init__(message)
-        self.least = least
+        self.least, self.spectra = least, spectra
 
 
 @dataclass(frozen=True)

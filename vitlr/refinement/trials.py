@@ -101,9 +101,9 @@ def changed(plan: Plan, name: str, part: Part) -> bool:
 
 def without(plan: Plan, name: str, part: Part) -> Plan:
     """The plan that leaves a part as it was; its totals are not told."""
-    dense = [replace(row, rank=None, kept_in=None, kept_out=None) for row in plan.layers]
-    pairs = zip(plan.layers, dense, strict=True)
-    layers = tuple(whole if row.name in part.linears else row for row, whole in pairs)
+    layers = tuple(
+        replace(row, rank=None, kept_in=None, kept_out=None) if row.name in part.linears else row for row in plan.layers
+    )
     widths = tuple(replace(row, width=row.full_width) if row.name == name else row for row in plan.widths)
     return replace(plan, layers=layers, widths=widths)
 
